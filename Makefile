@@ -1,0 +1,38 @@
+# make demo   the main job on the reference model in this repository
+# make test   the tests, the linter and the type checker
+# Both make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	BIN=$(BIN) sh examples/demo.sh
+
+test: $(VENV)/ready-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and by itself: the build that is found for it is the one that everything else then uses.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/ready: $(VENV)/torch pyproject.toml
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/torch pyproject.toml
+	$(PIP) -e ".[dev]"
+	touch $@ $(VENV)/ready
+
+clean:
+	rm -rf $(VENV) build dist
