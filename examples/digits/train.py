@@ -1,0 +1,388 @@
+"""Train the reference model: a stock LLaVA-NeXT of 12 decoder layers and about 4 million parameters.
+
+Two phases, about 100 minutes on two CPU cores:
+1. the vision tower alone, with a throw-away head that names digit and colour of every patch;
+2. the whole model, on the answer tokens of six questions an image. The questions share the image's tokens through a
+   block mask: each sees the image and itself, at the positions it would have alone.
+
+Images have 14 sizes, so that a question comes with 70 to 192 visual tokens; no layer and no token is ever dropped in
+training, so that what pruning finds redundant has not been made redundant on purpose.
+
+    python examples/digits/train.py --out examples/digits/model      (resumes from --work when interrupted)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import COLORS, QUESTION_TYPES, SIZES, Scene, ask, make_scene
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+# Shapes: B images, T tiles, P patches a tile, S tokens, D hidden size.
+TILE, PATCH = 48, 8
+PINPOINTS = [[48, 48], [48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | upper }}:"
+    "{% if message['content'] is string %} {{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %} <image>\n{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+WORDS = """user assistant system : ? . , ! what color is the which digit where there a an in image how many digits are
+left right of largest smallest background describe from to top bottom yes no then and on number picture this it plain
+stripes checks dots""".split()
+
+
+def build_processor() -> LlavaNextProcessor:
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *WORDS, *COLORS, *map(str, range(10))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    from tokenizers import normalizers
+
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words with single spaces
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
+    )
+    return LlavaNextProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+def build_model(processor: LlavaNextProcessor) -> LlavaNextForConditionalGeneration:
+    tokenizer = processor.tokenizer
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlavaNextConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            initializer_range=0.06,
+            **ids,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            image_size=TILE,
+            patch_size=PATCH,
+            projection_dim=96,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-1,
+        image_seq_length=(TILE // PATCH) ** 2,
+        **ids,
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(max_new_tokens=32, **ids)
+    return model
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def patch_labels(scene: Scene, processor: LlavaNextImageProcessorPil) -> np.ndarray:
+    """Per tile and patch what it shows: 0 background, else 1 + 10 * color + digit. [T, P] uint8"""
+    height, width = scene.image.size[::-1]
+    label = np.zeros((height, width), np.uint8)
+    for digit in scene.digits:
+        x0, y0, x1, y1 = (round(v) for v in digit.box)
+        label[y0:y1, x0 + 2 : x1 - 2] = 1 + 10 * list(COLORS).index(digit.color) + digit.value
+    tiles = processor.get_image_patches(
+        label[None], PINPOINTS, size=(TILE, TILE), patch_size=TILE, resample=Image.Resampling.NEAREST
+    )
+    grid = np.stack([t[0] for t in tiles]).reshape(len(tiles), TILE // PATCH, PATCH, TILE // PATCH, PATCH)
+    grid = grid.transpose(0, 1, 3, 2, 4).reshape(len(tiles), -1, PATCH * PATCH)
+    found = np.zeros(grid.shape[:2], np.uint8)
+    for t, p in np.argwhere((grid > 0).mean(-1) >= 0.3):
+        found[t, p] = np.bincount(grid[t, p][grid[t, p] > 0]).argmax()
+    return found
+
+
+def make_samples(seed: int, count: int) -> list[dict]:
+    """Scenes as raw tiles [T, 3, 48, 48] uint8, with patch labels and every question that can be asked."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng([seed, 1])
+    processor = build_processor().image_processor
+    samples = []
+    for _ in range(count):
+        scene = make_scene(rng, "train")
+        tiles = processor(scene.image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        asked = []
+        for kind in QUESTION_TYPES:
+            for _ in range(1 if kind in ("count", "largest", "background", "describe") else 2):
+                if (found := ask(scene, kind, rng)) and (kind, *found) not in asked:
+                    asked.append((kind, *found))
+        samples.append(
+            {
+                "tiles": tiles.round().clip(0, 255).astype(np.uint8),
+                "size": scene.image.size[::-1],
+                "patch_labels": patch_labels(scene, processor),
+                "asked": asked,
+            }
+        )
+    return samples
+
+
+def load_samples(work: Path, scenes: int) -> list[dict]:
+    path = work / f"scenes-{scenes}.pt"
+    if not path.exists():
+        share = scenes // 20
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            parts = pool.starmap(make_samples, [(seed, share) for seed in range(20)])
+        torch.save([s for part in parts for s in part], path)
+    return torch.load(path, weights_only=False)
+
+
+def normalize(tiles: torch.Tensor, processor: LlavaNextProcessor) -> torch.Tensor:
+    mean, std = (
+        torch.tensor(v)[:, None, None]
+        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    return (tiles.float() / 255 - mean) / std
+
+
+# --- phase 1: the vision tower ---------------------------------------------------------------------------------------
+
+
+def train_vision(model, processor, samples: list[dict], steps: int, report) -> None:
+    """Two throw-away heads name the colour and the digit that each patch shows; 0 is background."""
+    tower = model.model.vision_tower
+    heads = nn.ModuleDict(
+        {
+            "color": nn.Linear(tower.config.hidden_size, 1 + len(COLORS)),
+            "digit": nn.Linear(tower.config.hidden_size, 11),
+        }
+    )
+    weights = {name: torch.tensor([0.3] + [1.0] * (head.out_features - 1)) for name, head in heads.items()}
+    tiles = torch.cat([torch.from_numpy(s["tiles"]) for s in samples])
+    labels = torch.cat([torch.from_numpy(s["patch_labels"]) for s in samples]).long()
+    shown = labels > 0
+    labels = {"color": ((labels - 1) // 10 + 1) * shown, "digit": ((labels - 1) % 10 + 1) * shown}
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        pick = torch.randint(len(tiles), (128,), generator=generator)
+        features = tower(normalize(tiles[pick], processor)).last_hidden_state[:, 1:]  # [T, P, 96]
+        named = {name: head(features).flatten(0, 1) for name, head in heads.items()}
+        wanted = {name: labels[name][pick].flatten() for name in heads}
+        loss = sum(F.cross_entropy(named[name], wanted[name], weight=weights[name]) for name in heads)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            right = {name: (named[name].argmax(-1) == wanted[name])[wanted[name] > 0].float().mean() for name in heads}
+            report(
+                f"vision {step}: loss {loss:.3f}, patches named: {right['color']:.3f} color, {right['digit']:.3f} digit"
+            )
+
+
+# --- phase 2: the whole model ----------------------------------------------------------------------------------------
+
+
+def pack(batch: list[dict], processor, rng: np.random.Generator, questions: int) -> dict[str, torch.Tensor]:
+    """One row an image: the image's tokens, then its questions side by side. Shapes [B, S], mask [B, 1, S, S]."""
+    tokenizer = processor.tokenizer
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    rows = []
+    for sample in batch:
+        visual = processor._get_number_of_features(*sample["size"], TILE, TILE) - 1
+        ids = [tokenizer.bos_token_id, *tokenizer.encode("user:", add_special_tokens=False), *[image_id] * visual]
+        segment, position, target = [0] * len(ids), list(range(len(ids))), [-100] * len(ids)
+        prefix = len(ids)
+        chosen = rng.permutation(len(sample["asked"]))[:questions]
+        for number, index in enumerate(chosen, 1):
+            _, question, answer = sample["asked"][index]
+            asked = tokenizer.encode(f"{question} assistant:", add_special_tokens=False)
+            answered = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+            ids += asked + answered
+            target += [-100] * (len(asked) - 1) + answered + [-100]
+            position += range(prefix, prefix + len(asked) + len(answered))
+            segment += [number] * (len(asked) + len(answered))
+        rows.append((ids, segment, position, target))
+    length = max(len(ids) for ids, *_ in rows)
+    fill = (tokenizer.pad_token_id, -1, 0, -100)
+    ids, segment, position, target = (
+        torch.tensor([row[k] + [fill[k]] * (length - len(row[k])) for row in rows]) for k in range(4)
+    )
+    same = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # [B, S, S]
+    mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
+    most = max(len(s["tiles"]) for s in batch)
+    tiles = torch.zeros(len(batch), most, 3, TILE, TILE, dtype=torch.uint8)
+    for row, sample in enumerate(batch):
+        tiles[row, : len(sample["tiles"])] = torch.from_numpy(sample["tiles"])
+    return {
+        "input_ids": ids,
+        "position_ids": position,
+        "mask": mask[:, None],
+        "target": target,
+        "pixel_values": normalize(tiles, processor),
+        "image_sizes": torch.tensor([s["size"] for s in batch]),
+    }
+
+
+def answer_loss(model, packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    embeds = model.get_input_embeddings()(packed["input_ids"])
+    features = torch.cat(model.model.get_image_features(packed["pixel_values"], packed["image_sizes"]).pooler_output)
+    visual = packed["input_ids"] == model.config.image_token_id
+    embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=packed["mask"], position_ids=packed["position_ids"], use_cache=False
+    ).last_hidden_state
+    answered = packed["target"] >= 0
+    logits = model.lm_head(hidden[answered]).float()
+    target = packed["target"][answered]
+    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
+
+
+def train_jointly(model, processor, samples: list[dict], options, report) -> None:
+    steps, work = options.steps, options.work
+    groups = [
+        {"params": model.model.vision_tower.parameters(), "lr": 1e-3},
+        {"params": [p for n, p in model.named_parameters() if "vision_tower" not in n], "lr": 2e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
+    warmup = 150
+
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    first, saved = 0, work / "joint.pt"
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+        report(f"resumed at step {first}")
+    lengths = np.array([processor._get_number_of_features(*s["size"], TILE, TILE) for s in samples])
+    begin = time.monotonic()
+    for step in range(first, steps):
+        rng = np.random.default_rng([7, step])
+        pool = rng.choice(len(samples), options.batch * 4, replace=False)
+        pool = pool[np.argsort(lengths[pool] + rng.normal(0, 8, len(pool)))]  # rows of like length: less padding
+        start = rng.integers(4) * options.batch
+        packed = pack([samples[i] for i in pool[start : start + options.batch]], processor, rng, questions=6)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+            loss, correct = answer_loss(model, packed)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0 or step == steps - 1:
+            report(
+                f"joint {step}: loss {loss:.3f}, answer tokens right {correct:.3f}, {time.monotonic() - begin:.0f} s"
+            )
+        if (step + 1) % 200 == 0:
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "step": step + 1,
+                },
+                saved,
+            )
+
+
+def save(model, processor, out: Path) -> None:
+    """Write the folder with the names that LLaVA-NeXT checkpoints have on the hub."""
+    from safetensors.torch import load_file, save_file
+
+    model.eval().save_pretrained(out)
+    processor.save_pretrained(out)
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    # transformers 5 leaves out the level that hub checkpoints, and serving engines, have in the CLIP tower's names
+    tensors = {
+        k.replace("vision_tower.", "vision_tower.vision_model.") if "vision_tower.vision_model." not in k else k: v
+        for k, v in tensors.items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("work/digits"), help="scenes, checkpoints and log")
+    parser.add_argument("--scenes", type=int, default=24_000)
+    parser.add_argument("--vision-steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    log = (options.work / "train.log").open("a")
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        print(line, file=log, flush=True)
+
+    torch.manual_seed(0)
+    processor = build_processor()
+    model = build_model(processor)
+    report(f"{sum(p.numel() for p in model.parameters()):,} parameters, image sizes {SIZES}")
+    begin = time.monotonic()
+    samples = load_samples(options.work, options.scenes)
+    report(f"{len(samples)} scenes, {time.monotonic() - begin:.0f} s")
+    vision = options.work / "vision.pt"
+    if not vision.exists():
+        train_vision(model, processor, samples, options.vision_steps, report)
+        torch.save(model.model.vision_tower.state_dict(), vision)
+    model.model.vision_tower.load_state_dict(torch.load(vision, weights_only=True))
+    train_jointly(model, processor, samples, options, report)
+    save(model, processor, options.out)
+    report(f"saved {options.out}, {time.monotonic() - begin:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
