@@ -1,0 +1,251 @@
+"""Verification in a clean process, and the few steps that it shares with the process that writes.
+
+Run as a script by verify.py: `python -I clean_room.py FOLDER`. It must show that a checkpoint needs nothing of ours,
+so this file imports the standard library, torch, transformers and PIL only, and blocks any import of `exporter`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REFERENCE_QUESTION = "Describe this image."
+REFERENCE_TOKENS = 12
+ANSWER_TOKEN_TYPE = {"paligemma": 1}  # its prompt sees itself both ways, answers are causal; 0 is text elsewhere
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of logits, relative to the largest
+
+
+def load_processor(folder: Path | str) -> Any:
+    """The folder's processor, padding on the left; one for images and text only where torchvision is missing.
+
+    Video processors need torchvision, which has no build for every torch. A processor made this way is for running,
+    not for saving: it would write its own class name.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except ImportError:
+        processor = image_only(processor_class(Path(folder))).from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def processor_class(folder: Path) -> Any:
+    """The class that the folder names, from its own module: the top level has a dummy where a package is missing."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    files = [folder / name for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")]
+    entries = [json.loads(file.read_text()).get("processor_class") for file in files if file.exists()]
+    name = next((entry for entry in entries if entry), "(none)")
+    for model_type in (key for key, value in PROCESSOR_MAPPING_NAMES.items() if value == name):
+        package = f"transformers.models.{model_type}"
+        if importlib.util.find_spec(f"{package}.processing_{model_type}"):
+            with pil_instead_of_torchvision(f"{package}.image_processing_{model_type}"):
+                return getattr(importlib.import_module(f"{package}.processing_{model_type}"), name)
+    raise ImportError(f"{folder} names the processor class {name}, which transformers does not have.")
+
+
+@contextmanager
+def pil_instead_of_torchvision(module_name: str) -> Iterator[None]:
+    """PixtralProcessor's module imports a function of the torchvision image processor; the PIL one has the same."""
+    pil = module_name.replace("image_processing_", "image_processing_pil_")
+    stand_in = module_name not in sys.modules and importlib.util.find_spec(pil) is not None
+    if stand_in:
+        sys.modules[module_name] = importlib.import_module(pil)
+    try:
+        yield
+    finally:
+        if stand_in:
+            del sys.modules[module_name]
+
+
+def image_only(cls: Any) -> Any:
+    """The processor class without its video part."""
+    from transformers import ProcessorMixin
+
+    module: Any = sys.modules[cls.__module__]
+    if getattr(module, "num2words", "unused") is None:  # SmolVLM spells out the number of frames of a video with it
+        module.num2words = str
+
+    class ImageOnly(cls):  # type: ignore[misc]
+        # SmolVLM's own version reads defaults of the video processor.
+        apply_chat_template = ProcessorMixin.apply_chat_template
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+        @classmethod
+        def get_processor_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            settings, unused = super().get_processor_dict(*args, **kwargs)
+            return {**settings, "video_processor": None}, unused
+
+    ImageOnly.__name__ = ImageOnly.__qualname__ = f"ImageOnly{cls.__name__}"
+    return ImageOnly
+
+
+def encode(processor: Any, chats: list[list[dict[str, Any]]], images: list[list[Any]]) -> dict[str, Any]:
+    """Chats as tensors, padded on the left: one user turn each, images first, then the generation prompt."""
+    texts = [render(processor, chat) for chat in chats]
+    options = {}
+    bos = processor.tokenizer.bos_token
+    if bos and texts[0].startswith(bos):
+        options["add_special_tokens"] = False  # the template has written it already
+    shown = images if any(images) else None
+    inputs = dict(processor(text=texts, images=shown, padding=True, return_tensors="pt", **options))
+    inputs.pop("labels", None)  # PaliGemma's processor adds some that ask for nothing
+    return inputs
+
+
+def render(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """The chat template's text; for processors without one (PaliGemma) image tokens and the plain text."""
+    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+        return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    parts = [part for turn in chat for part in turn["content"]]
+    return "".join(processor.image_token if part["type"] == "image" else part["text"] for part in parts)
+
+
+def reference_inputs(processor: Any) -> dict[str, Any]:
+    """The same small question for every checkpoint: a drawn image, so that nobody's data travels with a model."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (96, 96), (30, 40, 60))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((10, 12, 50, 52), fill=(220, 60, 50))
+    pen.rectangle((54, 40, 88, 88), fill=(70, 200, 90))
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": REFERENCE_QUESTION}]}]
+    return encode(processor, [chat], [[image]])
+
+
+def reference_answer(model: Any, processor: Any) -> dict[str, list[Any]]:
+    """What the model says to the reference question, greedily, and how sure it is of each token.
+
+    'margins' are the gaps between the two highest logits, relative to the highest magnitude: two machines may well
+    disagree about a token whose margin is below the rounding of the dtype.
+    """
+    import torch
+
+    inputs = {k: v.to(model.device) for k, v in reference_inputs(processor).items()}
+    made = generate(model, inputs)
+    logits = torch.stack([step[0] for step in made.logits]).float()  # [tokens, vocabulary]
+    best = logits.topk(2).values
+    margins = (best[:, 0] - best[:, 1]) / logits.abs().amax(-1)
+    tokens = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return {"tokens": tokens, "margins": [round(m, 6) for m in margins.tolist()]}
+
+
+def generate(model: Any, inputs: dict[str, Any], new_tokens: int = REFERENCE_TOKENS) -> Any:
+    """Exactly `new_tokens` greedy tokens and their logits, whatever the checkpoint's generation config says."""
+    return model.generate(
+        **inputs,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def cache_difference(model: Any, processor: Any) -> float:
+    """How far an answer's logits with the cache are from those of one pass without, relative to the largest."""
+    import torch
+
+    inputs = {k: v.to(model.device) for k, v in reference_inputs(processor).items()}
+    length = inputs["input_ids"].shape[1]
+    made = generate(model, inputs)
+    answer = made.sequences[:, length:]
+    whole = extend(inputs, answer, torch.ones_like(answer, dtype=torch.bool), model.config.model_type)
+    with torch.no_grad():
+        logits = model(**whole, use_cache=False).logits[0, length - 1 : -1].float()
+    decoded = torch.stack([step[0] for step in made.logits]).float()
+    return ((logits - decoded).abs().max() / decoded.abs().max()).item()
+
+
+def first_difference(said: list[int], expected: list[int], margins: list[float], tolerance: float) -> int | None:
+    """Position of the first token that differs and was not a tie within rounding; what follows a tie counts no more."""
+    for position, (token, wanted, margin) in enumerate(zip(said, expected, margins, strict=True)):
+        if token != wanted:
+            return None if margin <= tolerance else position
+    return None
+
+
+def extend(inputs: dict[str, Any], answers: Any, real: Any, model_type: str) -> dict[str, Any]:
+    """Model inputs with tokens appended: answers [B, A], real [B, A] (False: padding)."""
+    import torch
+
+    grown = dict(inputs)
+    grown["input_ids"] = torch.cat([inputs["input_ids"], answers], 1)
+    grown["attention_mask"] = torch.cat([inputs["attention_mask"], real.to(inputs["attention_mask"].dtype)], 1)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            kind = ANSWER_TOKEN_TYPE.get(model_type, 0)
+            grown[name] = torch.cat([inputs[name], torch.full_like(answers, kind, dtype=inputs[name].dtype)], 1)
+    return grown
+
+
+def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """Load with transformers alone and compare with what was recorded at export. {"problems": [...], ...}"""
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    record = json.loads((folder / "compression.json").read_text())
+    reference = record["reference"]
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=getattr(torch, reference["dtype"]), output_loading_info=True
+    )
+    model.eval().to(device)
+    problems = []
+    tolerated = set(record["source"].get("unexpected_keys", ()))
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(set(map(str, report[kind])) - tolerated)
+        if names:
+            problems.append(f"{len(names)} {kind.replace('_', ' ')}, {names[0]} among them")
+    if problems:
+        return {"problems": problems}
+    processor = load_processor(folder)
+    tolerance = TOLERANCE[reference["dtype"]]
+    said = reference_answer(model, processor)["tokens"]
+    expected = reference["tokens"]
+    if (at := first_difference(said, expected, reference["margins"], tolerance)) is not None:
+        problems.append(f"token {at + 1} of the reference answer is {said[at]}, not {expected[at]} as at export")
+    difference = cache_difference(model, processor)
+    if not difference <= tolerance:
+        problems.append(f"logits with and without the cache differ by {difference:.1e} (at most {tolerance:.0e})")
+    return {
+        "problems": problems,
+        "tokens": said,
+        "cache_difference": difference,
+        "class": type(model).__name__,
+        "layers": model.config.get_text_config().num_hidden_layers,
+    }
+
+
+class _Blocked:
+    """An import hook that makes `exporter` unimportable, installed or not."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == "exporter":
+            raise ImportError("the clean process must not import exporter")
+
+
+def main() -> None:
+    sys.meta_path.insert(0, _Blocked())
+    report = verify(Path(sys.argv[1]), *sys.argv[2:])
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

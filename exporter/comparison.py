@@ -1,0 +1,399 @@
+"""The grid localizers x folds x budgets on the user's own model and data, in one run, one table and one picture.
+
+What cells share is computed once: one statistics pass for all one-pass localizers and budgets, one greedy search for
+all its budgets, one measurement of a gap for all folds, image features and unchanged layers for all cells of a batch,
+and answers are generated again only where a cell departs from what the original says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, report
+from .calibration import Sample, make_batch, make_batches
+from .capture import BatchStatistics, layer_statistics
+from .errors import InputError
+from .evaluation import SPARE_TOKENS, Task, greedy_answers, load_task
+from .fidelity import AnsweredBatch, AnswerLoss, answer_all, with_answers
+from .fold import FOLDS
+from .fold.job import Folded, FoldJob
+from .localize import LOCALIZERS, STATISTICS, LocalizeJob
+from .localize.greedy import greedy
+from .pipeline import Job, Progress, prepare, reader, silent
+from .plan import Budget, PruningPlan, make_plan
+from .recipe import (
+    FOLD_NAMES,
+    LOCALIZER_NAMES,
+    CalibrationData,
+    Method,
+    Recipe,
+    RunOptions,
+    check_keys,
+    check_options,
+    integers,
+    read_method,
+)
+from .scores import LayerScores
+from .scoring import Rate, is_right
+from .variants import Agreement, Variant, assembled, judge
+
+CELLS_AT_A_TIME = 16  # whose new tensors are held together
+
+
+# --- what to compare --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A comparison as data; its YAML has the same keys."""
+
+    model: str
+    calibration: CalibrationData
+    task: str  # questions with answers
+    localizers: tuple[Method, ...]
+    folds: tuple[Method, ...]
+    drop_layers: tuple[int, ...]
+    task_samples: int | None = None
+    revision: str | None = None
+    protect: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def recipe(self, count: int) -> Recipe:
+        return Recipe(
+            self.model, self.calibration, Budget(drop_layers=count), self.revision, protect=self.protect, seed=self.seed
+        )
+
+
+def load_grid(path: Path) -> Grid:
+    """Read a grid's YAML: keys of a recipe with lists of localizers, folds and drop_layers, and a task."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no recipe {path}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    try:
+        return grid_from_data(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def grid_from_data(data: Any) -> Grid:
+    check_keys(data, [f.name for f in dataclasses.fields(Grid)], "a comparison")
+    if missing := [
+        key for key in ("model", "calibration", "task", "localizers", "folds", "drop_layers") if key not in data
+    ]:
+        raise InputError(f"a comparison needs '{missing[0]}'.")
+    for key in ("localizers", "folds", "drop_layers"):
+        if not isinstance(data[key], list) or not data[key]:
+            raise InputError(f"{key} must be a list, not {data[key]!r}.")
+    localizers = tuple(read_method(value, LOCALIZER_NAMES, "localizer") for value in data["localizers"])
+    folds = tuple(read_method(value, FOLD_NAMES, "fold") for value in data["folds"])
+    for method in localizers:
+        check_options(LOCALIZERS[method.name], method, "localizer")
+    for method in folds:
+        check_options(FOLDS[method.name], method, "fold")
+    calibration = data["calibration"]
+    calibration = {"data": calibration} if isinstance(calibration, str) else calibration
+    check_keys(calibration, [f.name for f in dataclasses.fields(CalibrationData)], "calibration")
+    rest = {key: data[key] for key in ("task_samples", "revision", "seed") if key in data}
+    protect = data.get("protect")
+    return Grid(
+        str(data["model"]),
+        CalibrationData(**calibration),
+        str(data["task"]),
+        localizers,
+        folds,
+        integers(data["drop_layers"], "drop_layers"),
+        protect=None if protect is None else integers(protect, "protect"),
+        **rest,
+    )
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One localizer, fold and budget on the task."""
+
+    localizer: str
+    fold: str
+    drop: tuple[int, ...]
+    parameters: int
+    n: int
+    accuracy: float
+    interval: tuple[float, float]
+    kept: float  # of the original's accuracy
+    by_type: dict[str, float]
+    kl: float  # per answer token of the original
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    out: Path
+    original: Rate
+    parameters: int
+    cells: tuple[Cell, ...]
+    seconds: float
+    naive_seconds: float  # of the loop that does each cell from scratch, from the times measured in this run
+    best: dict[int, Cell] = field(default_factory=dict)  # by number of dropped layers
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    grid: Grid, out: Path | str, options: RunOptions = RunOptions(batch_size=32), progress: Progress = silent
+) -> Comparison:
+    """Fill the grid; write results.json, table.md and accuracy.png into `out`.
+
+    Cells that an earlier, broken-off run of the same grid has left in `out` are not computed again.
+    """
+    out = Path(out)
+    kept = Progressive(out, grid)
+    begin = time.monotonic()
+    job = prepare(grid.recipe(max(grid.drop_layers)), options, progress)
+    task = load_task(grid.task, grid.task_samples, grid.seed)
+    model, _ = job.load_model()
+    runner = Runner(grid, job, model, task, progress)
+    choices = runner.choose()
+    cells = dict(kept.cells)
+    todo = [key for key in runner.keys(choices) if key not in cells]
+    for start in range(0, len(todo), CELLS_AT_A_TIME):
+        fresh = runner.fill(choices, todo[start : start + CELLS_AT_A_TIME])
+        kept.add(fresh)
+        cells |= fresh
+    ordered = tuple(cells[key] for key in runner.keys(choices))
+    seconds = time.monotonic() - begin
+    best = {
+        count: max((c for c in ordered if len(c.drop) == count), key=lambda c: (c.accuracy, -c.kl))
+        for count in grid.drop_layers
+    }
+    done = Comparison(
+        out, runner.original, job.source.weights.num_parameters, ordered, seconds, runner.naive_seconds(len(todo)), best
+    )
+    write_results(done)
+    return done
+
+
+Key = tuple[str, str, int]  # localizer, fold, number of dropped layers
+
+
+@dataclass
+class Runner:
+    """One model, its calibration statistics and the original's answers, from which every cell is computed."""
+
+    grid: Grid
+    job: Job
+    model: Any
+    task: Task
+    progress: Progress
+    clock: dict[str, list[float]] = field(default_factory=dict)
+
+    def timed(self, what: str, begin: float) -> None:
+        self.clock.setdefault(what, []).append(time.monotonic() - begin)
+
+    # localizers
+
+    def choose(self) -> dict[tuple[str, int], LayerScores]:
+        """The layers that each localizer drops at each budget."""
+        chosen = {}
+        for method in self.grid.localizers:
+            for count in self.grid.drop_layers:
+                chosen[label(method), count] = self._choose(method, count)
+        return chosen
+
+    def _choose(self, method: Method, count: int) -> LayerScores:
+        if method.name == "greedy":
+            order = self._greedy_order(method.options.get("answer_tokens", 32))
+            return dataclasses.replace(order, drop=order.drop[:count])
+        if method.name in STATISTICS:
+            return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
+        blank = LocalizeJob(self.model, self.job.source.num_layers, lambda: (), self.job.recipe.seed)
+        return LOCALIZERS[method.name](blank, count, self.job.protect, **method.options)
+
+    @functools.cached_property
+    def statistics(self) -> list[BatchStatistics]:
+        begin = time.monotonic()
+        measured = list(layer_statistics(self.model, self.job.batches("score layers")))
+        self.timed("statistics", begin)
+        return measured
+
+    @functools.cache  # noqa: B019 - one runner a run
+    def _greedy_order(self, answer_tokens: int) -> LayerScores:
+        begin = time.monotonic()
+        answered = answer_all(self.model, self.job.batches("greedy: answer"), answer_tokens)
+        order = greedy(AnswerLoss(self.model, answered), max(self.grid.drop_layers), self.job.protect)
+        self.timed("greedy", begin)
+        return order
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    # cells
+
+    def keys(self, choices: dict[tuple[str, int], LayerScores]) -> list[Key]:
+        return [(name, label(fold), count) for name, count in choices for fold in self.grid.folds]
+
+    def fill(self, choices: dict[tuple[str, int], LayerScores], keys: Sequence[Key]) -> dict[Key, Cell]:
+        """Fold, judge against the original's answers, and generate where a cell departs from them."""
+        folds = {label(fold): fold for fold in self.grid.folds}
+        wanted = {key: (make_plan(self.job.source.num_layers, choices[key[0], key[2]].drop), key[1]) for key in keys}
+        distinct = {(plan, fold): Variant(plan, self.fold(plan, folds[fold])) for plan, fold in wanted.values()}
+        variants = list(distinct.values())
+        begin = time.monotonic()
+        bar = iter(self.progress(range(len(variants) * len(self.said)), "judge", len(variants) * len(self.said)))
+        agreements = judge(self.model, variants, self.said, lambda _: next(bar, None))
+        for _ in bar:
+            pass
+        correct = [self._correct(v, a) for v, a in zip(variants, agreements, strict=True)]
+        self.timed("judge", begin)
+        found = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
+        return {key: self._cell(key, plan, *found[plan, fold]) for key, (plan, fold) in wanted.items()}
+
+    def fold(self, plan: PruningPlan, method: Method) -> Folded:
+        if not plan.drop:
+            return {}
+        begin = time.monotonic()
+        text = self.job.source.config.get_text_config()
+        multiplier = getattr(text, self.job.source.decoder.residual_multiplier or "", 1.0)
+        batches = functools.partial(self.job.batches, f"fold ({method.name})")
+        given = FoldJob(
+            self.model, batches, plan, reader(self.job.source), self.job.source.decoder, multiplier, self._measured
+        )
+        folded = FOLDS[method.name](given, **method.options)
+        self.timed("fold", begin)
+        return folded
+
+    @functools.cached_property
+    def _measured(self) -> dict[Any, Any]:
+        return {}
+
+    # the original's answers
+
+    @functools.cached_property
+    def said(self) -> list[AnsweredBatch]:
+        """The task's questions with what the original answers, in batches; also sets its correctness."""
+        begin = time.monotonic()
+        samples, size = self.task.samples, self.job.options.batch_size
+        answered, right = [], []
+        number = -(-len(samples) // size)
+        for batch in self.progress(
+            make_batches(samples, self.job.processor, self.job.source.config, size), "answer", number
+        ):
+            on_device = batch.to(self.model.device)
+            answers = greedy_answers(self.model, on_device, self.longest)
+            right += self._judge(answers, batch.samples)
+            answered.append(with_answers(self.model, on_device, answers))
+        self.correct = right
+        self.timed("answer", begin)
+        return answered
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return self.task.longest(self.job.processor) if self.task.samples else SPARE_TOKENS
+
+    @property
+    def original(self) -> Rate:
+        self.said  # noqa: B018
+        return Rate.of(self.correct)
+
+    def _judge(self, answers: Any, samples: Sequence[Sample]) -> list[bool]:
+        texts = self.job.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [is_right(text, s.answers, s.choices) for text, s in zip(texts, samples, strict=True)]
+
+    def _correct(self, variant: Variant, agreement: Agreement) -> list[bool]:
+        """Right or wrong for every question; only the questions that are answered otherwise are answered again."""
+        correct = list(self.correct)
+        departs = [i for i, follows in enumerate(agreement.follows) if not follows]
+        size = self.job.options.batch_size
+        with assembled(self.model, variant):
+            for start in range(0, len(departs), size):
+                indices = departs[start : start + size]
+                samples = [self.task.samples[i] for i in indices]
+                batch = make_batch(samples, self.job.processor, self.job.source.config).to(self.model.device)
+                answers = greedy_answers(self.model, batch, self.longest)
+                for i, right in zip(indices, self._judge(answers, samples), strict=True):
+                    correct[i] = right
+        return correct
+
+    def _cell(self, key: Key, plan: PruningPlan, agreement: Agreement, correct: list[bool]) -> Cell:
+        rate = Rate.of(correct)
+        types: dict[str, list[bool]] = {}
+        for sample, right in zip(self.task.samples, correct, strict=True):
+            types.setdefault(sample.type or "all", []).append(right)
+        gone = sum(self.job.source.parameters_per_layer[layer] for layer in plan.drop)
+        return Cell(
+            key[0],
+            key[1],
+            plan.drop,
+            self.job.source.weights.num_parameters - gone,
+            rate.n,
+            rate.accuracy,
+            rate.interval,
+            rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
+            {name: sum(values) / len(values) for name, values in sorted(types.items())},
+            agreement.kl / max(agreement.tokens, 1),
+            agreement.same / max(agreement.tokens, 1),
+        )
+
+    def naive_seconds(self, cells: int) -> float:
+        """The loop over cells that shares nothing: each localizes, folds and answers every question anew."""
+        per_cell = {what: max(times) for what, times in self.clock.items()}
+        greedy_cells = sum(method.name == "greedy" for method in self.grid.localizers) / len(self.grid.localizers)
+        localizing = per_cell.get("statistics", 0.0) * (1 - greedy_cells) + per_cell.get("greedy", 0.0) * greedy_cells
+        return cells * (localizing + per_cell.get("fold", 0.0) + per_cell.get("answer", 0.0))
+
+
+def label(method: Method) -> str:
+    """'scp', or 'scp k=16' where it has options."""
+    return " ".join([method.name, *(f"{k}={v}" for k, v in method.options.items())])
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Progressive:
+    """Cells on disk as they are done, so that a broken-off run goes on."""
+
+    def __init__(self, out: Path, grid: Grid) -> None:
+        self.path = out / "cells.jsonl"
+        fingerprint = hashlib.sha256(json.dumps(asdict(grid), sort_keys=True).encode()).hexdigest()
+        self.cells: dict[Key, Cell] = {}
+        if out.exists() and self.path.exists():
+            first, *lines = self.path.read_text().splitlines()
+            if json.loads(first).get("grid") != fingerprint:
+                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
+            for line in lines:
+                self._keep(json.loads(line))
+            return
+        checkpoint.check_target(out)
+        out.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
+
+    def _keep(self, data: dict[str, Any]) -> None:
+        cell = Cell(**data | {"drop": tuple(data["drop"]), "interval": tuple(data["interval"])})
+        self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell
+
+    def add(self, cells: dict[Key, Cell]) -> None:
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(asdict(cell)) + "\n" for cell in cells.values())
+
+
+def write_results(done: Comparison) -> None:
+    data = asdict(done) | {"out": str(done.out)}
+    (done.out / "results.json").write_text(json.dumps(data, indent=2) + "\n")
+    (done.out / "table.md").write_text(report.comparison_markdown(done))
+    report.plot_comparison(done, done.out / "accuracy.png")

@@ -1,0 +1,88 @@
+"""What a compression would cost, before it is run: parameters, bytes, time and memory. Nothing is loaded or written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from .pipeline import Job, kv_bytes_per_token
+
+CALIBRATION_BATCHES = 2  # processed to learn how long the questions are
+PASSES = {"tis": 1.15, "block_influence": 1.0, "angular": 1.0, "random": 0.0, "first": 0.0, "last": 0.0}
+ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
+
+
+@dataclass(frozen=True)
+class Estimate:
+    layers: int
+    drop: int
+    parameters: int
+    parameters_after: int
+    bytes: int
+    bytes_after: int
+    kv_bytes_per_token: int
+    tokens: int
+    seconds: float
+    memory_bytes: int
+
+
+def estimate(job: Job) -> Estimate:
+    """Sizes are exact up to which layers go; time and memory are estimates for this machine."""
+    per_layer = job.source.parameters_per_layer
+    weights = job.source.weights
+    gone = round(job.count * sum(per_layer) / len(per_layer))
+    gone_bytes = round(
+        job.count
+        * sum(entry.num_bytes for name, entry in weights.entries.items() if job.source.layer_of(name) is not None)
+        / len(per_layer)
+    )
+    tokens, longest = _tokens(job)
+    width = job.source.config.get_text_config().hidden_size
+    folds = 0.0 if job.recipe.fold is not None and job.recipe.fold.name == "none" else 1.0
+    passes = PASSES.get(job.recipe.localizer.name, len(per_layer) / 2 * max(job.count, 1)) + folds
+    flops = passes * 2 * tokens * sum(per_layer)
+    seconds = flops / _flops_per_second(job) + 2 * weights.num_bytes / 1e9
+    memory = (
+        weights.num_parameters * job.dtype.itemsize
+        + ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
+        + 6 * width * width * 8
+    )
+    return Estimate(
+        len(per_layer),
+        job.count,
+        weights.num_parameters,
+        weights.num_parameters - gone,
+        weights.num_bytes,
+        weights.num_bytes - gone_bytes,
+        kv_bytes_per_token(job.source.config, job.dtype),
+        tokens,
+        seconds,
+        memory,
+    )
+
+
+def _tokens(job: Job) -> tuple[int, int]:
+    """Padded tokens of all calibration questions, from the first batches, and the longest row among these."""
+    seen = rows = longest = 0
+    for number, batch in enumerate(job.batches("read questions")):
+        seen += batch.is_visual.numel()
+        rows += len(batch.samples)
+        longest = max(longest, batch.is_visual.shape[1])
+        if number + 1 == CALIBRATION_BATCHES:
+            break
+    return round(seen / rows * len(job.calibration.samples)), longest
+
+
+def _flops_per_second(job: Job, size: int = 1024) -> float:
+    """Matrix products of a decoder's kind on the device, and two thirds of that for everything around them."""
+    import torch
+
+    a = torch.randn(size, size, dtype=job.dtype, device=job.device)
+    for _ in range(3):
+        a @ a
+    best = 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a).sum().item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best * 2 / 3

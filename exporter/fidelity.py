@@ -1,0 +1,106 @@
+"""How far a changed model departs from the original, on answers that the original gives itself.
+
+No labels are needed: the original answers every calibration question greedily, and a variant is judged by the
+likelihood that it gives to those tokens, all of them, since first tokens hide damage.
+
+Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a whole batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .calibration import Batch
+from .clean_room import extend
+from .replay import last_output, logits, trace, walk
+from .source import text_decoder
+
+
+@dataclass(frozen=True)
+class AnsweredBatch:
+    """A batch with answers appended, and which positions predict an answer token."""
+
+    batch: Batch
+    predicts: Tensor  # [B, S + A] True where the next token is an answer's
+    targets: Tensor  # [N] the answer tokens, row by row
+
+
+def answered(model: Any, batch: Batch, max_new_tokens: int = 32) -> AnsweredBatch:
+    """Let the model answer, and append what it says, up to and with its end token."""
+    batch = batch.to(model.device)
+    length = batch.inputs["input_ids"].shape[1]
+    made = model.generate(
+        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0
+    )[:, length:]  # [B, A]
+    return with_answers(model, batch, made)
+
+
+def with_answers(model: Any, batch: Batch, answers: Tensor, real: Tensor | None = None) -> AnsweredBatch:
+    """Append given answer tokens [B, A]; whatever follows an end token, or is not `real` [B, A], is padding."""
+    if real is None:
+        ends = torch.tensor(sorted(end_ids(model)), dtype=answers.dtype, device=answers.device)
+        is_end = torch.isin(answers, ends)
+        ended = is_end.cumsum(1) - is_end.long() > 0  # [B, A] strictly after the first end token
+    else:
+        ended = ~real
+    inputs = extend(batch.inputs, answers, ~ended, model.config.model_type)
+    nothing = torch.zeros_like(ended)
+    extended = Batch(
+        inputs, torch.cat([batch.is_visual, nothing], 1), torch.cat([batch.is_text, ~ended], 1), batch.samples
+    )
+    predicts = torch.cat([torch.zeros_like(batch.is_visual[:, 1:]), ~ended, nothing[:, :1]], 1)
+    return AnsweredBatch(extended, predicts, answers[~ended])
+
+
+def end_ids(model: Any) -> set[int]:
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """Mean negative log-likelihood of the original's answers without some decoder layers: a localizer's RemovalLoss."""
+
+    model: Any
+    batches: Sequence[AnsweredBatch]
+
+    @property
+    def num_layers(self) -> int:
+        return len(text_decoder(self.model).layers)
+
+    def __call__(self, dropped: frozenset[int]) -> float:
+        layers = text_decoder(self.model).layers
+        total, number = 0.0, 0
+        for one in self.batches:
+            given = trace(self.model, one.batch)
+            output = last_output(walk(layers, given, leave_out=dropped), given.entry)
+            total, number = total + self._loss(one, output), number + len(one.targets)
+        return total / number
+
+    def each_further(self, dropped: frozenset[int], candidates: tuple[int, ...]) -> dict[int, float]:
+        """One pass for all candidates: each shares the layers before it with the others."""
+        layers = text_decoder(self.model).layers
+        totals = dict.fromkeys(candidates, 0.0)
+        for one in self.batches:
+            given = trace(self.model, one.batch)
+            for layer_idx, before, _ in walk(layers, given, leave_out=dropped):
+                if layer_idx in totals:
+                    state = given.after(layer_idx, before)
+                    rest = walk(layers, given, start=layer_idx + 1, state=state, leave_out=dropped)
+                    totals[layer_idx] += self._loss(one, last_output(rest, state))
+        number = sum(len(one.targets) for one in self.batches)
+        return {layer: total / number for layer, total in totals.items()}
+
+    def _loss(self, one: AnsweredBatch, output: Tensor) -> float:
+        predicted = logits(self.model, output[one.predicts]).float()  # [N, vocabulary]
+        return float(F.cross_entropy(predicted, one.targets, reduction="sum"))
+
+
+def answer_all(model: Any, batches: Iterable[Batch], max_new_tokens: int = 32) -> list[AnsweredBatch]:
+    return [answered(model, batch, max_new_tokens) for batch in batches]

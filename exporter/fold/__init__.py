@@ -1,0 +1,73 @@
+"""Folds: putting what the dropped layers did into the weights that stay. One file a method; this is the table of them.
+
+A fold takes a FoldJob and its own options and returns new tensors by (old layer index, name inside the layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .job import Folded, FoldJob, GapMoments, measure_gaps
+from .least_squares import least_squares, linear_map
+from .scp import scp
+
+
+def fold_none(job: FoldJob) -> Folded:
+    return {}
+
+
+def fold_scp(
+    job: FoldJob,
+    *,
+    k: int | float = 0.125,
+    tokens: str = "all",
+    per: str = "run",
+    weights: tuple[str, ...] = ("down_proj",),
+) -> Folded:
+    """Short-LVLM's subspace compensation.
+
+    Args:
+        k: directions, a number or a share of the hidden size.
+        tokens: 'all' or 'important'.
+        per: one difference per 'run' of dropped layers or one per dropped 'layer', applied one after the other.
+        weights: 'down_proj', and 'o_proj' where wanted.
+    """
+    job.refuse_post_norm("scp")
+
+    def change(name: str, tensor: Any, gap: GapMoments) -> Any:
+        directions = k if isinstance(k, int) else max(1, round(k * len(gap.difference)))
+        return scp(tensor, gap.difference, directions)
+
+    return _apply(job, measure_gaps(job, tokens=tokens), change, weights)
+
+
+def fold_least_squares(job: FoldJob, *, ridge: float = 1e-2, tokens: str = "all") -> Folded:
+    """ReplaceMe's linear map of the MLP's output, solved by ridge regression towards the identity."""
+    job.refuse_post_norm("least_squares")
+
+    def change(name: str, tensor: Any, gap: GapMoments) -> Any:
+        return least_squares(tensor, linear_map(gap.mlp.xx, gap.mlp.xy, ridge))
+
+    return _apply(job, measure_gaps(job, tokens=tokens), change, ("down_proj",))
+
+
+def _apply(
+    job: FoldJob, gaps: dict[int, GapMoments], change: Callable[[str, Any, GapMoments], Any], weights: tuple[str, ...]
+) -> Folded:
+    """Left-multiply the output-side weights, and their biases, of the kept layer before each gap."""
+    modules = {"down_proj": job.decoder.down_proj, "o_proj": job.decoder.o_proj}
+    folded: Folded = {}
+    for kept, gap in gaps.items():
+        for module in (modules[name] for name in weights):
+            for name in (f"{module}.weight", f"{module}.bias"):
+                if (tensor := job.read(kept, name)) is not None:
+                    folded[kept, name] = change(name, tensor, gap)
+    return folded
+
+
+FOLDS: dict[str, Callable[..., Folded]] = {
+    "none": fold_none,
+    "scp": fold_scp,
+    "least_squares": fold_least_squares,
+}

@@ -1,0 +1,27 @@
+"""Least squares: the linear map of the MLP's output that best replaces the dropped layers.
+
+ReplaceMe (arXiv 2505.02819), equations 4 and 5, with a ridge: T = (MᵀM + αI)⁻¹ Mᵀ(X^p - X^r + M), W ← Tᵀ W.
+Shapes: D hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_map(mm: Tensor, my: Tensor, ridge: float) -> Tensor:
+    """T [D, D] from MᵀM and MᵀY, Y what the MLP should have put out.
+
+    `ridge` is α as a share of the mean squared output, so that it means the same for every model; T is pulled towards
+    the identity rather than towards zero, so that without evidence the layer stays what it is.
+    """
+    mm, my = mm.double(), my.double()
+    alpha = ridge * mm.diagonal().mean()
+    eye = torch.eye(len(mm), dtype=torch.double, device=mm.device)
+    return torch.linalg.solve(mm + alpha * eye, my + alpha * eye)
+
+
+def least_squares(weight: Tensor, transform: Tensor) -> Tensor:
+    """Tᵀ W for an output-side weight [D, I] or bias [D], in the weight's dtype."""
+    return (transform.T @ weight.double()).to(weight.dtype)

@@ -1,0 +1,98 @@
+"""Localizers: which decoder layers are redundant. One file a method; this is the table of them.
+
+A localizer takes what it is measured from, how many layers are to go and which are protected, and its own options.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..calibration import Batch
+from ..capture import layer_statistics
+from ..errors import InputError
+from ..fidelity import AnswerLoss, answer_all
+from ..scores import LayerScores, most_redundant
+from .angular import angular
+from .block_influence import block_influence
+from .greedy import greedy
+from .tis import tis
+
+
+@dataclass(frozen=True)
+class LocalizeJob:
+    """A model and the questions to judge its layers by."""
+
+    model: Any
+    num_layers: int
+    batches: Callable[[], Iterable[Batch]]
+    seed: int = 0
+
+
+def by_tis(
+    job: LocalizeJob,
+    count: int,
+    protect: Sequence[int],
+    *,
+    p: float = 0.5,
+    tokens: str = "per_layer",
+    text: str = "rows",
+) -> LayerScores:
+    statistics = layer_statistics(job.model, job.batches())
+    return tis(statistics, count, tuple(protect), p=p, tokens=tokens, text=text)
+
+
+def by_block_influence(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
+    return block_influence(layer_statistics(job.model, job.batches(), attention=False), count, tuple(protect))
+
+
+def by_angular(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
+    return angular(layer_statistics(job.model, job.batches(), attention=False), count, tuple(protect))
+
+
+def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int], *, answer_tokens: int = 32) -> LayerScores:
+    return greedy(AnswerLoss(job.model, answer_all(job.model, job.batches(), answer_tokens)), count, tuple(protect))
+
+
+def by_order(name: str) -> Callable[..., LayerScores]:
+    """Controls that look at nothing: values only say the order of choice."""
+
+    def choose(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
+        order = list(range(job.num_layers))
+        if name == "random":
+            random.Random(job.seed).shuffle(order)
+        elif name == "last":
+            order.reverse()
+        values = [1 - order.index(layer) / job.num_layers for layer in range(job.num_layers)]
+        return LayerScores(name, tuple(values), most_redundant(values, count, protect))
+
+    return choose
+
+
+STATISTICS: dict[str, Callable[..., LayerScores]] = {  # all of them from one pass over the data
+    "tis": tis,
+    "block_influence": block_influence,
+    "angular": angular,
+}
+LOCALIZERS: dict[str, Callable[..., LayerScores]] = {
+    "tis": by_tis,
+    "block_influence": by_block_influence,
+    "angular": by_angular,
+    "greedy": by_greedy,
+    "random": by_order("random"),
+    "first": by_order("first"),
+    "last": by_order("last"),
+}
+
+
+def explicit(num_layers: int, layers: Sequence[int]) -> LayerScores:
+    """The layers that the recipe names: 1 for those that go."""
+    return LayerScores("explicit", tuple(float(i in layers) for i in range(num_layers)), tuple(sorted(layers)))
+
+
+def check_scores(scores: LayerScores, count: int) -> LayerScores:
+    if len(scores.drop) != count:
+        raise InputError(f"{scores.method} chose {len(scores.drop)} layers where {count} were to go.")
+    return scores

@@ -1,0 +1,159 @@
+"""The model card: README.md of a compressed checkpoint, rendered from its record and nothing else.
+
+Every number in it was measured on that checkpoint and stands in compression.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, report
+from .scores import LayerScores
+from .source import read_json
+
+TITLES = {
+    "tis": ("Short-LVLM's Token Importance Scores", "https://arxiv.org/abs/2507.23362"),
+    "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
+    "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
+    "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
+    "random": ("a random draw, as a control", "https://arxiv.org/abs/2402.09025"),
+    "first": ("taking the first ones, as a control", "https://arxiv.org/abs/2403.17887"),
+    "last": ("taking the last ones, as a control", "https://arxiv.org/abs/2403.17887"),
+    "explicit": ("hand: the recipe names them", "https://arxiv.org/abs/2403.03853"),
+    "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
+    "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
+}
+
+
+def card(folder: Path, name: str | None = None) -> Path:
+    """Render README.md and the pictures of a compressed folder from its compression.json.
+
+    Args:
+        name: hub id under which it is or will be loaded; the folder's name where there is none.
+    Raises: InputError where the folder is not one of ours.
+    """
+    record = checkpoint.read_record(folder)
+    scores = record["scores"]
+    (folder / "assets").mkdir(exist_ok=True)
+    report.plot_scores(
+        LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"])),
+        folder / "assets" / "layer_scores.png",
+        record["protect"],
+    )
+    path = folder / "README.md"
+    path.write_text(f"---\n{metadata(record, name or folder.name)}---\n\n{body(record, name or folder.name)}")
+    return path
+
+
+def body(record: dict[str, Any], name: str) -> str:
+    import jinja2
+    import yaml
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=False,
+        lstrip_blocks=False,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    fold = dict(record["fold"])
+    fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
+    method = record["scores"]["method"]
+    localizer = dict(zip(("title", "link"), TITLES[method], strict=True))
+    base = record["source"]["base_model"]
+    return environment.get_template("compressed.md.jinja").render(
+        record,
+        title=name.split("/")[-1],
+        load_name=name,
+        fold=fold,
+        localizer=localizer,
+        pct=_percent,
+        model_type=record["source"]["model_type"],
+        recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
+        base_sentence=f"This is [{base}](https://huggingface.co/{base}) with fewer layers."
+        if base
+        else "This is a smaller version of a base model.",
+        licence_sentence=_licence_sentence(record["source"]),
+    )
+
+
+def template_folder() -> Path:
+    """`model_cards/`: beside the package in the repository, inside it where it was installed."""
+    here = Path(__file__).parent
+    inside = here / "model_cards"
+    return inside if inside.is_dir() else here.parent / "model_cards"
+
+
+def metadata(record: dict[str, Any], name: str) -> str:
+    """The hub's YAML: base model and relation, licence, tags, and the measured results as model-index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=e["task"],
+            dataset_name=e["task"],
+            metric_type="exact_match",
+            metric_value=round(e["accuracy"], 4),
+            metric_name=f"exact match, n={e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
+        )
+        for e in record["evaluations"]
+    ]
+    source = record["source"]
+    data = ModelCardData(
+        model_name=name.split("/")[-1],
+        base_model=source["base_model"],
+        license=source["license"].get("license"),
+        license_name=source["license"].get("license_name"),
+        license_link=source["license"].get("license_link"),
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["lvlm-exporter", "layer-pruning", "compressed", record["scores"]["method"]],
+        eval_results=results or None,
+    )
+    if source["base_model"]:
+        data["base_model_relation"] = "finetune"
+    return data.to_yaml() + "\n"
+
+
+def inherited_licence(folder: Path) -> dict[str, str]:
+    """What the source's README.md says of its licence, {} where it says nothing."""
+    import yaml
+
+    path = folder / "README.md"
+    if not path.exists():
+        return {}
+    text = path.read_text(errors="replace")
+    if not text.startswith("---"):
+        return {}
+    try:
+        data = yaml.safe_load(text.split("---", 2)[1])
+    except (yaml.YAMLError, IndexError):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: str(data[key]) for key in keys if isinstance(data, dict) and data.get(key)}
+
+
+def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
+    """The hub id of the source: stated in the recipe, or the source itself, or what its own record says."""
+    if stated:
+        return stated
+    if not Path(name).expanduser().is_dir():
+        return name.removeprefix("hub:").split("@")[0]
+    if (folder / checkpoint.RECORD).exists():
+        return read_json(folder / checkpoint.RECORD).get("source", {}).get("base_model")
+    return None
+
+
+def _percent(measured: dict[str, Any]) -> str:
+    low, high = measured["interval"]
+    return f"{100 * measured['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _licence_sentence(source: dict[str, Any]) -> str:
+    licence = source["license"].get("license_name") or source["license"].get("license")
+    return (
+        f"Licence: {licence}, inherited." if licence else "The base model's folder states no licence: ask its authors."
+    )

@@ -1,0 +1,296 @@
+"""The whole story: from a recipe to a checkpoint that has been verified before it gets its name."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import checkpoint, clean_room
+from .calibration import Batch, Calibration, load_calibration, make_batches
+from .errors import InputError
+from .families import protected_layers
+from .fold import FOLDS
+from .fold.job import Folded, FoldJob
+from .localize import LOCALIZERS, LocalizeJob, check_scores, explicit
+from .model_card import base_model_of, card, inherited_licence
+from .plan import PruningPlan, make_plan
+from .recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_options
+from .scores import LayerScores
+from .source import (
+    Source,
+    compute_dtype,
+    file_hash,
+    file_hashes,
+    load_config,
+    load_model,
+    open_source,
+    pick_device,
+    read_json,
+)
+from .variants import Variant, assembled
+from .verification import require
+from .weights import open_weights
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # items, what is done, how many -> the same items
+
+
+def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    return items
+
+
+def compress(recipe: Recipe, out: Path | str, options: RunOptions = RunOptions(), progress: Progress = silent) -> Path:
+    """Localize, fold, write, describe, verify: the recipe's checkpoint in the folder `out`.
+
+    Returns: the folder. Raises: InputError for wrong input, CheckFailed where the result does not verify; in both
+    cases nothing is left at `out`.
+    """
+    begin = time.monotonic()
+    out = Path(out)
+    checkpoint.check_target(out)
+    job = prepare(recipe, options, progress)
+    checkpoint.check_space(out, job.source.weights.num_bytes)
+    model, ignored = job.load_model()
+    scores = localize(job, model)
+    plan = make_plan(job.source.num_layers, scores.drop)
+    folded, fold = fold_gaps(job, model, plan)
+    with assembled(model, Variant(plan, folded)):
+        reference = clean_room.reference_answer(model, job.processor)
+    del model  # verification loads the checkpoint again: there is memory for one
+    record = describe(job, scores, plan, fold, reference)
+    record["source"]["unexpected_keys"] = ignored
+    with checkpoint.staged(out) as stage:
+        kept = sum(
+            piece.entry.num_bytes for shard in checkpoint.kept_pieces(job.source, plan, folded) for piece in shard
+        )
+        write_with_progress(job.source, plan, folded, stage, progress, kept)
+        record["measured"] = measure(stage, record, time.monotonic() - begin)
+        checkpoint.write_record(stage, record)
+        card(stage, out.name)
+        require(stage, job.device)
+    return out
+
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with everything it names opened and checked, but for the model itself."""
+
+    recipe: Recipe
+    options: RunOptions
+    source: Source
+    calibration: Calibration
+    processor: Any
+    device: str
+    dtype: torch.dtype
+    protect: tuple[int, ...]
+    count: int  # layers that are to go
+    progress: Progress
+    tokens: dict[str, int] = field(default_factory=dict)  # visual and text, counted by the last pass over the data
+
+    def batches(self, what: str) -> Iterator[Batch]:
+        """The calibration questions, in the same order every time."""
+        batches = make_batches(self.calibration.samples, self.processor, self.source.config, self.options.batch_size)
+        number = -(-len(self.calibration.samples) // self.options.batch_size)
+        visual = text = 0
+        for batch in self.progress(batches, what, number):
+            visual, text = visual + int(batch.is_visual.sum()), text + int(batch.is_text.sum())
+            yield batch
+        self.tokens.update(visual=visual, text=text)
+
+    def load_model(self) -> tuple[Any, list[str]]:
+        """The model, and names of tensors that transformers ignores."""
+        return load_model(self.source, self.device, self.dtype, self.options.memory)
+
+
+def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) -> Job:
+    """Everything that can be wrong with the input is found here, the cheap things first."""
+    source = open_source(recipe.model, recipe.revision)
+    protect = protected_layers(source.config) if recipe.protect is None else recipe.protect
+    if bad := [layer for layer in protect if not 0 <= layer < source.num_layers]:
+        raise InputError(f"protect names layer {bad[0]}: the decoder has layers 0 to {source.num_layers - 1}.")
+    per_layer = source.parameters_per_layer
+    count = recipe.budget.count(per_layer, source.weights.num_parameters - sum(per_layer), protect)
+    check_options(LOCALIZERS[recipe.localizer.name], recipe.localizer, "localizer")
+    if recipe.fold is not None:
+        check_options(FOLDS[recipe.fold.name], recipe.fold, "fold")
+    calibration = load_for(recipe)
+    for sample in progress(calibration.samples, "check images", len(calibration.samples)):
+        sample.chat()
+        sample.open_images()
+    device = pick_device(options.device)
+    dtype = compute_dtype(options.dtype, source.config, device)
+    processor = clean_room.load_processor(source.folder)
+    return Job(recipe, options, source, calibration, processor, device, dtype, tuple(protect), count, progress)
+
+
+def load_for(recipe: Recipe) -> Calibration:
+    """The recipe's calibration questions."""
+    data = recipe.calibration
+    return load_calibration(
+        data.data, samples=data.samples, seed=recipe.seed, columns=data.columns, split=data.split, prompt=data.prompt
+    )
+
+
+def localize(job: Job, model: Any) -> LayerScores:
+    """The layers to drop, by the recipe's localizer or as the recipe names them."""
+    if job.recipe.budget.layers is not None:
+        return explicit(job.source.num_layers, job.recipe.budget.layers)
+    method = job.recipe.localizer
+    measured_from = LocalizeJob(
+        model, job.source.num_layers, functools.partial(job.batches, "score layers"), job.recipe.seed
+    )
+    return check_scores(LOCALIZERS[method.name](measured_from, job.count, job.protect, **method.options), job.count)
+
+
+def fold_gaps(job: Job, model: Any, plan: PruningPlan) -> tuple[Folded, dict[str, Any]]:
+    """New weights for the layers that stay, and what the record says of them."""
+    method, reason = job.recipe.fold, ""
+    if method is None:
+        method = Method(DEFAULT_FOLD)
+        if job.source.decoder.post_norm:
+            method = Method("none")
+            reason = ": in this family a norm follows the MLP inside each layer, so that no fold is exact"
+    fold = FOLDS[method.name]
+    folded: Folded = {}
+    if plan.drop:
+        multiplier = getattr(job.source.config.get_text_config(), job.source.decoder.residual_multiplier or "", 1.0)
+        folded = fold(
+            FoldJob(
+                model,
+                functools.partial(job.batches, f"fold ({method.name})"),
+                plan,
+                reader(job.source),
+                job.source.decoder,
+                multiplier,
+            ),
+            **method.options,
+        )
+    tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
+    return folded, {"name": method.name, "options": method.options, "reason": reason, "tensors": tensors}
+
+
+def reader(source: Source) -> Callable[[int, str], Any]:
+    """Reads a decoder layer's tensor by its name inside the layer, from disk; None where there is none."""
+
+    def read(layer: int, name: str) -> Any:
+        full = f"{source.layer_prefix}{layer}.{name}"
+        return source.weights.read(full) if full in source.weights.entries else None
+
+    return read
+
+
+def write_with_progress(
+    source: Source, plan: PruningPlan, folded: Folded, stage: Path, progress: Progress, num_bytes: int
+) -> None:
+    """Write the checkpoint, a step of the progress bar per MiB."""
+    unit = 1 << 20
+    ticks = iter(progress(range(num_bytes // unit + 1), "write", num_bytes // unit + 1))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        for _ in range((done + count) // unit - done // unit):
+            next(ticks, None)
+        done += count
+
+    checkpoint.write_checkpoint(source, plan, folded, stage, advance)
+    for _ in ticks:
+        pass
+
+
+def score(recipe: Recipe, options: RunOptions = RunOptions(), progress: Progress = silent) -> tuple[Job, LayerScores]:
+    """Only localize; writes nothing. Returns what was opened, and the scores."""
+    job = prepare(recipe, options, progress)
+    return job, localize(job, job.load_model()[0])
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def describe(
+    job: Job, scores: LayerScores, plan: PruningPlan, fold: dict[str, Any], reference: dict[str, Any]
+) -> dict[str, Any]:
+    """compression.json: everything that is needed to understand the checkpoint and to make it again."""
+    source, dtype = job.source, str(job.dtype).removeprefix("torch.")
+    return {
+        "format": 1,
+        "recipe": job.recipe.to_data(),
+        "run": {
+            "device": job.device,
+            "dtype": dtype,
+            "batch_size": job.options.batch_size,
+            "memory": job.options.memory,
+        },
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "model_type": source.config.model_type,
+            "base_model": base_model_of(source.name, source.folder, job.recipe.base_model),
+            "license": inherited_licence(source.folder),
+            "parameters": source.weights.num_parameters,
+            "bytes": source.weights.num_bytes,
+            "kv_bytes_per_token": kv_bytes_per_token(source.config, job.dtype),
+            "files": file_hashes(source),
+        },
+        "calibration": {
+            "data": job.recipe.calibration.data,
+            "samples": len(job.calibration.samples),
+            "of": job.calibration.total,
+            "fingerprint": job.calibration.fingerprint,
+            "tokens": job.tokens,
+        },
+        "protect": list(job.protect),
+        "scores": {
+            "method": scores.method,
+            "values": list(scores.values),
+            "drop": list(scores.drop),
+            "details": scores.details,
+        },
+        "plan": {"num_layers": plan.num_layers, "drop": list(plan.drop), "keep": list(plan.keep)},
+        "fold": fold,
+        "reference": {**reference, "question": clean_room.REFERENCE_QUESTION, "dtype": dtype},
+        "evaluations": [],
+        "versions": versions(),
+    }
+
+
+def measure(folder: Path, record: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What the written checkpoint weighs."""
+    import torch
+
+    weights = open_weights(folder)
+    config = load_config(folder, read_json(folder / "config.json"))
+    return {
+        "parameters": weights.num_parameters,
+        "bytes": weights.num_bytes,
+        "seconds": round(seconds, 2),
+        "kv_bytes_per_token": kv_bytes_per_token(config, getattr(torch, record["run"]["dtype"])),
+        "files": {shard.path.name: file_hash(shard.path) for shard in weights.shards},
+    }
+
+
+def kv_bytes_per_token(config: Any, dtype: Any) -> int:
+    """Keys and values of all decoder layers for one token, in bytes."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
+
+
+def versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    from . import __version__
+
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"exporter": __version__, "python": platform.python_version(), **packages}

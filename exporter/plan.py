@@ -1,0 +1,167 @@
+"""From scores and a budget to a plan, and what the plan does to config.json. Pure: no model, no files."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError
+from .families import LAYER_COUNTS, LAYER_INDEX_LISTS, MEANINGLESS_IF, PER_LAYER_LISTS
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which decoder layers go."""
+
+    num_layers: int
+    drop: tuple[int, ...]  # ascending
+
+    @property
+    def keep(self) -> tuple[int, ...]:
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.drop)
+
+    @property
+    def new_index(self) -> dict[int, int]:
+        """Old index to new index of every layer that stays."""
+        return {old: new for new, old in enumerate(self.keep)}
+
+    @property
+    def runs(self) -> tuple[tuple[int, ...], ...]:
+        """The dropped layers in groups of consecutive ones."""
+        runs: list[tuple[int, ...]] = []
+        for layer in self.drop:
+            if runs and runs[-1][-1] == layer - 1:
+                runs[-1] += (layer,)
+            else:
+                runs.append((layer,))
+        return tuple(runs)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is to go: exactly one of the four is given."""
+
+    drop_layers: int | None = None
+    drop_ratio: float | None = None
+    target_params: int | None = None
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"a budget is exactly one of drop_layers, drop_ratio, target_params and layers; "
+                f"given: {', '.join(given) or 'none'}."
+            )
+
+    def count(self, parameters_per_layer: Sequence[int], other_parameters: int, protect: Collection[int]) -> int:
+        """How many layers go. Raises InputError where the budget can't be met."""
+        total = len(parameters_per_layer)
+        free = [layer for layer in range(total) if layer not in protect]
+        if self.layers is not None:
+            return len(self._explicit(total, protect))
+        if self.drop_ratio is not None:
+            if not 0 <= self.drop_ratio < 1:
+                raise InputError(f"drop_ratio={self.drop_ratio}: a share of the layers, from 0 to below 1, is needed.")
+            count = math.floor(self.drop_ratio * total + 0.5)
+        elif self.target_params is not None:
+            count = self._for_parameters(parameters_per_layer, other_parameters, free)
+        else:
+            assert self.drop_layers is not None
+            count = self.drop_layers
+        if count < 0:
+            raise InputError(f"drop_layers={count}: a number of layers from 0 is needed.")
+        most = min(len(free), total - 1)
+        if count > most:
+            raise InputError(
+                f"dropping {count} layers exceeds the {most} that may go (of {total}, protected: {sorted(protect)}). "
+                f"Drop {most} or fewer, or shorten protect."
+            )
+        return count
+
+    def _explicit(self, total: int, protect: Collection[int]) -> tuple[int, ...]:
+        assert self.layers is not None
+        if bad := [layer for layer in self.layers if not 0 <= layer < total]:
+            raise InputError(f"layer {bad[0]} does not exist: the decoder has layers 0 to {total - 1}.")
+        if len(set(self.layers)) < len(self.layers):
+            raise InputError(f"layers {list(self.layers)} names a layer twice.")
+        if len(self.layers) >= total:
+            raise InputError(f"all {total} layers are to go: at least one must stay.")
+        if bad := sorted(set(self.layers) & set(protect)):
+            raise InputError(f"layer {bad[0]} is protected ({sorted(protect)}): take it out of layers or of protect.")
+        return tuple(sorted(self.layers))
+
+    def _for_parameters(self, per_layer: Sequence[int], other: int, free: Sequence[int]) -> int:
+        assert self.target_params is not None
+        excess = sum(per_layer) + other - self.target_params
+        count, gone = 0, 0
+        smallest_first = sorted(per_layer[layer] for layer in free)  # whichever layers are chosen, the target is met
+        while gone < excess and count < len(smallest_first):
+            gone += smallest_first[count]
+            count += 1
+        if gone < excess or count == len(per_layer):
+            least = sum(per_layer) + other - sum(smallest_first)
+            raise InputError(
+                f"target_params={self.target_params:,} can't be met: without any of the {len(free)} layers that may go "
+                f"{least:,} parameters are left."
+            )
+        return count
+
+
+def make_plan(num_layers: int, drop: Collection[int]) -> PruningPlan:
+    return PruningPlan(num_layers, tuple(sorted(drop)))
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def pruned_config(raw: dict[str, Any], loaded: Any, plan: PruningPlan) -> dict[str, Any]:
+    """config.json for the kept layers: every per-layer entry sliced, renumbered or recounted by kept index.
+
+    Args:
+        raw: config.json as the source has it; only what the plan changes is changed.
+        loaded: transformers' configuration, for values that config.json leaves to defaults: a layer pattern that is
+            derived from the number of layers would be another one after pruning.
+    """
+    text = loaded.get_text_config()
+    for name, trivial in MEANINGLESS_IF.items():
+        if plan.drop and getattr(text, name, None) not in trivial:
+            raise InputError(f"this checkpoint has {name}={getattr(text, name)}, which dropping layers would break.")
+    changes: dict[str, Any] = {"num_hidden_layers": len(plan.keep)}
+    written = raw.get("text_config", raw)
+    for name in PER_LAYER_LISTS:
+        values = getattr(text, name, None) or ()
+        if len(values) == plan.num_layers and (name in written or len(set(values)) > 1):
+            changes[name] = [values[layer] for layer in plan.keep]
+    for name in LAYER_INDEX_LISTS:
+        if getattr(text, name, None):
+            changes[name] = [plan.new_index[layer] for layer in getattr(text, name) if layer in plan.new_index]
+    for name in LAYER_COUNTS:
+        if getattr(text, name, None) is not None and (name in written):
+            limit = min(getattr(text, name), plan.num_layers)
+            changes[name] = sum(layer < limit for layer in plan.keep)
+    _refuse_unknown_lists(text, plan)
+    if not plan.drop:
+        return raw
+    pruned = copy.deepcopy(raw)
+    for place in (pruned.get("text_config"), pruned):  # Qwen2-VL's first configs have no text_config
+        if place is None:
+            continue
+        if place is pruned and "text_config" in pruned:
+            place.update({k: v for k, v in changes.items() if k in place})
+        else:
+            place.update(changes)
+    return pruned
+
+
+def _refuse_unknown_lists(text: Any, plan: PruningPlan) -> None:
+    known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, "eos_token_id", "architectures"}
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == plan.num_layers and name not in known and plan.drop:
+            raise InputError(
+                f"the configuration holds '{name}', a list of {len(value)} entries, one a layer as it seems, that this "
+                "version does not know how to prune: add it to the lists in exporter/families.py."
+            )

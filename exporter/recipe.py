@@ -1,0 +1,184 @@
+"""What to do, as data: frozen dataclasses to and from YAML, strictly. How to run it (device, dtype) is RunOptions.
+
+Imports nothing heavy: the command line reads it to explain usage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, nearest
+from .plan import Budget
+
+LOCALIZER_NAMES = ("tis", "block_influence", "angular", "greedy", "random", "first", "last")
+FOLD_NAMES = ("scp", "least_squares", "none")
+DEFAULT_LOCALIZER, DEFAULT_FOLD = "tis", "scp"
+DEFAULT_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Method:
+    """A localizer or a fold with its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_data(self) -> Any:
+        return {"name": self.name, **self.options} if self.options else self.name
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Images with questions, no labels: where they are and how many are drawn."""
+
+    data: str  # JSONL file, folder of images, or 'datasets:ID'
+    samples: int | None = DEFAULT_SAMPLES  # None: all
+    columns: dict[str, str] = field(default_factory=dict)  # of a data set
+    split: str = "train"
+    prompt: str = "Describe this image."  # put to the images of a folder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One compression. Equal recipes on equal sources give equal checkpoints."""
+
+    model: str
+    calibration: CalibrationData
+    budget: Budget
+    revision: str | None = None
+    localizer: Method = Method(DEFAULT_LOCALIZER)
+    fold: Method | None = None  # None: the default, or 'none' for a family that can't be folded exactly
+    protect: tuple[int, ...] | None = None  # None: what the family needs
+    seed: int = 0
+    base_model: str | None = None  # hub id that the card names where `model` is a local folder
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data, as YAML and compression.json hold it; what is left to defaults stays out."""
+        data: dict[str, Any] = {"model": self.model}
+        if self.revision:
+            data["revision"] = self.revision
+        calibration = {
+            f.name: getattr(self.calibration, f.name)
+            for f in dataclasses.fields(CalibrationData)
+            if f.name == "data" or getattr(self.calibration, f.name) != _default(f)
+        }
+        data["calibration"] = calibration if len(calibration) > 1 else self.calibration.data
+        data |= {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.budget).items() if v is not None}
+        data["localizer"] = self.localizer.to_data()
+        if self.fold is not None:
+            data["fold"] = self.fold.to_data()
+        if self.protect is not None:
+            data["protect"] = list(self.protect)
+        data["seed"] = self.seed
+        if self.base_model:
+            data["base_model"] = self.base_model
+        return data
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a recipe: nothing here says what the result is meant to be."""
+
+    device: str | None = None  # None: the first GPU, else the CPU
+    dtype: str = "auto"
+    memory: str | None = None
+    batch_size: int = 8
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+BUDGET_KEYS = tuple(f.name for f in dataclasses.fields(Budget))
+RECIPE_KEYS = (*(f.name for f in dataclasses.fields(Recipe) if f.name != "budget"), *BUDGET_KEYS)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe's YAML. Unknown keys are errors that name the nearest known one."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no recipe {path}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    try:
+        return recipe_from_data(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def recipe_from_data(data: Any) -> Recipe:
+    check_keys(data, RECIPE_KEYS, "a recipe")
+    for key in ("model", "calibration"):
+        if key not in data:
+            raise InputError(f"a recipe needs '{key}'.")
+    calibration = data["calibration"]
+    if isinstance(calibration, str):
+        calibration = {"data": calibration}
+    check_keys(calibration, [f.name for f in dataclasses.fields(CalibrationData)], "calibration")
+    if "data" not in calibration:
+        raise InputError("calibration needs 'data': a JSONL file, a folder of images or datasets:ID.")
+    budget = {key: data[key] for key in BUDGET_KEYS if data.get(key) is not None}
+    if "layers" in budget:
+        budget["layers"] = integers(budget["layers"], "layers")
+    for key in ("drop_layers", "target_params"):
+        if key in budget and not isinstance(budget[key], int):
+            raise InputError(f"{key} must be a whole number, not {budget[key]!r}.")
+    if not isinstance(budget.get("drop_ratio", 0.0), float | int):
+        raise InputError(f"drop_ratio must be a number, not {budget['drop_ratio']!r}.")
+    protect = data.get("protect")
+    return Recipe(
+        model=str(data["model"]),
+        calibration=CalibrationData(**calibration),
+        budget=Budget(**budget),
+        revision=data.get("revision"),
+        localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZER_NAMES, "localizer"),
+        fold=read_method(data["fold"], FOLD_NAMES, "fold") if data.get("fold") is not None else None,
+        protect=None if protect is None else integers(protect, "protect"),
+        seed=int(data.get("seed", 0)),
+        base_model=data.get("base_model"),
+    )
+
+
+def read_method(value: Any, names: tuple[str, ...], kind: str) -> Method:
+    """'scp' or {'name': 'scp', 'k': 16}. Options are checked against the method itself when it runs."""
+    options = dict(value) if isinstance(value, Mapping) else {"name": value}
+    name = options.pop("name", None)
+    if name not in names:
+        raise InputError(f"{kind} '{name}' is not known: {nearest(str(name), names)}")
+    return Method(name, options)
+
+
+def check_options(function: Any, method: Method, kind: str) -> dict[str, Any]:
+    """The method's options, if the function takes them all (as keyword-only arguments)."""
+    import inspect
+
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in method.options:
+        if name not in known:
+            raise InputError(
+                f"{kind} '{method.name}' has no option '{name}': " + (nearest(name, known) if known else "it has none.")
+            )
+    return method.options
+
+
+def integers(value: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(v, int) for v in value):
+        raise InputError(f"{name} must be a list of layer numbers, not {value!r}.")
+    return tuple(value)
+
+
+def check_keys(data: Any, known: Any, what: str) -> None:
+    if not isinstance(data, Mapping):
+        raise InputError(f"{what} must be a mapping of keys to values, not {type(data).__name__}.")
+    for key in data:
+        if key not in known:
+            raise InputError(f"{what} has no key '{key}': {nearest(str(key), known)}")

@@ -1,0 +1,211 @@
+"""Pictures and tables of what was measured. matplotlib draws; nothing here computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .scores import LayerScores
+
+KEPT, DROPPED, PROTECTED = "#3b6ea5", "#d1603d", "#9aa5b1"
+VALUE_NAMES = {
+    "tis": "cosine of input and output over important tokens",
+    "block_influence": "cosine of input and output over all tokens",
+    "angular": "1 - angular distance of the block that begins here",
+    "greedy": "- loss when this layer alone is removed",
+}
+
+
+def figure(width: float = 7.5, height: float = 3.4) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn, axes
+
+
+def save(drawn: Any, path: Path) -> None:
+    """Write and close; without the metadata that would make equal pictures unequal files."""
+    from matplotlib import pyplot
+
+    drawn.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
+    pyplot.close(drawn)
+
+
+def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) -> None:
+    """One bar a layer: high is redundant; dropped layers in their own colour."""
+    drawn, axes = figure()
+    layers = range(len(scores.values))
+    colors = [DROPPED if i in scores.drop else PROTECTED if i in protect else KEPT for i in layers]
+    axes.bar(layers, scores.values, color=colors, width=0.8)
+    low, high = min(scores.values), max(scores.values)
+    axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel(_wrapped(VALUE_NAMES.get(scores.method, "redundancy")))
+    step = max(1, len(layers) // 32)
+    axes.set_xticks(list(layers)[::step])
+    shown = [("kept", KEPT), ("dropped", DROPPED)] + [("protected", PROTECTED)] * bool(protect)
+    handles = [axes.bar(0, 0, color=color) for _, color in shown]
+    axes.legend(
+        handles, [name for name, _ in shown], frameon=False, ncols=len(shown), loc="lower right", bbox_to_anchor=(1, 1)
+    )
+    axes.set_title(f"redundancy by {scores.method}", loc="left", fontsize="medium")
+    save(drawn, path)
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, 30))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns in line: the first to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0].rstrip(), "  ".join("-" * w for w in widths), *(line.rstrip() for line in lines[1:])])
+
+
+def scores_table(scores: LayerScores, parameters: Sequence[int], protect: Sequence[int] = ()) -> str:
+    fate = dict.fromkeys(scores.drop, "drop") | dict.fromkeys(protect, "protected")
+    rows = [(i, f"{value:.4f}", f"{parameters[i]:,}", fate.get(i, "")) for i, value in enumerate(scores.values)]
+    return table(("layer", f"redundancy ({scores.method})", "parameters", ""), rows)
+
+
+def evaluation_table(done: Any) -> str:
+    """One row a model: size, exact match, share of the reference's, fidelity; then question types and paired tests."""
+    base = next((model for model in done.models if model.path == done.reference), None)
+    rows = []
+    for model in done.models:
+        low, high = model.interval
+        kept = f"{100 * model.accuracy / base.accuracy:.1f} %" if base and base.accuracy else ""
+        rows.append(
+            (
+                model.path,
+                f"{model.parameters:,}",
+                f"{model.bytes:,}",
+                f"{100 * model.accuracy:.1f} %",
+                f"{100 * low:.1f}-{100 * high:.1f}",
+                kept,
+                "" if model.kl is None else f"{model.kl:.4f}",
+                "" if model.agreement is None else f"{100 * model.agreement:.1f} %",
+            )
+        )
+    text = table(("model", "parameters", "bytes", "exact match", "95 % CI", "kept", "KL", "agreement"), rows)
+    types = list(done.models[0].by_type)
+    if len(types) > 1:
+        by_type = [
+            (name, done.models[0].by_type[name].n, *(f"{100 * m.by_type[name].accuracy:.1f}" for m in done.models))
+            for name in types
+        ]
+        text += "\n\n" + table(("type", "n", *(Path(m.path).name for m in done.models)), by_type)
+    for pair in done.pairs:
+        text += (
+            f"\n{Path(pair.first).name} vs {Path(pair.second).name}: {pair.only_first} questions right only in the "
+            f"first, {pair.only_second} only in the second, p = {pair.p_value:.2g} (McNemar, exact)"
+        )
+    for model in done.models:
+        if model.no_kl_because:
+            text += f"\n{model.path}: no KL, {model.no_kl_because}"
+    return text
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+PALETTE = ("#3b6ea5", "#d1603d", "#4f9d69", "#8e6bbf", "#c9a227", "#5b6770", "#b0527a")
+MARKERS = "osD^vP*X"
+
+
+def comparison_rows(done: Any) -> list[tuple[Any, ...]]:
+    """Cells by number of dropped layers, the best first."""
+    rows = []
+    for cell in sorted(done.cells, key=lambda c: (len(c.drop), -c.accuracy, c.kl)):
+        low, high = cell.interval
+        rows.append(
+            (
+                f"{cell.localizer} + {cell.fold}",
+                len(cell.drop),
+                ",".join(map(str, cell.drop)),
+                f"{cell.parameters:,}",
+                f"{100 * cell.accuracy:.1f}",
+                f"{100 * low:.1f}-{100 * high:.1f}",
+                f"{100 * cell.kept:.1f}",
+                f"{cell.kl:.4f}",
+                f"{100 * cell.agreement:.1f}",
+            )
+        )
+    return rows
+
+
+COMPARISON_HEADER = ("localizer + fold", "dropped", "layers", "parameters", "exact match %", "95 % CI", "kept %", "KL",
+                     "agreement %")  # fmt: skip
+
+
+def comparison_table(done: Any) -> str:
+    low, high = done.original.interval
+    text = table(COMPARISON_HEADER, comparison_rows(done))
+    text += (
+        f"\n\noriginal: {100 * done.original.accuracy:.1f} % ({100 * low:.1f}-{100 * high:.1f}) of {done.original.n} "
+        f"questions, {done.parameters:,} parameters"
+    )
+    for count, cell in sorted(done.best.items()):
+        text += f"\nbest without {count} layers: {cell.localizer} + {cell.fold}, {100 * cell.kept:.1f} % kept"
+    if done.naive_seconds:
+        text += (
+            f"\n{len(done.cells)} cells in {done.seconds:.0f} s; cell by cell from scratch about "
+            f"{done.naive_seconds:.0f} s, {done.naive_seconds / done.seconds:.1f} times that"
+        )
+    return text
+
+
+def comparison_markdown(done: Any) -> str:
+    lines = ["| " + " | ".join(COMPARISON_HEADER) + " |", "|---|" + "---:|" * (len(COMPARISON_HEADER) - 1)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in comparison_rows(done)]
+    return "\n".join(lines) + "\n"
+
+
+def plot_comparison(done: Any, path: Path) -> None:
+    """Exact match against parameters: a colour a localizer, a marker a fold, the Pareto front as a line."""
+    drawn, axes = figure(8.5, 4.6)
+    localizers = list(dict.fromkeys(cell.localizer for cell in done.cells))
+    folds = list(dict.fromkeys(cell.fold for cell in done.cells))
+    for cell in done.cells:
+        axes.plot(
+            cell.parameters / 1e6,
+            100 * cell.accuracy,
+            MARKERS[folds.index(cell.fold) % len(MARKERS)],
+            color=PALETTE[localizers.index(cell.localizer) % len(PALETTE)],
+            markersize=5,
+            alpha=0.8,
+        )
+    axes.plot(done.parameters / 1e6, 100 * done.original.accuracy, "*", color="black", markersize=11)
+    front = pareto_front([(done.parameters, done.original.accuracy), *((c.parameters, c.accuracy) for c in done.cells)])
+    axes.plot([p / 1e6 for p, _ in front], [100 * a for _, a in front], color="black", linewidth=1, zorder=0)
+    axes.set_xlabel("parameters (millions)")
+    axes.set_ylabel("exact match (%)")
+    shown = [("original", "*", "black"), *((n, "s", PALETTE[i % len(PALETTE)]) for i, n in enumerate(localizers))]
+    shown += [(n, MARKERS[i % len(MARKERS)], "#888888") for i, n in enumerate(folds)]
+    handles = [axes.plot([], [], marker, color=color, linestyle="")[0] for _, marker, color in shown]
+    handles.append(axes.plot([], [], color="black", linewidth=1)[0])
+    names = [*(name for name, *_ in shown), "Pareto front"]
+    axes.legend(handles, names, frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    save(drawn, path)
+
+
+def pareto_front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Of (parameters, accuracy): those that no other has both fewer parameters and a higher accuracy than."""
+    front: list[tuple[int, float]] = []
+    for parameters, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((parameters, accuracy))
+    return front

@@ -1,0 +1,84 @@
+"""Making a compressed checkpoint again from its record, and comparing it bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import checkpoint
+from .errors import InputError
+from .pipeline import compress, load_for, silent
+from .recipe import Recipe, RunOptions, recipe_from_data
+from .source import file_hashes, open_source, resolve
+from .weights import open_weights
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    folder: Path
+    identical: bool
+    differing: tuple[str, ...]  # weight files that differ
+    largest_difference: float  # over all tensors, absolute
+
+
+def reproduce(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    model: str | None = None,
+    calibration: str | None = None,
+    progress: Callable[..., object] = silent,
+) -> Reproduction:
+    """Run a checkpoint's recipe again on the source it was made from.
+
+    Args:
+        model, calibration: where source and data lie now, if they have moved since.
+    Raises: InputError where the source or the data are not what they were.
+    """
+    folder, _ = resolve(str(folder))
+    record = checkpoint.read_record(folder)
+    checkpoint.check_target(Path(out))
+    recipe = recipe_from_data(record["recipe"])
+    if model is not None:
+        recipe = dataclasses.replace(recipe, model=model)
+    elif record["source"]["revision"]:
+        recipe = dataclasses.replace(recipe, revision=record["source"]["revision"])
+    if calibration is not None:
+        recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, data=calibration))
+    _check_source(recipe.model, recipe.revision, record["source"]["files"])
+    _check_data(recipe, record["calibration"]["fingerprint"])
+    run = record["run"]
+    options = RunOptions(run["device"], run["dtype"], run["memory"], run["batch_size"])
+    made = compress(recipe, out, options, progress)  # type: ignore[arg-type]
+    fresh = checkpoint.read_record(made)
+    differing = tuple(
+        name for name, digest in record["measured"]["files"].items() if fresh["measured"]["files"].get(name) != digest
+    )
+    return Reproduction(made, not differing, differing, _largest_difference(folder, made) if differing else 0.0)
+
+
+def _check_source(name: str, revision: str | None, expected: dict[str, str]) -> None:
+    found = file_hashes(open_source(name, revision))
+    changed = sorted(file for file in expected if found.get(file) != expected[file])
+    if changed:
+        raise InputError(
+            f"{name} is not the source that the checkpoint was made from: {', '.join(changed[:3])}"
+            f"{' and others' * (len(changed) > 3)} differ{'s' * (len(changed) == 1)}. Name the right one with --model."
+        )
+
+
+def _check_data(recipe: Recipe, expected: str) -> None:
+    if load_for(recipe).fingerprint != expected:
+        raise InputError(
+            f"{recipe.calibration.data} does not hold the questions and images that the checkpoint was made from. Name "
+            "the right file with --calibration."
+        )
+
+
+def _largest_difference(first: Path, second: Path) -> float:
+    one, other = open_weights(first), open_weights(second)
+    if one.entries.keys() != other.entries.keys():
+        return float("inf")
+    return max(float((one.read(name).double() - other.read(name).double()).abs().max()) for name in one.entries)

@@ -1,0 +1,86 @@
+"""The grid: every cell is what compress + evaluate would give, computed together."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from test_evaluation import task  # noqa: F401 - a fixture
+
+from exporter.comparison import compare, grid_from_data, load_grid
+from exporter.errors import InputError
+from exporter.evaluation import evaluate
+from exporter.pipeline import compress
+from exporter.plan import Budget
+from exporter.recipe import CalibrationData, Method, Recipe, RunOptions
+from exporter.report import pareto_front
+
+
+@pytest.fixture
+def grid(tiny, questions, task):  # noqa: F811
+    return {
+        "model": str(tiny("llava")),
+        "calibration": {"data": str(questions), "samples": 6},
+        "task": str(task),
+        "localizers": ["tis", "angular", "greedy", "random"],
+        "folds": ["none", {"name": "scp", "k": 4}, "least_squares"],
+        "drop_layers": [1, 2],
+    }
+
+
+def test_cells_are_what_compress_and_evaluate_give(grid, questions, task, tmp_path):  # noqa: F811
+    options = RunOptions(batch_size=6)
+    done = compare(grid_from_data(grid), tmp_path / "out", options)
+    assert len(done.cells) == 4 * 3 * 2
+    cell = next(c for c in done.cells if (c.localizer, c.fold, len(c.drop)) == ("tis", "scp k=4", 2))
+    recipe = Recipe(
+        grid["model"],
+        CalibrationData(str(questions), samples=6),
+        Budget(drop_layers=2),
+        localizer=Method("tis"),
+        fold=Method("scp", {"k": 4}),
+    )
+    folder = compress(recipe, tmp_path / "small", options)
+    alone = evaluate([folder], task, reference=grid["model"], options=options).models
+    assert tuple(sorted(cell.drop)) == tuple(json.loads((folder / "compression.json").read_text())["plan"]["drop"])
+    assert cell.accuracy == alone[1].accuracy
+    assert cell.kl == pytest.approx(alone[1].kl, rel=1e-3)
+    assert cell.agreement == pytest.approx(alone[1].agreement)
+    assert cell.parameters == alone[1].parameters
+    assert done.original.accuracy == alone[0].accuracy
+    for name in ("results.json", "table.md", "accuracy.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_a_broken_off_comparison_goes_on(grid, tmp_path):
+    small = grid | {"localizers": ["tis"], "folds": ["none"], "drop_layers": [1, 2]}
+    first = compare(grid_from_data(small), tmp_path / "out")
+    lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    (tmp_path / "out" / "cells.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    again = compare(grid_from_data(small), tmp_path / "out")
+    assert again.cells == first.cells
+    with pytest.raises(InputError, match="holds another comparison"):
+        compare(grid_from_data(small | {"seed": 1}), tmp_path / "out")
+
+
+def test_mistakes_in_a_grid(grid, tmp_path):
+    def refused(**changes):
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in (grid | changes).items() if v is not None}))
+        with pytest.raises(InputError) as caught:
+            load_grid(path)
+        return str(caught.value)
+
+    assert "needs 'task'" in refused(task=None)
+    assert "did you mean 'folds'" in refused(fold=["scp"])
+    assert "localizers must be a list" in refused(localizers="tis")
+    assert "localizer 'tsi' is not known" in refused(localizers=["tsi"])
+    assert "no option 'kk'" in refused(folds=[{"name": "scp", "kk": 1}])
+    with pytest.raises(InputError, match="there is no recipe"):
+        load_grid(tmp_path / "none.yaml")
+
+
+def test_pareto_front():
+    points = [(10, 0.9), (8, 0.9), (8, 0.7), (6, 0.95), (4, 0.1), (5, 0.05)]
+    assert pareto_front(points) == [(4, 0.1), (6, 0.95)]

@@ -1,0 +1,113 @@
+"""Localizers: the mathematics on numbers small enough to see, and the choice that follows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from exporter.capture import BatchStatistics
+from exporter.errors import InputError
+from exporter.localize import LOCALIZERS, LocalizeJob, explicit
+from exporter.localize.angular import angular
+from exporter.localize.block_influence import block_influence
+from exporter.localize.greedy import greedy
+from exporter.localize.tis import important, tis
+from exporter.scores import most_redundant
+
+
+def test_important_is_the_smallest_set_with_the_mass():
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    assert important(scores, everything, 0.39).tolist() == [[False, True, False, False]]
+    assert important(scores, everything, 0.5).tolist() == [[False, True, False, True]]
+    assert important(scores, everything, 1.0).all()
+
+
+def test_important_looks_at_candidates_only_and_at_one_at_least():
+    scores = torch.tensor([[9.0, 0.4, 0.2]])
+    candidates = torch.tensor([[False, True, True]])
+    assert important(scores, candidates, 0.1).tolist() == [[False, True, False]]
+    assert not important(scores, torch.zeros_like(candidates), 0.5).any()
+
+
+def statistics(cosine: list[list[float]], visual: list[list[float]], text: list[list[float]]) -> BatchStatistics:
+    """One sample; per layer a cosine, a visual and a text score for each of its tokens (0: not of that kind)."""
+    cosines, seen, written = (torch.tensor(rows)[:, None] for rows in (cosine, visual, text))
+    return BatchStatistics(
+        cosine=cosines,
+        visual_scores=seen,
+        text_scores={"rows": written, "columns": written},
+        last_states=torch.zeros(len(cosine) + 1, 1, 2),
+        is_visual=seen[0] > 0,
+        is_text=written[0] > 0,
+    )
+
+
+def test_tis_averages_over_important_tokens_of_both_kinds():
+    batch = statistics(
+        cosine=[[0.9, 0.1, 0.5, 0.3], [0.2, 0.8, 0.4, 0.6]],
+        visual=[[0.9, 0.1, 0.0, 0.0], [0.1, 0.9, 0.0, 0.0]],
+        text=[[0.0, 0.0, 0.8, 0.2], [0.0, 0.0, 0.8, 0.2]],
+    )
+    own = tis([batch], 1, p=0.5)
+    assert own.values == pytest.approx(((0.9 + 0.5) / 2, (0.8 + 0.4) / 2))
+    assert own.drop == (0,)
+    shared = tis([batch], 1, p=0.5, tokens="all_layers")  # mean scores tie: the first visual token is taken
+    assert shared.values == pytest.approx(((0.9 + 0.5) / 2, (0.2 + 0.4) / 2))
+    assert tis([batch], 1, p=1.0).values == pytest.approx((0.45, 0.5))
+
+
+def test_block_influence_counts_every_token_but_padding():
+    batch = statistics([[0.9, 0.1, 0.5, 99.0]], [[1.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0, 0.0]])
+    assert block_influence([batch], 0).values == pytest.approx((0.5,))
+
+
+def test_angular_finds_the_block_that_turns_least():
+    angles = [0.0, 1.0, 1.1, 1.1, 2.0, 2.9]  # of the last token's state, before layer 0 and after each of five
+    states = torch.tensor([[[math.cos(a), math.sin(a)]] for a in angles])
+    one = torch.zeros(5, 1, 1)
+    batch = BatchStatistics(one, None, None, states, one[0].bool(), one[0].bool())
+    scores = angular([batch], 2)
+    assert scores.drop == (1, 2)
+    assert scores.values[1] == pytest.approx(1 - 0.1 / math.pi, abs=1e-6)
+    assert angular([batch], 2, protect=(1,)).drop == (2, 3)
+    with pytest.raises(InputError, match="no block of 3 consecutive layers of 5"):
+        angular([batch], 3, protect=(2,))
+
+
+class FakeLoss:
+    """Removing layers 0 and 1 together is ruinous, though each alone is the cheapest."""
+
+    num_layers = 4
+
+    def __call__(self, dropped: frozenset[int]) -> float:
+        return sum((0.1, 0.2, 0.5, 0.9)[layer] for layer in dropped) + 5.0 * ({0, 1} <= dropped)
+
+    def each_further(self, dropped: frozenset[int], candidates: tuple[int, ...]) -> dict[int, float]:
+        return {layer: self(dropped | {layer}) for layer in candidates}
+
+
+def test_greedy_looks_again_after_each_removal():
+    scores = greedy(FakeLoss(), 2)
+    assert scores.drop == (0, 2)
+    assert scores.values == pytest.approx((-0.1, -0.2, -0.5, -0.9))
+    assert scores.details["losses"] == pytest.approx([0.1, 0.6])
+    assert greedy(FakeLoss(), 2, protect=(0, 2)).drop == (1, 3)
+
+
+def test_most_redundant_prefers_the_deeper_of_equals_and_spares_the_protected():
+    assert most_redundant([0.5, 0.9, 0.9, 0.1], 2, ()) == (2, 1)
+    assert most_redundant([0.5, 0.9, 0.9, 0.1], 2, (2,)) == (1, 0)
+
+
+def test_controls_are_seeded_and_spare_the_protected():
+    def drop(name: str, seed: int = 0) -> tuple[int, ...]:
+        return LOCALIZERS[name](LocalizeJob(None, 12, lambda: (), seed), 4, (0,)).drop
+
+    assert drop("first") == (1, 2, 3, 4)
+    assert drop("last") == (11, 10, 9, 8)
+    assert drop("random") == drop("random") != drop("random", seed=1)
+    assert 0 not in drop("random")
+    assert explicit(4, (3, 1)).drop == (1, 3)
