@@ -1,0 +1,203 @@
+"""What compressing costs, in units of what can't be avoided: a forward pass over the data, and copying the bytes.
+
+    python examples/benchmarks/cost.py            score and fold against a plain forward pass, hidden size 1024
+    python examples/benchmarks/cost.py --write    writing a 3.3 GB checkpoint without a sixth of it, against cp
+
+Weights are random: cost does not depend on them. Every figure is a median of alternating runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from exporter.calibration import Batch
+from exporter.capture import layer_statistics
+from exporter.checkpoint import write_weights
+from exporter.families import DECODERS
+from exporter.fold import FOLDS
+from exporter.fold.job import FoldJob
+from exporter.localize.tis import tis
+from exporter.plan import make_plan
+from exporter.recipe import DEFAULT_FOLD
+from exporter.source import open_source, text_decoder
+
+IMAGE_TOKEN = 0
+COPIES = """
+import resource, sys
+from pathlib import Path
+from exporter.weights import open_weights, Piece, write_shard
+weights, out = open_weights(Path(sys.argv[1])), Path(sys.argv[2])
+out.mkdir()
+for number, shard in enumerate(weights.shards):
+    pieces = [Piece(name, entry) for name, entry in shard.entries.items()]
+    write_shard(out / f"{number}.safetensors", pieces, {}, lambda done: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def medians(repeats: int, **jobs: Callable[[], object]) -> dict[str, float]:
+    """Seconds of each job, run in turn so that a change of the machine's speed meets all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for job in jobs.values():
+        job()  # warm up
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            begin = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def llava(hidden: int, layers: int, intermediate: int, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    heads = hidden // 64 if hidden < 4096 else hidden // 128
+    config = LlavaConfig(
+        text_config=LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            vocab_size=32000,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=336,
+            patch_size=14,
+        ),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
+
+
+def questions(model: LlavaForConditionalGeneration, batches: int, rows: int, text: int = 64) -> list[Batch]:
+    """576 visual and 64 text tokens a row, as LLaVA-1.5 has them."""
+    visual = (336 // 14) ** 2
+    made = []
+    for _ in range(batches):
+        ids = torch.randint(1, 32000, (rows, visual + text))
+        ids[:, 4 : 4 + visual] = IMAGE_TOKEN
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.randn(rows, 3, 336, 336, dtype=model.dtype),
+        }
+        is_visual = ids == IMAGE_TOKEN
+        made.append(Batch(inputs, is_visual, ~is_visual, ()))
+    return made
+
+
+def scoring(options: argparse.Namespace) -> None:
+    model = llava(options.hidden, options.layers, options.hidden * 8 // 3, torch.float32)
+    model.to(options.device)
+    batches = [batch.to(options.device) for batch in questions(model, options.batches, options.rows)]
+    plan = make_plan(options.layers, range(options.layers - 2, options.layers))
+    weights = dict(text_decoder(model).layers.named_parameters())
+
+    def wait() -> None:
+        if options.device != "cpu":
+            torch.cuda.synchronize()
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model.base_model(**batch.inputs, use_cache=False)
+        wait()
+
+    def score() -> None:
+        tis(layer_statistics(model, batches), 2)
+        wait()
+
+    def fold() -> None:
+        job = FoldJob(
+            model, lambda: batches, plan, lambda layer, name: weights.get(f"{layer}.{name}"), DECODERS["llama"]
+        )
+        FOLDS[DEFAULT_FOLD](job)
+        wait()
+
+    seconds = medians(options.repeats, forward=forward, score=score, fold=fold)
+    ratio = {name: value / seconds["forward"] for name, value in seconds.items()}
+    size = f"{options.batches} x {options.rows} x 640 tokens"
+    print(f"hidden {options.hidden}, {options.layers} layers, {size}, {options.device}")
+    print(
+        f"forward {seconds['forward']:.2f} s; score (tis) {ratio['score']:.2f} x; fold ({DEFAULT_FOLD}) "
+        f"{ratio['fold']:.2f} x; both {ratio['score'] + ratio['fold']:.2f} x"
+    )
+
+
+def writing(options: argparse.Namespace) -> None:
+    """Drop a sixth of the layers of a 3.3 GB bfloat16 checkpoint in 1 GB shards."""
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="cost-") as name:
+        folder = Path(name)
+        model = llava(2048, 24, 8192, torch.bfloat16)
+        model.save_pretrained(folder / "source", max_shard_size="1GB")
+        del model
+        source = open_source(str(folder / "source"))
+        plan = make_plan(24, (18, 19, 20, 21))
+        target, copy = folder / "target", folder / "copy"
+        kept = folder / "kept"  # a checkpoint of the retained bytes, to be copied by cp
+        kept.mkdir()
+        write_weights(source, plan, {}, kept)
+
+        def write() -> None:
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            write_weights(source, plan, {}, target)
+
+        def cp() -> None:
+            shutil.rmtree(copy, ignore_errors=True)
+            subprocess.run(["cp", "-r", kept, copy], check=True)
+
+        seconds = medians(options.repeats, cp=cp, write=write)
+        size = sum(file.stat().st_size for file in kept.iterdir())
+        print(
+            f"{size / 1e9:.2f} GB kept of {source.weights.num_bytes / 1e9:.2f} GB; cp {seconds['cp']:.2f} s; "
+            f"write {seconds['write']:.2f} s, {seconds['write'] / seconds['cp']:.2f} x cp"
+        )
+        for gigabytes, layers in ((1, 6), (3, 24)):
+            print(f"peak memory of a process that writes about {gigabytes} GB: {peak_megabytes(folder, layers):.0f} MB")
+
+
+def peak_megabytes(folder: Path, layers: int) -> float:
+    """Of a fresh process that only writes; torch is not even imported."""
+    place = folder / f"source-{layers}"
+    if layers == 24:
+        place = folder / "source"
+    else:
+        llava(2048, layers, 8192, torch.bfloat16).save_pretrained(place, max_shard_size="1GB")
+    out = folder / f"peak-{layers}"
+    ran = subprocess.run([sys.executable, "-c", COPIES, place, out], capture_output=True, text=True, check=True)
+    shutil.rmtree(out)
+    return float(ran.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    (writing if options.write else scoring)(options)
+
+
+if __name__ == "__main__":
+    main()
