@@ -1,7 +1,7 @@
 """What differs between model families, in two tables. Imports nothing heavy: the command line reads it for messages.
 
 A new family of LVLMs that transformers supports natively is one row of FAMILIES, and a row of DECODERS if its language
-model is a new one too. `tests/test_families.py` runs every invariant on a tiny model of each row.
+model is a new one too. The tests run every invariant on a tiny model of each row (`tests/tiny_models.py`).
 """
 
 from __future__ import annotations

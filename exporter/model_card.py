@@ -12,17 +12,20 @@ from . import checkpoint, report
 from .scores import LayerScores
 from .source import read_json
 
-TITLES = {
+TITLES = {  # methods that measure something, and where they come from
     "tis": ("Short-LVLM's Token Importance Scores", "https://arxiv.org/abs/2507.23362"),
     "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
     "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
     "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
-    "random": ("a random draw, as a control", "https://arxiv.org/abs/2402.09025"),
-    "first": ("taking the first ones, as a control", "https://arxiv.org/abs/2403.17887"),
-    "last": ("taking the last ones, as a control", "https://arxiv.org/abs/2403.17887"),
-    "explicit": ("hand: the recipe names them", "https://arxiv.org/abs/2403.03853"),
     "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
     "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
+}
+
+UNMEASURED = {
+    "random": "They were drawn at random, as a control.",
+    "first": "They are the first ones, taken as a control.",
+    "last": "They are the last ones, taken as a control.",
+    "explicit": "They were named by hand in the recipe.",
 }
 
 
@@ -35,12 +38,13 @@ def card(folder: Path, name: str | None = None) -> Path:
     """
     record = checkpoint.read_record(folder)
     scores = record["scores"]
-    (folder / "assets").mkdir(exist_ok=True)
-    report.plot_scores(
-        LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"])),
-        folder / "assets" / "layer_scores.png",
-        record["protect"],
-    )
+    if scores["method"] not in UNMEASURED:
+        (folder / "assets").mkdir(exist_ok=True)
+        report.plot_scores(
+            LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"])),
+            folder / "assets" / "layer_scores.png",
+            record["protect"],
+        )
     path = folder / "README.md"
     path.write_text(f"---\n{metadata(record, name or folder.name)}---\n\n{body(record, name or folder.name)}")
     return path
@@ -61,14 +65,14 @@ def body(record: dict[str, Any], name: str) -> str:
     fold = dict(record["fold"])
     fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
     method = record["scores"]["method"]
-    localizer = dict(zip(("title", "link"), TITLES[method], strict=True))
     base = record["source"]["base_model"]
     return environment.get_template("compressed.md.jinja").render(
         record,
         title=name.split("/")[-1],
         load_name=name,
         fold=fold,
-        localizer=localizer,
+        chosen=_choice(record),
+        measured_scores=method not in UNMEASURED,
         pct=_percent,
         model_type=record["source"]["model_type"],
         recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
@@ -145,6 +149,17 @@ def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
     if (folder / checkpoint.RECORD).exists():
         return read_json(folder / checkpoint.RECORD).get("source", {}).get("base_model")
     return None
+
+
+def _choice(record: dict[str, Any]) -> str:
+    """How the layers were chosen, in a sentence."""
+    method, data = record["scores"]["method"], record["calibration"]
+    if method in UNMEASURED:
+        return UNMEASURED[method]
+    title, link = TITLES[method]
+    tokens = data["tokens"]
+    counted = f" ({tokens['visual']:,} visual and {tokens['text']:,} text tokens)" if tokens else ""
+    return f"They were chosen by [{title}]({link}) from {data['samples']} unlabelled questions about images{counted}."
 
 
 def _percent(measured: dict[str, Any]) -> str:

@@ -99,9 +99,11 @@ def evaluation_table(done: Any) -> str:
                 kept,
                 "" if model.kl is None else f"{model.kl:.4f}",
                 "" if model.agreement is None else f"{100 * model.agreement:.1f} %",
+                f"{model.seconds:.0f}",
             )
         )
-    text = table(("model", "parameters", "bytes", "exact match", "95 % CI", "kept", "KL", "agreement"), rows)
+    header = ("model", "parameters", "bytes", "exact match", "95 % CI", "kept", "KL", "agreement", "seconds")
+    text = table(header, rows)
     types = list(done.models[0].by_type)
     if len(types) > 1:
         by_type = [

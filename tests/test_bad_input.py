@@ -259,7 +259,11 @@ def start(model: Path, questions: Path, out: Path) -> subprocess.Popen[str]:
     )
     arguments = ["compress", model, "--out", out, "--drop-layers", "1", "--calibration", questions, "--samples", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background has it ignored
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"

@@ -1,11 +1,11 @@
-"""Train the reference model: a stock LLaVA-NeXT of 12 decoder layers and about 4 million parameters.
+"""Train the reference model: a stock LLaVA-NeXT of 12 decoder layers and 3 million parameters.
 
 Two phases, about 100 minutes on two CPU cores:
 1. the vision tower alone, with a throw-away head that names digit and colour of every patch;
 2. the whole model, on the answer tokens of six questions an image. The questions share the image's tokens through a
    block mask: each sees the image and itself, at the positions it would have alone.
 
-Images have 14 sizes, so that a question comes with 70 to 192 visual tokens; no layer and no token is ever dropped in
+Images have 14 sizes, so that a question comes with 78 to 192 visual tokens; no layer and no token is ever dropped in
 training, so that what pruning finds redundant has not been made redundant on purpose.
 
     python examples/digits/train.py --out examples/digits/model      (resumes from --work when interrupted)
@@ -355,10 +355,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("work/digits"), help="scenes, checkpoints and log")
     parser.add_argument("--scenes", type=int, default=24_000)
-    parser.add_argument("--vision-steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--vision-steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 matrix products")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     log = (options.work / "train.log").open("a")
