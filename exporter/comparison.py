@@ -38,6 +38,7 @@ from .recipe import (
     RunOptions,
     check_keys,
     check_options,
+    from_yaml,
     integers,
     read_method,
 )
@@ -74,18 +75,7 @@ class Grid:
 
 def load_grid(path: Path) -> Grid:
     """Read a grid's YAML: keys of a recipe with lists of localizers, folds and drop_layers, and a task."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"there is no recipe {path}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    try:
-        return grid_from_data(data)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    return from_yaml(path, grid_from_data)
 
 
 def grid_from_data(data: Any) -> Grid:

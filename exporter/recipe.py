@@ -6,14 +6,15 @@ Imports nothing heavy: the command line reads it to explain usage.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import InputError, nearest
 from .plan import Budget
 
+T = TypeVar("T")
 LOCALIZER_NAMES = ("tis", "block_influence", "angular", "greedy", "random", "first", "last")
 FOLD_NAMES = ("scp", "least_squares", "none")
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "tis", "scp"
@@ -101,6 +102,11 @@ RECIPE_KEYS = (*(f.name for f in dataclasses.fields(Recipe) if f.name != "budget
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe's YAML. Unknown keys are errors that name the nearest known one."""
+    return from_yaml(path, recipe_from_data)
+
+
+def from_yaml(path: Path, parse: Callable[[Any], T]) -> T:
+    """What `parse` makes of a YAML file; errors name the file."""
     import yaml
 
     try:
@@ -110,7 +116,7 @@ def load_recipe(path: Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     try:
-        return recipe_from_data(data)
+        return parse(data)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

@@ -71,7 +71,17 @@ def test_full_and_compressed_model_answer_held_out_questions(judged):
     assert full.accuracy >= 0.9
     assert small.accuracy >= 0.95 * full.accuracy
     assert small.agreement >= 0.9
-    assert set(small.by_type) == {"count", "color", "digit", "where", "exists", "left", "largest", "background", "describe"}
+    assert set(small.by_type) == {
+        "count",
+        "color",
+        "digit",
+        "where",
+        "exists",
+        "left",
+        "largest",
+        "background",
+        "describe",
+    }
 
 
 def test_the_card_tells_what_was_measured(judged, small):
