@@ -19,7 +19,7 @@ from .source import LAYER_KEY, Source
 from .weights import INDEX, SINGLE, Piece, write_shard
 
 if TYPE_CHECKING:
-    from .fold.job import Folded
+    from .replay import Folded
 
 LOCK = ".lock"
 RECORD = "compression.json"

@@ -24,7 +24,7 @@ from .errors import InputError
 from .evaluation import SPARE_TOKENS, Task, greedy_answers, load_task
 from .fidelity import AnsweredBatch, AnswerLoss, answer_all, with_answers
 from .fold import FOLDS
-from .fold.job import Folded, FoldJob
+from .fold.job import FoldJob
 from .localize import LOCALIZERS, STATISTICS, LocalizeJob
 from .localize.greedy import greedy
 from .pipeline import Job, Progress, prepare, reader, silent
@@ -42,6 +42,7 @@ from .recipe import (
     integers,
     read_method,
 )
+from .replay import Folded
 from .scores import LayerScores
 from .scoring import Rate, is_right
 from .variants import Agreement, Variant, assembled, judge

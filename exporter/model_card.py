@@ -18,6 +18,7 @@ TITLES = {  # methods that measure something, and where they come from
     "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
     "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
     "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
+    "reconstruction": ("layer-wise reconstruction", "https://arxiv.org/abs/2301.00774"),
     "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
 }
 
@@ -64,6 +65,7 @@ def body(record: dict[str, Any], name: str) -> str:
     )
     fold = dict(record["fold"])
     fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
+    fold["places"] = _places(fold["tensors"])
     method = record["scores"]["method"]
     base = record["source"]["base_model"]
     return environment.get_template("compressed.md.jinja").render(
@@ -160,6 +162,15 @@ def _choice(record: dict[str, Any]) -> str:
     tokens = data["tokens"]
     counted = f" ({tokens['visual']:,} visual and {tokens['text']:,} text tokens)" if tokens else ""
     return f"They were chosen by [{title}]({link}) from {data['samples']} unlabelled questions about images{counted}."
+
+
+def _places(tensors: list[str]) -> str:
+    """'down_proj of layers 3, 7 and o_proj of layer 7' from "layer 3's mlp.down_proj.weight" and so on."""
+    layers: dict[str, list[str]] = {}
+    for tensor in tensors:
+        layer, name = tensor.removeprefix("layer ").split("'s ")
+        layers.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
+    return " and ".join(f"{name} of layer{'s' * (len(of) > 1)} {', '.join(of)}" for name, of in layers.items())
 
 
 def _percent(measured: dict[str, Any]) -> str:

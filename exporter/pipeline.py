@@ -14,11 +14,12 @@ from .calibration import Batch, Calibration, load_calibration, make_batches
 from .errors import InputError
 from .families import protected_layers
 from .fold import FOLDS
-from .fold.job import Folded, FoldJob
+from .fold.job import FoldJob
 from .localize import LOCALIZERS, LocalizeJob, check_scores, explicit
 from .model_card import base_model_of, card, inherited_licence
 from .plan import PruningPlan, make_plan
 from .recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_options
+from .replay import Folded
 from .scores import LayerScores
 from .source import (
     Source,

@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import InputError, nearest
 from .plan import Budget
 
 T = TypeVar("T")
 LOCALIZER_NAMES = ("tis", "block_influence", "angular", "greedy", "random", "first", "last")
-FOLD_NAMES = ("scp", "least_squares", "none")
+FOLD_NAMES = ("reconstruction", "scp", "least_squares", "none")
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "tis", "scp"
 DEFAULT_SAMPLES = 128
 
@@ -164,16 +164,48 @@ def read_method(value: Any, names: tuple[str, ...], kind: str) -> Method:
 
 
 def check_options(function: Any, method: Method, kind: str) -> dict[str, Any]:
-    """The method's options, if the function takes them all (as keyword-only arguments)."""
+    """The method's options, if they are keyword-only arguments of the function and of the annotated type."""
     import inspect
+    from typing import get_type_hints
 
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name in method.options:
+    hints = get_type_hints(function)
+    for name, value in method.options.items():
         if name not in known:
             raise InputError(
                 f"{kind} '{method.name}' has no option '{name}': " + (nearest(name, known) if known else "it has none.")
             )
+        if not _fits(value, hints[name]):
+            raise InputError(f"{kind} '{method.name}': {name} must be {_said(hints[name])}, not {value!r}.")
     return method.options
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from YAML may stand where the annotation asks for a number, a choice or several."""
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in arguments
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and bool(value) and all(_fits(item, arguments[0]) for item in value)
+    if arguments:  # a union
+        return any(_fits(value, one) for one in arguments)
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and value >= 0
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, hint)
+
+
+def _said(hint: Any) -> str:
+    """The annotation in words."""
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if get_origin(hint) is tuple:
+        return f"a list of {_said(arguments[0])}"
+    if arguments:
+        return " or ".join(_said(one) for one in arguments)
+    return {float: "a number from 0 up", int: "a whole number from 0 up", type(None): "null"}.get(hint, hint.__name__)
 
 
 def integers(value: Any, name: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from .calibration import Batch
 from .source import text_decoder
+
+Folded = dict[tuple[int, str], Tensor]  # (layer index, tensor name inside the layer) -> its new value
 
 
 @dataclass(frozen=True)
@@ -111,3 +113,35 @@ def logits(model: Any, output: Tensor) -> Tensor:
     """The language-model head on the last layer's output, [..., D] to [..., vocabulary]."""
     with torch.inference_mode():
         return model.get_output_embeddings()(text_decoder(model).norm(output))
+
+
+@contextlib.contextmanager
+def replaced(model: Any, folded: Folded) -> Iterator[None]:
+    """The model with new tensors in place of its own."""
+    layers = text_decoder(model).layers
+    with contextlib.ExitStack() as stack:
+        for (layer, full_name), tensor in folded.items():
+            path, _, name = full_name.rpartition(".")
+            stack.enter_context(_replaced_in(layers[layer].get_submodule(path), name, tensor))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced_in(module: Any, name: str, tensor: Tensor) -> Iterator[None]:
+    parameter = module.get_parameter(name)
+    tensor = tensor.to(dtype=parameter.dtype)
+    hook = getattr(module, "_hf_hook", None)
+    if parameter.is_meta and hook is not None:  # accelerate reads it from disk whenever the module runs
+        before = hook.weights_map
+        hook.weights_map = ChainMap({name: tensor}, before)
+        try:
+            yield
+        finally:
+            hook.weights_map = before
+        return
+    data = parameter.data
+    parameter.data = tensor.to(parameter.device)
+    try:
+        yield
+    finally:
+        parameter.data = data

@@ -9,7 +9,6 @@ Shapes: B samples, S tokens, N answer tokens of a batch, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .fidelity import AnsweredBatch
-from .fold.job import Folded
 from .plan import PruningPlan
-from .replay import Trace, last_output, logits, trace, walk
+from .replay import Folded, Trace, last_output, logits, replaced, trace, walk
 from .source import text_decoder
 
 
@@ -43,38 +41,6 @@ class Agreement:
     same: int = 0  # answer tokens that the variant ranks first
     tokens: int = 0
     follows: list[bool] = field(default_factory=list)  # per sample: it would say the very same answer
-
-
-@contextlib.contextmanager
-def replaced(model: Any, folded: Folded) -> Iterator[None]:
-    """The model with a variant's tensors in place of its own."""
-    layers = text_decoder(model).layers
-    with contextlib.ExitStack() as stack:
-        for (layer, full_name), tensor in folded.items():
-            path, _, name = full_name.rpartition(".")
-            stack.enter_context(_replaced_in(layers[layer].get_submodule(path), name, tensor))
-        yield
-
-
-@contextlib.contextmanager
-def _replaced_in(module: Any, name: str, tensor: Tensor) -> Iterator[None]:
-    parameter = module.get_parameter(name)
-    tensor = tensor.to(dtype=parameter.dtype)
-    hook = getattr(module, "_hf_hook", None)
-    if parameter.is_meta and hook is not None:  # accelerate reads it from disk whenever the module runs
-        before = hook.weights_map
-        hook.weights_map = ChainMap({name: tensor}, before)
-        try:
-            yield
-        finally:
-            hook.weights_map = before
-        return
-    data = parameter.data
-    parameter.data = tensor.to(parameter.device)
-    try:
-        yield
-    finally:
-        parameter.data = data
 
 
 @contextlib.contextmanager

@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from exporter.calibration import load_calibration, make_batches
+from exporter.clean_room import load_processor
+from exporter.fidelity import answer_all
+from exporter.fold import fold_reconstruction
+from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
+from exporter.fold.reconstruction import solve, token_weights
 from exporter.fold.scp import scp, top_directions
+from exporter.moments import Moments
+from exporter.pipeline import reader
+from exporter.plan import make_plan
+from exporter.source import load_model, open_source, text_decoder
+from exporter.variants import Variant, judge
 
 
 @pytest.fixture
@@ -57,3 +68,82 @@ def test_least_squares_moves_the_map_into_the_weight(noise):
     hidden = torch.randn(20, 9, generator=noise)
     expected = (hidden @ weight.T).double() @ transform
     torch.testing.assert_close((hidden @ least_squares(weight, transform).T).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+# --- reconstruction ---------------------------------------------------------------------------------------------------
+
+
+def test_refit_recovers_the_truth_and_stays_put_without_evidence(noise):
+    truth, old = (torch.randn(4, 7, dtype=torch.double, generator=noise) for _ in range(2))
+    inputs = torch.randn(300, 7, generator=noise)
+    moments = Moments.empty(7, 4)
+    moments.add(inputs, (inputs.double() @ truth.T).float())
+    torch.testing.assert_close(moments.refit(old, 1e-9), truth, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(moments.refit(old, 1e9), old, atol=1e-6, rtol=1e-6)
+    assert moments.error(truth) == pytest.approx(0, abs=1e-3)
+    assert moments.error(old) == pytest.approx(float((inputs.double() @ (old - truth).T).square().sum()), rel=1e-4)
+
+
+def test_the_ridge_that_is_chosen_is_the_one_that_generalises(noise):
+    old = torch.zeros(2, 20, dtype=torch.double)
+    halves = [Moments.empty(20, 2) for _ in range(2)]
+    for half in halves:
+        half.add(torch.randn(24, 20, generator=noise), torch.randn(24, 2, generator=noise))  # nothing to be learnt
+    assert solve(halves, old, "auto").norm() < 0.5 * solve(halves, old, 1e-4).norm()
+
+
+def test_token_weights_share_out_what_is_asked():
+    visual = torch.tensor([[True, True, True, False, False]])
+    text = torch.tensor([[False, False, False, True, False]])
+    assert token_weights(visual, text, None).tolist() == [[1, 1, 1, 1, 0]]
+    weights = token_weights(visual, text, 0.8)
+    assert weights.sum() == pytest.approx(4)
+    assert float(weights[text]) == pytest.approx(3.2)
+    assert token_weights(torch.zeros_like(visual), text, 0.8).tolist() == [[0, 0, 0, 1, 0]]
+
+
+@pytest.fixture(scope="module")
+def job(tiny, questions):
+    def make(family: str, drop: tuple[int, ...], silence: tuple[int, ...] = ()) -> FoldJob:
+        """A tiny model to be folded; silenced layers add nothing to the residual stream."""
+        source = open_source(str(tiny(family)))
+        model, _ = load_model(source, "cpu", torch.float32)
+        for layer in silence:
+            for name in (source.decoder.o_proj, source.decoder.down_proj):
+                torch.nn.init.zeros_(text_decoder(model).layers[layer].get_submodule(name).weight)
+        samples = load_calibration(str(questions), samples=None).samples
+        processor = load_processor(source.folder)
+        return FoldJob(
+            model,
+            lambda: make_batches(samples, processor, source.config, 4),
+            make_plan(source.num_layers, drop),
+            reader(source),
+            source.decoder,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_reconstruction_of_layers_that_did_nothing_changes_nothing(job, family):
+    made = job(family, drop=(3, 5), silence=(3, 5))
+    folded = fold_reconstruction(made)
+    assert sorted({layer for layer, _ in folded}) == [2, 4]
+    for (layer, name), tensor in folded.items():
+        torch.testing.assert_close(tensor, made.read(layer, name), atol=1e-4, rtol=1e-3)
+
+
+def test_reconstruction_brings_the_smaller_model_closer(job):
+    made = job("llava", drop=(2, 3))
+    answered = answer_all(made.model, made.batches(), 4)
+    plain, folded = judge(made.model, [Variant(made.plan), Variant(made.plan, fold_reconstruction(made))], answered)
+    assert folded.kl < 0.7 * plain.kl
+
+
+def test_a_gap_at_the_very_beginning_is_made_up_for_by_what_comes_after_it(job):
+    made = job("llava", drop=(0,))
+    folded = fold_reconstruction(made)
+    assert {layer for layer, _ in folded} == {1, 2, 3, 4, 5}
+    answered = answer_all(made.model, made.batches(), 4)
+    plain, refitted = judge(made.model, [Variant(made.plan), Variant(made.plan, folded)], answered)
+    assert refitted.kl < 0.7 * plain.kl

@@ -6,11 +6,16 @@ A fold takes a FoldJob and its own options and returns new tensors by (old layer
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-from .job import Folded, FoldJob, GapMoments, measure_gaps
+from ..replay import Folded
+from .job import FoldJob, GapMoments, measure_gaps
 from .least_squares import least_squares, linear_map
+from .reconstruction import reconstruct
 from .scp import scp
+
+Tokens = Literal["all", "important"]
+Matrix = Literal["o_proj", "down_proj"]
 
 
 def fold_none(job: FoldJob) -> Folded:
@@ -21,9 +26,9 @@ def fold_scp(
     job: FoldJob,
     *,
     k: int | float = 0.125,
-    tokens: str = "all",
-    per: str = "run",
-    weights: tuple[str, ...] = ("down_proj",),
+    tokens: Tokens = "all",
+    per: Literal["run", "layer"] = "run",
+    weights: tuple[Matrix, ...] = ("down_proj",),
 ) -> Folded:
     """Short-LVLM's subspace compensation.
 
@@ -36,13 +41,14 @@ def fold_scp(
     job.refuse_post_norm("scp")
 
     def change(name: str, tensor: Any, gap: GapMoments) -> Any:
-        directions = k if isinstance(k, int) else max(1, round(k * len(gap.difference)))
-        return scp(tensor, gap.difference, directions)
+        for gram in gap.differences:
+            tensor = scp(tensor, gram, k if isinstance(k, int) else max(1, round(k * len(gram))))
+        return tensor
 
-    return _apply(job, measure_gaps(job, tokens=tokens), change, weights)
+    return _apply(job, measure_gaps(job, tokens=tokens, each=per == "layer"), change, weights)
 
 
-def fold_least_squares(job: FoldJob, *, ridge: float = 1e-2, tokens: str = "all") -> Folded:
+def fold_least_squares(job: FoldJob, *, ridge: float = 1e-2, tokens: Tokens = "all") -> Folded:
     """ReplaceMe's linear map of the MLP's output, solved by ridge regression towards the identity."""
     job.refuse_post_norm("least_squares")
 
@@ -53,7 +59,10 @@ def fold_least_squares(job: FoldJob, *, ridge: float = 1e-2, tokens: str = "all"
 
 
 def _apply(
-    job: FoldJob, gaps: dict[int, GapMoments], change: Callable[[str, Any, GapMoments], Any], weights: tuple[str, ...]
+    job: FoldJob,
+    gaps: dict[int, GapMoments],
+    change: Callable[[str, Any, GapMoments], Any],
+    weights: tuple[Matrix, ...],
 ) -> Folded:
     """Left-multiply the output-side weights, and their biases, of the kept layer before each gap."""
     modules = {"down_proj": job.decoder.down_proj, "o_proj": job.decoder.o_proj}
@@ -66,8 +75,28 @@ def _apply(
     return folded
 
 
+def fold_reconstruction(
+    job: FoldJob,
+    *,
+    ridge: float | Literal["auto"] = "auto",
+    text_share: float | None = None,
+    weights: tuple[Matrix, ...] = ("o_proj", "down_proj"),
+) -> Folded:
+    """Layer-wise refit of everything that stays behind the first gap.
+
+    Args:
+        ridge: pull towards the old weights; 'auto' is chosen per matrix by two-fold cross-validation.
+        text_share: share of the regression's weight that text tokens have together; None: every token alike.
+        weights: which output matrices of a layer are refitted: 'o_proj', 'down_proj' or both.
+    """
+    job.refuse_post_norm("reconstruction")
+    modules = {"o_proj": job.decoder.o_proj, "down_proj": job.decoder.down_proj}
+    return reconstruct(job, ridge, text_share, [module for name, module in modules.items() if name in weights])
+
+
 FOLDS: dict[str, Callable[..., Folded]] = {
     "none": fold_none,
     "scp": fold_scp,
     "least_squares": fold_least_squares,
+    "reconstruction": fold_reconstruction,
 }

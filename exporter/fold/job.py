@@ -23,8 +23,6 @@ from ..plan import PruningPlan
 from ..replay import trace, walk
 from ..source import text_decoder
 
-Folded = dict[tuple[int, str], Tensor]  # (old layer index, tensor name inside the layer) -> new tensor, source dtype
-
 
 @dataclass(frozen=True)
 class FoldJob:
@@ -55,36 +53,34 @@ class FoldJob:
 class GapMoments:
     """What one run of dropped layers did, seen from the kept layer before it."""
 
-    difference: Tensor  # [D, D] HᵀH, H = X^p - X^r
+    differences: list[Tensor]  # [D, D] HᵀH, H = X^p - X^r, of the last dropped layer p, or of each one of the run
     mlp: Moments  # predictors: the MLP's output M [N, D]; targets: M + H, what it should have been
-    hidden: Moments | None  # predictors: the input of down_proj [N, I]; the same targets
 
     @classmethod
-    def empty(cls, like: Gap, hidden: bool) -> GapMoments:
-        inner, width = like.hidden.shape[-1], like.mlp.shape[-1]
-        gram = torch.zeros(width, width, dtype=torch.double)
-        return cls(gram, Moments.empty(width, width), Moments.empty(inner, width) if hidden else None)
+    def empty(cls, like: Gap) -> GapMoments:
+        width = like.mlp.shape[-1]
+        grams = [torch.zeros(width, width, dtype=torch.double) for _ in like.added]
+        return cls(grams, Moments.empty(width, width))
 
     def add(self, gap: Gap, counted: Tensor, multiplier: float) -> None:
         """Add the counted tokens [B, S] of one batch."""
-        added, mlp = gap.added[counted].float(), gap.mlp[counted].float()  # [N, D]
-        self.difference.add_((added.T @ added).cpu().double())
-        wanted = mlp + added / multiplier
-        self.mlp.add(mlp, wanted)
-        if self.hidden is not None:
-            self.hidden.add(gap.hidden[counted], wanted)
+        mlp = gap.mlp[counted].float()  # [N, D]
+        for gram, added in zip(self.differences, gap.added, strict=True):
+            difference = added[counted].float()  # [N, D]
+            gram.add_((difference.T @ difference).cpu().double())
+        self.mlp.add(mlp, mlp + difference / multiplier)
 
 
-def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, hidden: bool = False) -> dict[int, GapMoments]:
+def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: bool = False) -> dict[int, GapMoments]:
     """One pass over the data, up to the last dropped layer; none for gaps that were measured before.
 
     Args:
         tokens: which are counted: 'all' but padding and special ones, or the 'important' ones of the dropped layer.
-        hidden: also the [I, I] moments of down_proj's input.
+        each: differences after every dropped layer of a run, not only after its last.
     """
 
     def key(kept: int) -> tuple[Any, ...]:
-        return (kept, job.gaps[kept], tokens, p, hidden)
+        return (kept, job.gaps[kept], tokens, p, each)
 
     wanted = {kept: run for kept, run in job.gaps.items() if key(kept) not in job.memo}
     sums: dict[int, GapMoments] = {}
@@ -94,9 +90,9 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, hidden: b
                 batch = batch.to(job.model.device)
                 if reducer is not None:
                     reducer.is_visual, reducer.is_text = batch.is_visual, batch.is_text
-                for kept, gap in _gaps_of(job, wanted, batch, reducer).items():
+                for kept, gap in _gaps_of(job, wanted, batch, reducer, each).items():
                     if kept not in sums:
-                        sums[kept] = GapMoments.empty(gap, hidden)
+                        sums[kept] = GapMoments.empty(gap)
                     sums[kept].add(gap, gap.counted(batch, p), job.multiplier)
     job.memo.update({key(kept): moments for kept, moments in sums.items()})
     return {kept: job.memo[key(kept)] for kept in job.gaps}
@@ -106,9 +102,8 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, hidden: b
 class Gap:
     """One gap in one batch."""
 
-    hidden: Tensor  # [B, S, I] input of the kept layer's down_proj
-    mlp: Tensor  # [B, S, D] its output
-    added: Tensor  # [B, S, D] what the dropped layers added: H
+    mlp: Tensor  # [B, S, D] output of the kept layer's MLP
+    added: tuple[Tensor, ...]  # [B, S, D] what dropped layers added, H: up to each one of them, or up to the last
     means: AttentionMeans | None  # of the last dropped layer
 
     def counted(self, batch: Batch, p: float) -> Tensor:
@@ -120,28 +115,34 @@ class Gap:
 
 
 def _gaps_of(
-    job: FoldJob, wanted: dict[int, tuple[int, ...]], batch: Batch, reducer: AttentionReducer | None
+    job: FoldJob, wanted: dict[int, tuple[int, ...]], batch: Batch, reducer: AttentionReducer | None, each: bool
 ) -> dict[int, Gap]:
     """Run the batch up to the last dropped layer, keeping what each gap's moments are made of."""
     layers = text_decoder(job.model).layers
-    ends = {run[-1]: kept for kept, run in wanted.items()}
-    tapped: list[tuple[Tensor, Tensor]] = []
-    mlps: dict[int, tuple[Tensor, Tensor]] = {}
+    before_run = {layer: kept for kept, run in wanted.items() for layer in run}
+    tapped: list[Tensor] = []
+    mlps: dict[int, Tensor] = {}
     entered: dict[int, Tensor] = {}
+    added: dict[int, list[Tensor]] = {kept: [] for kept in wanted}
     found: dict[int, Gap] = {}
     with contextlib.ExitStack() as taps:
-        for kept in wanted:
-            module = layers[kept].get_submodule(job.decoder.down_proj)
-            taps.enter_context(on_module(module, lambda x, y: tapped.append((x, y))))
+        for before_gap in wanted:
+            module = layers[before_gap].get_submodule(job.decoder.down_proj)
+            taps.enter_context(on_module(module, lambda _, y: tapped.append(y)))
         for layer_idx, before, after in walk(layers, trace(job.model, batch)):
             means = reducer.take() if reducer is not None else None
             if layer_idx - 1 in wanted:
                 entered[layer_idx - 1] = before
             if layer_idx in wanted:
                 mlps[layer_idx] = tapped.pop()
-            if layer_idx in ends:
-                kept = ends[layer_idx]
-                found[kept] = Gap(*mlps.pop(kept), after - entered.pop(kept), means)
+            if layer_idx not in before_run:
+                continue
+            kept = before_run[layer_idx]
+            is_last = layer_idx == wanted[kept][-1]
+            if each or is_last:
+                added[kept].append(after - entered[kept])
+            if is_last:
+                found[kept] = Gap(mlps.pop(kept), tuple(added.pop(kept)), means)
                 if len(found) == len(wanted):
                     break
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..calibration import Batch
 from ..capture import layer_statistics
@@ -37,8 +37,8 @@ def by_tis(
     protect: Sequence[int],
     *,
     p: float = 0.5,
-    tokens: str = "per_layer",
-    text: str = "rows",
+    tokens: Literal["per_layer", "all_layers"] = "per_layer",
+    text: Literal["rows", "columns"] = "rows",
 ) -> LayerScores:
     statistics = layer_statistics(job.model, job.batches())
     return tis(statistics, count, tuple(protect), p=p, tokens=tokens, text=text)
