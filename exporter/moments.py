@@ -6,6 +6,7 @@ Shapes: N tokens, P predictors, D targets.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +39,20 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.count + other.count)
 
-    def refit(self, weight: Tensor, ridge: float) -> Tensor:
-        """The matrix W [D, P] that minimises ‖X Wᵀ - Y‖² + α ‖W - weight‖², in float64.
+    def refit(self, weight: Tensor, ridge: float, device: Any = "cpu") -> Tensor:
+        """The matrix W [D, P] that minimises ‖X Wᵀ - Y‖² + α ‖W - weight‖², in float64, on the CPU.
 
         Args:
             ridge: α as a share of the predictors' mean square, so that it means the same for every model.
+            device: to solve on; the CPU where its memory does not suffice.
         """
-        alpha = ridge * self.xx.diagonal().mean()
-        eye = torch.eye(len(self.xx), dtype=torch.double)
-        return torch.linalg.solve(self.xx + alpha * eye, self.xy + alpha * weight.double().cpu().T).T
+        try:
+            xx, xy, old = (tensor.to(device, torch.double) for tensor in (self.xx, self.xy, weight.T))
+            alpha = ridge * xx.diagonal().mean()
+            factor = torch.linalg.cholesky(xx + alpha * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
+            return torch.cholesky_solve(xy + alpha * old, factor).T.cpu()
+        except torch.OutOfMemoryError:
+            return self.refit(weight, ridge)
 
     def error(self, weight: Tensor) -> float:
         """‖X Wᵀ - Y‖² for W [D, P]."""

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,8 @@ def _refit(
                 halves = [Moments.empty(inputs.shape[-1], wanted.shape[-1]) for _ in range(2)]
             halves[number % 2].add(inputs * weights, wanted * weights)
     old = [_weight(job, layer_idx, module) for module in modules]
-    new = solve(halves, torch.cat(old, dim=1), ridge).split([weight.shape[1] for weight in old], dim=1)
+    device = job.model.device if job.model.device.type == "cuda" else "cpu"  # others have no float64, or gain nothing
+    new = solve(halves, torch.cat(old, dim=1), ridge, device).split([weight.shape[1] for weight in old], dim=1)
     return {
         (layer_idx, f"{module}.weight"): fitted.to(weight.dtype).contiguous()
         for module, fitted, weight in zip(modules, new, old, strict=True)
@@ -123,15 +125,15 @@ def _weight(job: FoldJob, layer_idx: int, module: str) -> Tensor:
     return weight
 
 
-def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str) -> Tensor:
+def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str, device: Any = "cpu") -> Tensor:
     """Refit on both halves of the data; ridge 'auto' is the one that serves each half best when fitted on the other."""
+
+    def loss(ridge: float) -> float:
+        return sum(a.error(b.refit(weight, ridge, device)) for a, b in (halves, halves[::-1]))
+
     if ridge == "auto":
-        one, other = halves
-        if not one.count or not other.count:
-            ridge = RIDGES[-1]
-        else:
-            ridge = min(RIDGES, key=lambda r: one.error(other.refit(weight, r)) + other.error(one.refit(weight, r)))
-    return (halves[0] + halves[1]).refit(weight, float(ridge))
+        ridge = min(RIDGES, key=loss) if all(half.count for half in halves) else RIDGES[-1]
+    return (halves[0] + halves[1]).refit(weight, float(ridge), device)
 
 
 def _of_layer(folded: Folded, layer_idx: int) -> Folded:
