@@ -39,6 +39,14 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 # Shapes: B images, T tiles, P patches a tile, S tokens, D hidden size.
 TILE, PATCH = 48, 8
+RESTART = 0.5  # of the first learning rate
+TYPE_WEIGHTS = {
+    "count": 0.3,
+    "background": 0.3,
+    "color": 2.0,
+    "where": 2.0,
+    "left": 4.0,
+}  # of questions after the restart
 PINPOINTS = [[48, 48], [48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}:"
@@ -227,7 +235,9 @@ def train_vision(model, processor, samples: list[dict], steps: int, report) -> N
 # --- phase 2: the whole model ----------------------------------------------------------------------------------------
 
 
-def pack(batch: list[dict], processor, rng: np.random.Generator, questions: int) -> dict[str, torch.Tensor]:
+def pack(
+    batch: list[dict], processor, rng: np.random.Generator, questions: int, type_weights: dict[str, float]
+) -> dict[str, torch.Tensor]:
     """One row an image: the image's tokens, then its questions side by side. Shapes [B, S], mask [B, 1, S, S]."""
     tokenizer = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -237,7 +247,9 @@ def pack(batch: list[dict], processor, rng: np.random.Generator, questions: int)
         ids = [tokenizer.bos_token_id, *tokenizer.encode("user:", add_special_tokens=False), *[image_id] * visual]
         segment, position, target = [0] * len(ids), list(range(len(ids))), [-100] * len(ids)
         prefix = len(ids)
-        chosen = rng.permutation(len(sample["asked"]))[:questions]
+        weights = np.array([type_weights.get(kind, 1.0) for kind, *_ in sample["asked"]])
+        number = min(questions, len(weights))
+        chosen = rng.choice(len(weights), number, replace=False, p=weights / weights.sum())
         for number, index in enumerate(chosen, 1):
             _, question, answer = sample["asked"][index]
             asked = tokenizer.encode(f"{question} assistant:", add_special_tokens=False)
@@ -296,14 +308,18 @@ def make_optimizers(model) -> list[torch.optim.Optimizer]:
 
 
 def train_jointly(model, processor, samples: list[dict], options, report) -> None:
-    steps, work = options.steps, options.work
+    steps, work = options.steps + options.restart, options.work
     optimizers = make_optimizers(model)
     warmup = 100
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)
 
     def rate(step: int) -> float:
-        return min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        """A warm-up, then down by a cosine, and down once more from where a restart takes it."""
+        length, top, at = (options.steps, 1.0, step)
+        if step >= options.steps:
+            length, top, at = (options.restart, RESTART, step - options.steps)
+        return min(1, (step + 1) / warmup) * top * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * at / max(1, length))))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     first, saved = 0, work / "joint.pt"
@@ -321,7 +337,8 @@ def train_jointly(model, processor, samples: list[dict], options, report) -> Non
         pool = rng.choice(len(samples), options.batch * 4, replace=False)
         pool = pool[np.argsort(lengths[pool] + rng.normal(0, 8, len(pool)))]  # rows of like length: less padding
         start = rng.integers(4) * options.batch
-        packed = pack([samples[i] for i in pool[start : start + options.batch]], processor, rng, questions=8)
+        weights = TYPE_WEIGHTS if step >= options.steps else {}
+        packed = pack([samples[i] for i in pool[start : start + options.batch]], processor, rng, 8, weights)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             loss, correct = answer_loss(model, packed)
         model.zero_grad()
@@ -367,6 +384,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=24_000)
     parser.add_argument("--vision-steps", type=int, default=3200)
     parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--restart", type=int, default=1200, help="steps after the learning rate is raised once more")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products, where the CPU has them")
     options = parser.parse_args()
