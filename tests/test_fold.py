@@ -11,7 +11,7 @@ from exporter.fidelity import answer_all
 from exporter.fold import fold_reconstruction
 from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
-from exporter.fold.reconstruction import solve, token_weights
+from exporter.fold.reconstruction import solve, spread, token_weights
 from exporter.fold.scp import scp, top_directions
 from exporter.moments import Moments
 from exporter.pipeline import reader
@@ -100,6 +100,12 @@ def test_token_weights_share_out_what_is_asked():
     assert weights.sum() == pytest.approx(4)
     assert float(weights[text]) == pytest.approx(3.2)
     assert token_weights(torch.zeros_like(visual), text, 0.8).tolist() == [[0, 0, 0, 1, 0]]
+
+
+def test_a_share_of_the_batches_is_spread_over_all_of_them():
+    assert list(spread(range(8), 1.0)) == list(range(8))
+    assert list(spread(range(8), 0.5)) == [0, 2, 4, 6]
+    assert list(spread(range(3), 0.01)) == [0]
 
 
 @pytest.fixture(scope="module")

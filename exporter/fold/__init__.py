@@ -79,6 +79,7 @@ def fold_reconstruction(
     job: FoldJob,
     *,
     ridge: float | Literal["auto"] = "auto",
+    share: float | None = None,
     text_share: float | None = None,
     weights: tuple[Matrix, ...] = ("o_proj", "down_proj"),
 ) -> Folded:
@@ -86,12 +87,13 @@ def fold_reconstruction(
 
     Args:
         ridge: pull towards the old weights; 'auto' is chosen per matrix by two-fold cross-validation.
+        share: of the calibration batches that is used; None: as many as make it cost about one forward pass over all.
         text_share: share of the regression's weight that text tokens have together; None: every token alike.
         weights: which output matrices of a layer are refitted: 'o_proj', 'down_proj' or both.
     """
     job.refuse_post_norm("reconstruction")
     modules = {"o_proj": job.decoder.o_proj, "down_proj": job.decoder.down_proj}
-    return reconstruct(job, ridge, text_share, [module for name, module in modules.items() if name in weights])
+    return reconstruct(job, ridge, share, text_share, [module for name, module in modules.items() if name in weights])
 
 
 FOLDS: dict[str, Callable[..., Folded]] = {

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from ..source import text_decoder
 from .job import FoldJob
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+LAYER_COST = 3.5  # of refitting a layer, in forward passes through it: two regressions, and the state after them
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,14 +41,19 @@ class Stream:
     smaller: Tensor  # [B, S, D]
 
 
-def reconstruct(job: FoldJob, ridge: float | str, share_of_text: float | None, modules: Sequence[str]) -> Folded:
+def reconstruct(
+    job: FoldJob, ridge: float | str, share: float | None, share_of_text: float | None, modules: Sequence[str]
+) -> Folded:
     """Walk both models through the calibration data together, refitting `modules` of each kept layer on the way."""
     layers = text_decoder(job.model).layers
     reached = max(0, min(job.plan.drop) - 1)  # the first layer that changes: up to its input both models are one
-    streams = [_stream(job, batch.to(job.model.device), reached, share_of_text) for batch in job.batches()]
-    keep = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
+    refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
+    if share is None:
+        share = 1 / (1 + LAYER_COST * len(refitted) / job.plan.num_layers)
+    batches = spread(job.batches(), share)
+    streams = [_stream(job, batch.to(job.model.device), reached, share_of_text) for batch in batches]
     folded: Folded = {}
-    for kept, following in itertools.pairwise([*keep, job.plan.num_layers]):
+    for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
         for stream in streams:
             stream.original = _run(job, stream.given, stream.original, reached, following)
         reached = following
@@ -58,6 +65,15 @@ def reconstruct(job: FoldJob, ridge: float | str, share_of_text: float | None, m
                 output = stream.given.step(layers[kept], kept, stream.smaller)
                 stream.smaller = stream.given.after(kept, output)
     return folded
+
+
+def spread(items: Iterable[T], share: float) -> Iterator[T]:
+    """A share of the items, evenly spread over all of them; the first one in any case."""
+    taken = 0
+    for number, item in enumerate(items):
+        if taken <= number * share:
+            taken += 1
+            yield item
 
 
 def _stream(job: FoldJob, batch: Batch, first: int, share_of_text: float | None) -> Stream:
