@@ -96,11 +96,12 @@ class Budget:
             if isinstance(tokens, int) and tokens < 1:
                 raise ValueError(f"keep_visual_tokens={tokens} keeps nothing of the image: give 1 or more.")
         if layers is not None:
-            least = num_layers - len(settings.candidates)
+            free = len(settings.candidates)
+            least = num_layers - free
             if isinstance(layers, bool) or not isinstance(layers, int) or not least <= layers <= num_layers:
                 raise ValueError(
-                    f"keep_layers={layers!r} is out of range: of the {num_layers} layers {len(settings.candidates)} may "
-                    f"be skipped, so give a number from {least} to {num_layers}."
+                    f"keep_layers={layers!r} is out of range: of the {num_layers} layers {free} may be skipped, so "
+                    f"give a number from {least} to {num_layers}."
                 )
 
     def tokens_of(self, available: Tensor) -> Tensor:
@@ -186,20 +187,20 @@ def base_model(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """What runs, for one pass over a prompt. Make one by hand to impose it: `model.generate(**inputs, route=Route(...))`.
+    """What runs, for one pass over a prompt. To impose one: `model.generate(**inputs, route=Route(keep, layers))`.
 
-    A hand-made one needs `keep` or `layers` only; None keeps everything.
+    One made by hand needs `keep` or `layers` only; None keeps everything.
     """
 
-    keep: Tensor | None = None  # [B, S] False: a visual token that leaves at layer drop_at
-    layers: Tensor | None = None  # [B, L] False: a layer that the row skips
-    visual: Tensor | None = None  # [B, S] True: a visual token
-    places: Tensor | None = None  # [B, S, 3] of visual tokens: number of the image, row and column in it, from 0 to 1
+    keep: Any = None  # Tensor [B, S] False: a visual token that leaves at layer drop_at
+    layers: Any = None  # Tensor [B, L] False: a layer that the row skips
+    visual: Any = None  # Tensor [B, S] True: a visual token
+    places: Any = None  # Tensor [B, S, 3] of visual tokens: number of the image, row and column in it, from 0 to 1
     token_logits: Tensor | None = None  # [B, S]
     layer_logits: Tensor | None = None  # [B, N]
 
     def kept_tokens(self) -> list[Tensor]:
-        """For each row, which of its visual tokens stay, counted among them: 0 is the first token of the first image."""
+        """For each row, which of its visual tokens stay, counted among them: 0 is the first of the first image."""
         return [keep[visual].nonzero()[:, 0] for keep, visual in zip(self.keep, self.visual, strict=True)]
 
     def kept_places(self) -> list[Tensor]:
@@ -282,7 +283,7 @@ class Router(nn.Module):
         return self.token_head(tokens)[..., 0].float(), self.layer_head(layers)[..., 0].float()
 
     def _here(self, tensor: Tensor) -> Tensor:
-        """On the router's device and, if floating, in its dtype. Offloading hooks move the inputs of what is on meta."""
+        """On the router's device and, if floating, in its dtype. Weights on meta are offloaded: a hook moves inputs."""
         own = next(self.parameters())
         tensor = tensor if own.is_meta else tensor.to(own.device)
         return tensor.to(own.dtype) if tensor.is_floating_point() else tensor
@@ -461,7 +462,7 @@ class _RoutedCache(Cache):
     cache of transformers this class.
     """
 
-    route: Route | None  # of the first routed pass; its layers hold for all later ones
+    route: Any  # Route of the first routed pass, whose layers hold for all later ones; None before it
     seen: int  # tokens of the text so far
     entries: dict[Group, Entries]  # a group that is not here holds all tokens
     rows: list[tuple[int, ...] | None]  # per layer, the rows that run it, None for all
@@ -534,7 +535,7 @@ class RoutedCache(_RoutedCache, DynamicCache):
     def hold(self, route: Route, rows: list[tuple[int, ...] | None]) -> None:
         """Follow a route from now on: of earlier turns, layers keep the entries of the rows that go on using them."""
         self.route = route
-        for layer_idx, (layer, chosen) in enumerate(zip(self.layers, rows, strict=True)):
+        for layer, chosen in zip(self.layers, rows, strict=True):
             if chosen is not None and layer.is_initialized:
                 take_rows(layer, torch.tensor(chosen, dtype=torch.long))
         self.rows = list(rows)
@@ -637,15 +638,15 @@ class Request:
     router: Router
     settings: RouterSettings
     budget: Budget
-    visual: Tensor | None  # [B, S] True at visual tokens, None if the pass has none
+    visual: Any  # Tensor [B, S] True at visual tokens, None if the pass has none
     deepstack: int = 0  # after that many layers the decoder itself adds visual features to the states
     imposed: Route | None = None
     hidden: Tensor | None = None  # [B, S] tokens that the router must not see: answers
     labels: Tensor | None = None  # [B, S] a copy of ours
-    places: Tensor | None = None  # [B, S, 3]
+    places: Any = None  # Tensor [B, S, 3]
     run: bool = True  # False: only up to the router
-    route: Route | None = None  # result
-    router_inputs: RouterInputs | None = None  # result, if not run
+    route: Any = None  # result: a Route
+    router_inputs: Any = None  # result, if not run: RouterInputs
 
 
 @dataclass(frozen=True)
@@ -673,12 +674,13 @@ class Pass:
         self.past = self.cache.seen if self.cache is not None else 0
         self.real = real_tokens(inputs.get("attention_mask"), self.past, embeddings)  # [B, S]
         self.short_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
-        self.rows: list[tuple[int, ...] | None] = [None] * self.num_layers
-        self.stay: Entries | None = None  # the tokens that stay; None: all of them
+        held = self.cache.route if self.cache is not None else None
+        self.rows = rows_of(held.layers) if held is not None else [None] * self.num_layers
+        self.stay: Any = None  # Entries: the tokens that stay; None: all of them
         self.settled = False
         self._memo: dict[Any, Any] = {}
-        held = self.cache.route if self.cache is not None else None
-        if request.visual is None and request.imposed is None:
+        if request.visual is None and request.imposed is None:  # text goes on with the route there is
+            assert held is not None, "a request without anything to route"
             everything = torch.ones_like(self.real)
             self._settle(Route(everything, held.layers, visual=torch.zeros_like(everything)))
         elif request.settings.read_at == 0 or request.imposed is not None:
@@ -723,18 +725,15 @@ class Pass:
         return replace(route, keep=keep, layers=layers, visual=visual, places=self.request.places)
 
     def _settle(self, route: Route) -> None:
-        """Prepare what the layers need to know, with one look at the values (a synchronisation on a GPU)."""
+        """Prepare what the layers need to know. Looks at the values, which synchronises on a GPU."""
         held = self.cache.route if self.cache is not None else None
         if held is not None:  # layers are chosen once for a conversation
             route = replace(route, layers=held.layers)
         keep = route.keep & self.real
-        runs = route.layers.tolist()
+        self.rows = rows_of(route.layers)
         kept, real = torch.stack([keep.sum(1), self.real.sum(1)]).tolist()
-        self.rows = [None] * self.num_layers
-        for layer_idx in range(self.num_layers):
-            if not all(row[layer_idx] for row in runs):
-                self.rows[layer_idx] = tuple(b for b, row in enumerate(runs) if row[layer_idx])
         if kept != real and self.drop_at < self.num_layers:
+            check_windows(self.config)
             self.stay = self._staying(keep, max(kept), min(kept) == max(kept))
         if self.request.labels is not None:  # a label is predicted by the token before it, which must be there
             self.request.labels[:, 1:].masked_fill_(~route.keep[:, :-1], IGNORED_LABEL)
@@ -778,7 +777,7 @@ class Pass:
         return states
 
     def finish(self, output: Any) -> Any:
-        """Spread the last hidden state out to the original length, zero where a token has left; note what was cached."""
+        """Spread the last hidden state out to the original length, zero where a token has left; note what is cached."""
         if self.cache is not None:
             groups = {self.cache.group(layer_idx, self.drop_at) for layer_idx in range(self.num_layers)}
             entries = {group: found for group in groups if (found := self._entries(group)) is not None}
@@ -798,11 +797,12 @@ class Pass:
     def _index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         return self._once(("rows", rows, device), lambda: torch.tensor(rows, device=device))
 
-    def _once(self, key: Any, make: Any) -> Any:
-        """Layers are given the same masks and positions: each is narrowed once a pass."""
+    def _once(self, key: Any, make: Any, given: Any = None) -> Any:
+        """Layers are given the same masks and positions: each is narrowed once a pass, told apart by identity."""
+        key = (key, id(given))
         if key not in self._memo:
-            self._memo[key] = make()
-        return self._memo[key]
+            self._memo[key] = (make(), given)  # held, so that no other object gets its identity
+        return self._memo[key][0]
 
     # --- what the layers are given ---
 
@@ -813,12 +813,13 @@ class Pass:
         narrowed = dict(keywords)
         mask, positions = keywords.get("attention_mask"), keywords.get("position_embeddings")
         narrowed["attention_mask"] = self._once(
-            ("mask", id(mask), group, rows), lambda: self._rows(self._mask(mask, group), rows, -4)
+            ("mask", group, rows), lambda: self._rows(self._mask(mask, group), rows, -4), mask
         )
         if positions is not None:
             narrowed["position_embeddings"] = self._once(
-                ("positions", id(positions), group[0], rows),
+                ("positions", group[0], rows),
                 lambda: tuple(self._rows(self._tokens(part, group[0]), rows, -3) for part in positions),
+                positions,
             )
         if rows is not None or (group[0] and self.stay is not None):
             narrowed["position_ids"] = None  # only read to find packed sequences, for which gaps would be taken
@@ -894,6 +895,21 @@ class Pass:
         return before & entries.valid[:, None, None, :]
 
 
+def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
+    """For each layer the rows that run it, None for all: [B, L]."""
+    columns = layers.T.tolist()
+    return [None if all(runs) else tuple(row for row, run in enumerate(runs) if run) for runs in columns]
+
+
+def check_windows(config: Any) -> None:
+    kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) and "sliding_attention"]
+    if is_flash_attention_requested(config) and "sliding_attention" in kinds:
+        raise ValueError(
+            "flash attention counts the entries in a sliding window, of which some are dropped here: load the model "
+            "with attn_implementation='sdpa', or keep all visual tokens."
+        )
+
+
 def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | RoutedStaticCache | None:
     """The pass's cache, able to hold a route, put into its inputs; a new one if a cache is wanted and there is none."""
     cache = inputs.get("past_key_values")
@@ -967,7 +983,7 @@ class _RoutedLayer:
 
 
 @functools.cache
-def _mixed(addition: type, stock: type) -> type:
+def _mixed(addition: Any, stock: Any) -> Any:
     """A subclass under the same name, by which device maps, plans and adapters find modules."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     return type(stock.__name__, (addition, stock), names)
@@ -1000,10 +1016,10 @@ class RoutedModel:
 
     _auto_class = "AutoModelForImageTextToText"  # save_pretrained copies this file and names the class in auto_map
     _supports_flex_attn = False  # its block masks cannot be narrowed
-    _can_compile_fullgraph = False  # the route is read on the host
+    _can_compile_fullgraph = False  # the route is read on the host; compile the layers' dense parts instead
 
     def __init__(self, config: Any, *args: Any, with_router: bool = True, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.router_settings = RouterSettings.of(config)
         self.budget = self.router_settings.preset(self.router_settings.default)
         for name in self.router_settings.presets:
@@ -1098,7 +1114,7 @@ class RoutedModel:
         return len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
 
     def route(self, **inputs: Any) -> Route:
-        """The route of inputs under a budget: `model.route(**inputs, preset="fast")`. No layer runs beyond the router."""
+        """The route of inputs under a budget: `model.route(**inputs, preset="fast")`. Runs up to the router only."""
         request = self._up_to_router(**inputs)
         if request is not None:
             return request.route
@@ -1131,6 +1147,7 @@ class RoutedModel:
                 "prefill_chunk_size would choose the route by the first chunk of the prompt: leave it out."
             )
         kwargs.setdefault("prompt_length", prompt_length(inputs, kwargs))
+        kwargs.setdefault("disable_compile", True)  # of the whole pass, as transformers does with static caches
         made = super().generate(inputs, *args, **kwargs)
         if not isinstance(made, Tensor):
             made.route = getattr(made.get("past_key_values"), "route", None)
@@ -1213,8 +1230,9 @@ def prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int | None:
     if tokens is None:
         return None
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    only_new = cache is not None and isinstance(mask, Tensor) and mask.shape[-1] > tokens.shape[1]
-    return mask.shape[-1] if only_new else tokens.shape[1]
+    if cache is None:
+        return tokens.shape[1]
+    return max(mask.shape[-1], tokens.shape[1]) if isinstance(mask, Tensor) else None  # the new ones only, or all
 
 
 def warn_of_excess(budget: Budget, visual: Tensor) -> None:
@@ -1278,7 +1296,7 @@ class RoutedQwen2VLForConditionalGeneration(RoutedModel, Qwen2VLForConditionalGe
 
 
 @routed
-class RoutedQwen2_5_VLForConditionalGeneration(RoutedModel, Qwen2_5_VLForConditionalGeneration): ...
+class RoutedQwen2_5_VLForConditionalGeneration(RoutedModel, Qwen2_5_VLForConditionalGeneration): ...  # noqa: N801
 
 
 @routed
