@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODELING_FILE = "modeling_routed.py"
-ROUTER_FILE = "router/model.safetensors"
 AUTO_CLASS = "AutoModelForImageTextToText"
 
 
@@ -48,7 +46,7 @@ def default_settings(config: Any, drop_at: int = 0, candidates: int | None = Non
             "that has run before the router can't be skipped any more. Lower one of them."
         )
     head = 64 if hidden >= 1024 else 16
-    half, quarter = num_layers - candidates // 4, num_layers - candidates // 2
+    most, fewer = (num_layers - candidates // part for part in (4, 3))
     return {
         "drop_at": drop_at,
         "read_at": drop_at,
@@ -56,11 +54,11 @@ def default_settings(config: Any, drop_at: int = 0, candidates: int | None = Non
         "bottleneck": max(1, hidden // 4 // head) * head,
         "num_heads": max(1, hidden // 4 // head),
         "presets": {
-            "quality": {"keep_visual_tokens": 0.5, "keep_layers": num_layers},
-            "balanced": {"keep_visual_tokens": 0.5, "keep_layers": half},
-            "fast": {"keep_visual_tokens": 0.25, "keep_layers": quarter},
+            "quality": {"keep_visual_tokens": 0.5},
+            "balanced": {"keep_visual_tokens": 0.5, "keep_layers": most},
+            "fast": {"keep_visual_tokens": 0.25, "keep_layers": fewer},
             "token-only": {"keep_visual_tokens": 0.25},
-            "layer-only": {"keep_layers": quarter},
+            "layer-only": {"keep_layers": fewer},
         },
         "default": "balanced",
         "trained_for": {"model_type": config.model_type, "hidden_size": hidden, "num_hidden_layers": num_layers},
@@ -72,29 +70,18 @@ def add_router(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, 
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
+    from .modeling.modeling_routed import ROUTER_FILE, class_name
+
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_routable(config)
     path = folder / ROUTER_FILE
     path.parent.mkdir(exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
-    shutil.copyfile(modeling_file(), folder / MODELING_FILE)
+    shutil.copyfile(Path(__file__).parent / "modeling" / MODELING_FILE, folder / MODELING_FILE)
     raw = json.loads((folder / "config.json").read_text())
     module = MODELING_FILE.removesuffix(".py")
-    raw["auto_map"] = {**raw.get("auto_map", {}), AUTO_CLASS: f"{module}.{routed_class_name(config.model_type)}"}
+    raw["auto_map"] = {**raw.get("auto_map", {}), AUTO_CLASS: f"{module}.{class_name(config.model_type)}"}
     raw["router"] = dict(settings)
     part = folder / "config.json.partial"
     part.write_text(json.dumps(raw, indent=2) + "\n")
     part.replace(folder / "config.json")
-
-
-def modeling_file() -> Path:
-    """The file that travels, found without importing it: that takes transformers and all its families."""
-    spec = find_spec("exporter.modeling")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / MODELING_FILE
-
-
-def routed_class_name(model_type: str) -> str:
-    from .modeling.modeling_routed import ROUTED
-
-    return ROUTED[model_type].__name__

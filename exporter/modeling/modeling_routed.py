@@ -4,7 +4,7 @@
     model.generate(**inputs, keep_visual_tokens=144, keep_layers=28)
     model.generate(**inputs, preset="fast")  # or once for all: model.set_budget("fast")
 
-The classes at the end of this file are those of transformers with three additions, in the order of the file: a router
+The classes that this file makes are those of transformers with three additions, in the order of the file: a router
 that scores visual tokens and layers (after "PAR", Pruning All-Rounder, ICCV 2025), a key-value cache that stores less
 than it speaks of, and decoder layers that run on what is left. The weights of the LVLM lie where they always lie, those
 of the router in router/model.safetensors: loaded without this file, the folder is the plain model.
@@ -33,24 +33,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file  # transformers cannot do without it either
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    Gemma3ForConditionalGeneration,
-    Glm4vForConditionalGeneration,
-    Idefics3ForConditionalGeneration,
-    InternVLForConditionalGeneration,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionForConditionalGeneration,
-    Mistral3ForConditionalGeneration,
-    PaliGemmaForConditionalGeneration,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-    SmolVLMForConditionalGeneration,
-)
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -462,86 +448,25 @@ class _RoutedCache(Cache):
     cache of transformers this class.
     """
 
+    whole_rows = False  # True: a layer stores all rows as soon as one of them runs it
+
     route: Any  # Route of the first routed pass, whose layers hold for all later ones; None before it
     seen: int  # tokens of the text so far
     entries: dict[Group, Entries]  # a group that is not here holds all tokens
     rows: list[tuple[int, ...] | None]  # per layer, the rows that run it, None for all
     windows: list[int | None]  # per layer
+    recording: bool  # assisted decoding may take tokens back: windows are not cut
 
-    def _begin(self, num_layers: int) -> None:
-        self.route, self.entries = None, {}
-        self.rows, self.windows = [None] * num_layers, [None] * num_layers
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen
-
-    def group(self, layer_idx: int, drop_at: int) -> Group:
-        return layer_idx >= drop_at, self.windows[layer_idx]
-
-    def select_rows(self, chosen: Tensor) -> None:
-        """Make this the cache of a batch of the chosen rows, in the order given."""
-        self.entries = {group: entries.select(chosen) for group, entries in self.entries.items()}
-        self.route = self.route and self.route.select(chosen)
-        for layer_idx, (layer, rows) in enumerate(zip(self.layers, self.rows, strict=True)):
-            if rows is not None:  # the cache holds these rows only
-                stored = {row: place for place, row in enumerate(rows)}
-                places = [stored.get(row) for row in chosen.tolist()]
-                self.rows[layer_idx] = tuple(row for row, place in enumerate(places) if place is not None)
-                take_rows(layer, torch.tensor([place for place in places if place is not None], dtype=torch.long))
-            else:
-                take_rows(layer, chosen)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        num_rows = len(self.route.layers)
-        self.select_rows(torch.arange(num_rows).repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        super().reset()
-        windows = self.windows
-        self._begin(len(self.layers))
-        self.seen, self.windows = 0, windows
-
-
-class RoutedCache(_RoutedCache, DynamicCache):
-    """Grows as it is filled. A layer has entries only of the rows that run it and of the tokens that reach it."""
-
-    recording = False  # assisted decoding may take tokens back: windows are cut when it has decided
-
-    @classmethod
-    def take_over(cls, cache: DynamicCache, num_layers: int) -> RoutedCache:
-        seen = cache.get_seq_length()
-        cache.layers += [DynamicLayer() for _ in range(num_layers - len(cache.layers))]
-        cache.__class__ = cls
-        cache._begin(num_layers)
-        cache.seen = seen
-        for layer_idx, layer in enumerate(cache.layers):
-            if type(layer) is DynamicSlidingWindowLayer:  # it counts entries; here tokens count, and `_slide` cuts
-                cache.recording |= layer.record_past
-                cache.windows[layer_idx] = layer.sliding_window
-                cache.layers[layer_idx] = whole = DynamicLayer()
-                if layer.is_initialized:
-                    whole.lazy_initialization(layer.keys, layer.values)
-                    whole.keys, whole.values = layer.keys, layer.values
-            elif type(layer) is not DynamicLayer:
-                raise ValueError(f"a route cannot be held by a cache with layers of type {type(layer).__name__}.")
-        return cache
+    def _begin(self, seen: int) -> None:
+        self.route, self.seen, self.entries, self.recording = None, seen, {}, False
+        self.rows, self.windows = [None] * len(self.layers), [None] * len(self.layers)
 
     def hold(self, route: Route, rows: list[tuple[int, ...] | None]) -> None:
-        """Follow a route from now on: of earlier turns, layers keep the entries of the rows that go on using them."""
-        self.route = route
+        """Follow a route from now on. Of earlier turns, layers keep the entries of the rows that go on using them."""
+        self.route, self.rows = route, list(rows)
         for layer, chosen in zip(self.layers, rows, strict=True):
-            if chosen is not None and layer.is_initialized:
+            if chosen is not None and not self.whole_rows:
                 take_rows(layer, torch.tensor(chosen, dtype=torch.long))
-        self.rows = list(rows)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
 
     def extend(self, entries: dict[Group, Entries], num_tokens: int, drop_at: int) -> None:
         """Note what a pass over `num_tokens` tokens has added."""
@@ -555,34 +480,94 @@ class RoutedCache(_RoutedCache, DynamicCache):
             if group[1] is None:
                 continue
             passed = sum(newest <= self.seen - group[1] for newest in entries.newest)
-            if passed:
-                self.entries[group] = entries.part(passed)
-                for layer_idx, layer in enumerate(self.layers):
-                    if layer.is_initialized and self.group(layer_idx, drop_at) == group:
-                        layer.keys, layer.values = layer.keys[:, :, passed:], layer.values[:, :, passed:]
+            self.entries[group] = entries.part(passed)
+            for layer_idx, layer in enumerate(self.layers):
+                if layer.is_initialized and self.group(layer_idx, drop_at) == group:
+                    layer.keys, layer.values = layer.keys[:, :, passed:], layer.values[:, :, passed:]
+
+    def group(self, layer_idx: int, drop_at: int) -> Group:
+        return layer_idx >= drop_at, self.windows[layer_idx]
+
+    def select_rows(self, chosen: Tensor) -> None:
+        """Make this the cache of a batch of the chosen rows, in the order given."""
+        self.entries = {group: entries.select(chosen) for group, entries in self.entries.items()}
+        self.route = self.route and self.route.select(chosen)
+        for layer_idx, (layer, rows) in enumerate(zip(self.layers, self.rows, strict=True)):
+            if rows is None:
+                take_rows(layer, chosen)
+                continue
+            stored = {row: place for place, row in enumerate(rows)}
+            places = [stored.get(row) for row in chosen.tolist()]
+            self.rows[layer_idx] = tuple(row for row, place in enumerate(places) if place is not None)
+            there = torch.tensor([place for place in places if place is not None], dtype=torch.long)
+            take_rows(layer, chosen if self.whole_rows else there)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select_rows(torch.arange(len(self.route.layers)).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
         self.recording = True
 
+    def reset(self) -> None:
+        super().reset()
+        windows = self.windows
+        self._begin(seen=0)
+        self.windows = windows
+
+
+class RoutedCache(_RoutedCache, DynamicCache):
+    """Grows as it is filled. A layer has entries only of the rows that run it and of the tokens that reach it."""
+
+    @classmethod
+    def take_over(cls, cache: DynamicCache, num_layers: int) -> RoutedCache:
+        if others := {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
+            raise ValueError(f"a cache with layers of type {others.pop().__name__} cannot hold a route.")
+        seen = cache.get_seq_length()
+        cache.layers += [DynamicLayer() for _ in range(num_layers - len(cache.layers))]
+        cache.__class__ = cls
+        cache._begin(seen)
+        for layer_idx, layer in enumerate(cache.layers):
+            if type(layer) is DynamicSlidingWindowLayer:  # it counts entries; here tokens count, and `_slide` cuts
+                cache.recording |= layer.record_past
+                cache.windows[layer_idx] = layer.sliding_window
+                cache.layers[layer_idx] = whole = DynamicLayer()
+                if layer.is_initialized:
+                    whole.lazy_initialization(layer.keys, layer.values)
+                    whole.keys, whole.values = layer.keys, layer.values
+        return cache
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens; those of a prompt cannot be, some of them may have been dropped."""
-        count = abs(tokens_to_remove)
+        """Take back the last tokens (a negative number); not those of a routed prompt, some of which are not there."""
+        count = -tokens_to_remove
         for entries in self.entries.values():
             last = torch.arange(self.seen - count, self.seen, device=entries.index.device)
-            if entries.index.shape[1] < count or (count and bool((entries.index[:, -count:] != last).any())):
+            if entries.index.shape[1] < count or bool(
+                (entries.index[:, entries.index.shape[1] - count :] != last).any()
+            ):
                 raise ValueError(
                     f"the last {count} tokens are not all in the cache: a routed prompt cannot be cropped."
                 )
-        super().crop(-count)
+        super().crop(tokens_to_remove)
         self.seen -= count
-        if count:
-            self.entries = {group: entries.part(0, -count) for group, entries in self.entries.items()}
+        self.entries = {group: entries.part(0, len(entries.newest) - count) for group, entries in self.entries.items()}
 
 
 class RoutedStaticCache(_RoutedCache, StaticCache):
-    """Of fixed size. Dropped tokens take no place in it, but a layer has all rows as soon as one of them runs it."""
+    """Of fixed size. Dropped tokens take no place in it, skipped layers none if all rows skip them."""
 
-    recording = False
+    whole_rows = True
 
     @classmethod
     def take_over(cls, cache: StaticCache, num_layers: int) -> RoutedStaticCache:
@@ -590,24 +575,17 @@ class RoutedStaticCache(_RoutedCache, StaticCache):
         whole = [layer for layer in cache.layers if type(layer) is StaticLayer]
         if not whole or any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
             kinds = sorted({type(layer).__name__ for layer in cache.layers})
-            raise ValueError(f"a route cannot be held by a static cache of {', '.join(kinds)}; use a dynamic one.")
+            raise ValueError(f"a static cache of {', '.join(kinds)} cannot hold a route; use a dynamic one.")
         if seen and len(whole) < len(cache.layers):
             raise ValueError("a static cache with sliding windows cannot be routed after its first turn.")
-        cache.__class__ = cls
-        cache._begin(num_layers)
-        cache.seen = seen
         size = whole[0].max_cache_len
         cache.layers = [layer if type(layer) is StaticLayer else StaticLayer(size) for layer in cache.layers]
+        cache.__class__ = cls
+        cache._begin(seen)
         return cache
-
-    def hold(self, route: Route, rows: list[tuple[int, ...] | None]) -> None:
-        self.route = route  # rows stay whole
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.layers[layer_idx].max_cache_len, 0
-
-    def extend(self, entries: dict[Group, Entries], num_tokens: int, drop_at: int) -> None:
-        self.entries, self.seen = entries, self.seen + num_tokens
 
 
 def take_rows(layer: Any, chosen: Tensor) -> None:
@@ -675,14 +653,16 @@ class Pass:
         self.real = real_tokens(inputs.get("attention_mask"), self.past, embeddings)  # [B, S]
         self.short_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
         held = self.cache.route if self.cache is not None else None
-        self.rows = rows_of(held.layers) if held is not None else [None] * self.num_layers
+        self.rows: list[tuple[int, ...] | None] = [None] * self.num_layers
+        if self.cache is not None and held is not None:
+            self.rows = list(self.cache.rows)
         self.stay: Any = None  # Entries: the tokens that stay; None: all of them
         self.settled = False
         self._memo: dict[Any, Any] = {}
         if request.visual is None and request.imposed is None:  # text goes on with the route there is
-            assert held is not None, "a request without anything to route"
-            everything = torch.ones_like(self.real)
-            self._settle(Route(everything, held.layers, visual=torch.zeros_like(everything)))
+            everything = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+            request.route = Route(everything, held.layers, visual=~everything)
+            self.settled = True
         elif request.settings.read_at == 0 or request.imposed is not None:
             self._decide(embeddings)
 
@@ -765,7 +745,7 @@ class Pass:
         rows = self.rows[layer_idx]
         if rows is None:
             states = forward(states, **self._keywords(layer_idx, keywords, None))
-        elif rows and isinstance(self.cache, RoutedStaticCache):  # whole rows only: run all, take some
+        elif rows and self.cache is not None and self.cache.whole_rows:  # run all, take some
             ran = forward(states, **self._keywords(layer_idx, keywords, None))
             states = states.index_copy(0, self._index(rows, states.device), ran[list(rows)])
         elif rows:
@@ -991,9 +971,9 @@ def _mixed(addition: Any, stock: Any) -> Any:
 
 def make_routable(decoder: Any) -> None:
     """Give a text model and its layers the classes above, in place: parameters and their names stay."""
-    decoder.__class__ = _mixed(_RoutedDecoder, type(decoder))
+    decoder.__class__ = _mixed(_RoutedDecoder, decoder.__class__)
     for layer_idx, layer in enumerate(decoder.layers):
-        layer.__class__ = _mixed(_RoutedLayer, type(layer))
+        layer.__class__ = _mixed(_RoutedLayer, layer.__class__)
         layer.routed_idx = layer_idx
 
 
@@ -1249,9 +1229,30 @@ ROUTING_ARGUMENTS = {
 }
 
 
-def routed(cls: type) -> type:
-    """Complete a class of RoutedModel and a stock model: `forward` with both's arguments, names on the hub."""
-    stock = cls.__mro__[2]
+STOCK = {  # model_type -> the class that is routed, without ForConditionalGeneration
+    "llava": "Llava",
+    "llava_next": "LlavaNext",
+    "llava_onevision": "LlavaOnevision",
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "internvl": "InternVL",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM",
+    "paligemma": "PaliGemma",
+    "gemma3": "Gemma3",
+    "mistral3": "Mistral3",
+    "glm4v": "Glm4v",
+}
+
+
+def class_name(model_type: str) -> str:
+    """What config.json names in auto_map, after the name of this file."""
+    return f"Routed{STOCK[model_type]}ForConditionalGeneration"
+
+
+def routed(stock: Any) -> Any:
+    """The routed class of a stock one: `forward` takes the arguments of both, the hub's names are kept."""
     signature = inspect.signature(stock.forward)
     names = list(signature.parameters)[1:]
 
@@ -1269,80 +1270,19 @@ def routed(cls: type) -> type:
             output.route = request.route
         return output
 
-    own, rest = list(signature.parameters.values())[:-1], list(signature.parameters.values())[-1]
+    *own, rest = signature.parameters.values()  # `generate` reads the signature
     forward.__signature__ = signature.replace(parameters=[*own, *ROUTING_ARGUMENTS.values(), rest])
-    cls.forward, cls._stock = forward, stock
+    name = f"Routed{stock.__name__}"
     model_type = stock.config_class.model_type
     mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(model_type)
-    if mapping is not None:  # transformers keeps names of the hub from classes that are not its own
-        register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
-    return cls
+    if mapping is not None:  # transformers keeps the names of the hub from classes that are not its own
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    return type(name, (RoutedModel, stock), {"__module__": __name__, "forward": forward, "_stock": stock})
 
 
-@routed
-class RoutedLlavaForConditionalGeneration(RoutedModel, LlavaForConditionalGeneration): ...
-
-
-@routed
-class RoutedLlavaNextForConditionalGeneration(RoutedModel, LlavaNextForConditionalGeneration): ...
-
-
-@routed
-class RoutedLlavaOnevisionForConditionalGeneration(RoutedModel, LlavaOnevisionForConditionalGeneration): ...
-
-
-@routed
-class RoutedQwen2VLForConditionalGeneration(RoutedModel, Qwen2VLForConditionalGeneration): ...
-
-
-@routed
-class RoutedQwen2_5_VLForConditionalGeneration(RoutedModel, Qwen2_5_VLForConditionalGeneration): ...  # noqa: N801
-
-
-@routed
-class RoutedQwen3VLForConditionalGeneration(RoutedModel, Qwen3VLForConditionalGeneration): ...
-
-
-@routed
-class RoutedInternVLForConditionalGeneration(RoutedModel, InternVLForConditionalGeneration): ...
-
-
-@routed
-class RoutedIdefics3ForConditionalGeneration(RoutedModel, Idefics3ForConditionalGeneration): ...
-
-
-@routed
-class RoutedSmolVLMForConditionalGeneration(RoutedModel, SmolVLMForConditionalGeneration): ...
-
-
-@routed
-class RoutedPaliGemmaForConditionalGeneration(RoutedModel, PaliGemmaForConditionalGeneration): ...
-
-
-@routed
-class RoutedGemma3ForConditionalGeneration(RoutedModel, Gemma3ForConditionalGeneration): ...
-
-
-@routed
-class RoutedMistral3ForConditionalGeneration(RoutedModel, Mistral3ForConditionalGeneration): ...
-
-
-@routed
-class RoutedGlm4vForConditionalGeneration(RoutedModel, Glm4vForConditionalGeneration): ...
-
-
-ROUTED = {  # by model_type
-    "llava": RoutedLlavaForConditionalGeneration,
-    "llava_next": RoutedLlavaNextForConditionalGeneration,
-    "llava_onevision": RoutedLlavaOnevisionForConditionalGeneration,
-    "qwen2_vl": RoutedQwen2VLForConditionalGeneration,
-    "qwen2_5_vl": RoutedQwen2_5_VLForConditionalGeneration,
-    "qwen3_vl": RoutedQwen3VLForConditionalGeneration,
-    "internvl": RoutedInternVLForConditionalGeneration,
-    "idefics3": RoutedIdefics3ForConditionalGeneration,
-    "smolvlm": RoutedSmolVLMForConditionalGeneration,
-    "paligemma": RoutedPaliGemmaForConditionalGeneration,
-    "gemma3": RoutedGemma3ForConditionalGeneration,
-    "mistral3": RoutedMistral3ForConditionalGeneration,
-    "glm4v": RoutedGlm4vForConditionalGeneration,
-}
+def __getattr__(name: str) -> Any:
+    """Make the class that is asked for: a checkpoint needs one, and importing all families takes seconds."""
+    if name not in map(class_name, STOCK):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = routed(getattr(transformers, name.removeprefix("Routed")))
+    return globals()[name]
