@@ -56,6 +56,12 @@ def test_the_clean_room_needs_nothing_of_ours():
     assert used <= {"torch", "transformers", "PIL"}
 
 
+def test_what_travels_with_a_checkpoint_needs_nothing_of_ours():
+    for path in (PACKAGE / "modeling").glob("*.py"):
+        used = imports(path) - set(sys.stdlib_module_names)
+        assert used <= {"torch", "transformers", "safetensors"}  # transformers cannot do without safetensors
+
+
 def test_hooks_are_in_one_file():
     with_hooks = {path.name for path in modules() if "register_forward" in path.read_text()}
     assert with_hooks == {"capture.py"}

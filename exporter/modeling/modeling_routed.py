@@ -137,10 +137,10 @@ class RouterSettings:
                     f"this router was trained for another base model: {name} {value}, here it is {here.get(name)}."
                 )
         num_layers = here["num_hidden_layers"]
-        if not 0 <= self.read_at <= self.drop_at <= num_layers:
+        if not 0 <= self.read_at <= self.drop_at <= num_layers or self.read_at == num_layers:
             raise ValueError(
                 f"router: read_at={self.read_at} and drop_at={self.drop_at} must be ordered and within the "
-                f"{num_layers} layers: 0 <= read_at <= drop_at <= {num_layers}."
+                f"{num_layers} layers: 0 <= read_at <= drop_at <= {num_layers}, and read_at below it."
             )
         if any(not self.read_at <= layer < num_layers for layer in self.candidates):
             raise ValueError(
@@ -649,10 +649,11 @@ class Pass:
         self.config, self.num_layers = decoder.config, decoder.config.num_hidden_layers
         self.num_rows, self.num_tokens = embeddings.shape[:2]
         self.cache = prepared_cache(decoder, inputs)
+        self.static = isinstance(self.cache, RoutedStaticCache)
         self.past = self.cache.seen if self.cache is not None else 0
         self.real = real_tokens(inputs.get("attention_mask"), self.past, embeddings)  # [B, S]
         self.short_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
-        held = self.cache.route if self.cache is not None else None
+        held: Any = self.cache.route if self.cache is not None else None
         self.rows: list[tuple[int, ...] | None] = [None] * self.num_layers
         if self.cache is not None and held is not None:
             self.rows = list(self.cache.rows)
@@ -745,7 +746,7 @@ class Pass:
         rows = self.rows[layer_idx]
         if rows is None:
             states = forward(states, **self._keywords(layer_idx, keywords, None))
-        elif rows and self.cache is not None and self.cache.whole_rows:  # run all, take some
+        elif rows and self.static:  # run all, take some
             ran = forward(states, **self._keywords(layer_idx, keywords, None))
             states = states.index_copy(0, self._index(rows, states.device), ran[list(rows)])
         elif rows:
@@ -858,15 +859,14 @@ class Pass:
             mask = mask.gather(1, entries.index.to(mask.device)) & entries.valid.to(mask.device)
         else:
             mask = narrowed_mask(mask, entries, stay, self.num_rows)
-        if mask is not None and mask.ndim == 4 and isinstance(self.cache, RoutedStaticCache):
+        if self.static and mask is not None:
             spare = self.cache.layers[0].max_cache_len - mask.shape[-1]
             mask = F.pad(mask, (0, spare), value=masked_value(mask))
         return mask
 
     def _explicit_mask(self, entries: Entries, stay: Entries | None) -> Tensor | None:
         """In place of a mask that transformers left out: without padding, a token sees all that come before it."""
-        static = isinstance(self.cache, RoutedStaticCache)
-        if entries.all_valid and not static:
+        if entries.all_valid and not self.static:
             return None
         if is_flash_attention_requested(self.config):
             return entries.valid
@@ -900,7 +900,11 @@ def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | Routed
         inputs["past_key_values"], inputs["use_cache"] = None, False
     if cache is None and wanted:
         cache = inputs["past_key_values"] = DynamicCache(config=decoder.config)
-    return None if cache is None else routed_cache(cache, decoder.config.num_hidden_layers)
+    if cache is None:
+        return None
+    if isinstance(cache, StaticCache) and is_flash_attention_requested(decoder.config):
+        raise ValueError("flash attention reads a static cache to its end: use a dynamic one for a route, or sdpa.")
+    return routed_cache(cache, decoder.config.num_hidden_layers)
 
 
 def real_tokens(mask: Any, past: int, embeddings: Tensor) -> Tensor:
