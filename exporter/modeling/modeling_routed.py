@@ -648,7 +648,7 @@ class Pass:
         self.request, self.drop_at = request, request.settings.drop_at
         self.config, self.num_layers = decoder.config, decoder.config.num_hidden_layers
         self.num_rows, self.num_tokens = embeddings.shape[:2]
-        self.cache = prepared_cache(decoder, inputs)
+        self.cache: Any = prepared_cache(decoder, inputs)  # None without one
         self.static = isinstance(self.cache, RoutedStaticCache)
         self.past = self.cache.seen if self.cache is not None else 0
         self.real = real_tokens(inputs.get("attention_mask"), self.past, embeddings)  # [B, S]
@@ -845,24 +845,23 @@ class Pass:
         """The first token that an unrouted cache still had of an earlier turn: sliding windows forget."""
         return 0 if group[1] is None else max(0, self.past - group[1] + 1)
 
-    def _mask(self, mask: Any, group: Group) -> Tensor | None:
+    def _mask(self, mask: Any, group: Group) -> Any:
         """A mask made for the whole text [B, 1, S, T], for the tokens that stay and the entries that a layer has."""
-        entries = self._entries(group)
-        if entries is None:
-            return mask
-        stay = self.stay if group[0] else None
-        if mask is None:
-            mask = self._explicit_mask(entries, stay)
-        elif not isinstance(mask, Tensor):
+        if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"a route cannot narrow a mask of type {type(mask).__name__}: use sdpa, eager or flash.")
-        elif mask.ndim == 2:  # flash attention's: True at entries that are no padding
-            mask = mask.gather(1, entries.index.to(mask.device)) & entries.valid.to(mask.device)
-        else:
-            mask = narrowed_mask(mask, entries, stay, self.num_rows)
-        if self.static and mask is not None:
-            spare = self.cache.layers[0].max_cache_len - mask.shape[-1]
-            mask = F.pad(mask, (0, spare), value=masked_value(mask))
-        return mask
+        narrowed = mask
+        if (entries := self._entries(group)) is not None:
+            stay = self.stay if group[0] else None
+            if mask is None:
+                narrowed = self._explicit_mask(entries, stay)
+            elif mask.ndim == 2:  # flash attention's: True at entries that are no padding
+                narrowed = mask.gather(1, entries.index.to(mask.device)) & entries.valid.to(mask.device)
+            else:
+                narrowed = narrowed_mask(mask, entries, stay, self.num_rows)
+        if self.static and narrowed is not None:  # layers are as long as the cache, sliding ones too
+            spare = self.cache.layers[0].max_cache_len - narrowed.shape[-1]
+            narrowed = F.pad(narrowed, (0, spare), value=masked_value(narrowed))
+        return narrowed
 
     def _explicit_mask(self, entries: Entries, stay: Entries | None) -> Tensor | None:
         """In place of a mask that transformers left out: without padding, a token sees all that come before it."""
