@@ -1254,6 +1254,7 @@ def class_name(model_type: str) -> str:
     return f"Routed{STOCK[model_type]}ForConditionalGeneration"
 
 
+@functools.cache
 def routed(stock: Any) -> Any:
     """The routed class of a stock one: `forward` takes the arguments of both, the hub's names are kept."""
     signature = inspect.signature(stock.forward)
@@ -1287,5 +1288,4 @@ def __getattr__(name: str) -> Any:
     """Make the class that is asked for: a checkpoint needs one, and importing all families takes seconds."""
     if name not in map(class_name, STOCK):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = routed(getattr(transformers, name.removeprefix("Routed")))
-    return globals()[name]
+    return routed(getattr(transformers, name.removeprefix("Routed")))
