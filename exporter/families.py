@@ -19,6 +19,7 @@ class Family:
     title: str
     example: str  # a hub id, for messages and documents
     deepstack: bool = False  # visual features are added again after decoder positions 0, 1, 2 ...
+    unroutable: str | None = None  # why the model can't run with fewer tokens and layers; None: it can
 
 
 @dataclass(frozen=True)

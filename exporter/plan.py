@@ -144,9 +144,11 @@ def pruned_config(raw: dict[str, Any], loaded: Any, plan: PruningPlan) -> dict[s
             limit = min(getattr(text, name), plan.num_layers)
             changes[name] = sum(layer < limit for layer in plan.keep)
     _refuse_unknown_lists(text, plan)
-    if not plan.drop:
-        return raw
     pruned = copy.deepcopy(raw)
+    if pruned.pop("router", None) is not None:  # it chose among the layers of before, and its files stay behind
+        pruned.pop("auto_map", None)
+    if not plan.drop:
+        return pruned
     for place in (pruned.get("text_config"), pruned):  # Qwen2-VL's first configs have no text_config
         if place is None:
             continue

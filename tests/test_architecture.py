@@ -19,7 +19,7 @@ PACKAGE = ROOT / "exporter"
 ORDER = (
     "errors families scores scoring weights source clean_room calibration replay capture fidelity localize plan recipe "
     "moments fold variants checkpoint verification report model_card pipeline estimate reproduction evaluation "
-    "comparison hub cli __main__"
+    "comparison hub modeling routing cli __main__"
 ).split()
 
 
@@ -54,6 +54,12 @@ def test_imports_point_one_way(path):
 def test_the_clean_room_needs_nothing_of_ours():
     used = imports(PACKAGE / "clean_room.py") - set(sys.stdlib_module_names)
     assert used <= {"torch", "transformers", "PIL"}
+
+
+def test_what_travels_with_a_checkpoint_needs_nothing_of_ours():
+    for path in (PACKAGE / "modeling").glob("*.py"):
+        used = imports(path) - set(sys.stdlib_module_names)
+        assert used <= {"torch", "transformers", "safetensors"}  # transformers cannot do without safetensors
 
 
 def test_hooks_are_in_one_file():

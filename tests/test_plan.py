@@ -75,3 +75,11 @@ def test_structure_that_a_gap_would_shift_is_refused():
         pruned_config({}, text_config(num_hidden_layers=4, num_kv_shared_layers=2), make_plan(4, (1,)))
     with pytest.raises(InputError, match="'odd_entries', a list of 4 entries"):
         pruned_config({}, text_config(num_hidden_layers=4, odd_entries=[1, 2, 3, 4]), make_plan(4, (1,)))
+
+
+def test_a_router_does_not_outlive_the_layers_that_it_chose_among():
+    raw = {"num_hidden_layers": 4, "router": {"drop_at": 0}, "auto_map": {"AutoModelForImageTextToText": "m.R"}}
+    for drop in ((1,), ()):
+        pruned = pruned_config(raw, text_config(num_hidden_layers=4), make_plan(4, drop))
+        assert pruned == {"num_hidden_layers": 4 - len(drop)}
+    assert "router" in raw

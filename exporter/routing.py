@@ -1,0 +1,87 @@
+"""Puts a router into a checkpoint: its weights, its settings, and the modeling file that runs the model with it.
+
+The folder stays what it was for everybody who does not trust remote code: config.json keeps its model_type, and the
+router's weights lie in a folder of their own, which neither transformers nor serving engines look into.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .families import FAMILIES, family_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODELING_FILE = "modeling_routed.py"
+AUTO_CLASS = "AutoModelForImageTextToText"
+
+
+def check_routable(config: Any) -> None:
+    """Raise InputError, with the reason, if a model of this family can't be routed."""
+    if reason := family_of(config).unroutable:
+        raise InputError(f"a {FAMILIES[config.model_type].title} model can't have a router: {reason}.")
+
+
+def default_settings(config: Any, drop_at: int = 0, candidates: int | None = None) -> dict[str, Any]:
+    """Router settings that fit a model, as they stand in config.json.
+
+    Args:
+        config: transformers' configuration of the model as it is now, pruned or not.
+        drop_at: the layer before which visual tokens leave; the router reads what enters it.
+        candidates: how many of the last layers may be skipped; half of them if None.
+    """
+    text = config.get_text_config()
+    num_layers, hidden = text.num_hidden_layers, text.hidden_size
+    candidates = num_layers // 2 if candidates is None else candidates
+    first = num_layers - candidates
+    if not drop_at <= first <= num_layers:
+        raise InputError(
+            f"candidates={candidates} of {num_layers} layers begin at layer {first}, before drop_at={drop_at}: a layer "
+            "that has run before the router can't be skipped any more. Lower one of them."
+        )
+    head = 64 if hidden >= 1024 else 16
+    most, fewer = (num_layers - candidates // part for part in (4, 3))
+    return {
+        "drop_at": drop_at,
+        "read_at": drop_at,
+        "candidates": list(range(first, num_layers)),
+        "bottleneck": max(1, hidden // 4 // head) * head,
+        "num_heads": max(1, hidden // 4 // head),
+        "presets": {
+            "quality": {"keep_visual_tokens": 0.5},
+            "balanced": {"keep_visual_tokens": 0.5, "keep_layers": most},
+            "fast": {"keep_visual_tokens": 0.25, "keep_layers": fewer},
+            "token-only": {"keep_visual_tokens": 0.25},
+            "layer-only": {"keep_layers": fewer},
+        },
+        "default": "balanced",
+        "trained_for": {"model_type": config.model_type, "hidden_size": hidden, "num_hidden_layers": num_layers},
+    }
+
+
+def add_router(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write a router into a checkpoint folder: weights, modeling file, and the two entries of config.json, last."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    from .modeling.modeling_routed import ROUTER_FILE, class_name
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_routable(config)
+    path = folder / ROUTER_FILE
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
+    shutil.copyfile(Path(__file__).parent / "modeling" / MODELING_FILE, folder / MODELING_FILE)
+    raw = json.loads((folder / "config.json").read_text())
+    module = MODELING_FILE.removesuffix(".py")
+    raw["auto_map"] = {**raw.get("auto_map", {}), AUTO_CLASS: f"{module}.{class_name(config.model_type)}"}
+    raw["router"] = dict(settings)
+    part = folder / "config.json.partial"
+    part.write_text(json.dumps(raw, indent=2) + "\n")
+    part.replace(folder / "config.json")
