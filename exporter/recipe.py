@@ -17,7 +17,7 @@ from .plan import Budget
 T = TypeVar("T")
 LOCALIZER_NAMES = ("tis", "block_influence", "angular", "greedy", "random", "first", "last")
 FOLD_NAMES = ("reconstruction", "scp", "least_squares", "none")
-DEFAULT_LOCALIZER, DEFAULT_FOLD = "tis", "scp"
+DEFAULT_LOCALIZER, DEFAULT_FOLD = "tis", "reconstruction"
 DEFAULT_SAMPLES = 128
 
 

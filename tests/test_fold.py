@@ -80,7 +80,7 @@ def test_refit_recovers_the_truth_and_stays_put_without_evidence(noise):
     moments.add(inputs, (inputs.double() @ truth.T).float())
     torch.testing.assert_close(moments.refit(old, 1e-9), truth, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(moments.refit(old, 1e9), old, atol=1e-6, rtol=1e-6)
-    assert moments.error(truth) == pytest.approx(0, abs=1e-3)
+    assert moments.error(truth) == pytest.approx(0, abs=1e-6 * float(moments.yy.sum()))  # products are float32
     assert moments.error(old) == pytest.approx(float((inputs.double() @ (old - truth).T).square().sum()), rel=1e-4)
 
 
@@ -142,13 +142,14 @@ def test_reconstruction_of_layers_that_did_nothing_changes_nothing(job, family):
 def test_reconstruction_brings_the_smaller_model_closer(job):
     made = job("llava", drop=(2, 3))
     answered = answer_all(made.model, made.batches(), 4)
-    plain, folded = judge(made.model, [Variant(made.plan), Variant(made.plan, fold_reconstruction(made))], answered)
+    variants = [Variant(made.plan), Variant(made.plan, fold_reconstruction(made, share=1.0))]
+    plain, folded = judge(made.model, variants, answered)
     assert folded.kl < 0.7 * plain.kl
 
 
 def test_a_gap_at_the_very_beginning_is_made_up_for_by_what_comes_after_it(job):
     made = job("llava", drop=(0,))
-    folded = fold_reconstruction(made)
+    folded = fold_reconstruction(made, share=1.0)
     assert {layer for layer, _ in folded} == {1, 2, 3, 4, 5}
     answered = answer_all(made.model, made.batches(), 4)
     plain, refitted = judge(made.model, [Variant(made.plan), Variant(made.plan, folded)], answered)

@@ -78,7 +78,7 @@ def _apply(
 def fold_reconstruction(
     job: FoldJob,
     *,
-    ridge: float | Literal["auto"] = "auto",
+    ridge: float | Literal["auto"] = 0.1,
     share: float | None = None,
     text_share: float | None = None,
     weights: tuple[Matrix, ...] = ("o_proj", "down_proj"),
