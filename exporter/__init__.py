@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "CheckFailed",
+    "Grid",
     "InputError",
     "Recipe",
     "RunOptions",
     "card",
+    "compare",
     "compress",
     "evaluate",
+    "load_grid",
     "load_recipe",
     "push",
     "reproduce",
@@ -24,6 +27,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .comparison import Grid, compare, load_grid
     from .errors import CheckFailed, InputError
     from .evaluation import evaluate
     from .hub import push
@@ -42,6 +46,9 @@ _HOMES = {
     "compress": "pipeline",
     "score": "pipeline",
     "evaluate": "evaluation",
+    "compare": "comparison",
+    "Grid": "comparison",
+    "load_grid": "comparison",
     "reproduce": "reproduction",
     "verify": "verification",
     "card": "model_card",

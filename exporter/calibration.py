@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import InputError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+T = TypeVar("T")
 DEFAULT_PROMPT = "Describe this image."
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DATASETS_PREFIX = "datasets:"
@@ -308,3 +309,12 @@ def token_kinds(inputs: dict[str, torch.Tensor], processor: Any, config: Any) ->
 def special_ids(tokenizer: Any) -> set[int]:
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return set(tokenizer.all_special_ids) | added
+
+
+def spread(items: Iterable[T], share: float) -> Iterator[T]:
+    """A share of the items, evenly spread over all of them; the first one in any case."""
+    taken = 0
+    for number, item in enumerate(items):
+        if taken <= number * share:
+            taken += 1
+            yield item

@@ -366,8 +366,7 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
     job = pipeline.prepare(recipe, run, _progress(options))
     guess = estimate(job)
     checkpoint.check_space(options.out, guess.bytes_after)
-    fold = recipe.fold.name if recipe.fold else DEFAULT_FOLD
-    print(f"would drop {guess.drop} of {guess.layers} layers by {recipe.localizer.name}, fold by {fold}")
+    print(f"would drop {guess.drop} of {guess.layers} layers by {recipe.localizer.name}, fold by {job.fold.name}")
     print(
         f"parameters {guess.parameters:,} -> {guess.parameters_after:,}, weights {guess.bytes / 1e6:,.1f} -> "
         f"{guess.bytes_after / 1e6:,.1f} MB"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, report
-from .calibration import Sample, make_batch, make_batches
+from .calibration import Sample, make_batch, make_batches, spread
 from .capture import BatchStatistics, layer_statistics
 from .errors import InputError
 from .evaluation import SPARE_TOKENS, Task, greedy_answers, load_task
@@ -26,6 +26,7 @@ from .fidelity import AnsweredBatch, AnswerLoss, answer_all, with_answers
 from .fold import FOLDS
 from .fold.job import FoldJob
 from .localize import LOCALIZERS, STATISTICS, LocalizeJob
+from .localize.best_of import best_of
 from .localize.greedy import greedy
 from .pipeline import Job, Progress, prepare, reader, silent
 from .plan import Budget, PruningPlan, make_plan
@@ -210,6 +211,9 @@ class Runner:
         if method.name == "greedy":
             order = self._greedy_order(method.options.get("answer_tokens", 32))
             return dataclasses.replace(order, drop=order.drop[:count])
+        if method.name == "best_of":
+            few = method.options.get("samples", 16), method.options.get("answer_tokens", 32)
+            return best_of(self.statistics, count, self.job.protect, self._loss(*few))
         if method.name in STATISTICS:
             return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
         blank = LocalizeJob(self.model, self.job.source.num_layers, lambda: (), self.job.recipe.seed)
@@ -229,6 +233,11 @@ class Runner:
         order = greedy(AnswerLoss(self.model, answered), max(self.grid.drop_layers), self.job.protect)
         self.timed("greedy", begin)
         return order
+
+    @functools.cache  # noqa: B019 - one runner a run
+    def _loss(self, samples: int, answer_tokens: int) -> AnswerLoss:
+        few = spread(self.job.batches("best_of: answer"), samples / len(self.job.calibration.samples))
+        return AnswerLoss(self.model, answer_all(self.model, few, answer_tokens))
 
     def __hash__(self) -> int:
         return id(self)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .pipeline import Job, kv_bytes_per_token
 
 CALIBRATION_BATCHES = 2  # processed to learn how long the questions are
-PASSES = {"tis": 1.15, "block_influence": 1.0, "angular": 1.0, "random": 0.0, "first": 0.0, "last": 0.0}
+PASSES = {"best_of": 1.4, "tis": 1.15, "block_influence": 1.0, "angular": 1.0, "random": 0.0, "first": 0.0, "last": 0.0}
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 
@@ -38,7 +38,7 @@ def estimate(job: Job) -> Estimate:
     )
     tokens, longest = _tokens(job)
     width = job.source.config.get_text_config().hidden_size
-    folds = 0.0 if job.recipe.fold is not None and job.recipe.fold.name == "none" else 1.0
+    folds = 0.0 if job.fold.name == "none" else 1.0
     passes = PASSES.get(job.recipe.localizer.name, len(per_layer) / 2 * max(job.count, 1)) + folds
     flops = passes * 2 * tokens * sum(per_layer)
     seconds = flops / _flops_per_second(job) + 2 * weights.num_bytes / 1e9

@@ -16,6 +16,10 @@ TITLES = {  # methods that measure something, and where they come from
     "tis": ("Short-LVLM's Token Importance Scores", "https://arxiv.org/abs/2507.23362"),
     "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
     "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
+    "best_of": (
+        "the loss on the model's own answers, among what Short-LVLM, ShortGPT and UIDL propose",
+        "https://arxiv.org/abs/2507.23362",
+    ),
     "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
     "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
     "reconstruction": ("layer-wise reconstruction", "https://arxiv.org/abs/2301.00774"),

@@ -107,6 +107,11 @@ class Job:
             yield batch
         self.tokens.update(visual=visual, text=text)
 
+    @property
+    def fold(self) -> Method:
+        """The recipe's fold; where it names none the default, or none at all where none is exact."""
+        return self.recipe.fold or Method("none" if self.source.decoder.post_norm else DEFAULT_FOLD)
+
     def load_model(self) -> tuple[Any, list[str]]:
         """The model, and names of tensors that transformers ignores."""
         return load_model(self.source, self.device, self.dtype, self.options.memory)
@@ -147,19 +152,20 @@ def localize(job: Job, model: Any) -> LayerScores:
         return explicit(job.source.num_layers, job.recipe.budget.layers)
     method = job.recipe.localizer
     measured_from = LocalizeJob(
-        model, job.source.num_layers, functools.partial(job.batches, "score layers"), job.recipe.seed
+        model,
+        job.source.num_layers,
+        functools.partial(job.batches, "score layers"),
+        job.recipe.seed,
+        len(job.calibration.samples),
     )
     return check_scores(LOCALIZERS[method.name](measured_from, job.count, job.protect, **method.options), job.count)
 
 
 def fold_gaps(job: Job, model: Any, plan: PruningPlan) -> tuple[Folded, dict[str, Any]]:
     """New weights for the layers that stay, and what the record says of them."""
-    method, reason = job.recipe.fold, ""
-    if method is None:
-        method = Method(DEFAULT_FOLD)
-        if job.source.decoder.post_norm:
-            method = Method("none")
-            reason = ": in this family a norm follows the MLP inside each layer, so that no fold is exact"
+    method, reason = job.fold, ""
+    if job.recipe.fold is None and method.name == "none":
+        reason = ": in this family a norm follows the MLP inside each layer, so that no fold is exact"
     fold = FOLDS[method.name]
     folded: Folded = {}
     if plan.drop:

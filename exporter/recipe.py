@@ -15,9 +15,9 @@ from .errors import InputError, nearest
 from .plan import Budget
 
 T = TypeVar("T")
-LOCALIZER_NAMES = ("tis", "block_influence", "angular", "greedy", "random", "first", "last")
+LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "greedy", "random", "first", "last")
 FOLD_NAMES = ("reconstruction", "scp", "least_squares", "none")
-DEFAULT_LOCALIZER, DEFAULT_FOLD = "tis", "reconstruction"
+DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "reconstruction"
 DEFAULT_SAMPLES = 128
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exporter.calibration import load_calibration, make_batches
+from exporter.calibration import load_calibration, make_batches, spread
 from exporter.clean_room import load_processor
 from exporter.fidelity import answer_all
 from exporter.fold import fold_reconstruction
 from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
-from exporter.fold.reconstruction import solve, spread, token_weights
+from exporter.fold.reconstruction import solve, token_weights
 from exporter.fold.scp import scp, top_directions
 from exporter.moments import Moments
 from exporter.pipeline import reader

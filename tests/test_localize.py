@@ -11,6 +11,7 @@ from exporter.capture import BatchStatistics
 from exporter.errors import InputError
 from exporter.localize import LOCALIZERS, LocalizeJob, explicit
 from exporter.localize.angular import angular
+from exporter.localize.best_of import best_of
 from exporter.localize.block_influence import block_influence
 from exporter.localize.greedy import greedy
 from exporter.localize.tis import important, tis
@@ -111,3 +112,31 @@ def test_controls_are_seeded_and_spare_the_protected():
     assert drop("random") == drop("random") != drop("random", seed=1)
     assert 0 not in drop("random")
     assert explicit(4, (3, 1)).drop == (1, 3)
+
+
+def test_best_of_takes_the_proposal_that_costs_least():
+    batch = statistics(
+        cosine=[[0.9, 0.1, 0.1, 0.9], [0.5, 0.5, 0.5, 0.5], [0.2, 0.9, 0.9, 0.2]],
+        visual=[[0.9, 0.1, 0.0, 0.0]] * 3,
+        text=[[0.0, 0.0, 0.1, 0.9]] * 3,
+    )
+    assert tis([batch], 1).drop == (0,)  # by the first and the last token
+    assert block_influence([batch], 1).drop == (2,)  # by all of them
+    asked = []
+
+    def loss(layers: frozenset[int]) -> float:
+        asked.append(layers)
+        return {0: 2.0, 2: 1.0}[min(layers)]
+
+    best = best_of([batch], 1, (), loss)
+    assert best.drop == (2,)
+    assert best.values == block_influence([batch], 1).values
+    assert best.details["chosen"] in ("block_influence", "angular")
+    assert len(asked) == len(set(asked)), "each set of layers is judged once"
+
+
+def test_best_of_does_without_a_block_where_none_fits():
+    batch = statistics([[0.9, 0.9], [0.5, 0.5], [0.7, 0.7]], [[1.0, 0.0]] * 3, [[0.0, 1.0]] * 3)
+    best = best_of([batch], 2, (1,), lambda layers: 0.0)
+    assert best.drop == (0, 2)
+    assert set(best.details["proposals"]) == {"tis", "block_influence"}

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration import Batch
+from ..calibration import Batch, spread
 from ..capture import on_module
 from ..moments import Moments
 from ..replay import Folded, Trace, replaced, trace, walk
@@ -28,7 +28,6 @@ from .job import FoldJob
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LAYER_COST = 3.5  # of refitting a layer, in forward passes through it: two regressions, and the state after them
-T = TypeVar("T")
 
 
 @dataclass
@@ -65,15 +64,6 @@ def reconstruct(
                 output = stream.given.step(layers[kept], kept, stream.smaller)
                 stream.smaller = stream.given.after(kept, output)
     return folded
-
-
-def spread(items: Iterable[T], share: float) -> Iterator[T]:
-    """A share of the items, evenly spread over all of them; the first one in any case."""
-    taken = 0
-    for number, item in enumerate(items):
-        if taken <= number * share:
-            taken += 1
-            yield item
 
 
 def _stream(job: FoldJob, batch: Batch, first: int, share_of_text: float | None) -> Stream:

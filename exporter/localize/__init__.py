@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..calibration import Batch
+from ..calibration import Batch, spread
 from ..capture import layer_statistics
 from ..errors import InputError
 from ..fidelity import AnswerLoss, answer_all
 from ..scores import LayerScores, most_redundant
 from .angular import angular
+from .best_of import best_of
 from .block_influence import block_influence
 from .greedy import greedy
 from .tis import tis
@@ -29,6 +30,7 @@ class LocalizeJob:
     num_layers: int
     batches: Callable[[], Iterable[Batch]]
     seed: int = 0
+    num_samples: int = 1  # that the batches hold together
 
 
 def by_tis(
@@ -56,6 +58,15 @@ def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int], *, answer_to
     return greedy(AnswerLoss(job.model, answer_all(job.model, job.batches(), answer_tokens)), count, tuple(protect))
 
 
+def by_best_of(
+    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 16, answer_tokens: int = 32
+) -> LayerScores:
+    """Args: samples: questions that proposals are judged by; answer_tokens: longest answer to them."""
+    statistics = list(layer_statistics(job.model, job.batches()))
+    few = spread(job.batches(), samples / job.num_samples)
+    return best_of(statistics, count, tuple(protect), AnswerLoss(job.model, answer_all(job.model, few, answer_tokens)))
+
+
 def by_order(name: str) -> Callable[..., LayerScores]:
     """Controls that look at nothing: values only say the order of choice."""
 
@@ -81,6 +92,7 @@ LOCALIZERS: dict[str, Callable[..., LayerScores]] = {
     "block_influence": by_block_influence,
     "angular": by_angular,
     "greedy": by_greedy,
+    "best_of": by_best_of,
     "random": by_order("random"),
     "first": by_order("first"),
     "last": by_order("last"),

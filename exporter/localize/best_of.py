@@ -1,0 +1,46 @@
+"""Best of: what the one-pass localizers propose, judged by the loss that leaving those layers out really causes.
+
+Cosines misrank layers in ways that differ from model to model: none of the three is the best everywhere, and all three
+come from one pass over the data. A few questions tell their proposals apart. Shapes: none of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..capture import BatchStatistics
+from ..errors import InputError
+from ..scores import LayerScores
+from .angular import angular
+from .block_influence import block_influence
+from .tis import tis
+
+PROPOSERS = {"tis": tis, "block_influence": block_influence, "angular": angular}
+
+
+def best_of(
+    statistics: Sequence[BatchStatistics],
+    count: int,
+    protect: tuple[int, ...],
+    loss: Callable[[frozenset[int]], float],
+) -> LayerScores:
+    """The proposal of the lowest loss; of equal ones the first, in the order of PROPOSERS.
+
+    Args:
+        loss: mean negative log-likelihood of the original's answers without a set of layers.
+    """
+    proposed: dict[str, LayerScores] = {}
+    for name, propose in PROPOSERS.items():
+        try:
+            proposed[name] = propose(statistics, count, protect)
+        except InputError:  # no block between protected layers is long enough: the others need none
+            if name != "angular":
+                raise
+    losses: dict[frozenset[int], float] = {}
+    for scores in proposed.values():
+        layers = frozenset(scores.drop)
+        if layers not in losses:
+            losses[layers] = loss(layers)
+    winner = min(proposed.values(), key=lambda scores: losses[frozenset(scores.drop)])
+    details = {name: {"drop": sorted(s.drop), "loss": losses[frozenset(s.drop)]} for name, s in proposed.items()}
+    return LayerScores("best_of", winner.values, winner.drop, {"chosen": winner.method, "proposals": details})
