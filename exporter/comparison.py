@@ -212,7 +212,7 @@ class Runner:
             order = self._greedy_order(method.options.get("answer_tokens", 32))
             return dataclasses.replace(order, drop=order.drop[:count])
         if method.name == "best_of":
-            few = method.options.get("samples", 16), method.options.get("answer_tokens", 32)
+            few = method.options.get("samples", 32), method.options.get("answer_tokens", 32)
             return best_of(self.statistics, count, self.job.protect, self._loss(*few))
         if method.name in STATISTICS:
             return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)

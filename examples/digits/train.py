@@ -1,6 +1,6 @@
 """Train the reference model: a stock LLaVA-NeXT of 12 decoder layers and 3 million parameters.
 
-Two phases, about 70 minutes on two CPU cores:
+Two phases, about 110 minutes on two CPU cores:
 1. the vision tower alone, with throw-away heads that name digit and colour of every patch;
 2. the whole model, on the answer tokens of eight questions an image. The questions share the image's tokens through a
    block mask: each sees the image and itself, at the positions it would have alone.

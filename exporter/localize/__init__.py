@@ -59,7 +59,7 @@ def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int], *, answer_to
 
 
 def by_best_of(
-    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 16, answer_tokens: int = 32
+    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 32, answer_tokens: int = 32
 ) -> LayerScores:
     """Args: samples: questions that proposals are judged by; answer_tokens: longest answer to them."""
     statistics = list(layer_statistics(job.model, job.batches()))
