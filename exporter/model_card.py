@@ -46,7 +46,7 @@ def card(folder: Path, name: str | None = None) -> Path:
     if scores["method"] not in UNMEASURED:
         (folder / "assets").mkdir(exist_ok=True)
         report.plot_scores(
-            LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"])),
+            LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"]), scores["details"]),
             folder / "assets" / "layer_scores.png",
             record["protect"],
         )

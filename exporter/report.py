@@ -45,7 +45,8 @@ def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) ->
     low, high = min(scores.values), max(scores.values)
     axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel(_wrapped(VALUE_NAMES.get(scores.method, "redundancy")))
+    measured = scores.details.get("chosen", scores.method)  # best_of shows the values of the proposal that won
+    axes.set_ylabel(_wrapped(VALUE_NAMES.get(measured, "redundancy")))
     step = max(1, len(layers) // 32)
     axes.set_xticks(list(layers)[::step])
     shown = [("kept", KEPT), ("dropped", DROPPED)] + [("protected", PROTECTED)] * bool(protect)
@@ -53,7 +54,11 @@ def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) ->
     axes.legend(
         handles, [name for name, _ in shown], frameon=False, ncols=len(shown), loc="lower right", bbox_to_anchor=(1, 1)
     )
-    axes.set_title(f"redundancy by {scores.method}", loc="left", fontsize="medium")
+    axes.set_title(
+        "redundancy by " + (measured if measured == scores.method else f"{scores.method}: {measured}"),
+        loc="left",
+        fontsize="medium",
+    )
     save(drawn, path)
 
 
