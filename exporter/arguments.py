@@ -1,0 +1,185 @@
+"""What the command line understands: every verb with its arguments. Imports nothing heavy, so that help is quick."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .recipe import DEFAULT_FOLD, DEFAULT_LOCALIZER, DEFAULT_SAMPLES, FOLD_NAMES, LOCALIZER_NAMES
+
+MODEL, DATA = "examples/digits/model", "examples/digits/data"
+
+
+def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -> argparse.ArgumentParser:
+    """The parser of all verbs; `functions` has what each verb calls."""
+    from . import __version__
+
+    top = argparse.ArgumentParser(
+        prog="lvlm-exporter",
+        description="Turn a large vision-language model into a smaller, faster standalone checkpoint.",
+    )
+    top.add_argument("--version", action="version", version=f"lvlm-exporter {__version__}")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    score = _verb(
+        verbs,
+        "score",
+        "rank decoder layers by redundancy; writes nothing",
+        f"score {MODEL} --calibration {DATA}/calibration.jsonl --plot scores.png",
+    )
+    score.add_argument("model", metavar="MODEL", help="folder or hub id (hub:USER/NAME@REVISION)")
+    _calibration_arguments(score, required=True)
+    _localizer_arguments(score)
+    _budget_arguments(score)
+    score.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores")
+    _run_arguments(score)
+
+    compress = _verb(
+        verbs,
+        "compress",
+        "remove redundant layers and write a standalone checkpoint",
+        f"compress {MODEL} --out small --drop-ratio 0.25 --calibration {DATA}/calibration.jsonl",
+    )
+    compress.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id (hub:USER/NAME@REVISION)")
+    compress.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    compress.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="everything below, from a file")
+    _budget_arguments(compress)
+    _calibration_arguments(compress, required=False)
+    _localizer_arguments(compress)
+    compress.add_argument("--fold", choices=FOLD_NAMES, help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
+    compress.add_argument("--fold-option", action="append", default=[], metavar="NAME=VALUE")
+    compress.add_argument("--base-model", metavar="USER/NAME", help="hub id for the card, if MODEL is a folder")
+    compress.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+    _run_arguments(compress)
+
+    verify = _verb(verbs, "verify", "load a checkpoint in a clean process and check it", "verify small")
+    verify.add_argument("folder", metavar="DIR", help="folder or hub id")
+    verify.add_argument("--device", default="cpu")
+
+    again = _verb(
+        verbs,
+        "reproduce",
+        "build a checkpoint again and compare it bit for bit",
+        "reproduce small --out again",
+    )
+    again.add_argument("folder", metavar="DIR", help="folder or hub id")
+    again.add_argument("--out", type=Path, required=True, metavar="DIR2")
+    again.add_argument("--model", metavar="MODEL", help="where the source lies now")
+    again.add_argument("--calibration", metavar="FILE", help="where the calibration data lie now")
+
+    evaluate = _verb(
+        verbs,
+        "evaluate",
+        "exact match on a task, and fidelity to the original",
+        f"evaluate small --reference {MODEL} --task {DATA}/test.jsonl",
+    )
+    evaluate.add_argument("folders", nargs="+", metavar="DIR", help="checkpoints: folders or hub ids")
+    evaluate.add_argument("--task", required=True, metavar="FILE.jsonl", help="questions with answers")
+    evaluate.add_argument("--reference", metavar="MODEL", help="the model they were made from")
+    evaluate.add_argument("--samples", type=int, metavar="N", help="only N of the questions, drawn with --seed")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    evaluate.add_argument(
+        "--predictions", type=Path, metavar="FILE.jsonl", help="keep every answer; a broken-off run goes on from there"
+    )
+    evaluate.add_argument("--no-card", action="store_true", help="leave the checkpoints' records and cards alone")
+    _run_arguments(evaluate, batch_size=32)
+
+    compare = _verb(
+        verbs,
+        "compare",
+        "compare localizers, folds and budgets on your model and data",
+        "compare examples/digits/compare.yaml --out comparison",
+    )
+    compare.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    compare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for table, picture and JSON")
+    _run_arguments(compare, batch_size=32)
+
+    card = _verb(verbs, "card", "write the model card of a checkpoint again", "card small")
+    card.add_argument("folder", type=Path, metavar="DIR")
+
+    push = _verb(verbs, "push", "publish a checkpoint on the hub", "push small USER/NAME --private")
+    push.add_argument("folder", type=Path, metavar="DIR")
+    push.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it is not there")
+    push.add_argument("--private", action="store_true", help="only for you; one that is there must be so already")
+    push.add_argument("--revision", metavar="R", help="branch; made from main if it is not there (main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument("--message", help="of the commit")
+    push.add_argument("--dry-run", action="store_true", help="say what would be published, and stop; needs no token")
+    push.add_argument("--device", default="cpu", help="that the checkpoint is verified on first")
+    for verb in (verify, again, card, push):
+        _json_argument(verb)
+    for name, verb in verbs.choices.items():
+        verb.set_defaults(verb=functions[name])
+    return top
+
+
+def _verb(verbs: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  lvlm-exporter {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return verb
+
+
+def _calibration_arguments(verb: argparse.ArgumentParser, required: bool) -> None:
+    verb.add_argument(
+        "--calibration",
+        required=required,
+        metavar="FILE",
+        help="images with questions: a JSONL file, a folder of images, or datasets:ID",
+    )
+    verb.add_argument("--samples", type=int, metavar="N", help=f"how many are drawn from it ({DEFAULT_SAMPLES})")
+    verb.add_argument(
+        "--columns", action="append", default=[], metavar="ROLE=NAME", help="of a data set: image=NAME, question=NAME"
+    )
+    verb.add_argument("--split", help="of a data set (train)")
+    verb.add_argument("--prompt", help="question put to the images of a folder")
+    verb.add_argument("--seed", type=int, help="of every random draw (0)")
+
+
+def _localizer_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--localizer", choices=LOCALIZER_NAMES, help=f"({DEFAULT_LOCALIZER})")
+    verb.add_argument("--localizer-option", action="append", default=[], metavar="NAME=VALUE")
+    verb.add_argument("--protect", type=_layer_list, metavar="0,1", help="layers that must stay")
+
+
+def _budget_arguments(verb: argparse.ArgumentParser) -> None:
+    budget = verb.add_mutually_exclusive_group()
+    budget.add_argument("--drop-layers", type=int, metavar="N", help="how many layers go")
+    budget.add_argument("--drop-ratio", type=float, metavar="R", help="share of the layers that goes, 0.25")
+    budget.add_argument("--target-params", type=_count, metavar="P", help="parameters that may be left, 5.2B")
+    budget.add_argument("--layers", type=_layer_list, metavar="8,9,10", help="exactly these go")
+
+
+def _run_arguments(verb: argparse.ArgumentParser, batch_size: int = 8) -> None:
+    verb.add_argument("--device", help="cpu, cuda, cuda:1, auto (the first GPU, else the CPU)")
+    verb.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
+    verb.add_argument("--memory", metavar="12GB", help="most that the device may hold; the rest is streamed from disk")
+    verb.add_argument("--batch-size", type=int, default=batch_size, metavar="B")
+    _json_argument(verb)
+
+
+def _json_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    verb.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _layer_list(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of layers like 8,9,10") from error
+
+
+def _count(text: str) -> int:
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    try:
+        return int(float(text.rstrip("KMBkmb")) * units.get(text[-1:].upper(), 1))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of parameters like 5.2B") from error
