@@ -13,6 +13,7 @@ __all__ = [
     "Grid",
     "InputError",
     "Recipe",
+    "RouterRecipe",
     "RunOptions",
     "card",
     "compare",
@@ -22,6 +23,7 @@ __all__ = [
     "load_recipe",
     "push",
     "reproduce",
+    "route",
     "score",
     "verify",
 ]
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .hub import push
     from .model_card import card
-    from .pipeline import compress, score
-    from .recipe import Recipe, RunOptions, load_recipe
+    from .pipeline import compress, route, score
+    from .recipe import Recipe, RouterRecipe, RunOptions, load_recipe
     from .reproduction import reproduce
     from .verification import verify
 
@@ -41,9 +43,11 @@ _HOMES = {
     "CheckFailed": "errors",
     "InputError": "errors",
     "Recipe": "recipe",
+    "RouterRecipe": "recipe",
     "RunOptions": "recipe",
     "load_recipe": "recipe",
     "compress": "pipeline",
+    "route": "pipeline",
     "score": "pipeline",
     "evaluate": "evaluation",
     "compare": "comparison",

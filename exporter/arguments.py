@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .recipe import DEFAULT_FOLD, DEFAULT_LOCALIZER, DEFAULT_SAMPLES, FOLD_NAMES, LOCALIZER_NAMES
+from .recipe import (
+    DEFAULT_FOLD,
+    DEFAULT_LOCALIZER,
+    DEFAULT_SAMPLES,
+    FOLD_NAMES,
+    LOCALIZER_NAMES,
+    LOSS_NAMES,
+    ROUTER_SAMPLES,
+    RouterRecipe,
+)
 
 MODEL, DATA = "examples/digits/model", "examples/digits/data"
 
@@ -50,9 +59,29 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     _localizer_arguments(compress)
     compress.add_argument("--fold", choices=FOLD_NAMES, help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
     compress.add_argument("--fold-option", action="append", default=[], metavar="NAME=VALUE")
+    compress.add_argument("--router", action="store_true", help="train a router for the result too, see `route`")
     compress.add_argument("--base-model", metavar="USER/NAME", help="hub id for the card, if MODEL is a folder")
     compress.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
     _run_arguments(compress)
+
+    route = _verb(
+        verbs,
+        "route",
+        "train a router that drops visual tokens and skips layers, question by question",
+        f"route {MODEL} --out routed --calibration {DATA}/calibration.jsonl --steps 600",
+    )
+    route.add_argument("model", metavar="MODEL", help="folder or hub id, pruned or not")
+    route.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    _calibration_arguments(route, required=True, samples=ROUTER_SAMPLES)
+    route.add_argument("--steps", type=int, metavar="N", help=f"of training ({RouterRecipe.steps})")
+    route.add_argument("--candidates", type=int, metavar="N", help="last layers that may be skipped (half of them)")
+    route.add_argument(
+        "--drop-at", type=int, metavar="D", help=f"layer before which visual tokens leave ({RouterRecipe.drop_at})"
+    )
+    route.add_argument("--learning-rate", type=float, metavar="R", help=f"({RouterRecipe.learning_rate})")
+    route.add_argument("--loss", choices=LOSS_NAMES, help="what is learnt from (relaxed); preference is the paper's")
+    route.add_argument("--loss-option", action="append", default=[], metavar="NAME=VALUE")
+    _run_arguments(route, batch_size=RouterRecipe.batch_size)
 
     verify = _verb(verbs, "verify", "load a checkpoint in a clean process and check it", "verify small")
     verify.add_argument("folder", metavar="DIR", help="folder or hub id")
@@ -127,14 +156,14 @@ def _verb(verbs: Any, name: str, summary: str, example: str) -> argparse.Argumen
     return verb
 
 
-def _calibration_arguments(verb: argparse.ArgumentParser, required: bool) -> None:
+def _calibration_arguments(verb: argparse.ArgumentParser, required: bool, samples: int = DEFAULT_SAMPLES) -> None:
     verb.add_argument(
         "--calibration",
         required=required,
         metavar="FILE",
         help="images with questions: a JSONL file, a folder of images, or datasets:ID",
     )
-    verb.add_argument("--samples", type=int, metavar="N", help=f"how many are drawn from it ({DEFAULT_SAMPLES})")
+    verb.add_argument("--samples", type=int, metavar="N", help=f"how many are drawn from it ({samples})")
     verb.add_argument(
         "--columns", action="append", default=[], metavar="ROLE=NAME", help="of a data set: image=NAME, question=NAME"
     )

@@ -31,29 +31,37 @@ SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A folder beside the target that becomes the target if the block ends well, and is removed if it does not.
-
-    What a killed run has left is removed by the next one: a live stage is locked, a dead one is not.
-    """
+    """A folder beside the target that becomes the target if the block ends well, and is removed if it does not."""
     target = target.expanduser().absolute()
-    check_target(target)
-    _sweep(target)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    lock = (stage / LOCK).open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
+    with room(target) as stage:
         yield stage
         stage.chmod(0o777 & ~_umask())
         check_target(target)
         stage.rename(target)
         (target / LOCK).unlink()  # only now: a stage without a lock is one to sweep
+
+
+@contextlib.contextmanager
+def room(target: Path) -> Iterator[Path]:
+    """A folder beside the target for work in progress, removed at the end.
+
+    What a killed run has left is removed by the next one: a live room is locked, a dead one is not.
+    """
+    target = target.expanduser().absolute()
+    check_target(target)
+    _sweep(target)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    lock = (made / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield made
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InputError(f"the disk of {target.parent} is full; nothing was kept. Free some space.") from error
         raise
     finally:
         lock.close()
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:

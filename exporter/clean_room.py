@@ -30,7 +30,7 @@ def load_processor(folder: Path | str) -> Any:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except ImportError:
         processor = image_only(processor_class(Path(folder))).from_pretrained(folder)
     processor.tokenizer.padding_side = "left"
@@ -156,8 +156,12 @@ def generate(model: Any, inputs: dict[str, Any], new_tokens: int = REFERENCE_TOK
     )
 
 
-def cache_difference(model: Any, processor: Any) -> float:
-    """How far an answer's logits with the cache are from those of one pass without, relative to the largest."""
+def cache_difference(model: Any, processor: Any, **routing: Any) -> float:
+    """How far an answer's logits with the cache are from those of one pass without, relative to the largest.
+
+    Args:
+        routing: what a routed model's pass takes beside its inputs.
+    """
     import torch
 
     inputs = {k: v.to(model.device) for k, v in reference_inputs(processor).items()}
@@ -166,7 +170,7 @@ def cache_difference(model: Any, processor: Any) -> float:
     answer = made.sequences[:, length:]
     whole = extend(inputs, answer, torch.ones_like(answer, dtype=torch.bool), model.config.model_type)
     with torch.no_grad():
-        logits = model(**whole, use_cache=False).logits[0, length - 1 : -1].float()
+        logits = model(**whole, use_cache=False, **routing).logits[0, length - 1 : -1].float()
     decoded = torch.stack([step[0] for step in made.logits]).float()
     return ((logits - decoded).abs().max() / decoded.abs().max()).item()
 
@@ -194,17 +198,33 @@ def extend(inputs: dict[str, Any], answers: Any, real: Any, model_type: str) -> 
 
 
 def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """Load with transformers alone and compare with what was recorded at export. {"problems": [...], ...}"""
-    import torch
-    from transformers import AutoModelForImageTextToText
+    """Load with transformers alone and compare with what was recorded at export. {"problems": [...], ...}
+
+    A folder with a router is looked at twice: as the plain model that it is without remote code, and routed.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     record = json.loads((folder / "compression.json").read_text())
-    reference = record["reference"]
+    report = verify_once(folder, device, record, record["reference"], trust=False)
+    if "router" in record and not report["problems"]:
+        routed = verify_once(folder, device, record, record["router"]["reference"], trust=True)
+        report["problems"] = [f"routed: {problem}" for problem in routed["problems"]]
+        report["routed"] = routed
+    return report
+
+
+def verify_once(
+    folder: Path, device: str, record: dict[str, Any], reference: dict[str, Any], trust: bool
+) -> dict[str, Any]:
+    """Load, answer the reference question, with and without the cache; `trust`: by the folder's own modeling file."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    dtype = record["reference"]["dtype"]
     model, report = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, reference["dtype"]), output_loading_info=True
+        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust
     )
     model.eval().to(device)
     problems = []
@@ -216,12 +236,13 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
     if problems:
         return {"problems": problems}
     processor = load_processor(folder)
-    tolerance = TOLERANCE[reference["dtype"]]
+    tolerance = TOLERANCE[dtype]
     said = reference_answer(model, processor)["tokens"]
     expected = reference["tokens"]
     if (at := first_difference(said, expected, reference["margins"], tolerance)) is not None:
         problems.append(f"token {at + 1} of the reference answer is {said[at]}, not {expected[at]} as at export")
-    difference = cache_difference(model, processor)
+    routing = {"prompt_length": reference_inputs(processor)["input_ids"].shape[1]} if trust else {}
+    difference = cache_difference(model, processor, **routing)
     if not difference <= tolerance:
         problems.append(f"logits with and without the cache differ by {difference:.1e} (at most {tolerance:.0e})")
     return {

@@ -18,10 +18,13 @@ from .errors import CheckFailed, InputError
 from .recipe import (
     DEFAULT_FOLD,
     DEFAULT_LOCALIZER,
+    ROUTER_SAMPLES,
     Recipe,
+    RouterRecipe,
     RunOptions,
     load_recipe,
     recipe_from_data,
+    router_from_data,
 )
 
 
@@ -34,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2)
     except CheckFailed as error:
         return _complain(str(error), 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted; nothing was left behind.", 130)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted; nothing was left behind.", 130)
     except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         return _complain(f"{error.filename}: {error.strerror}.", 2)
     except BrokenPipeError:
@@ -91,14 +94,7 @@ def _recipe(options: argparse.Namespace, budget_needed: bool = True) -> Recipe:
     spelled = {key: value for key, value in spelled.items() if value is not None}
     if not spelled and not budget_needed:
         spelled = {"drop_layers": 0}
-    calibration = {
-        "data": options.calibration,
-        "samples": options.samples,
-        "split": options.split,
-        "prompt": options.prompt,
-        "columns": _pairs(options.columns, "--columns") or None,
-    }
-    spelled["calibration"] = {k: v for k, v in calibration.items() if v is not None}
+    spelled["calibration"] = _calibration(options)
     for kind in ("localizer", "fold"):
         name = getattr(options, kind, None)
         extra = _pairs(getattr(options, f"{kind}_option", []), f"--{kind}-option")
@@ -110,6 +106,8 @@ def _recipe(options: argparse.Namespace, budget_needed: bool = True) -> Recipe:
             spelled[key] = getattr(options, key)
     if options.protect is not None:
         spelled["protect"] = list(options.protect)
+    if getattr(options, "router", False):
+        spelled["router"] = True
     if getattr(options, "recipe", None) is not None:
         if extra_flags := [key for key, value in spelled.items() if value]:
             raise InputError(f"--recipe says everything: take out {', '.join(sorted(extra_flags))}, or the recipe.")
@@ -117,6 +115,29 @@ def _recipe(options: argparse.Namespace, budget_needed: bool = True) -> Recipe:
     if "model" not in spelled or "data" not in spelled["calibration"]:
         raise InputError("compress needs MODEL and --calibration FILE, or --recipe FILE.yaml.")
     return recipe_from_data(spelled)
+
+
+def _calibration(options: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the questions."""
+    said = {
+        "data": options.calibration,
+        "samples": options.samples,
+        "split": options.split,
+        "prompt": options.prompt,
+        "columns": _pairs(options.columns, "--columns") or None,
+    }
+    return {k: v for k, v in said.items() if v is not None}
+
+
+def _router(options: argparse.Namespace) -> RouterRecipe:
+    """The router that the flags of `route` spell out."""
+    names = ("steps", "candidates", "drop_at", "learning_rate", "seed", "batch_size")
+    spelled = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    spelled["calibration"] = {"samples": ROUTER_SAMPLES} | _calibration(options)
+    extra = _pairs(options.loss_option, "--loss-option")
+    if options.loss or extra:
+        spelled["loss"] = {"name": options.loss or RouterRecipe.loss.name, **extra}
+    return router_from_data(spelled)
 
 
 def _run_options(options: argparse.Namespace) -> RunOptions:
@@ -198,6 +219,26 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
         f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
     )
     _write_json(options, asdict(guess))
+
+
+def route_verb(options: argparse.Namespace) -> None:
+    router, run = _router(options), _run_options(options)
+    from . import checkpoint, pipeline
+
+    try:
+        folder = pipeline.route(options.model, router, options.out, run, _progress(options))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on from the last saved step.") from None
+    record = checkpoint.read_record(folder)
+    made = record["router"]
+    print(
+        f"trained a router of {made['parameters']:,} parameters on {made['questions']} questions in "
+        f"{made['seconds']:.0f} s, {made['held_out']} held out"
+    )
+    probes = {k: v for step in made["curve"] for k, v in step.items() if k.startswith("KL")}
+    print("\n".join(f"  {name}: {value:.4f}" for name, value in probes.items()))
+    print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
+    _write_json(options, {"path": str(folder), **{k: made[k] for k in made if k != "reference"}})
 
 
 def verify_verb(options: argparse.Namespace) -> int:
@@ -295,6 +336,7 @@ def push_verb(options: argparse.Namespace) -> int:
 VERBS = {
     "score": score_verb,
     "compress": compress_verb,
+    "route": route_verb,
     "verify": verify_verb,
     "reproduce": reproduce_verb,
     "evaluate": evaluate_verb,

@@ -17,16 +17,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from . import checkpoint, report
 from .calibration import Sample, make_batch, make_batches, spread
 from .capture import BatchStatistics, layer_statistics
 from .errors import InputError
 from .evaluation import SPARE_TOKENS, Task, greedy_answers, load_task
-from .fidelity import AnsweredBatch, AnswerLoss, answer_all, with_answers
+from .fidelity import AnswerDivergence, AnsweredBatch, answer_all, with_answers
 from .fold import FOLDS
 from .fold.job import FoldJob
 from .localize import LOCALIZERS, STATISTICS, LocalizeJob
 from .localize.best_of import best_of
+from .localize.fisher import fisher, information
 from .localize.greedy import greedy
 from .pipeline import Job, Progress, prepare, reader, silent
 from .plan import Budget, PruningPlan, make_plan
@@ -209,9 +212,12 @@ class Runner:
         if method.name == "greedy":
             order = self._greedy_order(method.options.get("answer_tokens", 32))
             return dataclasses.replace(order, drop=order.drop[:count])
-        if method.name == "best_of":
+        if method.name in ("fisher", "best_of"):
             few = method.options.get("samples", 32), method.options.get("answer_tokens", 32)
-            return best_of(self.statistics, count, self.job.protect, self._loss(*few))
+            moved = self._information(*few, method.options.get("draws", 2))
+            if method.name == "fisher":
+                return fisher(moved, count, self.job.protect)
+            return best_of(self.statistics, moved, count, self.job.protect, self._loss(*few))
         if method.name in STATISTICS:
             return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
         blank = LocalizeJob(self.model, self.job.source.num_layers, lambda: (), self.job.recipe.seed)
@@ -228,14 +234,22 @@ class Runner:
     def _greedy_order(self, answer_tokens: int) -> LayerScores:
         begin = time.monotonic()
         answered = answer_all(self.model, self.job.batches("greedy: answer"), answer_tokens)
-        order = greedy(AnswerLoss(self.model, answered), max(self.grid.drop_layers), self.job.protect)
+        order = greedy(AnswerDivergence.of(self.model, answered), max(self.grid.drop_layers), self.job.protect)
         self.timed("greedy", begin)
         return order
 
     @functools.cache  # noqa: B019 - one runner a run
-    def _loss(self, samples: int, answer_tokens: int) -> AnswerLoss:
-        few = spread(self.job.batches("best_of: answer"), samples / len(self.job.calibration.samples))
-        return AnswerLoss(self.model, answer_all(self.model, few, answer_tokens))
+    def _few(self, samples: int, answer_tokens: int) -> list[AnsweredBatch]:
+        few = spread(self.job.batches("answer a few"), samples / len(self.job.calibration.samples))
+        return answer_all(self.model, few, answer_tokens)
+
+    @functools.cache  # noqa: B019 - one runner a run
+    def _loss(self, samples: int, answer_tokens: int) -> AnswerDivergence:
+        return AnswerDivergence.of(self.model, self._few(samples, answer_tokens))
+
+    @functools.cache  # noqa: B019 - one runner a run
+    def _information(self, samples: int, answer_tokens: int, draws: int) -> Tensor:
+        return information(self.model, self._few(samples, answer_tokens), draws, self.job.recipe.seed)
 
     def __hash__(self) -> int:
         return id(self)

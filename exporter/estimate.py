@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from .pipeline import Job, kv_bytes_per_token
 
 CALIBRATION_BATCHES = 2  # processed to learn how long the questions are
-PASSES = {"best_of": 1.4, "tis": 1.15, "block_influence": 1.0, "angular": 1.0, "random": 0.0, "first": 0.0, "last": 0.0}
+PASSES = {
+    "best_of": 2.0,
+    "fisher": 1.0,
+    "tis": 1.15,
+    "block_influence": 1.0,
+    "angular": 1.0,
+    "random": 0.0,
+    "first": 0.0,
+    "last": 0.0,
+}
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 

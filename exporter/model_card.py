@@ -17,8 +17,12 @@ TITLES = {  # methods that measure something, and where they come from
     "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
     "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
     "best_of": (
-        "the loss on the model's own answers, among what Short-LVLM, ShortGPT and UIDL propose",
+        "the divergence at the model's own answers, among what Short-LVLM, ShortGPT, UIDL and Fisher's propose",
         "https://arxiv.org/abs/2507.23362",
+    ),
+    "fisher": (
+        "Fisher information of the layers' gates",
+        "https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html",
     ),
     "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
     "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
@@ -43,13 +47,16 @@ def card(folder: Path, name: str | None = None) -> Path:
     """
     record = checkpoint.read_record(folder)
     scores = record["scores"]
-    if scores["method"] not in UNMEASURED:
+    if scores["method"] not in UNMEASURED and record["plan"]["drop"]:
         (folder / "assets").mkdir(exist_ok=True)
         report.plot_scores(
             LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"]), scores["details"]),
             folder / "assets" / "layer_scores.png",
             record["protect"],
         )
+    if "router" in record:
+        (folder / "assets").mkdir(exist_ok=True)
+        report.plot_training(record["router"]["curve"], folder / "assets" / "router_training.png")
     path = folder / "README.md"
     path.write_text(f"---\n{metadata(record, name or folder.name)}---\n\n{body(record, name or folder.name)}")
     return path
@@ -71,7 +78,6 @@ def body(record: dict[str, Any], name: str) -> str:
     fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
     fold["places"] = _places(fold["tensors"])
     method = record["scores"]["method"]
-    base = record["source"]["base_model"]
     return environment.get_template("compressed.md.jinja").render(
         record,
         title=name.split("/")[-1],
@@ -82,11 +88,16 @@ def body(record: dict[str, Any], name: str) -> str:
         pct=_percent,
         model_type=record["source"]["model_type"],
         recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
-        base_sentence=f"This is [{base}](https://huggingface.co/{base}) with fewer layers."
-        if base
-        else "This is a smaller version of a base model.",
+        base_sentence=_base_sentence(record),
         licence_sentence=_licence_sentence(record["source"]),
     )
+
+
+def _base_sentence(record: dict[str, Any]) -> str:
+    base = record["source"]["base_model"]
+    what = ["with fewer layers"] * bool(record["plan"]["drop"]) + ["with a router"] * ("router" in record)
+    named = f"[{base}](https://huggingface.co/{base})" if base else "a base model"
+    return f"This is {named} {' and '.join(what) or 'as it was'}."
 
 
 def template_folder() -> Path:
@@ -120,12 +131,18 @@ def metadata(record: dict[str, Any], name: str) -> str:
         license_link=source["license"].get("license_link"),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["lvlm-exporter", "layer-pruning", "compressed", record["scores"]["method"]],
+        tags=_tags(record),
         eval_results=results or None,
     )
     if source["base_model"]:
         data["base_model_relation"] = "finetune"
     return data.to_yaml() + "\n"
+
+
+def _tags(record: dict[str, Any]) -> list[str]:
+    pruned = ["layer-pruning", "compressed", record["scores"]["method"]] if record["plan"]["drop"] else []
+    routed = ["token-pruning", "layer-skipping", "custom_code"] if "router" in record else []
+    return ["lvlm-exporter", *pruned, *routed]
 
 
 def inherited_licence(folder: Path) -> dict[str, str]:

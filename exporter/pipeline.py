@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,9 +18,20 @@ from .fold import FOLDS
 from .fold.job import FoldJob
 from .localize import LOCALIZERS, LocalizeJob, check_scores, explicit
 from .model_card import base_model_of, card, inherited_licence
-from .plan import PruningPlan, make_plan
-from .recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_options
+from .plan import Budget, PruningPlan, make_plan
+from .recipe import (
+    DEFAULT_FOLD,
+    ROUTER_SAMPLES,
+    CalibrationData,
+    Method,
+    Recipe,
+    RouterRecipe,
+    RunOptions,
+    check_options,
+)
 from .replay import Folded
+from .routed_checkpoint import unlabelled, with_router
+from .routing import check_routable
 from .scores import LayerScores
 from .source import (
     Source,
@@ -52,9 +64,52 @@ def compress(recipe: Recipe, out: Path | str, options: RunOptions = RunOptions()
     Returns: the folder. Raises: InputError for wrong input, CheckFailed where the result does not verify; in both
     cases nothing is left at `out`.
     """
-    begin = time.monotonic()
     out = Path(out)
     checkpoint.check_target(out)
+    if recipe.router is None:
+        return _compress(recipe, out, options, progress)
+    check_router(recipe)
+    with checkpoint.room(out) as room:
+        plain = _compress(dataclasses.replace(recipe, router=None), room / out.name, options, progress)
+        data = router_data(recipe.router, recipe.calibration)
+        return with_router(plain, recipe.router, data, out, options, progress)
+
+
+def route(
+    model: str, router: RouterRecipe, out: Path | str, options: RunOptions = RunOptions(), progress: Progress = silent
+) -> Path:
+    """Train a router for a checkpoint, pruned by us or as its authors made it; write a copy of it with the router.
+
+    Args:
+        model: folder or hub id.
+        router: its `calibration` names the unlabelled questions.
+    Returns: the folder. Raises: InputError, CheckFailed, as `compress`.
+    """
+    out = Path(out)
+    checkpoint.check_target(out)
+    if router.calibration is None:
+        raise InputError("a router is trained on questions about images: name them with --calibration FILE.")
+    source = open_source(model)
+    check_routable(source.config)
+    if (source.folder / checkpoint.RECORD).exists():
+        return with_router(source.folder, router, router.calibration, out, options, progress)
+    return compress(Recipe(model, router.calibration, Budget(layers=()), router=router), out, options, progress)
+
+
+def router_data(router: RouterRecipe, calibration: CalibrationData) -> CalibrationData:
+    """The router's own questions; where none are named the compression's, all of them up to ROUTER_SAMPLES."""
+    return router.calibration or dataclasses.replace(calibration, samples=ROUTER_SAMPLES)
+
+
+def check_router(recipe: Recipe) -> None:
+    """What is wrong with the router's part is said before the layers are looked at."""
+    assert recipe.router is not None
+    check_routable(open_source(recipe.model, recipe.revision).config)
+    unlabelled(router_data(recipe.router, recipe.calibration), recipe.router.seed)
+
+
+def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress) -> Path:
+    begin = time.monotonic()
     job = prepare(recipe, options, progress)
     checkpoint.check_space(out, job.source.weights.num_bytes)
     model, ignored = job.load_model()

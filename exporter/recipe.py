@@ -15,7 +15,7 @@ from .errors import InputError, nearest
 from .plan import Budget
 
 T = TypeVar("T")
-LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "greedy", "random", "first", "last")
+LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "fisher", "greedy", "random", "first", "last")
 FOLD_NAMES = ("reconstruction", "scp", "least_squares", "none")
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "reconstruction"
 DEFAULT_SAMPLES = 128
@@ -79,9 +79,7 @@ class RouterRecipe:
 
     def to_data(self) -> dict[str, Any]:
         """Plain data; what is left to defaults stays out."""
-        data = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)
-        }
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
         if self.calibration is not None:
             data["calibration"] = self.calibration.to_data()
         if "loss" in data:

@@ -141,7 +141,7 @@ def straight_through(logits: Tensor, candidates: Tensor, count: Tensor, temperat
     threshold = torch.where((count < available)[:, None], (last + first) / 2, last - 8 * temperature)
     threshold = torch.where((count > 0)[:, None], threshold, first + 8 * temperature).detach()
     soft = torch.sigmoid((logits - threshold) / temperature).masked_fill(~candidates, 0)
-    return hard.to(soft.dtype) + soft - soft.detach()
+    return hard.to(soft.dtype) + (soft - soft.detach())  # in this order, so that the value is exactly 0 or 1
 
 
 def gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:

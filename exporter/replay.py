@@ -87,16 +87,17 @@ def walk(
     given: Trace,
     *,
     start: int = 0,
+    stop: int | None = None,
     state: Tensor | None = None,
     leave_out: frozenset[int] | set[int] = frozenset(),
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Run the layers from `start`, yielding (layer_idx, input, output) [B, S, D] of each that is not left out.
+    """Run the layers, yielding (layer_idx, input, output) [B, S, D] of each that is not left out.
 
     A layer that is left out hands on what it gets, as if it had been removed; layers keep their own masks and rotary
-    embeddings. `state` is the input of layer `start` (layer 0: the embeddings).
+    embeddings. From `start`, whose input `state` is (layer 0: the embeddings), up to and with `stop`.
     """
     state = given.entry if state is None else state
-    for layer_idx in range(start, len(layers)):
+    for layer_idx in range(start, len(layers) if stop is None else min(stop + 1, len(layers))):
         if layer_idx in leave_out:
             state = given.after(layer_idx, state)
             continue

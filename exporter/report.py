@@ -13,6 +13,7 @@ VALUE_NAMES = {
     "tis": "cosine of input and output over important tokens",
     "block_influence": "cosine of input and output over all tokens",
     "angular": "1 - angular distance of the block that begins here",
+    "fisher": "- divergence when this layer is removed, to second order",
     "greedy": "- loss when this layer alone is removed",
 }
 
@@ -59,6 +60,25 @@ def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) ->
         loc="left",
         fontsize="medium",
     )
+    save(drawn, path)
+
+
+def plot_training(curve: Sequence[dict[str, float]], path: Path) -> None:
+    """A router's loss, smoothed over a twentieth of the steps, and the divergence of held-out questions."""
+    drawn, axes = figure()
+    steps, losses = [point["step"] for point in curve], [point["loss"] for point in curve]
+    width = max(1, len(losses) // 20)
+    smooth = [sum(losses[max(0, i - width) : i + 1]) / (i + 1 - max(0, i - width)) for i in range(len(losses))]
+    axes.plot(steps, smooth, color=PROTECTED, linewidth=1, label="training loss")
+    probes = dict.fromkeys(name for point in curve for name in point if name not in ("step", "loss"))
+    for color, name in zip(PALETTE, probes, strict=False):
+        points = [(point["step"], point[name]) for point in curve if name in point]
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1, label=_wrapped(name))
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title("training the router", loc="left", fontsize="medium")
     save(drawn, path)
 
 

@@ -17,7 +17,7 @@ Shapes: B samples, S tokens, A answer tokens, N candidate layers, L layers, D hi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .calibration import Batch, Sample, make_batch
-from .capture import attention_means
 from .errors import InputError
 from .fidelity import AnsweredBatch, answered, with_answers
 from .modeling.modeling_routed import Router, RouterSettings, places_of
 from .relaxation import GatedAttention, Gates, gated_attention, gated_states, gumbel, straight_through
 from .replay import Trace, trace
+from .rules import fastv_scores
 from .source import text_decoder
 
 HELD_OUT = 8  # one in so many questions is not trained on but judged by, 64 at most
@@ -204,17 +204,18 @@ class Teacher:
             for index, tokens, state in zip(indices, one.targets.split(lengths), states.split(lengths), strict=True):
                 self.said[index] = Said(tokens.cpu(), state.cpu())
 
-    def question(self, indices: Sequence[int]) -> tuple[AnsweredBatch, Tensor]:
-        """Questions with their answers appended, and the original's log-probabilities [A of all rows, V]."""
+    def question(self, indices: Sequence[int]) -> tuple[Batch, AnsweredBatch, Tensor]:
+        """Questions, the same with their answers appended, and the original's log-probabilities [A of all rows, V]."""
         said = [self.said[i] for i in indices]
         tokens = pad_sequence([one.tokens for one in said], batch_first=True).to(self.model.device)  # [B, A]
         lengths = torch.tensor([len(one.tokens) for one in said])
         real = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.model.device)
-        one = with_answers(self.model, self._batch(indices).to(self.model.device), tokens, real)
+        prompt = self._batch(indices).to(self.model.device)
+        one = with_answers(self.model, prompt, tokens, real)
         with torch.no_grad():
             states = torch.cat([each.states for each in said]).to(self.model.device)
             log_p = self.model.get_output_embeddings()(states).float().log_softmax(-1)
-        return one, log_p
+        return prompt, one, log_p
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         return make_batch([self.samples[i] for i in indices], self.processor, self.model.config)
@@ -228,6 +229,7 @@ class Look:
     """A batch of questions as the router sees them, and all that is needed to try a route on them."""
 
     learner: Learner
+    prompt: Batch
     one: AnsweredBatch
     given: Trace
     state: Tensor  # [B, S, D] input of layer drop_at
@@ -254,6 +256,13 @@ class Look:
         log_q = model.get_output_embeddings()(hidden).float().log_softmax(-1)
         return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
 
+    @property
+    def fastv(self) -> Tensor:
+        """FastV's scores of the visual tokens, on a logarithmic scale, [B, S]."""
+        scores = fastv_scores(self.learner.teacher.model, self.prompt)
+        answers = self.visual.shape[1] - scores.shape[1]
+        return F.pad(scores, (0, answers), value=-math.inf).clone()  # no inference tensor: gradients go past it
+
     def per_sample(self, kl: Tensor) -> Tensor:
         """Sums over each row's answer: [A of all rows] -> [B]."""
         return torch.stack([part.sum() for part in kl.split(self.one.predicts.sum(1).tolist())])
@@ -273,14 +282,14 @@ class Learner:
         return len(text_decoder(self.teacher.model).layers)
 
     def look(self, indices: Sequence[int]) -> Look:
-        one, log_p = self.teacher.question(indices)
+        prompt, one, log_p = self.teacher.question(indices)
         model = self.teacher.model
         given = trace(model, one.batch, torch.no_grad)
         read, state = self._prefix(given)
-        prompt = one.batch.inputs["attention_mask"].bool() & ~answer_tokens(one)
+        visible = one.batch.inputs["attention_mask"].bool() & ~answer_tokens(one)
         places = places_of(model.config, one.batch.is_visual, one.batch.inputs)
-        tokens, layers = self.router(read, one.batch.is_visual, prompt, places)
-        return Look(self, one, given, state, log_p, tokens, layers)
+        tokens, layers = self.router(read, one.batch.is_visual, visible, places)
+        return Look(self, prompt, one, given, state, log_p, tokens, layers)
 
     @torch.no_grad()
     def _prefix(self, given: Trace) -> tuple[Tensor, Tensor]:
@@ -380,7 +389,7 @@ def preference_loss(
         noise: standard deviation of the Gaussian noise on the logarithms of the scores.
     """
     visual, device = look.visual, look.token_logits.device
-    scores = fastv_scores(look).clamp(min=1e-9).log()
+    scores = look.fastv
     number, free = look.layer_logits.shape
     count = (visual.sum(1) * tokens).round().long().clamp(min=1)
     kept = torch.full_like(count, free - round(free * layers))
@@ -408,24 +417,4 @@ def log_probability(look: Look, tokens: Tensor, layers: Tensor) -> Tensor:
     return (token_part * look.visual).sum(1) + layer_part.sum(1)
 
 
-def fastv_scores(look: Look, layer: int = 1) -> Tensor:
-    """Attention that visual tokens receive from the question's text in an early layer, [B, S] (FastV, 2403.06764)."""
-    model = look.learner.teacher.model
-    batch = look.one.batch
-    question = batch.is_text & ~answer_tokens(look.one)
-    with torch.no_grad(), attention_means(model) as reducer:
-        reducer.is_visual, reducer.is_text = batch.is_visual, question
-        given = trace(model, batch, torch.no_grad)
-        state = given.entry
-        for layer_idx in range(layer + 1):
-            state = given.after(layer_idx, given.step(text_decoder(model).layers[layer_idx], layer_idx, state))
-        means = reducer.take()
-    return (means.visual_from_text * batch.is_visual).float()
-
-
 LOSSES: dict[str, Callable[..., Tensor]] = {"relaxed": relaxed_loss, "preference": preference_loss}
-
-
-def every(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """A progress that shows nothing."""
-    return iter(items)

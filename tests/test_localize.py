@@ -7,15 +7,20 @@ import math
 import pytest
 import torch
 
+from exporter.calibration import load_calibration, make_batch
 from exporter.capture import BatchStatistics
+from exporter.clean_room import load_processor
 from exporter.errors import InputError
+from exporter.fidelity import answered
 from exporter.localize import LOCALIZERS, LocalizeJob, explicit
 from exporter.localize.angular import angular
 from exporter.localize.best_of import best_of
 from exporter.localize.block_influence import block_influence
+from exporter.localize.fisher import _gated_log_p, cheapest_set, fisher, information, set_cost
 from exporter.localize.greedy import greedy
 from exporter.localize.tis import important, tis
 from exporter.scores import most_redundant
+from exporter.source import load_model, open_source
 
 
 def test_important_is_the_smallest_set_with_the_mass():
@@ -124,11 +129,12 @@ def test_best_of_takes_the_proposal_that_costs_least():
     assert block_influence([batch], 1).drop == (2,)  # by all of them
     asked = []
 
-    def loss(layers: frozenset[int]) -> float:
-        asked.append(layers)
-        return {0: 2.0, 2: 1.0}[min(layers)]
+    class Loss:
+        def of_sets(self, sets):
+            asked.extend(sets)
+            return [{0: 2.0, 2: 1.0}[min(layers)] for layers in sets]
 
-    best = best_of([batch], 1, (), loss)
+    best = best_of([batch], torch.eye(3), 1, (), Loss())
     assert best.drop == (2,)
     assert best.values == block_influence([batch], 1).values
     assert best.details["chosen"] in ("block_influence", "angular")
@@ -137,6 +143,47 @@ def test_best_of_takes_the_proposal_that_costs_least():
 
 def test_best_of_does_without_a_block_where_none_fits():
     batch = statistics([[0.9, 0.9], [0.5, 0.5], [0.7, 0.7]], [[1.0, 0.0]] * 3, [[0.0, 1.0]] * 3)
-    best = best_of([batch], 2, (1,), lambda layers: 0.0)
+
+    class Loss:
+        def of_sets(self, sets):
+            return [0.0] * len(sets)
+
+    best = best_of([batch], torch.eye(3), 2, (1,), Loss())
     assert best.drop == (0, 2)
-    assert set(best.details["proposals"]) == {"tis", "block_influence"}
+    assert set(best.details["proposals"]) == {"tis", "block_influence", "fisher"}
+
+
+def test_fisher_counts_interactions():
+    moved = torch.diag(torch.tensor([0.1, 0.2, 0.5, 0.9], dtype=torch.double))
+    assert fisher(moved, 2).drop == (0, 1)
+    moved[0, 1] = moved[1, 0] = 4.0  # ruinous together
+    scores = fisher(moved, 2)
+    assert scores.drop == (0, 2)
+    assert scores.values == pytest.approx((-0.05, -0.1, -0.25, -0.45))
+    assert scores.details["predicted"] == pytest.approx(0.3)
+    assert fisher(moved, 2, protect=(0,)).drop == (1, 2)
+
+
+def test_fisher_exchanges_layers_where_it_can_not_try_all_sets(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 9, generator=random, dtype=torch.double)
+    best = cheapest_set(rows.T @ rows, range(9), 4)
+    monkeypatch.setattr("exporter.localize.fisher.EXHAUSTIVE", 0)
+    found = cheapest_set(rows.T @ rows, range(9), 4)
+    assert set_cost(rows.T @ rows, found) <= 1.1 * set_cost(rows.T @ rows, best)
+    assert len(set(found)) == 4
+
+
+def test_fisher_information_predicts_the_divergence_of_small_changes(tiny, questions):
+    source = open_source(str(tiny("llava")))
+    model, _ = load_model(source, "cpu", torch.float32)
+    samples = load_calibration(str(questions), samples=4).samples
+    one = answered(model, make_batch(samples, load_processor(source.folder), model.config), 6)
+    moved = information(model, [one], draws=200)
+    step = 0.05
+    gates = torch.ones(4, len(moved))
+    log_p = _gated_log_p(model, one, gates)
+    gates[:, [1, 3]] -= step
+    log_q = _gated_log_p(model, one, gates)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert step**2 * set_cost(moved, (1, 3)) == pytest.approx(kl, rel=0.25)

@@ -9,7 +9,7 @@ from conftest import FAMILIES
 from exporter.calibration import load_calibration, make_batches
 from exporter.capture import attention_means, layer_statistics
 from exporter.clean_room import load_processor
-from exporter.fidelity import AnswerLoss, answered
+from exporter.fidelity import AnswerDivergence, answered
 from exporter.replay import last_output, logits, trace, walk
 from exporter.source import load_model, open_source, text_decoder
 
@@ -90,6 +90,6 @@ def test_statistics_do_not_count_padding_or_depend_on_the_batch(opened):
 
 def test_removal_loss_shares_prefixes_without_changing_them(opened):
     model, batches = opened
-    loss = AnswerLoss(model, [answered(model, batch, 4) for batch in batches[:1]])
+    loss = AnswerDivergence.of(model, [answered(model, batch, 4) for batch in batches[:1]])
     shared = loss.each_further(frozenset({4}), (1, 3))
     assert shared == pytest.approx({1: loss(frozenset({1, 4})), 3: loss(frozenset({3, 4}))}, rel=1e-4)

@@ -13,11 +13,12 @@ from typing import Any, Literal
 from ..calibration import Batch, spread
 from ..capture import layer_statistics
 from ..errors import InputError
-from ..fidelity import AnswerLoss, answer_all
+from ..fidelity import AnswerDivergence, answer_all
 from ..scores import LayerScores, most_redundant
 from .angular import angular
 from .best_of import best_of
 from .block_influence import block_influence
+from .fisher import fisher, information
 from .greedy import greedy
 from .tis import tis
 
@@ -55,16 +56,27 @@ def by_angular(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerSco
 
 
 def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int], *, answer_tokens: int = 32) -> LayerScores:
-    return greedy(AnswerLoss(job.model, answer_all(job.model, job.batches(), answer_tokens)), count, tuple(protect))
+    return greedy(
+        AnswerDivergence.of(job.model, answer_all(job.model, job.batches(), answer_tokens)), count, tuple(protect)
+    )
+
+
+def by_fisher(
+    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 32, answer_tokens: int = 32, draws: int = 2
+) -> LayerScores:
+    """Args: samples: questions that are read; draws: answers drawn at each token."""
+    few = answer_all(job.model, spread(job.batches(), samples / job.num_samples), answer_tokens)
+    return fisher(information(job.model, few, draws, job.seed), count, protect)
 
 
 def by_best_of(
-    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 32, answer_tokens: int = 32
+    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 32, answer_tokens: int = 32, draws: int = 2
 ) -> LayerScores:
-    """Args: samples: questions that proposals are judged by; answer_tokens: longest answer to them."""
+    """Args: samples: questions that proposals are judged by; answer_tokens: longest answer; draws: of Fisher's."""
     statistics = list(layer_statistics(job.model, job.batches()))
-    few = spread(job.batches(), samples / job.num_samples)
-    return best_of(statistics, count, tuple(protect), AnswerLoss(job.model, answer_all(job.model, few, answer_tokens)))
+    few = answer_all(job.model, spread(job.batches(), samples / job.num_samples), answer_tokens)
+    moved = information(job.model, few, draws, job.seed)
+    return best_of(statistics, moved, count, tuple(protect), AnswerDivergence.of(job.model, few))
 
 
 def by_order(name: str) -> Callable[..., LayerScores]:
@@ -91,6 +103,7 @@ LOCALIZERS: dict[str, Callable[..., LayerScores]] = {
     "tis": by_tis,
     "block_influence": by_block_influence,
     "angular": by_angular,
+    "fisher": by_fisher,
     "greedy": by_greedy,
     "best_of": by_best_of,
     "random": by_order("random"),

@@ -6,28 +6,39 @@ come from one pass over the data. A few questions tell their proposals apart. Sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
 
 from ..capture import BatchStatistics
 from ..errors import InputError
 from ..scores import LayerScores
 from .angular import angular
 from .block_influence import block_influence
+from .fisher import fisher
 from .tis import tis
+
+
+class SetLoss(Protocol):
+    def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]: ...
+
 
 PROPOSERS = {"tis": tis, "block_influence": block_influence, "angular": angular}
 
 
 def best_of(
     statistics: Sequence[BatchStatistics],
+    information: Tensor,
     count: int,
     protect: tuple[int, ...],
-    loss: Callable[[frozenset[int]], float],
+    loss: SetLoss,
 ) -> LayerScores:
     """The proposal of the lowest loss; of equal ones the first, in the order of PROPOSERS.
 
     Args:
-        loss: mean negative log-likelihood of the original's answers without a set of layers.
+        information: Fisher's, [L, L].
+        loss: divergence from the original's answers without each of some sets of layers.
     """
     proposed: dict[str, LayerScores] = {}
     for name, propose in PROPOSERS.items():
@@ -36,11 +47,9 @@ def best_of(
         except InputError:  # no block between protected layers is long enough: the others need none
             if name != "angular":
                 raise
-    losses: dict[frozenset[int], float] = {}
-    for scores in proposed.values():
-        layers = frozenset(scores.drop)
-        if layers not in losses:
-            losses[layers] = loss(layers)
+    proposed["fisher"] = fisher(information, count, protect)
+    distinct = list(dict.fromkeys(frozenset(scores.drop) for scores in proposed.values()))
+    losses = dict(zip(distinct, loss.of_sets(distinct), strict=True))
     winner = min(proposed.values(), key=lambda scores: losses[frozenset(scores.drop)])
     details = {name: {"drop": sorted(s.drop), "loss": losses[frozenset(s.drop)]} for name, s in proposed.items()}
     return LayerScores("best_of", winner.values, winner.drop, {"chosen": winner.method, "proposals": details})

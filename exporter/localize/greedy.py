@@ -1,7 +1,7 @@
 """Greedy removal by loss: drop the layer whose removal hurts least, look again, repeat.
 
-SLEB (arXiv 2402.09025), algorithm 1, with the original model's own answers instead of text as what is to be predicted:
-questions about images come without labels, and multi-token answers show damage that first tokens hide.
+SLEB (arXiv 2402.09025), algorithm 1, with the divergence from the original at its own answers in place of perplexity on
+text: questions about images come without labels, and multi-token answers show damage that first tokens hide.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..scores import LayerScores
 
 
 class RemovalLoss(Protocol):
-    """Mean negative log-likelihood of the original's answers without some layers."""
+    """How far the model departs from the original's answers without some layers."""
 
     @property
     def num_layers(self) -> int: ...

@@ -201,7 +201,10 @@ class Route:
     def select(self, chosen: Tensor) -> Route:
         """The route of a batch made of the chosen rows."""
         parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Route(**{k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()})
+        chosen_parts: dict[str, Any] = {
+            k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()
+        }
+        return Route(**chosen_parts)
 
     def for_rows(self, num_rows: int) -> Route:
         """The route for a batch in which each row was repeated, as for beams."""

@@ -1,0 +1,102 @@
+"""Fisher: the set of layers whose removal moves the original's answers least, to second order, with their interactions.
+
+Multiply what each layer adds by a gate. At gates of 1 the divergence KL(original || gated) is zero and flat; its second
+derivative is the Fisher information F = E[a aᵀ], a the gradient of the log-likelihood of an answer drawn from the
+model itself with respect to the gates. Removing a set of layers moves their gates from 1 to 0, so that it costs about
+half the sum of F's entries over the set: one backward pass says so for all sets at once. Optimal Brain Damage (LeCun et
+al., 1990) with whole layers for weights, and without its assumption that they do not interact.
+
+Shapes: B samples, S tokens, L layers, R draws.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..fidelity import AnsweredBatch
+from ..replay import trace
+from ..scores import LayerScores
+from ..source import text_decoder
+
+EXHAUSTIVE = 200_000  # sets that are simply all tried; above, one layer after the other, then exchanges
+
+
+def fisher(information: Tensor, count: int, protect: Sequence[int] = ()) -> LayerScores:
+    """Drop the `count` layers over which the information sums to the least; values are minus each layer's own.
+
+    Args:
+        information: [L, L], in nats per answer token.
+    """
+    free = [layer for layer in range(len(information)) if layer not in protect]
+    values = (-information.diagonal() / 2).tolist()
+    chosen = cheapest_set(information, free, count)
+    drop = tuple(sorted(chosen, key=lambda layer: (-values[layer], -layer)))
+    return LayerScores("fisher", tuple(values), drop, {"predicted": set_cost(information, chosen)})
+
+
+def set_cost(information: Tensor, layers: Sequence[int]) -> float:
+    index = torch.tensor(layers, dtype=torch.long)
+    return float(information[index][:, index].sum() / 2)
+
+
+def cheapest_set(information: Tensor, free: Sequence[int], count: int) -> tuple[int, ...]:
+    if math.comb(len(free), count) <= EXHAUSTIVE:
+        return min(itertools.combinations(free, count), key=lambda layers: set_cost(information, layers))
+    chosen: list[int] = []
+    while len(chosen) < count:
+        rest = [layer for layer in free if layer not in chosen]
+        chosen.append(min(rest, key=lambda layer: set_cost(information, [*chosen, layer])))
+    return _exchanged(information, free, chosen)
+
+
+def _exchanged(information: Tensor, free: Sequence[int], chosen: list[int]) -> tuple[int, ...]:
+    """Exchange one layer for another as long as that lowers the cost."""
+    current, improved = set_cost(information, chosen), True
+    while improved:
+        improved = False
+        for place, new in itertools.product(range(len(chosen)), free):
+            if new in chosen:
+                continue
+            changed = [*chosen[:place], new, *chosen[place + 1 :]]
+            if (cost := set_cost(information, changed)) < current:
+                chosen, current, improved = changed, cost, True
+    return tuple(chosen)
+
+
+def information(model: Any, batches: Iterable[AnsweredBatch], draws: int = 2, seed: int = 0) -> Tensor:
+    """F [L, L] per answer token, from answers drawn from the model at the positions of those that it gave.
+
+    Tokens are drawn independently at each position of the given answer, so that the gradients of different tokens are
+    uncorrelated and a sample's sum may be squared in their stead.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_layers = len(text_decoder(model).layers)
+    total, tokens = torch.zeros(num_layers, num_layers, dtype=torch.double), 0
+    for one in batches:
+        gates = torch.ones(len(one.batch.is_visual), num_layers, device=model.device, requires_grad=True)
+        log_p = _gated_log_p(model, one, gates)  # [N, vocabulary]
+        for draw in range(draws):
+            sampled = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+            likelihood = log_p.gather(1, sampled).sum()
+            (rows,) = torch.autograd.grad(likelihood, gates, retain_graph=draw + 1 < draws)
+            rows = rows.double().cpu()  # [B, L]
+            total += rows.T @ rows / draws
+        tokens += len(one.targets)
+    return total / tokens
+
+
+def _gated_log_p(model: Any, one: AnsweredBatch, gates: Tensor) -> Tensor:
+    """Log-probabilities where answer tokens are predicted, differentiable in gates [B, L] of what layers add."""
+    given = trace(model, one.batch, torch.no_grad)
+    state = given.entry
+    for layer_idx, layer in enumerate(text_decoder(model).layers):
+        gate = gates[:, layer_idx, None, None].to(state.dtype)
+        state = given.after(layer_idx, state + gate * (given.step(layer, layer_idx, state) - state))
+    hidden = text_decoder(model).norm(state[one.predicts])
+    return model.get_output_embeddings()(hidden).float().log_softmax(-1)

@@ -1,0 +1,110 @@
+"""From a compressed checkpoint to one with a router: train it, put it beside the weights, describe, verify."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, clean_room
+from .calibration import Calibration, load_calibration
+from .errors import InputError
+from .model_card import card
+from .plan import PruningPlan
+from .recipe import CalibrationData, RouterRecipe, RunOptions, check_options
+from .routing import add_router, check_routable, default_settings, load_routed
+from .source import compute_dtype, file_hash, file_hashes, load_model, open_source, pick_device
+from .verification import require
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+def with_router(
+    plain: Path, router: RouterRecipe, data: CalibrationData, out: Path, options: RunOptions, progress: Progress
+) -> Path:
+    """A copy of the checkpoint `plain` with a router that was trained on the questions of `data`.
+
+    A run that is broken off goes on where it was when the same command is repeated: the training's state lies beside
+    the target as .NAME.training until the checkpoint is there.
+
+    Raises: InputError for wrong input, CheckFailed where the result does not verify.
+    """
+    from .modeling.modeling_routed import ROUTER_FILE, RouterSettings
+    from .router_training import LOSSES, Training, train_router
+
+    begin = time.monotonic()
+    checkpoint.check_target(out)
+    source = open_source(str(plain))
+    check_routable(source.config)
+    check_options(LOSSES[router.loss.name], router.loss, "loss")
+    settings = default_settings(source.config, router.drop_at, router.candidates)
+    source.config.router = settings
+    questions = unlabelled(data, router.seed)
+    checkpoint.check_space(out, source.weights.num_bytes)
+    record = checkpoint.read_record(plain)
+    device = pick_device(options.device)
+    dtype = compute_dtype(options.dtype, source.config, device)
+    loss = router.loss
+    training = Training(router.steps, router.batch_size, router.learning_rate, loss.name, loss.options, router.seed)
+    state_file = out.absolute().parent / f".{out.name}.training"
+    trained = train_router(
+        load_model(source, device, dtype, options.memory)[0],
+        clean_room.load_processor(source.folder),
+        questions.samples,
+        RouterSettings.of(source.config),
+        training,
+        progress,
+        state_file,
+        fingerprint(router, file_hashes(source), questions, str(dtype)),
+    )
+    record["recipe"]["router"] = {**router.to_data(), "calibration": data.to_data()}
+    record["router"] = {
+        "settings": settings,
+        "parameters": sum(tensor.numel() for tensor in trained.weights.values()),
+        "questions": trained.questions,
+        "held_out": trained.held_out,
+        "fingerprint": questions.fingerprint,
+        "curve": trained.curve,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    with checkpoint.staged(out) as stage:
+        checkpoint.write_checkpoint(source, PruningPlan(source.num_layers, ()), {}, stage)
+        add_router(stage, settings, trained.weights)
+        record["measured"]["files"][ROUTER_FILE] = file_hash(stage / ROUTER_FILE)
+        record["router"]["reference"] = routed_reference(stage, device, dtype)
+        checkpoint.write_record(stage, record)
+        card(stage, out.name)
+        require(stage, device)
+    state_file.unlink(missing_ok=True)
+    return out
+
+
+def unlabelled(data: CalibrationData, seed: int) -> Calibration:
+    """The questions to train on, with every image looked at."""
+    found = load_calibration(
+        data.data, samples=data.samples, seed=seed, columns=data.columns, split=data.split, prompt=data.prompt
+    )
+    if len(found.samples) < 8:
+        raise InputError(
+            f"{data.data} holds {len(found.samples)} questions: a router needs 8 to learn from, better 500."
+        )
+    for sample in found.samples:
+        sample.chat()
+        sample.open_images()
+    return found
+
+
+def fingerprint(router: RouterRecipe, files: dict[str, str], questions: Calibration, dtype: str) -> str:
+    """Of everything that a training run depends on."""
+    parts = [json.dumps(router.to_data(), sort_keys=True), json.dumps(files, sort_keys=True), questions.fingerprint]
+    return hashlib.sha256("".join([*parts, dtype]).encode()).hexdigest()
+
+
+def routed_reference(folder: Path, device: str, dtype: Any) -> dict[str, Any]:
+    """What the routed model answers to the reference question under its default preset."""
+    source = open_source(str(folder))
+    model = load_routed(source, device, dtype)
+    return clean_room.reference_answer(model, clean_room.load_processor(folder))
