@@ -56,6 +56,7 @@ from transformers.utils.generic import is_flash_attention_requested
 logger = logging.get_logger(__name__)
 ROUTER_FILE = "router/model.safetensors"
 IGNORED_LABEL = -100
+GRIDS = ("image_grid_thw", "video_grid_thw", "image_sizes")  # inputs that say how visual tokens lie in their images
 
 
 # --- what is asked for: budgets and settings --------------------------------------------------------------------------
@@ -344,6 +345,12 @@ def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
             previous = row
         places[row, start:end] = F.pad(shape.coordinates(end - start), (1, 0), value=number)
     return places.to(visual.device)
+
+
+def part_of(places: Tensor, past: int, visual: Tensor) -> Tensor:
+    """Of places for the whole text [B, T, 3] those of a pass, zero for what was generated since: [B, S, 3]."""
+    end = past + visual.shape[1]
+    return F.pad(places, (0, 0, 0, max(0, end - places.shape[1])))[:, past:end]
 
 
 def runs_of(line: list[bool]) -> list[tuple[int, int]]:
@@ -1053,6 +1060,7 @@ class RoutedModel:
         preset: str | None = None,
         route: Route | None = None,
         visual_mask: Tensor | None = None,
+        places: Tensor | None = None,
         prompt_length: int | None = None,
         run: bool = True,
     ) -> Request | None:
@@ -1075,7 +1083,7 @@ class RoutedModel:
         request.labels = None if labels is None else labels.clone()
         if visual is not None:
             warn_of_excess(budget, visual)
-            request.places = places_of(self.config, visual, named)
+            request.places = places_of(self.config, visual, named) if places is None else part_of(places, past, visual)
             request.hidden = hidden_tokens(visual, labels, prompt_length, past)
         return request
 
@@ -1130,11 +1138,26 @@ class RoutedModel:
                 "prefill_chunk_size would choose the route by the first chunk of the prompt: leave it out."
             )
         kwargs.setdefault("prompt_length", prompt_length(inputs, kwargs))
+        if kwargs.get("places") is None and (places := self._places(inputs, kwargs)) is not None:
+            kwargs["places"] = places
         kwargs.setdefault("disable_compile", True)  # of the whole pass, as transformers does with static caches
         made = super().generate(inputs, *args, **kwargs)
         if not isinstance(made, Tensor):
             made.route = getattr(made.get("past_key_values"), "route", None)
         return made
+
+    def _places(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """Places for the whole text, [B, T, 3]: `generate` encodes images itself and hands no pass their grids."""
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        total = kwargs["prompt_length"]
+        if tokens is None or total is None or all(kwargs.get(name) is None for name in GRIDS):
+            return None
+        cache = kwargs.get("past_key_values")
+        new = tokens if cache is None or tokens.shape[1] < total else tokens[:, cache.get_seq_length() :]
+        visual = self._visual({"input_ids": new}, None)
+        return (
+            None if visual is None else F.pad(places_of(self.config, visual, kwargs), (0, 0, total - new.shape[1], 0))
+        )
 
     # --- the router's file ---
 
