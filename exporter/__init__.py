@@ -14,6 +14,7 @@ __all__ = [
     "InputError",
     "Recipe",
     "RunOptions",
+    "bench",
     "card",
     "compare",
     "compress",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .benchmark import bench
     from .comparison import Grid, compare, load_grid
     from .errors import CheckFailed, InputError
     from .evaluation import evaluate
@@ -46,6 +48,7 @@ _HOMES = {
     "compress": "pipeline",
     "score": "pipeline",
     "evaluate": "evaluation",
+    "bench": "benchmark",
     "compare": "comparison",
     "Grid": "comparison",
     "load_grid": "comparison",

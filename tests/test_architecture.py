@@ -19,7 +19,7 @@ PACKAGE = ROOT / "exporter"
 ORDER = (
     "errors families scores scoring weights source clean_room calibration replay capture fidelity localize plan recipe "
     "moments fold variants checkpoint verification report model_card pipeline estimate reproduction evaluation "
-    "comparison hub modeling routing arguments cli __main__"
+    "comparison hub modeling routing timing workload subject benchmark arguments cli __main__"
 ).split()
 
 
