@@ -37,6 +37,7 @@ from .recipe import (
     Method,
     Recipe,
     RunOptions,
+    calibration_from_data,
     check_keys,
     check_options,
     from_yaml,
@@ -95,14 +96,11 @@ def grid_from_data(data: Any) -> Grid:
         check_options(LOCALIZERS[method.name], method, "localizer")
     for method in folds:
         check_options(FOLDS[method.name], method, "fold")
-    calibration = data["calibration"]
-    calibration = {"data": calibration} if isinstance(calibration, str) else calibration
-    check_keys(calibration, [f.name for f in dataclasses.fields(CalibrationData)], "calibration")
     rest = {key: data[key] for key in ("task_samples", "revision", "seed") if key in data}
     protect = data.get("protect")
     return Grid(
         str(data["model"]),
-        CalibrationData(**calibration),
+        calibration_from_data(data["calibration"]),
         str(data["task"]),
         localizers,
         folds,

@@ -19,6 +19,8 @@ LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "greedy", "ra
 FOLD_NAMES = ("reconstruction", "scp", "least_squares", "none")
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "reconstruction"
 DEFAULT_SAMPLES = 128
+LOSS_NAMES = ("relaxed", "preference")
+ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,48 @@ class CalibrationData:
     split: str = "train"
     prompt: str = "Describe this image."  # put to the images of a folder
 
+    def to_data(self) -> Any:
+        """The place alone, where everything else is left to defaults."""
+        data = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name == "data" or getattr(self, f.name) != _default(f)
+        }
+        return data if len(data) > 1 else self.data
+
+
+@dataclass(frozen=True)
+class RouterRecipe:
+    """A router that is trained for a checkpoint."""
+
+    calibration: CalibrationData | None = None  # unlabelled questions; None: the compression's own, all of them
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    loss: Method = Method("relaxed")
+    drop_at: int = 0  # the layer before which visual tokens leave
+    candidates: int | None = None  # of the last layers, that may be skipped; None: half of them
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("drop_at", 0), ("seed", 0), ("candidates", 0)):
+            value = getattr(self, name)
+            if name == "candidates" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"router: {name}={value!r}: a whole number from {least} up is needed.")
+        if not isinstance(self.learning_rate, float | int) or not 0 < self.learning_rate < 1:
+            raise InputError(f"router: learning_rate={self.learning_rate!r}: a number between 0 and 1 is needed.")
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data; what is left to defaults stays out."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
+        if self.calibration is not None:
+            data["calibration"] = self.calibration.to_data()
+        if "loss" in data:
+            data["loss"] = self.loss.to_data()
+        return data
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -56,18 +100,14 @@ class Recipe:
     protect: tuple[int, ...] | None = None  # None: what the family needs
     seed: int = 0
     base_model: str | None = None  # hub id that the card names where `model` is a local folder
+    router: RouterRecipe | None = None  # trained for the result; None: the result is a plain checkpoint
 
     def to_data(self) -> dict[str, Any]:
         """Plain data, as YAML and compression.json hold it; what is left to defaults stays out."""
         data: dict[str, Any] = {"model": self.model}
         if self.revision:
             data["revision"] = self.revision
-        calibration = {
-            f.name: getattr(self.calibration, f.name)
-            for f in dataclasses.fields(CalibrationData)
-            if f.name == "data" or getattr(self.calibration, f.name) != _default(f)
-        }
-        data["calibration"] = calibration if len(calibration) > 1 else self.calibration.data
+        data["calibration"] = self.calibration.to_data()
         data |= {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.budget).items() if v is not None}
         data["localizer"] = self.localizer.to_data()
         if self.fold is not None:
@@ -77,6 +117,8 @@ class Recipe:
         data["seed"] = self.seed
         if self.base_model:
             data["base_model"] = self.base_model
+        if self.router is not None:
+            data["router"] = self.router.to_data()
         return data
 
 
@@ -126,12 +168,6 @@ def recipe_from_data(data: Any) -> Recipe:
     for key in ("model", "calibration"):
         if key not in data:
             raise InputError(f"a recipe needs '{key}'.")
-    calibration = data["calibration"]
-    if isinstance(calibration, str):
-        calibration = {"data": calibration}
-    check_keys(calibration, [f.name for f in dataclasses.fields(CalibrationData)], "calibration")
-    if "data" not in calibration:
-        raise InputError("calibration needs 'data': a JSONL file, a folder of images or datasets:ID.")
     budget = {key: data[key] for key in BUDGET_KEYS if data.get(key) is not None}
     if "layers" in budget:
         budget["layers"] = integers(budget["layers"], "layers")
@@ -143,7 +179,7 @@ def recipe_from_data(data: Any) -> Recipe:
     protect = data.get("protect")
     return Recipe(
         model=str(data["model"]),
-        calibration=CalibrationData(**calibration),
+        calibration=calibration_from_data(data["calibration"]),
         budget=Budget(**budget),
         revision=data.get("revision"),
         localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZER_NAMES, "localizer"),
@@ -151,7 +187,28 @@ def recipe_from_data(data: Any) -> Recipe:
         protect=None if protect is None else integers(protect, "protect"),
         seed=int(data.get("seed", 0)),
         base_model=data.get("base_model"),
+        router=router_from_data(data["router"]) if data.get("router") not in (None, False) else None,
     )
+
+
+def calibration_from_data(data: Any) -> CalibrationData:
+    data = {"data": data} if isinstance(data, str) else data
+    check_keys(data, [f.name for f in dataclasses.fields(CalibrationData)], "calibration")
+    if "data" not in data:
+        raise InputError("calibration needs 'data': a JSONL file, a folder of images or datasets:ID.")
+    return CalibrationData(**data)
+
+
+def router_from_data(data: Any) -> RouterRecipe:
+    """'true', or a mapping of what is not left to defaults."""
+    data = {} if data is True else data
+    check_keys(data, [f.name for f in dataclasses.fields(RouterRecipe)], "router")
+    read = dict(data)
+    if read.get("calibration") is not None:
+        read["calibration"] = calibration_from_data(read["calibration"])
+    if "loss" in read:
+        read["loss"] = read_method(read["loss"], LOSS_NAMES, "loss")
+    return RouterRecipe(**read)
 
 
 def read_method(value: Any, names: tuple[str, ...], kind: str) -> Method:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import ChainMap, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,15 @@ def switched_off(layers: Sequence[Any], record: list[tuple[Tensor, dict[str, Any
                 layer.forward = forward
 
 
-def trace(model: Any, batch: Batch) -> Trace:
-    """Run everything but the decoder layers: vision tower, embeddings, masks, rotary embeddings."""
+def trace(model: Any, batch: Batch, mode: Callable[[], Any] = torch.inference_mode) -> Trace:
+    """Run everything but the decoder layers: vision tower, embeddings, masks, rotary embeddings.
+
+    Args:
+        mode: torch.no_grad where gradients of what the layers make of it are wanted.
+    """
     calls: list[tuple[Tensor, dict[str, Any]]] = []
     layers = text_decoder(model).layers
-    with torch.inference_mode(), switched_off(layers, calls):
+    with mode(), switched_off(layers, calls):
         model.base_model(**batch.inputs, use_cache=False)
     states = [state for state, _ in calls]
     added = {i: after - before for i, (before, after) in enumerate(itertools.pairwise(states)) if after is not before}

@@ -149,9 +149,9 @@ def benchmark_table(done: Any) -> str:
     one, options = done.models[0].batches[0], done.options
     return (
         f"{text}\n\n{where}; {done.models[0].runtime}; prompts of {one.visual_tokens // one.batch} visual and "
-        f"{one.text_tokens // one.batch} other tokens, {options.new_tokens} decoding steps, medians of {options.rounds} "
-        "rounds in turn.\nfirst token = image (tower, projector) + prefill (router, decoder, head); the processor's work "
-        "is in none."
+        f"{one.text_tokens // one.batch} other tokens,\n{options.new_tokens} decoding steps, medians of "
+        f"{options.rounds} rounds in turn. First token: image (tower, projector) and prefill (router, decoder, head);\n"
+        "the processor's work is in none."
     )
 
 

@@ -22,7 +22,7 @@ from .calibration import Batch
 from .clean_room import load_processor
 from .errors import InputError
 from .pipeline import kv_bytes_per_token
-from .source import Source, check_finite, compute_dtype, load_model, open_source, text_decoder
+from .source import Source, compute_dtype, load_model, open_source, text_decoder
 
 PIXELS = ("pixel_values", "pixel_attention_mask")  # only the vision tower reads them
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
@@ -252,10 +252,10 @@ def load_torch(source: Source, setup: Setup) -> Any:
     if setup.attention is not None and setup.attention not in ATTENTIONS:
         raise InputError(f"attention '{setup.attention}' is not known: {', '.join(ATTENTIONS)}.")
     dtype = compute_dtype(setup.dtype, source.config, setup.device)
-    if "router" in source.raw_config:
-        model = _load_routed(source, setup, dtype)
-    else:
-        model, _ = load_model(source, setup.device, dtype)
+    try:
+        model, _ = load_model(source, setup.device, dtype, cls=_routed_class(source))
+    except ValueError as error:  # the router's settings or weights do not fit
+        raise InputError(str(error) if isinstance(error, InputError) else f"{source.name}: {error}") from error
     if setup.attention is not None:
         try:
             model.set_attn_implementation(setup.attention)
@@ -265,16 +265,13 @@ def load_torch(source: Source, setup: Setup) -> Any:
     return model
 
 
-def _load_routed(source: Source, setup: Setup, dtype: torch.dtype) -> Any:
+def _routed_class(source: Source) -> Any:
+    """None where the folder has no router: the stock class."""
+    if "router" not in source.raw_config:
+        return None
     from .modeling import modeling_routed
 
-    cls = getattr(modeling_routed, modeling_routed.class_name(source.config.model_type))
-    try:
-        model = cls.from_pretrained(source.folder, dtype=dtype, device_map=setup.device)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{source.name}: {error}") from error
-    check_finite(model, source.name)
-    return model.eval().requires_grad_(False)
+    return getattr(modeling_routed, modeling_routed.class_name(source.config.model_type))
 
 
 def compile_dense(model: Any) -> None:
