@@ -160,13 +160,14 @@ def bench(
     device = pick_device(options.device)
     runtime = TorchRuntime(Setup(device, options.dtype, options.attention, options.compile))
     subjects = open_subjects(runtime, [str(path) for path in paths], reference, budgets)
+    prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]
     done = Benchmark(
         workload,
         options,
         hardware(device),
         versions(),
         datetime.date.today().isoformat(),
-        measure(subjects, workload, options, device, runtime.compile, progress),
+        measure(subjects, prompts, options, device, runtime.compile, progress),
     )
     if update_cards:
         for model in done.models:
@@ -193,41 +194,46 @@ def open_subjects(
 
 def measure(
     subjects: Sequence[Subject],
-    workload: Workload,
+    prompts: Sequence[Sequence[Batch]],
     options: BenchOptions,
     device: str,
     compile_all: Callable[[], None] = lambda: None,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> tuple[ModelBenchmark, ...]:
-    """All figures of all subjects, the first of which is the reference."""
-    columns: list[list[Figures]] = []
-    prompts = {
-        rows: [ready(workload.batch(s.processor, s.config, rows), device) for s in subjects] for rows in options.batches
-    }
-    costs = {
-        rows: [s.cost(prompt, options.new_tokens) for s, prompt in zip(subjects, prompts[rows], strict=True)]
-        for rows in options.batches
-    }
+    """All figures of all subjects, the first of which is the reference.
+
+    Args:
+        prompts: for each batch size, one for each subject.
+        compile_all: called after everything has been counted, since what is compiled can't be looked into.
+    """
+    runs = [
+        [Run(s, ready(prompt, device), options.new_tokens, device) for s, prompt in zip(subjects, row, strict=True)]
+        for row in prompts
+    ]
+    costs = [[run.subject.cost(run.prompt, run.new_tokens) for run in row] for row in runs]
     if options.compile:
         compile_all()
-    for rows in options.batches:
-        runs = [Run(s, p, options.new_tokens, device) for s, p in zip(subjects, prompts[rows], strict=True)]
-        peaks = [None if (grown := run.peak()) is None else grown + c.weight_bytes
-                 for run, c in zip(runs, costs[rows], strict=True)]  # fmt: skip
-        seconds = in_turn(runs, options.rounds, lambda items, n, rows=rows: progress(items, f"batch of {rows}", n))
-        own = [figures(*known) for known in zip(runs, costs[rows], seconds, peaks, strict=True)]
-        columns.append([own[0], *(compared(f, t, own[0], seconds[0])
-                                  for f, t in zip(own[1:], seconds[1:], strict=True))])  # fmt: skip
+    columns = [_column(*pair, options.rounds, progress) for pair in zip(runs, costs, strict=True)]
     return tuple(
         ModelBenchmark(s.path, s.budget, s.runtime, tuple(column[i] for column in columns))
         for i, s in enumerate(subjects)
     )
 
 
+def _column(
+    runs: Sequence[Run], costs: Sequence[Cost], rounds: int, progress: Callable[..., Iterable[Any]]
+) -> list[Figures]:
+    """The figures of all subjects at one batch size."""
+    peaks = [run.peak_beyond(cost.weight_bytes) for run, cost in zip(runs, costs, strict=True)]
+    times = in_turn(runs, rounds, progress)
+    own = [figures(*known) for known in zip(runs, costs, times, peaks, strict=True)]
+    return [own[0], *(compared(f, t, own[0], times[0]) for f, t in zip(own[1:], times[1:], strict=True))]
+
+
 def ready(prompt: Batch, device: str) -> Batch:
     """On the device, and without a mask of ones, as `generate` hands it on."""
     inputs = dict(prompt.inputs)
-    if bool(inputs["attention_mask"].all()):
+    if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
         del inputs["attention_mask"]
     return replace(prompt, inputs=inputs).to(device)
 
@@ -246,10 +252,11 @@ class Run:
     new_tokens: int
     device: str
 
-    def peak(self) -> int | None:
-        """Bytes beyond those that are held anyhow; warms up as well."""
+    def peak_beyond(self, held: int) -> int | None:
+        """Bytes with those that the model holds anyhow; warms up as well."""
         self()
-        return peak_bytes(self, self.device)
+        grown = peak_bytes(self, self.device)
+        return None if grown is None else grown + held
 
     def __call__(self) -> dict[str, float]:
         begin = self._now()
@@ -280,7 +287,8 @@ def in_turn(runs: Sequence[Run], rounds: int, progress: Callable[..., Iterable[A
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for order in progress(turns(len(runs), rounds), rounds):
+        what = f"batch of {len(runs[0].prompt.is_visual)}"
+        for order in progress(turns(len(runs), rounds), what, rounds):
             for i in order:
                 for name, value in runs[i]().items():
                     times[i][name].append(value)

@@ -29,14 +29,15 @@ class Spread:
 
 
 def skipped_ranks(n: int) -> int:
-    """How many of the lowest and of the highest of n values an interval of the median leaves out: by order statistics,
-    so that nothing is assumed of their distribution."""
-    skip, outside = 0, 0.0
-    while True:
-        outside += 2 * math.comb(n, skip) / 2**n  # the median lies beyond the (skip + 1)-th value from either end
-        if outside > 1 - CONFIDENCE or 2 * (skip + 1) >= n:
-            return skip
+    """How many of the lowest and of the highest of n values an interval of the median leaves out.
+
+    By order statistics, so that nothing is assumed of their distribution: the median lies beyond the k-th value from
+    either end as often as a fair coin shows fewer than k heads, or fewer than k tails, in n throws.
+    """
+    skip = 0
+    while 2 * (skip + 1) < n and 2 * sum(math.comb(n, i) for i in range(skip + 2)) / 2**n <= 1 - CONFIDENCE:
         skip += 1
+    return skip
 
 
 def turns(subjects: int, rounds: int) -> Iterator[list[int]]:

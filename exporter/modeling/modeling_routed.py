@@ -336,7 +336,7 @@ def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
     (`image_grid_thw`, `image_sizes`); a run that is one square, or several squares of `image_seq_length`, is taken as
     such. In other runs the row is how far the token is in the run and the column is the middle.
     """
-    runs = [(row, *run) for row, line in enumerate(visual.tolist()) for run in runs_of(line)]
+    runs = runs_of(visual)
     places = torch.zeros(*visual.shape, 3)
     shapes = run_shapes(config, [end - start for _, start, end in runs], inputs)
     number, previous = -1, None
@@ -354,10 +354,10 @@ def part_of(places: Tensor, past: int, visual: Tensor) -> Tensor:
     return F.pad(places, (0, 0, 0, max(0, end - places.shape[1])))[:, past:end]
 
 
-def runs_of(line: list[bool]) -> list[tuple[int, int]]:
-    """Start and end of each run of True."""
-    edges = [i for i, (a, b) in enumerate(zip([False, *line], [*line, False], strict=True)) if a != b]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+def runs_of(visual: Tensor) -> list[tuple[int, int, int]]:
+    """Row, start and end of each run of True in [B, S], in order."""
+    edges = F.pad(visual.cpu().byte(), (1, 1)).diff(dim=1).nonzero().tolist()  # one at each start, one at each end
+    return [(row, start, end) for (row, start), (_, end) in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -797,9 +797,10 @@ class Pass:
             states = forward(states, **self._keywords(layer_idx, keywords, None))
         elif rows and self.static:  # run all, take some
             ran = forward(states, **self._keywords(layer_idx, keywords, None))
-            states = states.index_copy(0, self._index(rows, states.device), ran[list(rows)])
+            index = index_of(rows, states.device)
+            states = states.index_copy(0, index, ran[index])
         elif rows:
-            index = self._index(rows, states.device)
+            index = index_of(rows, states.device)
             ran = forward(states[index], **self._keywords(layer_idx, keywords, rows))
             states = states.index_copy(0, index, ran)
         if whole is not None and layer_idx < self.short_from:
@@ -823,9 +824,6 @@ class Pass:
     def _spread(self, states: Tensor) -> Tensor:
         """The index of the tokens that stay, as gather and scatter want it: [B, K, D]."""
         return self.stay.index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-
-    def _index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        return self._once(("rows", rows, device), lambda: torch.tensor(rows, device=device))
 
     def _once(self, key: Any, make: Any, given: Any = None) -> Any:
         """Layers are given the same masks and positions: each is narrowed once a pass, told apart by identity."""
@@ -862,7 +860,7 @@ class Pass:
         dim = 0 if tensor.ndim == 2 else dim
         if tensor.shape[dim] != self.num_rows:  # one for all
             return tensor
-        return tensor.index_select(dim, self._index(rows, tensor.device))
+        return tensor.index_select(dim, index_of(rows, tensor.device))
 
     def _tokens(self, positions: Tensor, dropped: bool) -> Tensor:
         """Cosines or sines of the tokens that stay: [..., B or 1, S, C] -> [..., B, K, C]."""
@@ -940,6 +938,13 @@ def drop_layer(request: Request, held: Route | None, num_layers: int) -> int:
     if isinstance(imposed, bool) or not isinstance(imposed, int) or not 0 <= imposed <= num_layers:
         raise ValueError(f"the route given drops at layer {imposed!r}: give a number from 0 to {num_layers}.")
     return imposed
+
+
+@functools.lru_cache(maxsize=1024)
+def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept from step to step: copying the numbers to a GPU would wait for all that was asked of it before."""
+    with torch.inference_mode(False):  # or it could not be used in training later
+        return torch.tensor(rows, device=device)
 
 
 def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
