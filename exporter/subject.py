@@ -254,8 +254,10 @@ def load_torch(source: Source, setup: Setup) -> Any:
     dtype = compute_dtype(setup.dtype, source.config, setup.device)
     try:
         model, _ = load_model(source, setup.device, dtype, cls=_routed_class(source))
-    except ValueError as error:  # the router's settings or weights do not fit
-        raise InputError(str(error) if isinstance(error, InputError) else f"{source.name}: {error}") from error
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:  # the router's settings or weights do not fit, or are not there
+        raise InputError(f"{source.name}: {error}") from error
     if setup.attention is not None:
         try:
             model.set_attn_implementation(setup.attention)

@@ -188,12 +188,19 @@ def test_without_a_reference_a_routed_model_is_compared_with_itself_run_whole(ro
 
 @pytest.mark.parametrize("how", [{"attention": "eager"}, {"compile": True}])
 def test_other_ways_to_run(how, routed_folder, monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.suppress_errors", False)
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def quickly(module, **options):  # the default backend takes a minute for six layers
+        compiled.append(module)
+        compile_module(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
     done = bench(
         [routed_folder("llava")], budgets=[FEW], workload=SMALL,
         options=BenchOptions(device="cpu", new_tokens=1, rounds=2, **how),
     )  # fmt: skip
     assert ("eager" if "attention" in how else "compiled") in done.models[1].runtime
+    assert len(compiled) == (6 * 3 if "compile" in how else 0)
     assert done.models[1].batches[0].ratio_to_reference["flops"] < 1
 
 
@@ -264,6 +271,9 @@ def test_a_router_that_does_not_fit(routed_folder, tmp_path):
     config["router"]["trained_for"] = {"hidden_size": 4096}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="model: this router was trained for another base model"):
+        bench([folder], options=QUICK)
+    shutil.rmtree(folder / "router")
+    with pytest.raises(InputError, match=r"has no router/model\.safetensors"):
         bench([folder], options=QUICK)
 
 
