@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "BenchOptions",
     "CheckFailed",
     "Grid",
     "InputError",
     "Recipe",
     "RunOptions",
+    "Workload",
     "bench",
     "card",
     "compare",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .benchmark import bench
+    from .benchmark import BenchOptions, bench
     from .comparison import Grid, compare, load_grid
     from .errors import CheckFailed, InputError
     from .evaluation import evaluate
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe, RunOptions, load_recipe
     from .reproduction import reproduce
     from .verification import verify
+    from .workload import Workload
 
 _HOMES = {
     "CheckFailed": "errors",
@@ -49,6 +52,8 @@ _HOMES = {
     "score": "pipeline",
     "evaluate": "evaluation",
     "bench": "benchmark",
+    "BenchOptions": "benchmark",
+    "Workload": "workload",
     "compare": "comparison",
     "Grid": "comparison",
     "load_grid": "comparison",

@@ -91,7 +91,7 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
         verbs,
         "bench",
         "time, memory and operations, in turn with the original",
-        f"bench small --reference {MODEL} --visual-tokens 64 --text-tokens 32 --batch 1,8",
+        f"bench small --reference {MODEL} --task {DATA}/test.jsonl --batch 1,8",
     )
     bench.add_argument("folders", nargs="+", metavar="DIR", help="checkpoints: folders or hub ids")
     bench.add_argument("--reference", metavar="MODEL", help="what they are compared with, run whole (the first DIR)")
