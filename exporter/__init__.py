@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "BenchOptions",
     "CheckFailed",
     "Grid",
     "InputError",
     "Recipe",
     "RouterRecipe",
     "RunOptions",
+    "Workload",
+    "bench",
     "card",
     "compare",
     "compress",
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .benchmark import BenchOptions, bench
     from .comparison import Grid, compare, load_grid
     from .errors import CheckFailed, InputError
     from .evaluation import evaluate
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe, RouterRecipe, RunOptions, load_recipe
     from .reproduction import reproduce
     from .verification import verify
+    from .workload import Workload
 
 _HOMES = {
     "CheckFailed": "errors",
@@ -50,6 +55,9 @@ _HOMES = {
     "route": "pipeline",
     "score": "pipeline",
     "evaluate": "evaluation",
+    "bench": "benchmark",
+    "BenchOptions": "benchmark",
+    "Workload": "workload",
     "compare": "comparison",
     "Grid": "comparison",
     "load_grid": "comparison",

@@ -116,6 +116,16 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     evaluate.add_argument("--no-card", action="store_true", help="leave the checkpoints' records and cards alone")
     _run_arguments(evaluate, batch_size=32)
 
+    bench = _verb(
+        verbs,
+        "bench",
+        "time, memory and operations, in turn with the original",
+        f"bench small --reference {MODEL} --task {DATA}/test.jsonl --batch 1,8",
+    )
+    bench.add_argument("folders", nargs="+", metavar="DIR", help="checkpoints: folders or hub ids")
+    bench.add_argument("--reference", metavar="MODEL", help="what they are compared with, run whole (the first DIR)")
+    _bench_arguments(bench)
+
     compare = _verb(
         verbs,
         "compare",
@@ -186,6 +196,27 @@ def _budget_arguments(verb: argparse.ArgumentParser) -> None:
     budget.add_argument("--layers", type=_layer_list, metavar="8,9,10", help="exactly these go")
 
 
+def _bench_arguments(verb: argparse.ArgumentParser) -> None:
+    budget = verb.add_argument_group("budgets of routed checkpoints", "lists are measured one by one; else the default")
+    budget.add_argument("--keep-visual-tokens", type=_counts_or_shares, default=(), metavar="T", help="144 or 0.5,0.25")
+    budget.add_argument("--keep-layers", type=_counts_or_shares, default=(), metavar="L", help="28,24")
+    budget.add_argument("--preset", type=_words, default=(), metavar="NAME", help="of the checkpoint; off: all of it")
+    prompt = verb.add_argument_group("prompts", "random images and words, or those of a task")
+    prompt.add_argument("--visual-tokens", type=int, metavar="N", help="visual tokens of a prompt (one image's)")
+    prompt.add_argument("--text-tokens", type=int, metavar="N", help="its other tokens, the template's too")
+    prompt.add_argument("--task", metavar="FILE.jsonl", help="its first lines, in place of random prompts")
+    prompt.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoding steps of an answer (32)")
+    verb.add_argument("--batch", type=_layer_list, default=(1,), metavar="1,8", help="rows, one size after the other")
+    verb.add_argument("--rounds", type=int, default=10, metavar="N", help="runs of each model, even (10)")
+    verb.add_argument("--attention", metavar="NAME", help="eager, sdpa, flash_attention_2 (the checkpoint's own)")
+    verb.add_argument("--compile", action="store_true", help="torch.compile of the layers' norms and MLPs")
+    verb.add_argument("--device", help="cpu, cuda, cuda:1 (the first GPU, else the CPU)")
+    verb.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--no-card", action="store_true", help="leave the checkpoints' records and cards alone")
+    _json_argument(verb)
+
+
 def _run_arguments(verb: argparse.ArgumentParser, batch_size: int = 8) -> None:
     verb.add_argument("--device", help="cpu, cuda, cuda:1, auto (the first GPU, else the CPU)")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
@@ -204,6 +235,17 @@ def _layer_list(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of layers like 8,9,10") from error
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _counts_or_shares(text: str) -> tuple[int | float, ...]:
+    try:
+        return tuple(float(part) if "." in part else int(part) for part in _words(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of counts or shares like 144 or 0.5,0.25") from error
 
 
 def _count(text: str) -> int:

@@ -296,6 +296,37 @@ def evaluate_verb(options: argparse.Namespace) -> None:
     _write_json(options, done.to_data())
 
 
+def bench_verb(options: argparse.Namespace) -> int:
+    from . import report
+    from .benchmark import BenchOptions, bench
+    from .workload import Workload
+
+    how = ("device", "dtype", "new_tokens", "rounds", "attention", "compile")
+    done = bench(
+        options.folders,
+        reference=options.reference,
+        budgets=_budgets(options),
+        workload=Workload(options.task, options.visual_tokens, options.text_tokens, options.seed),
+        options=BenchOptions(batches=options.batch, **{name: getattr(options, name) for name in how}),
+        update_cards=not options.no_card,
+        progress=_progress(options),
+    )
+    print(report.benchmark_table(done))
+    _write_json(options, done.to_data())
+    done.check_caches()
+    return 0
+
+
+def _budgets(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each preset that is named, and each number of tokens with each number of layers."""
+    budgets: list[dict[str, Any]] = [{"preset": name} for name in options.preset]
+    if options.keep_visual_tokens or options.keep_layers:
+        for tokens in options.keep_visual_tokens or (None,):
+            for layers in options.keep_layers or (None,):
+                budgets.append({"keep_visual_tokens": tokens, "keep_layers": layers})
+    return budgets
+
+
 def compare_verb(options: argparse.Namespace) -> None:
     run = _run_options(options)
     from . import report
@@ -340,6 +371,7 @@ VERBS = {
     "verify": verify_verb,
     "reproduce": reproduce_verb,
     "evaluate": evaluate_verb,
+    "bench": bench_verb,
     "compare": compare_verb,
     "card": card_verb,
     "push": push_verb,

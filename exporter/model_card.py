@@ -86,6 +86,8 @@ def body(record: dict[str, Any], name: str) -> str:
         chosen=_choice(record),
         measured_scores=method not in UNMEASURED,
         pct=_percent,
+        ratio=_ratio,
+        budget_name=_budget_name,
         model_type=record["source"]["model_type"],
         recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
         base_sentence=_base_sentence(record),
@@ -192,6 +194,15 @@ def _places(tensors: list[str]) -> str:
         layer, name = tensor.removeprefix("layer ").split("'s ")
         layers.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
     return " and ".join(f"{name} of layer{'s' * (len(of) > 1)} {', '.join(of)}" for name, of in layers.items())
+
+
+def _ratio(ratios: dict[str, Any], name: str) -> str:
+    return "–" if ratios.get(name) is None else f"{ratios[name]:.3f}"
+
+
+def _budget_name(budget: dict[str, Any] | None) -> str:
+    """'keep_visual_tokens=144', as it is written in a call."""
+    return ", ".join(f"{key}={value!r}" for key, value in (budget or {}).items() if value is not None) or "all of it"
 
 
 def _percent(measured: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "exporter"
 ORDER = (
     "errors families scores scoring weights source clean_room calibration replay capture fidelity localize plan recipe "
     "moments fold variants modeling routing rules relaxation router_training checkpoint verification report model_card "
-    "routed_checkpoint pipeline estimate reproduction evaluation comparison hub arguments cli __main__"
+    "routed_checkpoint pipeline estimate reproduction evaluation comparison hub timing workload subject benchmark "
+    "arguments cli __main__"
 ).split()
 
 

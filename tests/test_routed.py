@@ -5,6 +5,7 @@ Legend: B rows, S tokens, L layers, K tokens that stay.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,6 +295,32 @@ def test_batch_is_its_rows(case):
         assert alone.route.executed_layers()[0] == together.route.executed_layers()[row]
         for step, expected in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(step[row], expected[0], **CLOSE)
+
+
+def test_generate_shows_the_router_what_forward_does(case):
+    """Of images of any shape too, whose grids `generate` takes away; beams and steps without a cache included."""
+    batch = case.prompts()
+    budget = {"keep_visual_tokens": 5, "keep_layers": case.num_layers - 1}
+    expected = case.model.route(**batch, **budget)
+    for options in ({}, {"num_beams": 2}, {"use_cache": False}):
+        if case.family != "qwen2_5_vl" and options:
+            continue
+        with torch.no_grad(), seen_by_router(case.model) as seen:
+            generated(case, batch, **budget, **options)
+        for _, visual, _, places in seen:
+            repeats, length = len(visual) // 3, batch["input_ids"].shape[1]
+            torch.testing.assert_close(places[:, :length], expected.places.repeat_interleave(repeats, 0))
+        assert len(seen) == (NEW if "use_cache" in options else 1)
+
+
+@contextlib.contextmanager
+def seen_by_router(model: Any) -> Iterator[list[Any]]:
+    seen: list[Any] = []
+    handle = model.router.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def test_left_padding_is_right_padding(case):

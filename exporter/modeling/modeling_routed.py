@@ -56,6 +56,7 @@ from transformers.utils.generic import is_flash_attention_requested
 logger = logging.get_logger(__name__)
 ROUTER_FILE = "router/model.safetensors"
 IGNORED_LABEL = -100
+GRIDS = ("image_grid_thw", "video_grid_thw", "image_sizes")  # inputs that say how visual tokens lie in their images
 
 
 # --- what is asked for: budgets and settings --------------------------------------------------------------------------
@@ -338,7 +339,7 @@ def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
     (`image_grid_thw`, `image_sizes`); a run that is one square, or several squares of `image_seq_length`, is taken as
     such. In other runs the row is how far the token is in the run and the column is the middle.
     """
-    runs = [(row, *run) for row, line in enumerate(visual.tolist()) for run in runs_of(line)]
+    runs = runs_of(visual)
     places = torch.zeros(*visual.shape, 3)
     shapes = run_shapes(config, [end - start for _, start, end in runs], inputs)
     number, previous = -1, None
@@ -350,10 +351,16 @@ def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
     return places.to(visual.device)
 
 
-def runs_of(line: list[bool]) -> list[tuple[int, int]]:
-    """Start and end of each run of True."""
-    edges = [i for i, (a, b) in enumerate(zip([False, *line], [*line, False], strict=True)) if a != b]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+def part_of(places: Tensor, past: int, visual: Tensor) -> Tensor:
+    """Of places for the whole text [B, T, 3] those of a pass, zero for what was generated since: [B, S, 3]."""
+    end = past + visual.shape[1]
+    return F.pad(places, (0, 0, 0, max(0, end - places.shape[1])))[:, past:end]
+
+
+def runs_of(visual: Tensor) -> list[tuple[int, int, int]]:
+    """Row, start and end of each run of True in [B, S], in order."""
+    edges = F.pad(visual.cpu().byte(), (1, 1)).diff(dim=1).nonzero().tolist()  # one at each start, one at each end
+    return [(row, start, end) for (row, start), (_, end) in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -793,9 +800,10 @@ class Pass:
             states = forward(states, **self._keywords(layer_idx, keywords, None))
         elif rows and self.static:  # run all, take some
             ran = forward(states, **self._keywords(layer_idx, keywords, None))
-            states = states.index_copy(0, self._index(rows, states.device), ran[list(rows)])
+            index = index_of(rows, states.device)
+            states = states.index_copy(0, index, ran[index])
         elif rows:
-            index = self._index(rows, states.device)
+            index = index_of(rows, states.device)
             ran = forward(states[index], **self._keywords(layer_idx, keywords, rows))
             states = states.index_copy(0, index, ran)
         if whole is not None and layer_idx < self.short_from:
@@ -819,9 +827,6 @@ class Pass:
     def _spread(self, states: Tensor) -> Tensor:
         """The index of the tokens that stay, as gather and scatter want it: [B, K, D]."""
         return self.stay.index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-
-    def _index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        return self._once(("rows", rows, device), lambda: torch.tensor(rows, device=device))
 
     def _once(self, key: Any, make: Any, given: Any = None) -> Any:
         """Layers are given the same masks and positions: each is narrowed once a pass, told apart by identity."""
@@ -858,7 +863,7 @@ class Pass:
         dim = 0 if tensor.ndim == 2 else dim
         if tensor.shape[dim] != self.num_rows:  # one for all
             return tensor
-        return tensor.index_select(dim, self._index(rows, tensor.device))
+        return tensor.index_select(dim, index_of(rows, tensor.device))
 
     def _tokens(self, positions: Tensor, dropped: bool) -> Tensor:
         """Cosines or sines of the tokens that stay: [..., B or 1, S, C] -> [..., B, K, C]."""
@@ -936,6 +941,13 @@ def drop_layer(request: Request, held: Route | None, num_layers: int) -> int:
     if isinstance(imposed, bool) or not isinstance(imposed, int) or not 0 <= imposed <= num_layers:
         raise ValueError(f"the route given drops at layer {imposed!r}: give a number from 0 to {num_layers}.")
     return imposed
+
+
+@functools.lru_cache(maxsize=1024)
+def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept from step to step: copying the numbers to a GPU would wait for all that was asked of it before."""
+    with torch.inference_mode(False):  # or it could not be used in training later
+        return torch.tensor(rows, device=device)
 
 
 def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
@@ -1117,6 +1129,7 @@ class RoutedModel:
         preset: str | None = None,
         route: Route | None = None,
         visual_mask: Tensor | None = None,
+        places: Tensor | None = None,
         prompt_length: int | None = None,
         run: bool = True,
     ) -> Request | None:
@@ -1140,7 +1153,7 @@ class RoutedModel:
         request.labels = None if labels is None else labels.clone()
         if visual is not None:
             warn_of_excess(budget, visual)
-            request.places = places_of(self.config, visual, named)
+            request.places = places_of(self.config, visual, named) if places is None else part_of(places, past, visual)
             request.hidden = hidden_tokens(visual, labels, prompt_length, past)
         return request
 
@@ -1195,11 +1208,26 @@ class RoutedModel:
                 "prefill_chunk_size would choose the route by the first chunk of the prompt: leave it out."
             )
         kwargs.setdefault("prompt_length", prompt_length(inputs, kwargs))
+        if kwargs.get("places") is None and (places := self._places(inputs, kwargs)) is not None:
+            kwargs["places"] = places
         kwargs.setdefault("disable_compile", True)  # of the whole pass, as transformers does with static caches
         made = super().generate(inputs, *args, **kwargs)
         if not isinstance(made, Tensor):
             made.route = getattr(made.get("past_key_values"), "route", None)
         return made
+
+    def _places(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """Places for the whole text, [B, T, 3]: `generate` encodes images itself and hands no pass their grids."""
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        total = kwargs["prompt_length"]
+        if tokens is None or total is None or all(kwargs.get(name) is None for name in GRIDS):
+            return None
+        cache = kwargs.get("past_key_values")
+        new = tokens if cache is None or tokens.shape[1] < total else tokens[:, cache.get_seq_length() :]
+        visual = self._visual({"input_ids": new}, None)
+        return (
+            None if visual is None else F.pad(places_of(self.config, visual, kwargs), (0, 0, total - new.shape[1], 0))
+        )
 
     # --- the router's file ---
 

@@ -1,0 +1,392 @@
+"""How fast is a checkpoint, how much memory it takes: measured in turn with the model that it was made from.
+
+Every round runs every model once, in one order and in the next round in the other; ratios are taken between rounds that
+lie side by side. What is compared with a ratio of times is counted, not timed: operations and bytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint
+from .calibration import Batch
+from .errors import CheckFailed, InputError
+from .pipeline import versions
+from .source import pick_device
+from .subject import Asked, Cost, Setup, Subject, TorchRuntime
+from .timing import Spread, paired, peak_bytes, turns
+from .workload import Workload
+
+TIMED = ("vision_ms", "prefill_ms", "first_token_ms", "decode_ms", "total_ms")
+COUNTED = ("flops", "vision_flops", "decode_flops", "kv_bytes", "weight_bytes", "step_bytes", "peak_bytes")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to measure.
+
+    Args:
+        batches: numbers of rows, one after the other.
+        new_tokens: decoding steps of each answer, after its first token.
+        rounds: even, so that every model is as often early in a round as late.
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    batches: tuple[int, ...] = (1,)
+    new_tokens: int = 32
+    rounds: int = 10
+    attention: str | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise InputError(f"batch sizes {list(self.batches)}: at least 1 row is needed.")
+        if self.new_tokens < 1:
+            raise InputError(f"new_tokens={self.new_tokens}: at least 1 is needed.")
+        if self.rounds < 2 or self.rounds % 2:
+            raise InputError(f"rounds={self.rounds}: an even number from 2 on is needed, they are run there and back.")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model at one batch size. Times are medians over rounds, in milliseconds for the whole batch.
+
+    vision: tower and projector, on pixels that the processor has made. prefill: from image features and token ids to
+    the first answer token; in a routed model with its router. first_token: both. decode: one step, one token a row.
+    total: the whole answer. The processor's own work, on the CPU and the same for all models, is in none of them.
+    """
+
+    batch: int
+    visual_tokens: int  # of all rows
+    text_tokens: int
+    vision_ms: float
+    prefill_ms: float
+    first_token_ms: float
+    decode_ms: float
+    total_ms: float
+    tokens_per_s: float  # answer tokens of all rows in `total`
+    flops: int | None  # of prefill
+    vision_flops: int | None
+    decode_flops: int | None
+    kv_bytes: int | None
+    kv_bytes_formula: int | None
+    weight_bytes: int
+    step_bytes: int | None
+    peak_bytes: int | None  # weights, and what an answer takes beyond them
+    ratio_to_reference: dict[str, Any] | None  # own / reference; None for the reference itself
+
+
+@dataclass(frozen=True)
+class ModelBenchmark:
+    """One model under one budget."""
+
+    path: str
+    budget: Asked | None
+    runtime: str
+    batches: tuple[Figures, ...]
+
+    def to_data(self) -> dict[str, Any]:
+        """The figures of the first batch size on top, those of all under 'batches'."""
+        first = asdict(self.batches[0])
+        return {"path": self.path, "budget": self.budget, "runtime": self.runtime} | first | {
+            "batches": [asdict(figures) for figures in self.batches]
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    workload: Workload
+    options: BenchOptions
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    date: str
+    models: tuple[ModelBenchmark, ...]  # the reference first
+
+    def check_caches(self) -> None:
+        """Raise CheckFailed where a cache is not as large as configuration, prompt and route say."""
+        for model in self.models:
+            for one in model.batches:
+                if one.kv_bytes != one.kv_bytes_formula:
+                    raise CheckFailed(
+                        f"{model.path}: the cache holds {one.kv_bytes:,} bytes at batch {one.batch}, and should hold "
+                        f"{one.kv_bytes_formula:,}."
+                    )
+
+    def to_data(self) -> dict[str, Any]:
+        return {
+            "workload": self.workload.to_data(),
+            "options": asdict(self.options),
+            "hardware": self.hardware,
+            "versions": self.versions,
+            "date": self.date,
+            "reference": self.models[0].path,
+            "models": [model.to_data() for model in self.models],
+        }
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------
+
+
+def bench(
+    paths: Sequence[str | Path],
+    *,
+    reference: str | Path | None = None,
+    budgets: Sequence[Asked] = (),
+    workload: Workload = Workload(),
+    options: BenchOptions = BenchOptions(),
+    update_cards: bool = True,
+    progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
+) -> Benchmark:
+    """Time and weigh checkpoints against a reference, in turn in one process.
+
+    Args:
+        reference: the model that the others are compared with, run whole; None: the first of the paths, run whole.
+        budgets: what routed checkpoints run under, {"keep_visual_tokens": 144, "keep_layers": 28} or {"preset": "fast"}
+            and so on; without any, their own default. Plain ones run whole in any case.
+        update_cards: put the figures into the record and the card of checkpoints that are ours.
+    Raises: InputError for a budget without a routed checkpoint, or one that a router can't keep to.
+    """
+    device = pick_device(options.device)
+    runtime = TorchRuntime(Setup(device, options.dtype, options.attention, options.compile))
+    subjects = open_subjects(runtime, [str(path) for path in paths], reference, budgets)
+    prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]
+    done = Benchmark(
+        workload,
+        options,
+        hardware(device),
+        versions(),
+        datetime.date.today().isoformat(),
+        measure(subjects, prompts, options, device, runtime.compile, progress),
+    )
+    if update_cards:
+        for model in done.models:
+            record_benchmark(Path(model.path), done, model)
+    return done
+
+
+def open_subjects(
+    runtime: TorchRuntime, paths: Sequence[str], reference: str | Path | None, budgets: Sequence[Asked]
+) -> list[Subject]:
+    """The reference, run whole, then every path; not the first one again where it is the reference for want of another.
+
+    One that is named as its own reference is measured twice: how far the ratios are from 1 is the error of measurement.
+    """
+    first = runtime.open(str(reference or paths[0]), {"preset": "off"})
+    opened = [runtime.open(path, budget) for path in dict.fromkeys(paths) for budget in budgets or (None,)]
+    if any(budget != {"preset": "off"} for budget in budgets) and not any(subject.routed for subject in opened):
+        raise InputError(f"{', '.join(paths)}: no router here, so nothing can run under {budgets[0]}: leave it out.")
+    others: dict[str, Subject] = {f"{subject.path} {subject.budget}": subject for subject in opened}
+    if reference is None:
+        others.pop(f"{first.path} None", None)
+    return [first, *others.values()]
+
+
+def measure(
+    subjects: Sequence[Subject],
+    prompts: Sequence[Sequence[Batch]],
+    options: BenchOptions,
+    device: str,
+    compile_all: Callable[[], None] = lambda: None,
+    progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
+) -> tuple[ModelBenchmark, ...]:
+    """All figures of all subjects, the first of which is the reference.
+
+    Args:
+        prompts: for each batch size, one for each subject.
+        compile_all: called after everything has been counted, since what is compiled can't be looked into.
+    """
+    runs = [
+        [Run(s, ready(prompt, device), options.new_tokens, device) for s, prompt in zip(subjects, row, strict=True)]
+        for row in prompts
+    ]
+    costs = [[run.subject.cost(run.prompt, run.new_tokens) for run in row] for row in runs]
+    if options.compile:
+        compile_all()
+    columns = [_column(*pair, options.rounds, progress) for pair in zip(runs, costs, strict=True)]
+    return tuple(
+        ModelBenchmark(s.path, s.budget, s.runtime, tuple(column[i] for column in columns))
+        for i, s in enumerate(subjects)
+    )
+
+
+def _column(
+    runs: Sequence[Run], costs: Sequence[Cost], rounds: int, progress: Callable[..., Iterable[Any]]
+) -> list[Figures]:
+    """The figures of all subjects at one batch size."""
+    peaks = [run.peak_beyond(cost.weight_bytes) for run, cost in zip(runs, costs, strict=True)]
+    times = in_turn(runs, rounds, progress)
+    own = [figures(*known) for known in zip(runs, costs, times, peaks, strict=True)]
+    return [own[0], *(compared(f, t, own[0], times[0]) for f, t in zip(own[1:], times[1:], strict=True))]
+
+
+def ready(prompt: Batch, device: str) -> Batch:
+    """On the device, and without a mask of ones, as `generate` hands it on."""
+    inputs = dict(prompt.inputs)
+    if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
+        del inputs["attention_mask"]
+    return replace(prompt, inputs=inputs).to(device)
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+Times = dict[str, list[float]]  # milliseconds of each round, by name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer of one subject."""
+
+    subject: Subject
+    prompt: Batch
+    new_tokens: int
+    device: str
+
+    def peak_beyond(self, held: int) -> int | None:
+        """Bytes with those that the model holds anyhow; warms up as well."""
+        self()
+        grown = peak_bytes(self, self.device)
+        return None if grown is None else grown + held
+
+    def __call__(self) -> dict[str, float]:
+        begin = self._now()
+        seen = self.subject.see(self.prompt)
+        vision = self._now()
+        state = self.subject.prefill(self.prompt, seen)
+        first = self._now()
+        for _ in range(self.new_tokens):
+            state = self.subject.decode(state)
+        end = self._now()
+        return {
+            "vision_ms": 1e3 * (vision - begin),
+            "prefill_ms": 1e3 * (first - vision),
+            "first_token_ms": 1e3 * (first - begin),
+            "decode_ms": 1e3 * (end - first) / self.new_tokens,
+            "total_ms": 1e3 * (end - begin),
+        }
+
+    def _now(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def in_turn(runs: Sequence[Run], rounds: int, progress: Callable[..., Iterable[Any]]) -> list[Times]:
+    """Times of each run, round by round; garbage is collected between runs, not during them."""
+    times: list[Times] = [{name: [] for name in TIMED} for _ in runs]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        what = f"batch of {len(runs[0].prompt.is_visual)}"
+        for order in progress(turns(len(runs), rounds), what, rounds):
+            for i in order:
+                for name, value in runs[i]().items():
+                    times[i][name].append(value)
+                gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def figures(run: Run, cost: Cost, times: Times, peak: int | None) -> Figures:
+    prompt = run.prompt
+    medians: dict[str, Any] = {name: Spread.of(values).median for name, values in times.items()}
+    rows, visual = len(prompt.is_visual), int(prompt.is_visual.sum())
+    real = prompt.inputs.get("attention_mask", torch.ones_like(prompt.is_visual))
+    return Figures(
+        batch=rows,
+        visual_tokens=visual,
+        text_tokens=int(real.sum()) - visual,
+        **medians,
+        tokens_per_s=rows * (1 + run.new_tokens) / medians["total_ms"] * 1e3,
+        **asdict(cost),
+        peak_bytes=peak,
+        ratio_to_reference=None,
+    )
+
+
+def compared(own: Figures, times: Times, reference: Figures, reference_times: Times) -> Figures:
+    """With every figure as a ratio to the reference's, and how much of what could be gained was."""
+    spreads = {name: paired(times[name], reference_times[name]) for name in TIMED if min(reference_times[name]) > 0}
+    ratio: dict[str, Any] = {name: spread.median for name, spread in spreads.items()}
+    for name in COUNTED:
+        mine, theirs = getattr(own, name), getattr(reference, name)
+        ratio[name] = mine / theirs if mine is not None and theirs else None
+    ratio["tokens_per_s"] = 1 / ratio["total_ms"]
+    ratio["intervals"] = {name: (spread.low, spread.high) for name, spread in spreads.items()}
+    ratio["achieved"] = {
+        "prefill": _share(ratio["flops"], spreads["prefill_ms"]),
+        "decode": _share(ratio["step_bytes"], spreads["decode_ms"]),
+    }
+    return replace(own, ratio_to_reference=ratio)
+
+
+def _share(ideal: float | None, time: Spread) -> float | None:
+    """Measured speed-up over the ideal one, of which both are reciprocals."""
+    return None if ideal is None else ideal / time.median
+
+
+# --- where it was measured, and who is told ---------------------------------------------------------------------------
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What the figures depend on beside the software."""
+    if device.startswith("cuda"):
+        return {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return {"device": processor_name(), "threads": torch.get_num_threads()}
+
+
+def processor_name() -> str:
+    """The CPU's name, as the system gives it."""
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bool:
+    """Put a model's figures into its record and its card, replacing those of the same measurement. False: not ours."""
+    base = done.models[0]
+    if model is base or not (folder / checkpoint.RECORD).exists():
+        return False
+    from .model_card import card
+
+    record = checkpoint.read_record(folder)
+    same = {
+        "workload": done.workload.to_data() | {"task": done.workload.task and Path(done.workload.task).name},
+        "options": asdict(done.options),
+        "hardware": done.hardware,
+        "budget": model.budget,
+        "runtime": model.runtime,
+    }
+    entry = same | {
+        "date": done.date,
+        "versions": done.versions,
+        "reference_is_this_model": base.path == model.path,
+        "batches": [asdict(figures) for figures in model.batches],
+        "reference": [asdict(figures) for figures in base.batches],
+    }
+    others = [e for e in record.get("benchmarks", []) if any(e[key] != value for key, value in _plain(same).items())]
+    checkpoint.write_record(folder, record | {"benchmarks": [*others, entry]})
+    card(folder)
+    return True
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON: lists for tuples."""
+    import json
+
+    return dict(json.loads(json.dumps(data)))
