@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint, report
-from .calibration import Sample, make_batch, make_batches, spread
+from .calibration import Batch, Sample, make_batch, make_batches, spread
 from .capture import BatchStatistics, layer_statistics
 from .errors import InputError
 from .evaluation import SPARE_TOKENS, Task, greedy_answers, load_task
@@ -217,7 +217,7 @@ class Runner:
             moved = self._information(*few, method.options.get("draws", 2))
             if method.name == "fisher":
                 return fisher(moved, count, self.job.protect)
-            return best_of(self.statistics, moved, count, self.job.protect, self._loss(*few))
+            return best_of(self._few_statistics(few[0]), moved, count, self.job.protect, self._loss(*few))
         if method.name in STATISTICS:
             return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
         blank = LocalizeJob(self.model, self.job.source.num_layers, lambda: (), self.job.recipe.seed)
@@ -238,10 +238,16 @@ class Runner:
         self.timed("greedy", begin)
         return order
 
+    def _few_batches(self, samples: int, what: str) -> Iterator[Batch]:
+        return spread(self.job.batches(what), samples / len(self.job.calibration.samples))
+
+    @functools.cache  # noqa: B019 - one runner a run
+    def _few_statistics(self, samples: int) -> list[BatchStatistics]:
+        return list(layer_statistics(self.model, self._few_batches(samples, "score layers on a few")))
+
     @functools.cache  # noqa: B019 - one runner a run
     def _few(self, samples: int, answer_tokens: int) -> list[AnsweredBatch]:
-        few = spread(self.job.batches("answer a few"), samples / len(self.job.calibration.samples))
-        return answer_all(self.model, few, answer_tokens)
+        return answer_all(self.model, self._few_batches(samples, "answer a few"), answer_tokens)
 
     @functools.cache  # noqa: B019 - one runner a run
     def _loss(self, samples: int, answer_tokens: int) -> AnswerDivergence:

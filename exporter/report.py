@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,13 @@ def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) ->
     drawn, axes = figure()
     layers = range(len(scores.values))
     colors = [DROPPED if i in scores.drop else PROTECTED if i in protect else KEPT for i in layers]
-    axes.bar(layers, scores.values, color=colors, width=0.8)
-    low, high = min(scores.values), max(scores.values)
+    measured = scores.details.get("chosen", scores.method)  # best_of shows the values of the proposal that won
+    values = [math.nan if measured == "angular" and value == 0 else value for value in scores.values]  # no block fits
+    axes.bar(layers, values, color=colors, width=0.8)
+    known = [value for value in values if not math.isnan(value)]
+    low, high = min(known), max(known)
     axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
     axes.set_xlabel("decoder layer")
-    measured = scores.details.get("chosen", scores.method)  # best_of shows the values of the proposal that won
     axes.set_ylabel(_wrapped(VALUE_NAMES.get(measured, "redundancy")))
     step = max(1, len(layers) // 32)
     axes.set_xticks(list(layers)[::step])

@@ -9,6 +9,7 @@ Weights are random: cost does not depend on them. Every figure is a median of al
 from __future__ import annotations
 
 import argparse
+import inspect
 import shutil
 import statistics
 import subprocess
@@ -27,9 +28,10 @@ from exporter.checkpoint import write_weights
 from exporter.families import DECODERS
 from exporter.fold import FOLDS
 from exporter.fold.job import FoldJob
+from exporter.localize import LOCALIZERS, LocalizeJob
 from exporter.localize.tis import tis
 from exporter.plan import make_plan
-from exporter.recipe import DEFAULT_FOLD
+from exporter.recipe import DEFAULT_FOLD, DEFAULT_LOCALIZER, DEFAULT_SAMPLES
 from exporter.source import open_source, text_decoder
 
 IMAGE_TOKEN = 0
@@ -101,6 +103,11 @@ def questions(model: LlavaForConditionalGeneration, batches: int, rows: int, tex
     return made
 
 
+def default_samples() -> int:
+    """Questions that the default localizer reads and judges by."""
+    return int(inspect.signature(LOCALIZERS[DEFAULT_LOCALIZER]).parameters["samples"].default)
+
+
 def scoring(options: argparse.Namespace) -> None:
     model = llava(options.hidden, options.layers, options.hidden * 8 // 3, torch.float32)
     model.to(options.device)
@@ -129,13 +136,22 @@ def scoring(options: argparse.Namespace) -> None:
         FOLDS[DEFAULT_FOLD](job)
         wait()
 
-    seconds = medians(options.repeats, forward=forward, score=score, fold=fold)
+    total = options.batches * options.rows
+    few = max(1, round(total / DEFAULT_SAMPLES * default_samples()))  # the share of them that it is of the default
+
+    def localize() -> None:
+        job = LocalizeJob(model, options.layers, lambda: batches, 0, total)
+        LOCALIZERS[DEFAULT_LOCALIZER](job, 2, (), samples=few)
+        wait()
+
+    seconds = medians(options.repeats, forward=forward, score=score, localize=localize, fold=fold)
     ratio = {name: value / seconds["forward"] for name, value in seconds.items()}
     size = f"{options.batches} x {options.rows} x 640 tokens"
     print(f"hidden {options.hidden}, {options.layers} layers, {size}, {options.device}")
     print(
-        f"forward {seconds['forward']:.2f} s; score (tis) {ratio['score']:.2f} x; fold ({DEFAULT_FOLD}) "
-        f"{ratio['fold']:.2f} x; both {ratio['score'] + ratio['fold']:.2f} x"
+        f"forward {seconds['forward']:.2f} s; score (tis) {ratio['score']:.2f} x; localize ({DEFAULT_LOCALIZER}, {few} "
+        f"of {total} questions) {ratio['localize']:.2f} x; fold ({DEFAULT_FOLD}) {ratio['fold']:.2f} x; "
+        f"compress by default {ratio['localize'] + ratio['fold']:.2f} x"
     )
 
 
@@ -191,9 +207,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     (writing if options.write else scoring)(options)

@@ -72,11 +72,16 @@ def by_fisher(
 def by_best_of(
     job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 32, answer_tokens: int = 32, draws: int = 2
 ) -> LayerScores:
-    """Args: samples: questions that proposals are judged by; answer_tokens: longest answer; draws: of Fisher's."""
-    statistics = list(layer_statistics(job.model, job.batches()))
-    few = answer_all(job.model, spread(job.batches(), samples / job.num_samples), answer_tokens)
-    moved = information(job.model, few, draws, job.seed)
-    return best_of(statistics, moved, count, tuple(protect), AnswerDivergence.of(job.model, few))
+    """Args: samples: questions that are read and judged by; answer_tokens: longest answer; draws: of Fisher's."""
+    batches = list(spread(job.batches(), samples / job.num_samples))
+    few = answer_all(job.model, batches, answer_tokens)
+    return best_of(
+        list(layer_statistics(job.model, batches)),
+        information(job.model, few, draws, job.seed),
+        count,
+        tuple(protect),
+        AnswerDivergence.of(job.model, few),
+    )
 
 
 def by_order(name: str) -> Callable[..., LayerScores]:
