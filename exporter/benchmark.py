@@ -6,12 +6,13 @@ lie side by side. What is compared with a ratio of times is counted, not timed: 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -282,21 +283,31 @@ class Run:
 
 
 def in_turn(runs: Sequence[Run], rounds: int, progress: Callable[..., Iterable[Any]]) -> list[Times]:
-    """Times of each run, round by round; garbage is collected between runs, not during them."""
+    """Times of each run, round by round."""
     times: list[Times] = [{name: [] for name in TIMED} for _ in runs]
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        what = f"batch of {len(runs[0].prompt.is_visual)}"
+    what = f"batch of {len(runs[0].prompt.is_visual)}"
+    with garbage_between_runs() as collect:
         for order in progress(turns(len(runs), rounds), what, rounds):
             for i in order:
                 for name, value in runs[i]().items():
                     times[i][name].append(value)
-                gc.collect()
+                collect()
+    return times
+
+
+@contextlib.contextmanager
+def garbage_between_runs() -> Iterator[Callable[[], object]]:
+    """No garbage collection but when it is called for; what is there already is not looked through again and again."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
-    return times
 
 
 def figures(run: Run, cost: Cost, times: Times, peak: int | None) -> Figures:

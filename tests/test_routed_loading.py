@@ -121,9 +121,12 @@ def test_text_alone_is_answered_by_the_plain_model(case):
 # --- a second image ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "mistral3"])
+@pytest.mark.parametrize("family", ["mistral3"])
 def test_the_router_sees_where_the_tokens_of_a_later_image_lie(family, tiny, tmp_path):
-    """Images of any shape, on a cache that holds a turn already; the whole conversation is handed over."""
+    """Images of any shape, on a cache that holds a turn already; the whole conversation is handed over.
+
+    transformers itself cannot do that with mRoPE, which asks for the grids of earlier images too.
+    """
     case = make_case(family, tiny(family), tmp_path / "model", drop_at=0)
     random = np.random.default_rng(0)
     shown = [random_image(random, SIZES[i]) for i in (1, 0)]
