@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .families import FAMILIES, family_of
+from .source import Source, load_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MODELING_FILE = "modeling_routed.py"
@@ -63,6 +65,42 @@ def default_settings(config: Any, drop_at: int = 0, candidates: int | None = Non
         "default": "balanced",
         "trained_for": {"model_type": config.model_type, "hidden_size": hidden, "num_hidden_layers": num_layers},
     }
+
+
+def has_router(model: Any) -> bool:
+    return getattr(model, "router", None) is not None
+
+
+def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | None = None) -> Any:
+    """The model of a folder, able to follow routes: with its router if it has one, else for routes by rule only.
+
+    The class is this package's own, so that nothing in the folder is trusted to run.
+    """
+    from .modeling import modeling_routed
+
+    if "router" not in source.raw_config:
+        return routable(load_model(source, device, dtype, memory)[0])
+    check_routable(source.config)
+    cls = getattr(modeling_routed, modeling_routed.class_name(source.config.model_type))
+    try:
+        return load_model(source, device, dtype, memory, cls)[0]
+    except (ValueError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source.name}: {error}") from error
+
+
+def routable(model: Any, settings: Mapping[str, Any] | None = None) -> Any:
+    """A loaded stock model made able to follow routes, in place; it has no router, so that budgets alone won't do."""
+    from .modeling.modeling_routed import OFF, RouterSettings, make_routable, routed
+
+    check_routable(model.config)
+    model.config.router = dict(settings or default_settings(model.config)) | {"default": "off"}
+    stock: Any = type(model)
+    model.__class__ = routed(stock)
+    model.router_settings, model.budget = RouterSettings.of(model.config), OFF
+    make_routable(model._text_model())
+    return model
 
 
 def add_router(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

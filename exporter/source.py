@@ -51,7 +51,7 @@ HUB_STATUS = {
     413: "a file is too large for it",
     429: "too many requests, wait a while",
 }
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "router/model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -262,12 +262,15 @@ def load_config(folder: Path, raw_config: dict[str, Any]) -> Any:
         raise InputError(f"{folder}/config.json is not accepted by transformers: {first_line}") from error
 
 
-def load_model(source: Source, device: str, dtype: torch.dtype, memory: str | None = None) -> tuple[Any, list[str]]:
+def load_model(
+    source: Source, device: str, dtype: torch.dtype, memory: str | None = None, cls: Any = None
+) -> tuple[Any, list[str]]:
     """The stock model, in evaluation mode, frozen, checked for missing weights and NaN; and what it has no use for.
 
     Args:
         device: 'cpu', 'cuda', 'cuda:1', or 'auto' to spread over what there is (accelerate).
         memory: most memory a device may hold, '12GB'; the rest is read from disk layer by layer (accelerate).
+        cls: a class to load it with in place of the stock one.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -275,7 +278,7 @@ def load_model(source: Source, device: str, dtype: torch.dtype, memory: str | No
     if memory:
         first = 0 if device != "cpu" else "cpu"
         placement = {"device_map": "auto", "max_memory": {first: memory}, "offload_folder": _offload_folder()}
-    model, report = AutoModelForImageTextToText.from_pretrained(
+    model, report = (cls or AutoModelForImageTextToText).from_pretrained(
         source.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **placement
     )
     for kind in ("missing_keys", "mismatched_keys"):

@@ -6,6 +6,7 @@ Legend: B rows, S tokens, L layers, K tokens that stay.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from exporter import families
 from exporter.clean_room import encode, extend, load_processor
@@ -157,14 +159,17 @@ def llava(routed):
 # --- an implementation of our own: stock layers one by one, on what is left of one row --------------------------------
 
 
-def reference(case: Case, inputs: dict[str, torch.Tensor], keep: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
+def reference(
+    case: Case, inputs: dict[str, torch.Tensor], keep: torch.Tensor, layers: torch.Tensor, drop_at: int | None = None
+) -> torch.Tensor:
     """Logits [1, K, vocabulary] of one row without padding: keep [S], layers [L]."""
+    drop_at = case.drop_at if drop_at is None else drop_at
     given = trace(case.plain, SimpleNamespace(inputs=inputs))
     stays = keep.nonzero()[:, 0]
     state = given.entry
     for layer_idx, layer in enumerate(text_decoder(case.plain).layers):
-        dropped = layer_idx >= case.drop_at
-        state = state[:, stays] if layer_idx == case.drop_at else state
+        dropped = layer_idx >= drop_at
+        state = state[:, stays] if layer_idx == drop_at else state
         if layers[layer_idx]:
             keywords = given.keywords[layer_idx]
             with torch.no_grad():
@@ -231,8 +236,40 @@ def test_cached_is_uncached_under_one_route(family, dropping):
     check_cache(case, batch, route, made.past_key_values)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_route_may_drop_before_another_layer_than_the_router(family, routed):
+    case = routed(family)
+    batch = case.prompts([0])
+    route = replace(case.random_route(batch), drop_at=2)
+    expected = reference(case, batch, route.keep[0], route.layers[0], drop_at=2)
+    torch.testing.assert_close(routed_logits(case, batch, route=route)[:, route.keep[0]], expected, **CLOSE)
+    batch = case.prompts()
+    route = replace(case.random_route(batch), drop_at=2)
+    made = generated(case, batch, route=route)
+    assert made.route.drop_at == 2
+    answer = made.sequences[:, batch["input_ids"].shape[1] :]
+    whole = extend(batch, answer, torch.ones_like(answer, dtype=torch.bool), case.family)
+    expected = routed_logits(case, whole, route=route)[:, -NEW - 1 : -1]
+    torch.testing.assert_close(torch.stack(made.logits, 1), expected, **CLOSE)
+    check_cache(case, batch, route, made.past_key_values)
+
+
+def test_all_turns_drop_before_the_same_layer(routed):
+    case = routed("llava", drop_at=2)
+    batch = case.prompts()
+    cache = generated(case, batch, route=replace(case.random_route(batch), drop_at=0)).past_key_values
+    second = case.prompts([3, 4, 5])
+    mask = torch.ones(3, cache.get_seq_length() + second["input_ids"].shape[1])
+    turn = {**second, "attention_mask": mask, "past_key_values": cache}
+    with pytest.raises(ValueError, match="left before layer 0, the router reads at layer 2"):
+        case.model(**turn, keep_visual_tokens=4)
+    with pytest.raises(ValueError, match="the route given drops at layer 3, the one of the cache at 0"):
+        case.model(**turn, route=Route(drop_at=3, keep=torch.ones_like(second["input_ids"])))
+
+
 def check_cache(case: Case, batch: dict[str, torch.Tensor], route: Route, cache: Any) -> None:
     """The cache's lengths are those of the text; its entries are those of the route, in rows and tokens."""
+    drop_at = case.drop_at if route.drop_at is None else route.drop_at
     num_tokens = batch["input_ids"].shape[1]
     assert cache.get_seq_length() == num_tokens + NEW - 1
     longest = int((route.keep & batch["attention_mask"].bool()).sum(1).max())
@@ -241,7 +278,7 @@ def check_cache(case: Case, batch: dict[str, torch.Tensor], route: Route, cache:
         if num_rows == 0:
             assert not layer.is_initialized
             continue
-        entries = (longest if layer_idx >= case.drop_at else num_tokens) + NEW - 1
+        entries = (longest if layer_idx >= drop_at else num_tokens) + NEW - 1
         assert layer.keys.shape[0] == layer.values.shape[0] == num_rows
         if window := cache.windows[layer_idx]:
             assert layer.keys.shape[2] <= min(entries, window - 1)
@@ -681,6 +718,45 @@ def test_places_of_visual_tokens(routed):
         assert torch.equal(places[:columns, 1], places[:1, 1].expand(columns))
 
 
+@pytest.mark.parametrize(("family", "limit"), [("llava_next", None), ("llava_onevision", 9), ("llava_onevision", 1)])
+@pytest.mark.parametrize("size", [(48, 48), (30, 64), (64, 31), (20, 57)])  # height, width
+def test_places_in_images_of_any_resolution(family, limit, size, routed):
+    """By the model's own packing: it is given places in the padded grid where it expects features."""
+    model, side = routed(family).model, 3
+    config = copy.deepcopy(model.config)
+    options = {"vision_feature_select_strategy": "full"}
+    if limit is not None:
+        config.vision_aspect_ratio = f"anyres_max_{limit}"
+        options = {"vision_aspect_ratio": config.vision_aspect_ratio}
+    down, across = (n * side for n in get_anyres_image_grid_shape(size, config.image_grid_pinpoints, 24))
+    grid = torch.stack(torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij"), -1).double()
+    tiles = grid.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2).reshape(-1, side * side, 2)
+    features = torch.cat([tiles[:1], tiles])
+    line_end = torch.full((2,), -1.0, dtype=torch.double)
+    packed = model.model.pack_image_features([features], [size], image_newline=line_end, **options)[0][0]
+    shape = modeling_routed.any_resolution_shape(config, size)
+    assert shape.length == len(packed)
+    places, finer = (part[side * side :] for part in (shape.coordinates(len(packed)).double(), packed))
+    ends = finer[:, 0] == -1
+    assert (places[ends, 1] == 1).all()
+    assert limit == 1 or torch.equal(places[ends, 0], places[:, 0].unique())
+    low, high = finer[~ends].amin(0), finer[~ends].amax(0)
+    expected = (finer[~ends] - low + 0.5) / (high - low + 1)  # where tokens are merged, middles lie further in
+    torch.testing.assert_close(places[~ends], expected, atol=0.25 if limit == 1 else 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_places_are_known_for_any_number_of_images(family, routed):
+    case = routed(family)
+    for counts in ({0: 1, 1: 2}, {0: 1, 1: 1}):
+        batch = case.prompts([0, 1], images=counts)
+        places, visual = case.model.route(**batch, keep_layers=6).places, case.visual(batch)
+        for row, count in counts.items():
+            assert places[row][visual[row], 0].unique().tolist() == list(range(count))
+        first = places[1][visual[1]]  # 64 x 32
+        assert torch.equal(first[4, 1:], torch.tensor([0.5, 0.5])) and (first[9:, 2] == 1).any()
+
+
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 
@@ -728,6 +804,7 @@ def test_set_budget_and_presets(llava):
         ({"route": Route(layers=torch.ones(3, 5))}, "the route given is for 5 layers, there are 6"),
         ({"route": Route(layers=torch.ones(2, 6))}, "the route given is for 2 rows, the batch has 3"),
         ({"route": Route(keep=torch.zeros(3, 5))}, "the route given drops text"),
+        ({"route": Route(layers=torch.ones(3, 6), drop_at=7)}, "drops at layer 7: give a number from 0 to 6"),
     ],
 )
 def test_bad_budgets(llava, budget, message):

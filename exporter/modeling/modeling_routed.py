@@ -176,7 +176,8 @@ def base_model(config: Any) -> dict[str, Any]:
 class Route:
     """What runs, for one pass over a prompt. To impose one: `model.generate(**inputs, route=Route(keep, layers))`.
 
-    One made by hand needs `keep` or `layers` only; None keeps everything.
+    One made by hand needs `keep` or `layers` only; None keeps everything. It may let visual tokens leave before another
+    layer than the router's: rules that read attention know what to keep only after the first layers have run.
     """
 
     keep: Any = None  # Tensor [B, S] False: a visual token that leaves at layer drop_at
@@ -185,6 +186,7 @@ class Route:
     places: Any = None  # Tensor [B, S, 3] of visual tokens: number of the image, row and column in it, from 0 to 1
     token_logits: Tensor | None = None  # [B, S]
     layer_logits: Tensor | None = None  # [B, N]
+    drop_at: int | None = None  # visual tokens leave before this layer; None: where the settings say
 
     def kept_tokens(self) -> list[Tensor]:
         """For each row, which of its visual tokens stay, counted among them: 0 is the first of the first image."""
@@ -200,7 +202,8 @@ class Route:
     def select(self, chosen: Tensor) -> Route:
         """The route of a batch made of the chosen rows."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Route(**{k: None if v is None else v[chosen.to(v.device)] for k, v in parts.items()})
+        parts = {k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()}
+        return replace(self, **parts)
 
     def for_rows(self, num_rows: int) -> Route:
         """The route for a batch in which each row was repeated, as for beams."""
@@ -331,9 +334,8 @@ def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Image number, row and column of each visual token, [B, S, 3]; zero at text.
 
     Visual tokens come in runs, one or more an image. The grids are read from the inputs where they hold them
-    (`image_grid_thw`, Pixtral's `image_sizes`); a run that is one square, or several squares of `image_seq_length`, is
-    taken as such. In other runs (LLaVA-NeXT's spare tokens after the square one) the row is how far the token is in
-    the run and the column is the middle.
+    (`image_grid_thw`, `image_sizes`); a run that is one square, or several squares of `image_seq_length`, is taken as
+    such. In other runs the row is how far the token is in the run and the column is the middle.
     """
     runs = [(row, *run) for row, line in enumerate(visual.tolist()) for run in runs_of(line)]
     places = torch.zeros(*visual.shape, 3)
@@ -361,13 +363,23 @@ def runs_of(line: list[bool]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class RunShape:
-    """How a run of visual tokens lies in an image: tiles of rows and columns one after the other."""
+    """How a run of visual tokens lies in an image: tiles of rows and columns one after the other.
+
+    In LLaVA-NeXT and its kin one coarse tile is followed by a finer grid over the same image, whose rows each end with
+    a token that only says so: its place is the right edge.
+    """
 
     height: int
     width: int
     top: float = 0.0  # where the run begins in its image, and how much of it it covers, from 0 to 1
     share: float = 1.0
     first_of_image: bool = True
+    finer: tuple[int, int] | None = None  # rows and columns of the finer grid, line ends not counted
+
+    @property
+    def length(self) -> int:
+        rows, columns = self.finer or (0, 0)
+        return self.height * self.width + rows * (columns + 1)
 
     def coordinates(self, length: int) -> Tensor:
         """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
@@ -375,6 +387,10 @@ class RunShape:
         rows = (torch.arange(self.height) + 0.5) / self.height * self.share + self.top
         columns = (torch.arange(self.width) + 0.5) / self.width
         grid = torch.cartesian_prod(rows, columns)  # [tile, 2]
+        if self.finer is not None:
+            rows = (torch.arange(self.finer[0]) + 0.5) / self.finer[0]
+            columns = F.pad((torch.arange(self.finer[1]) + 0.5) / self.finer[1], (0, 1), value=1.0)
+            return torch.cat([grid, torch.cartesian_prod(rows, columns)])
         tiles = length // tile
         rest = (torch.arange(length - tiles * tile) + 0.5) / max(1, length - tiles * tile)
         return torch.cat([grid.repeat(tiles, 1), torch.stack([rest, torch.full_like(rest, 0.5)], 1)])
@@ -392,9 +408,35 @@ def run_shapes(config: Any, lengths: list[int], inputs: dict[str, Any]) -> list[
         for h, w in torch.as_tensor(sizes).tolist():  # a run is one row of patches, then comes [IMG_BREAK]
             count = int(h) // side
             known += [RunShape(1, int(w) // side, row / count, 1 / count, row == 0) for row in range(count)]
-    if [shape.height * shape.width for shape in known] == lengths:
+    elif getattr(config, "image_grid_pinpoints", None) and (sizes := inputs.get("image_sizes")) is not None:
+        counts = inputs.get("batch_num_images")  # LLaVA-OneVision's: several images are not cut into tiles
+        alone = [n == 1 for n in counts.tolist() for _ in range(n)] if counts is not None else [True] * len(sizes)
+        known = [any_resolution_shape(config, *of) for of in zip(torch.as_tensor(sizes).tolist(), alone, strict=True)]
+    if [shape.length for shape in known] == lengths:
         return known
     return [guessed_shape(config, length) for length in lengths]
+
+
+def any_resolution_shape(config: Any, size: list[int], tiled: bool = True) -> RunShape:
+    """LLaVA-NeXT's and LLaVA-OneVision's: the whole image in one tile, then tiles of which padding is cut off again.
+
+    Args:
+        size: height and width of the image in pixels.
+    """
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    if not tiled:
+        return RunShape(side, side, finer=(1, 0))
+    down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
+    padded = torch.empty(1, down * side, across * side, device="meta")
+    rows, columns = unpad_image(padded, size).shape[1:]
+    if limit := str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_"):  # LLaVA-OneVision's
+        ratio = math.sqrt(rows * columns / (int(limit) * side**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+    return RunShape(side, side, finer=(rows, columns))
 
 
 def guessed_shape(config: Any, length: int) -> RunShape:
@@ -620,7 +662,7 @@ def routed_cache(cache: Any, num_layers: int) -> RoutedCache | RoutedStaticCache
 class Request:
     """What the model hands its decoder for one pass, and what it gets back."""
 
-    router: Router
+    router: Any  # Router
     settings: RouterSettings
     budget: Budget
     visual: Any  # Tensor [B, S] True at visual tokens, None if the pass has none
@@ -652,15 +694,16 @@ class Pass:
 
     def __init__(self, decoder: Any, request: Request, inputs: dict[str, Any]) -> None:
         embeddings = inputs["inputs_embeds"]
-        self.request, self.drop_at = request, request.settings.drop_at
+        self.request = request
         self.config, self.num_layers = decoder.config, decoder.config.num_hidden_layers
         self.num_rows, self.num_tokens = embeddings.shape[:2]
         self.cache: Any = prepared_cache(decoder, inputs)  # None without one
         self.static = isinstance(self.cache, RoutedStaticCache)
         self.past = self.cache.seen if self.cache is not None else 0
         self.real = real_tokens(inputs.get("attention_mask"), self.past, embeddings)  # [B, S]
-        self.short_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
         held: Any = self.cache.route if self.cache is not None else None
+        self.drop_at = drop_layer(request, held, self.num_layers)
+        self.short_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
         self.rows: list[tuple[int, ...] | None] = [None] * self.num_layers
         if self.cache is not None and held is not None:
             self.rows = list(self.cache.rows)
@@ -669,7 +712,7 @@ class Pass:
         self._memo: dict[Any, Any] = {}
         if request.visual is None and request.imposed is None:  # text goes on with the route there is
             everything = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-            request.route = Route(everything, held.layers, visual=~everything)
+            request.route = Route(everything, held.layers, visual=~everything, drop_at=self.drop_at)
             self.settled = True
         elif request.settings.read_at == 0 or request.imposed is not None:
             self._decide(embeddings)
@@ -693,7 +736,7 @@ class Pass:
             run = best_layers(layers, request.settings, request.budget.keep_layers, self.num_layers)
             run |= ~visual.any(1)[:, None]  # a row of text alone runs whole
             route = Route(keep, run, visual, request.places, tokens, layers)
-        self._settle(route)
+        self._settle(replace(route, drop_at=self.drop_at))
 
     def _imposed(self, route: Route) -> Route:
         """Check a hand-made route and fill in what it leaves open."""
@@ -879,6 +922,25 @@ class Pass:
         tokens = Entries.counted(0, self.num_tokens, self.num_rows, entries.index.device) if stay is None else stay
         before = entries.index[:, None, None, :] <= self.past + tokens.index[:, None, :, None]
         return before & entries.valid[:, None, None, :]
+
+
+def drop_layer(request: Request, held: Route | None, num_layers: int) -> int:
+    """The layer before which this pass's visual tokens leave: the first turn's, as a cache has it once for all."""
+    imposed = request.imposed.drop_at if request.imposed is not None else None
+    if held is not None and held.drop_at is not None:
+        if imposed not in (None, held.drop_at):
+            raise ValueError(f"the route given drops at layer {imposed}, the one of the cache at {held.drop_at}.")
+        if request.visual is not None and request.imposed is None and held.drop_at < request.settings.read_at:
+            raise ValueError(
+                f"the tokens of this cache left before layer {held.drop_at}, the router reads at layer "
+                f"{request.settings.read_at}: give a route for the new image, or begin with a new cache."
+            )
+        return held.drop_at
+    if imposed is None:
+        return request.settings.drop_at
+    if isinstance(imposed, bool) or not isinstance(imposed, int) or not 0 <= imposed <= num_layers:
+        raise ValueError(f"the route given drops at layer {imposed!r}: give a number from 0 to {num_layers}.")
+    return imposed
 
 
 def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
@@ -1078,7 +1140,8 @@ class RoutedModel:
             route = None  # it was for the prompt
         if visual is None and route is None and held is None:
             return None
-        request = Request(self.router, self.router_settings, budget, visual, self._deepstack(), route, run=run)
+        router = getattr(self, "router", None)  # none: routes are imposed
+        request = Request(router, self.router_settings, budget, visual, self._deepstack(), route, run=run)
         labels = named.get("labels")
         request.labels = None if labels is None else labels.clone()
         if visual is not None:
