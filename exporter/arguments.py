@@ -78,6 +78,7 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     evaluate.add_argument("folders", nargs="+", metavar="DIR", help="checkpoints: folders or hub ids")
     evaluate.add_argument("--task", required=True, metavar="FILE.jsonl", help="questions with answers")
     evaluate.add_argument("--reference", metavar="MODEL", help="the model they were made from")
+    _route_arguments(evaluate)
     evaluate.add_argument("--samples", type=int, metavar="N", help="only N of the questions, drawn with --seed")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
@@ -157,6 +158,22 @@ def _budget_arguments(verb: argparse.ArgumentParser) -> None:
     budget.add_argument("--layers", type=_layer_list, metavar="8,9,10", help="exactly these go")
 
 
+def _route_arguments(verb: argparse.ArgumentParser) -> None:
+    budget = verb.add_argument_group("budgets of routed checkpoints", "lists run one after the other")
+    budget.add_argument(
+        "--keep-visual-tokens", type=_token_counts, default=(), metavar="T", help="counts or shares: 144 or 0.5,0.25"
+    )
+    budget.add_argument("--keep-layers", type=_layer_counts, default=(), metavar="L", help="how many layers run: 28,24")
+    budget.add_argument("--preset", type=_names, default=(), metavar="NAME", help="presets of the checkpoint, or off")
+    budget.add_argument(
+        "--rule", default="router", help="who chooses: router, random, fastv, shortgpt, fastv+shortgpt ... (router)"
+    )
+    budget.add_argument(
+        "--drop-at", type=int, metavar="D", help="layer before which tokens leave (the router's; 2 for fastv)"
+    )
+    budget.add_argument("--calibration", metavar="FILE", help="images with questions, for the rule shortgpt")
+
+
 def _run_arguments(verb: argparse.ArgumentParser, batch_size: int = 8) -> None:
     verb.add_argument("--device", help="cpu, cuda, cuda:1, auto (the first GPU, else the CPU)")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
@@ -175,6 +192,25 @@ def _layer_list(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of layers like 8,9,10") from error
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _token_counts(text: str) -> tuple[int | float | None, ...]:
+    """'0.5,144,all': shares have a point."""
+    try:
+        return tuple(None if p == "all" else float(p) if "." in p else int(p) for p in _names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of counts or shares like 144 or 0.5,0.25") from error
+
+
+def _layer_counts(text: str) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if part == "all" else int(part) for part in _names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers of layers like 28,24") from error
 
 
 def _count(text: str) -> int:

@@ -237,12 +237,16 @@ def reproduce_verb(options: argparse.Namespace) -> int:
 def evaluate_verb(options: argparse.Namespace) -> None:
     run = _run_options(options)
     from . import report
+    from .budgets import Wanted
     from .evaluation import evaluate
 
+    wanted = Wanted(options.keep_visual_tokens, options.keep_layers, options.preset, options.rule, options.drop_at)
     done = evaluate(
         options.folders,
         options.task,
         reference=options.reference,
+        budgets=wanted,
+        calibration=options.calibration,
         options=run,
         samples=options.samples,
         seed=options.seed,

@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "exporter"
 ORDER = (
     "errors families scores scoring weights source clean_room calibration replay capture fidelity localize plan recipe "
-    "moments fold variants modeling routing rules checkpoint verification report model_card pipeline estimate "
-    "reproduction evaluation comparison hub arguments cli __main__"
+    "moments fold variants modeling routing rules budgets oracle checkpoint verification report "
+    "route_pictures model_card pipeline estimate reproduction evaluation comparison route_comparison hub arguments cli "
+    "__main__"
 ).split()
 
 
