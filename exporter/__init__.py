@@ -14,8 +14,10 @@ __all__ = [
     "InputError",
     "Recipe",
     "RunOptions",
+    "Wanted",
     "card",
     "compare",
+    "compare_routes",
     "compress",
     "evaluate",
     "load_grid",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .budgets import Wanted
     from .comparison import Grid, compare, load_grid
     from .errors import CheckFailed, InputError
     from .evaluation import evaluate
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from .pipeline import compress, score
     from .recipe import Recipe, RunOptions, load_recipe
     from .reproduction import reproduce
+    from .route_comparison import compare_routes
     from .verification import verify
 
 _HOMES = {
@@ -46,6 +50,8 @@ _HOMES = {
     "compress": "pipeline",
     "score": "pipeline",
     "evaluate": "evaluation",
+    "Wanted": "budgets",
+    "compare_routes": "route_comparison",
     "compare": "comparison",
     "Grid": "comparison",
     "load_grid": "comparison",
