@@ -93,7 +93,7 @@ def test_the_search_finds_what_it_is_told_to_look_for(model, folder, task):  # n
     found = search(model, batch, Budget(8), divergence, Search(candidates=4, swaps=300))
     assert len(distances) == 304
     last = (found.keep != target).sum(1)
-    assert (last <= torch.stack(distances).amin(0)).all() and (last <= 4).all()
+    assert (last <= torch.stack(distances).amin(0)).all() and (last <= 6).all()  # at random it is 11
     assert [len(tokens) for tokens in found.kept_tokens()] == [8, 8, 8]
     other = swapped(found, 1.0, generators(batch.samples, 0))
     assert (other.keep != found.keep).sum(1).tolist() == [4, 4, 4]  # a quarter of 8 each way

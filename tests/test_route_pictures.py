@@ -57,7 +57,7 @@ def test_a_picture_shows_what_stays(tmp_path):
     draw_route([white], route, 0, "which corner?", "top left", tmp_path / "a.png")
     pixels = pyplot.imread(tmp_path / "a.png")[..., :3]
     dim = np.isclose(pixels, 0.7, atol=0.02).all(-1)
-    rows, columns = np.nonzero(dim)
+    rows, columns = (np.nonzero(dim.sum(axis) > 50)[0] for axis in (1, 0))  # letters have such grays too, but few
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
     assert abs(height - width) <= 2  # three quarters of a square are faded, the top left one is not
     inside = dim[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
