@@ -16,10 +16,12 @@ __all__ = [
     "Recipe",
     "RouterRecipe",
     "RunOptions",
+    "Wanted",
     "Workload",
     "bench",
     "card",
     "compare",
+    "compare_routes",
     "compress",
     "evaluate",
     "load_grid",
@@ -33,6 +35,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .benchmark import BenchOptions, bench
+    from .budgets import Wanted
     from .comparison import Grid, compare, load_grid
     from .errors import CheckFailed, InputError
     from .evaluation import evaluate
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from .pipeline import compress, route, score
     from .recipe import Recipe, RouterRecipe, RunOptions, load_recipe
     from .reproduction import reproduce
+    from .route_comparison import compare_routes
     from .verification import verify
     from .workload import Workload
 
@@ -58,6 +62,8 @@ _HOMES = {
     "bench": "benchmark",
     "BenchOptions": "benchmark",
     "Workload": "workload",
+    "Wanted": "budgets",
+    "compare_routes": "route_comparison",
     "compare": "comparison",
     "Grid": "comparison",
     "load_grid": "comparison",

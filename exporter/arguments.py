@@ -107,6 +107,7 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     evaluate.add_argument("folders", nargs="+", metavar="DIR", help="checkpoints: folders or hub ids")
     evaluate.add_argument("--task", required=True, metavar="FILE.jsonl", help="questions with answers")
     evaluate.add_argument("--reference", metavar="MODEL", help="the model they were made from")
+    _route_arguments(evaluate)
     evaluate.add_argument("--samples", type=int, metavar="N", help="only N of the questions, drawn with --seed")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
@@ -198,9 +199,9 @@ def _budget_arguments(verb: argparse.ArgumentParser) -> None:
 
 def _bench_arguments(verb: argparse.ArgumentParser) -> None:
     budget = verb.add_argument_group("budgets of routed checkpoints", "lists are measured one by one; else the default")
-    budget.add_argument("--keep-visual-tokens", type=_counts_or_shares, default=(), metavar="T", help="144 or 0.5,0.25")
-    budget.add_argument("--keep-layers", type=_counts_or_shares, default=(), metavar="L", help="28,24")
-    budget.add_argument("--preset", type=_words, default=(), metavar="NAME", help="of the checkpoint; off: all of it")
+    budget.add_argument("--keep-visual-tokens", type=_token_counts, default=(), metavar="T", help="144 or 0.5,0.25")
+    budget.add_argument("--keep-layers", type=_layer_counts, default=(), metavar="L", help="28,24")
+    budget.add_argument("--preset", type=_names, default=(), metavar="NAME", help="of the checkpoint; off: all of it")
     prompt = verb.add_argument_group("prompts", "random images and words, or those of a task")
     prompt.add_argument("--visual-tokens", type=int, metavar="N", help="visual tokens of a prompt (one image's)")
     prompt.add_argument("--text-tokens", type=int, metavar="N", help="its other tokens, the template's too")
@@ -215,6 +216,22 @@ def _bench_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--no-card", action="store_true", help="leave the checkpoints' records and cards alone")
     _json_argument(verb)
+
+
+def _route_arguments(verb: argparse.ArgumentParser) -> None:
+    budget = verb.add_argument_group("budgets of routed checkpoints", "lists run one after the other")
+    budget.add_argument(
+        "--keep-visual-tokens", type=_token_counts, default=(), metavar="T", help="counts or shares: 144 or 0.5,0.25"
+    )
+    budget.add_argument("--keep-layers", type=_layer_counts, default=(), metavar="L", help="how many layers run: 28,24")
+    budget.add_argument("--preset", type=_names, default=(), metavar="NAME", help="presets of the checkpoint, or off")
+    budget.add_argument(
+        "--rule", default="router", help="who chooses: router, random, fastv, shortgpt, fastv+shortgpt ... (router)"
+    )
+    budget.add_argument(
+        "--drop-at", type=int, metavar="D", help="layer before which tokens leave (the router's; 2 for fastv)"
+    )
+    budget.add_argument("--calibration", metavar="FILE", help="images with questions, for the rule shortgpt")
 
 
 def _run_arguments(verb: argparse.ArgumentParser, batch_size: int = 8) -> None:
@@ -237,15 +254,23 @@ def _layer_list(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of layers like 8,9,10") from error
 
 
-def _words(text: str) -> tuple[str, ...]:
+def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _counts_or_shares(text: str) -> tuple[int | float, ...]:
+def _token_counts(text: str) -> tuple[int | float | None, ...]:
+    """'0.5,144,all': shares have a point."""
     try:
-        return tuple(float(part) if "." in part else int(part) for part in _words(text))
+        return tuple(None if p == "all" else float(p) if "." in p else int(p) for p in _names(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of counts or shares like 144 or 0.5,0.25") from error
+
+
+def _layer_counts(text: str) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if part == "all" else int(part) for part in _names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers of layers like 28,24") from error
 
 
 def _count(text: str) -> int:

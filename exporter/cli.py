@@ -278,12 +278,16 @@ def reproduce_verb(options: argparse.Namespace) -> int:
 def evaluate_verb(options: argparse.Namespace) -> None:
     run = _run_options(options)
     from . import report
+    from .budgets import Wanted
     from .evaluation import evaluate
 
+    wanted = Wanted(options.keep_visual_tokens, options.keep_layers, options.preset, options.rule, options.drop_at)
     done = evaluate(
         options.folders,
         options.task,
         reference=options.reference,
+        budgets=wanted,
+        calibration=options.calibration,
         options=run,
         samples=options.samples,
         seed=options.seed,
@@ -330,10 +334,21 @@ def _budgets(options: argparse.Namespace) -> list[dict[str, Any]]:
 def compare_verb(options: argparse.Namespace) -> None:
     run = _run_options(options)
     from . import report
-    from .comparison import compare, load_grid
+    from .comparison import compare, grid_from_data
+    from .recipe import from_yaml
+    from .route_comparison import RouteTables, compare_routes, table_text, tables_from_data
 
-    done = compare(load_grid(options.recipe), options.out, run, _progress(options))
-    print(report.comparison_table(done))
+    def parse(data: Any) -> Any:
+        return tables_from_data(data) if isinstance(data, dict) and "rows" in data else grid_from_data(data)
+
+    wanted = from_yaml(options.recipe, parse)
+    done: Any
+    if isinstance(wanted, RouteTables):
+        done = compare_routes(wanted, options.out, run, _progress(options))
+        print(table_text(done))
+    else:
+        done = compare(wanted, options.out, run, _progress(options))
+        print(report.comparison_table(done))
     print(f"written: {options.out / 'table.md'}, {options.out / 'accuracy.png'}, {options.out / 'results.json'}")
     _write_json(options, asdict(done))
 

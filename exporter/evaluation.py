@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import checkpoint
-from .calibration import Batch, Sample, load_calibration, make_batch
+from .budgets import Ask, Flops, Wanted, few_prompts, flops_of
+from .calibration import Batch, Sample, load_calibration, make_batch, make_batches
 from .clean_room import load_processor
 from .errors import InputError
 from .fidelity import AnsweredBatch, with_answers
-from .recipe import RunOptions
-from .scoring import PairedTest, Rate, is_right, mcnemar
+from .modeling.modeling_routed import ROUTER_FILE, Route
+from .recipe import DEFAULT_SAMPLES, RunOptions
+from .route_pictures import show_routes
+from .routing import load_routed
+from .rules import block_influences, make_route
+from .scoring import PairedTest, Rate, describe, is_right, mcnemar
 from .source import Source, compute_dtype, load_model, open_source, pick_device
 
 SPARE_TOKENS = 8  # beyond the longest right answer, so that one that goes on too long is seen to be wrong
@@ -34,7 +39,7 @@ class ModelResult:
     """One model on one task."""
 
     path: str
-    budget: dict[str, Any] | None
+    budget: dict[str, Any] | None  # of a routed model: `Ask.to_data`; None: the model as it is
     n: int
     accuracy: float
     interval: tuple[float, float]
@@ -46,8 +51,14 @@ class ModelResult:
     parameters: int
     bytes: int
     seconds: float  # of answering, without loading
+    flops_share: float | None  # of the unrouted model's prompts, all of it, and below its decoder alone
+    decoder_flops_share: float | None
     correct: tuple[bool, ...] = field(repr=False)
     answers: tuple[str, ...] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return self.path if self.budget is None else f"{self.path} ({describe(self.budget)})"
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ def evaluate(
     task: str | Path,
     *,
     reference: str | Path | None = None,
+    budgets: Wanted = Wanted(),
+    calibration: str | None = None,
     options: RunOptions = RunOptions(batch_size=32),
     samples: int | None = None,
     seed: int = 0,
@@ -81,7 +94,9 @@ def evaluate(
     """Exact match of every checkpoint on a task, and its fidelity to the reference.
 
     Args:
-        reference: the model that the checkpoints were made from; it is evaluated too, and first.
+        reference: the model that the checkpoints were made from; it is evaluated too, and first, as it is.
+        budgets: under which routed checkpoints run, one after the other; none: as plain models.
+        calibration: questions for rules that measure layers.
         samples: how many of the task's questions, seeded; None: all.
         predictions: JSONL file that keeps every answer; a run that is broken off and repeated goes on from it.
         update_cards: put the figures into the record and the card of checkpoints that are ours.
@@ -90,21 +105,29 @@ def evaluate(
     questions = load_task(str(task), samples, seed)
     ledger = Ledger(predictions, questions.fingerprint)
     names = [str(path) for path in ([] if reference is None else [reference]) + list(paths)]
-    for name in names:
-        open_source(name)  # all that is wrong with any of them, before hours are spent on the first
+    asked: dict[str, list[Ask | None]] = {name: [] for name in names}
+    if reference is not None:
+        open_source(names[0])
+        asked[names[0]].append(None)
+    for name in map(str, paths):  # all that is wrong with any of them, before hours are spent on the first
+        asked[name] += [ask for ask in budgets.of(open_source(name)) if ask not in asked[name]]
     says: Reference | None = None
     results = []
-    for name in dict.fromkeys(names):
-        loaded = load(name, options)
-        judge = Judge(loaded, questions, options.batch_size, max_new_tokens or questions.longest(loaded.processor))
-        if reference is not None and name == str(reference):
-            says = judge.remember = Reference.of(loaded)
-        elif says is not None:
-            judge.compare_with(says)
-        results.append(judge.run(ledger, progress))
+    for name, asks in asked.items():
+        loaded = load(name, options, asks, questions, calibration)
+        for ask in asks:
+            longest = max_new_tokens or questions.longest(loaded.processor)
+            judge = Judge(replace(loaded, ask=ask, seed=seed), questions, options.batch_size, longest)
+            if reference is not None and name == str(reference) and ask is None:
+                says = judge.remember = Reference.of(loaded)
+            elif says is not None:
+                judge.compare_with(says)
+            results.append(judge.run(ledger, progress))
+        if update_cards and (budget := next((ask for ask in asks if ask is not None and ask.natural), None)):
+            show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget.budget)
         del loaded, judge
     pairs = [
-        PairedTest(a.path, b.path, *mcnemar(a.correct, b.correct))
+        PairedTest(a.label, b.label, *mcnemar(a.correct, b.correct))
         for i, a in enumerate(results)
         for b in results[i + 1 :]
     ]
@@ -151,12 +174,39 @@ def load_task(task: str, samples: int | None, seed: int) -> Task:
 
 @dataclass
 class Loaded:
-    """A checkpoint ready to answer."""
+    """A checkpoint ready to answer, under a budget if it is routed."""
 
     path: str
     source: Source
     model: Any
     processor: Any
+    prompts: Sequence[Batch] = ()  # a few, to count what they cost
+    unrouted: Flops = field(default_factory=Flops)  # what they cost without a budget
+    influence: Tensor | None = None  # of layers, for the rule that needs it
+    seed: int = 0
+    ask: Ask | None = None
+
+    def route(self, batch: Batch) -> Route | None:
+        """The route of questions, None for the model as it is."""
+        if self.ask is None:
+            return None
+        return make_route(self.model, batch, self.ask.budget, self.ask.rule, seed=self.seed, influence=self.influence)
+
+    def answer_logits(self, one: AnsweredBatch, route: Route | None) -> Tensor:
+        """At the positions that predict answer tokens, [N, vocabulary]; `route` is that of the questions."""
+        with torch.inference_mode():
+            if route is None:
+                return self.model.get_output_embeddings()(self.answer_states(one))
+            last = one.predicts.shape[1] - route.keep.shape[1] + 1  # the prompt's last token and the answer
+            made = self.model(**one.batch.inputs, route=route, use_cache=False, logits_to_keep=last)
+            return made.logits[one.predicts[:, -last:]]
+
+    def flops_shares(self) -> tuple[float, float] | tuple[None, None]:
+        """FLOPs of prompts as shares of those of the unrouted model: all of it, its decoder."""
+        if self.ask is None:
+            return None, None
+        own = flops_of(self.model, self.prompts, self.ask, seed=self.seed, influence=self.influence)
+        return own.total / self.unrouted.total, own.decoder / self.unrouted.decoder
 
     def answer_states(self, one: AnsweredBatch) -> Tensor:
         """Last hidden states at the positions that predict answer tokens, [N, D]."""
@@ -164,11 +214,31 @@ class Loaded:
             return self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]
 
 
-def load(path: str, options: RunOptions) -> Loaded:
+def load(
+    path: str,
+    options: RunOptions,
+    asks: Sequence[Ask | None] = (None,),
+    task: Task | None = None,
+    calibration: str | None = None,
+) -> Loaded:
+    """The stock model; the routed one if it is asked to run under a budget."""
     device = pick_device(options.device)
     source = open_source(path)
-    model, _ = load_model(source, device, compute_dtype(options.dtype, source.config, device), options.memory)
-    return Loaded(path, source, model, load_processor(source.folder))
+    dtype = compute_dtype(options.dtype, source.config, device)
+    processor = load_processor(source.folder)
+    if not any(asks):
+        return Loaded(path, source, load_model(source, device, dtype, options.memory)[0], processor)
+    model = load_routed(source, device, dtype, options.memory)
+    loaded = Loaded(path, source, model, processor)
+    if task is not None:
+        loaded.prompts = few_prompts(task.samples, processor, model.config)
+        loaded.unrouted = flops_of(model, loaded.prompts, None)
+    if any(ask is not None and ask.rule.layers == "shortgpt" for ask in asks):
+        if calibration is None:
+            raise InputError("the rule 'shortgpt' measures layers on questions: give --calibration FILE.")
+        chosen = load_calibration(calibration, samples=DEFAULT_SAMPLES).samples
+        loaded.influence = block_influences(model, make_batches(chosen, processor, model.config, options.batch_size))
+    return loaded
 
 
 @dataclass
@@ -200,15 +270,14 @@ class Reference:
         for index, tokens, state in zip(indices, one.targets.split(lengths), states, strict=True):
             self.answers[index], self.states[index] = tokens.cpu(), state.float().cpu()
 
-    def compare(self, loaded: Loaded, batch: Batch, indices: Sequence[int]) -> list[Row]:
+    def compare(self, loaded: Loaded, batch: Batch, indices: Sequence[int], route: Route | None = None) -> list[Row]:
         """For each sample: summed KL(reference || model), answer tokens that both rank first, answer tokens."""
         said = [self.answers[i] for i in indices]
         lengths = [len(tokens) for tokens in said]
         padded = torch.nn.utils.rnn.pad_sequence(said, batch_first=True).to(batch.is_visual.device)  # [B, A]
         real = torch.arange(padded.shape[1])[None] < torch.tensor(lengths)[:, None]
         one = with_answers(loaded.model, batch, padded, real.to(padded.device))
-        with torch.inference_mode():
-            own = loaded.model.get_output_embeddings()(loaded.answer_states(one)).float().cpu().log_softmax(-1)
+        own = loaded.answer_logits(one, route).float().cpu().log_softmax(-1)
         rows = []
         for index, log_q in zip(indices, own.split(lengths), strict=True):
             log_p = F.linear(self.states[index], self.head, self.bias).log_softmax(-1)  # [A, vocabulary]
@@ -238,15 +307,16 @@ class Judge:
 
     def run(self, ledger: Ledger, progress: Callable[..., Iterable[Any]]) -> ModelResult:
         begin = time.monotonic()
-        rows = ledger.rows(self.loaded.source)
+        rows = ledger.rows(self.loaded)
         todo = [i for i in range(len(self.task.samples)) if self._is_open(rows.get(i))]
         samples = self.task.samples
         todo.sort(key=lambda i: (len(samples[i].messages[-1]["content"]), str(samples[i].images)))  # less padding
         batches = [todo[i : i + self.batch_size] for i in range(0, len(todo), self.batch_size)]
-        for indices in progress(batches, f"evaluate {Path(self.loaded.path).name}", len(batches)):
+        name = Path(self.loaded.path).name + (f" ({self.loaded.ask})" if self.loaded.ask else "")
+        for indices in progress(batches, f"evaluate {name}", len(batches)):
             fresh = dict(zip(indices, self._batch(indices), strict=True))
             rows |= fresh
-            ledger.write(self.loaded.source, fresh)
+            ledger.write(self.loaded, fresh)
         return self._result(rows, time.monotonic() - begin)
 
     def _is_open(self, row: Row | None) -> bool:
@@ -255,7 +325,8 @@ class Judge:
     def _batch(self, indices: Sequence[int]) -> list[Row]:
         loaded, samples = self.loaded, [self.task.samples[i] for i in indices]
         batch = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
-        answers = greedy_answers(loaded.model, batch, self.max_new_tokens)
+        route = loaded.route(batch)
+        answers = greedy_answers(loaded.model, batch, self.max_new_tokens, route)
         said = loaded.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         rows = [
             {"answer": text.strip(), "correct": is_right(text, sample.answers, sample.choices)}
@@ -264,7 +335,7 @@ class Judge:
         if self.remember is not None:
             self.remember.add(loaded, batch, answers, indices)
         if self.against is not None:
-            compared = self.against.compare(loaded, batch, indices)
+            compared = self.against.compare(loaded, batch, indices, route)
             rows = [row | more for row, more in zip(rows, compared, strict=True)]
         return rows
 
@@ -276,9 +347,10 @@ class Judge:
             types.setdefault(sample.type or "all", []).append(right)
         tokens = sum(row.get("tokens", 0) for row in ordered)
         overall = Rate.of(correct)
+        flops_share, decoder_flops_share = self.loaded.flops_shares()
         return ModelResult(
             path=self.loaded.path,
-            budget=None,
+            budget=None if self.loaded.ask is None else self.loaded.ask.to_data(),
             n=overall.n,
             accuracy=overall.accuracy,
             interval=overall.interval,
@@ -290,15 +362,18 @@ class Judge:
             parameters=self.loaded.source.weights.num_parameters,
             bytes=self.loaded.source.weights.num_bytes,
             seconds=seconds,
+            flops_share=flops_share,
+            decoder_flops_share=decoder_flops_share,
             correct=correct,
             answers=tuple(row["answer"] for row in ordered),
         )
 
 
-def greedy_answers(model: Any, batch: Batch, max_new_tokens: int) -> Tensor:
+def greedy_answers(model: Any, batch: Batch, max_new_tokens: int, route: Route | None = None) -> Tensor:
     """Greedy answers [B, A], whatever sampling the generation config asks for."""
+    options = {} if route is None else {"route": route}
     made = model.generate(
-        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0
+        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, **options
     )
     return made[:, batch.inputs["input_ids"].shape[1] :]
 
@@ -325,36 +400,45 @@ class Ledger:
             if task == fingerprint:
                 self.known.setdefault(model, {})[index] = row
 
-    def rows(self, source: Source) -> dict[int, Row]:
-        return dict(self.known.get(self._key(source), {}))
+    def rows(self, loaded: Loaded) -> dict[int, Row]:
+        return dict(self.known.get(self._key(loaded), {}))
 
-    def write(self, source: Source, rows: dict[int, Row]) -> None:
+    def write(self, loaded: Loaded, rows: dict[int, Row]) -> None:
         if self.path is None:
             return
-        head = {"task": self.fingerprint, "model": self._key(source)}
+        head = {"task": self.fingerprint, "model": self._key(loaded)}
         text = "".join(json.dumps(head | {"index": i} | row) + "\n" for i, row in rows.items())
         with self.path.open("a") as file:
             file.write(text)
 
     @staticmethod
-    def _key(source: Source) -> str:
-        stats = [shard.path.stat() for shard in source.weights.shards]
-        return f"{source.name}:{sum(s.st_size for s in stats)}:{max(s.st_mtime_ns for s in stats)}"
+    def _key(loaded: Loaded) -> str:
+        source, router = loaded.source, loaded.source.folder / ROUTER_FILE
+        files = [shard.path for shard in source.weights.shards] + [router] * (
+            loaded.ask is not None and router.exists()
+        )
+        stats = [path.stat() for path in files]
+        key = f"{source.name}:{sum(s.st_size for s in stats)}:{max(s.st_mtime_ns for s in stats)}"
+        return key if loaded.ask is None else f"{key}:{json.dumps(loaded.ask.to_data())}"
 
 
 def record_evaluation(folder: Path, done: Evaluation) -> bool:
-    """Put a checkpoint's figures into its record and its card, replacing those of the same task. False: not ours."""
+    """Put a checkpoint's figures into its record and its card, replacing those of the same task and budget.
+
+    Returns: False for a folder that is not ours.
+    """
     if not (folder / checkpoint.RECORD).exists():
         return False
     from .model_card import card
 
     record = checkpoint.read_record(folder)
-    mine = next(model for model in done.models if Path(model.path) == folder)
-    base = next((model for model in done.models if model.path == done.reference), None)
-    entry = {"task": done.task, "fingerprint": done.fingerprint} | figures(mine)
-    entry["reference"] = None if base is None else figures(base)
-    others = [e for e in record["evaluations"] if e["fingerprint"] != done.fingerprint]
-    checkpoint.write_record(folder, record | {"evaluations": [*others, entry]})
+    base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
+    head = {"task": done.task, "fingerprint": done.fingerprint}
+    reference = None if base is None else figures(base)
+    entries = [head | figures(model) | {"reference": reference} for model in done.models if Path(model.path) == folder]
+    new = [(done.fingerprint, entry["budget"]) for entry in entries]
+    others = [e for e in record["evaluations"] if (e["fingerprint"], e.get("budget")) not in new]
+    checkpoint.write_record(folder, record | {"evaluations": [*others, *entries]})
     card(folder)
     return True
 
@@ -362,4 +446,6 @@ def record_evaluation(folder: Path, done: Evaluation) -> bool:
 def figures(result: ModelResult) -> dict[str, Any]:
     """What a card tells of a result: not the path, not the answers."""
     data = asdict(result)
-    return {key: data[key] for key in ("n", "accuracy", "interval", "by_type", "kl", "agreement", "tokens")}
+    keys = ("budget", "n", "accuracy", "interval", "by_type", "kl", "agreement", "tokens", "flops_share",
+            "decoder_flops_share")  # fmt: skip
+    return {key: data[key] for key in keys}

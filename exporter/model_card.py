@@ -10,6 +10,7 @@ from typing import Any
 
 from . import checkpoint, report
 from .scores import LayerScores
+from .scoring import describe
 from .source import read_json
 
 TITLES = {  # methods that measure something, and where they come from
@@ -80,6 +81,10 @@ def body(record: dict[str, Any], name: str) -> str:
     method = record["scores"]["method"]
     return environment.get_template("compressed.md.jinja").render(
         record,
+        evaluations=[e for e in record["evaluations"] if not e.get("budget")],
+        budgets=[e for e in record["evaluations"] if e.get("budget")],
+        routes=record.get("routes", []),
+        describe=describe,
         title=name.split("/")[-1],
         load_name=name,
         fold=fold,
@@ -117,7 +122,7 @@ def metadata(record: dict[str, Any], name: str) -> str:
         EvalResult(
             task_type="image-text-to-text",
             dataset_type=e["task"],
-            dataset_name=e["task"],
+            dataset_name=e["task"] + (f" ({describe(e['budget'])})" if e.get("budget") else ""),
             metric_type="exact_match",
             metric_value=round(e["accuracy"], 4),
             metric_name=f"exact match, n={e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",

@@ -85,6 +85,10 @@ def plot_training(curve: Sequence[dict[str, float]], path: Path) -> None:
     save(drawn, path)
 
 
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
 def _wrapped(text: str) -> str:
     import textwrap
 
@@ -111,15 +115,16 @@ def scores_table(scores: LayerScores, parameters: Sequence[int], protect: Sequen
 
 
 def evaluation_table(done: Any) -> str:
-    """One row a model: size, exact match, share of the reference's, fidelity; then question types and paired tests."""
-    base = next((model for model in done.models if model.path == done.reference), None)
+    """One row a model and budget: size, exact match, share kept, fidelity; then question types and paired tests."""
+    base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
+    routed = any(model.budget for model in done.models)
     rows = []
     for model in done.models:
         low, high = model.interval
         kept = f"{100 * model.accuracy / base.accuracy:.1f} %" if base and base.accuracy else ""
         rows.append(
             (
-                model.path,
+                model.label,
                 f"{model.parameters:,}",
                 f"{model.bytes:,}",
                 f"{100 * model.accuracy:.1f} %",
@@ -128,9 +133,11 @@ def evaluation_table(done: Any) -> str:
                 "" if model.kl is None else f"{model.kl:.4f}",
                 "" if model.agreement is None else f"{100 * model.agreement:.1f} %",
                 f"{model.seconds:.0f}",
+                *[_share(model.flops_share), _share(model.decoder_flops_share)] * routed,
             )
         )
-    header = ("model", "parameters", "bytes", "exact match", "95 % CI", "kept", "KL", "agreement", "seconds")
+    header = ["model", "parameters", "bytes", "exact match", "95 % CI", "kept", "KL", "agreement", "seconds"]
+    header += ["prefill FLOPs", "decoder FLOPs"] * routed
     text = table(header, rows)
     types = list(done.models[0].by_type)
     if len(types) > 1:
@@ -138,7 +145,7 @@ def evaluation_table(done: Any) -> str:
             (name, done.models[0].by_type[name].n, *(f"{100 * m.by_type[name].accuracy:.1f}" for m in done.models))
             for name in types
         ]
-        text += "\n\n" + table(("type", "n", *(Path(m.path).name for m in done.models)), by_type)
+        text += "\n\n" + table(("type", "n", *(Path(m.label).name for m in done.models)), by_type)
     for pair in done.pairs:
         text += (
             f"\n{Path(pair.first).name} vs {Path(pair.second).name}: {pair.only_first} questions right only in the "

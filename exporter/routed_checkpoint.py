@@ -107,4 +107,5 @@ def routed_reference(folder: Path, device: str, dtype: Any) -> dict[str, Any]:
     """What the routed model answers to the reference question under its default preset."""
     source = open_source(str(folder))
     model = load_routed(source, device, dtype)
+    model.set_budget(model.router_settings.default)
     return clean_room.reference_answer(model, clean_room.load_processor(folder))

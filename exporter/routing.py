@@ -74,7 +74,7 @@ def has_router(model: Any) -> bool:
 def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | None = None) -> Any:
     """The model of a folder, able to follow routes: with its router if it has one, else for routes by rule only.
 
-    The class is this package's own, so that nothing in the folder is trusted to run.
+    It runs whole until it is given a budget. The class is this package's own: nothing in the folder is trusted to run.
     """
     from .modeling import modeling_routed
 
@@ -83,11 +83,13 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
     check_routable(source.config)
     cls = getattr(modeling_routed, modeling_routed.class_name(source.config.model_type))
     try:
-        return load_model(source, device, dtype, memory, cls)[0]
+        model = load_model(source, device, dtype, memory, cls)[0]
     except (ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source.name}: {error}") from error
+    model.set_budget("off")
+    return model
 
 
 def routable(model: Any, settings: Mapping[str, Any] | None = None) -> Any:

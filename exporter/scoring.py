@@ -1,10 +1,11 @@
-"""Right or wrong, and how sure that is: exact match, intervals, paired tests. Pure."""
+"""Right or wrong, under which budget, and how sure that is: exact match, intervals, paired tests. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,13 @@ def is_right(said: str, answers: Sequence[str], choices: Sequence[str] = ()) -> 
     wanted = {normalise(answer) for answer in answers}
     letters = {chr(ord("a") + index) for index, choice in enumerate(choices) if normalise(choice) in wanted}
     return normalise(said) in wanted | letters
+
+
+def describe(budget: dict[str, Any]) -> str:
+    """'fast: 0.25 of the visual tokens, 10 layers, by router' of a result's budget, as JSON has it."""
+    tokens, layers = budget["keep_visual_tokens"], budget["keep_layers"]
+    said = [f"{tokens} of the visual tokens" if isinstance(tokens, float) else f"{tokens} visual tokens"] * bool(tokens)
+    said += [f"{layers} layers"] * bool(layers)
+    at = "" if budget["drop_at"] is None else f" at {budget['drop_at']}"
+    said += [f"by {budget['rule']}{at}"] * (bool(said) and budget["rule"] != "router")
+    return (f"{budget['preset']}: " if budget["preset"] else "") + (", ".join(said) or "everything")

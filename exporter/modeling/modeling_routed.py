@@ -201,11 +201,9 @@ class Route:
 
     def select(self, chosen: Tensor) -> Route:
         """The route of a batch made of the chosen rows."""
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen_parts: dict[str, Any] = {
-            k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()
-        }
-        return Route(**chosen_parts)
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = {k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()}
+        return replace(self, **parts)
 
     def for_rows(self, num_rows: int) -> Route:
         """The route for a batch in which each row was repeated, as for beams."""

@@ -1,0 +1,176 @@
+"""Evaluating under budgets: judged is what the routed model does, FLOPs are counted right, figures reach the card."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_evaluation import task  # noqa: F401 - a fixture
+from test_routed import add_random_router
+
+from exporter.budgets import Ask, Wanted, few_prompts, flops_of
+from exporter.calibration import make_batch, read_samples
+from exporter.clean_room import load_processor
+from exporter.cli import main
+from exporter.errors import InputError
+from exporter.evaluation import evaluate
+from exporter.modeling.modeling_routed import Budget, Route
+from exporter.pipeline import compress
+from exporter.plan import Budget as LayerBudget
+from exporter.recipe import CalibrationData, Recipe, RunOptions
+from exporter.routing import default_settings, load_routed
+from exporter.rules import Rule
+from exporter.source import open_source
+
+TOKENS = {"max_new_tokens": 4, "options": RunOptions(batch_size=5)}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, questions, tmp_path_factory):
+    """A checkpoint of ours with a random router."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exporter.pipeline.require", lambda *_: None)
+        recipe = Recipe(str(tiny("llava")), CalibrationData(str(questions), samples=2), LayerBudget(drop_layers=0))
+        made = compress(recipe, tmp_path_factory.mktemp("budgets") / "routed")
+    add_random_router(made, default_settings(open_source(str(made)).config))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_routed(open_source(str(folder)), "cpu", torch.float32)
+
+
+def test_figures_are_those_of_the_routed_model(folder, model, tiny, task):  # noqa: F811
+    wanted = Wanted(keep_visual_tokens=(6, 0.5), keep_layers=(4,), presets=("off", "fast"))
+    done = evaluate([folder], task, reference=tiny("llava"), budgets=wanted, **TOKENS)
+    assert [m.budget and (m.budget["preset"], m.budget["keep_visual_tokens"]) for m in done.models] == [
+        None, (None, 6), (None, 0.5), None, ("fast", 0.25)]  # fmt: skip
+    original, six, _, off, _ = done.models
+    assert off.answers == original.answers and off.kl == pytest.approx(0, abs=1e-9) and off.flops_share is None
+    samples, processor = read_samples(str(task)), load_processor(folder)
+    kl = tokens = 0.0
+    for sample, answer in zip(samples, six.answers, strict=True):
+        batch = make_batch([sample], processor, model.config)
+        made = model.generate(**batch.inputs, keep_visual_tokens=6, keep_layers=4, max_new_tokens=4)
+        said = made[:, batch.inputs["input_ids"].shape[1] :]
+        assert processor.tokenizer.batch_decode(said, skip_special_tokens=True)[0].strip() == answer
+        reference = model.generate(**batch.inputs, preset="off", max_new_tokens=4)
+        whole = {**batch.inputs, "input_ids": reference, "attention_mask": torch.ones_like(reference)}
+        length = reference.shape[1] - batch.inputs["input_ids"].shape[1]
+        route = model.route(**batch.inputs, keep_visual_tokens=6, keep_layers=4)
+        with torch.no_grad():
+            p, q = (
+                model(**whole, **options).logits[0, -length - 1 : -1].log_softmax(-1)
+                for options in ({"preset": "off"}, {"route": route})
+            )
+        kl, tokens = kl + float((p.exp() * (p - q)).sum()), tokens + length
+    assert six.tokens == tokens
+    assert six.kl == pytest.approx(kl / tokens, rel=1e-3)
+    assert 0 < six.decoder_flops_share < six.flops_share < 1
+    entries = json.loads((folder / "compression.json").read_text())["evaluations"]
+    assert [entry["budget"] and entry["budget"]["keep_visual_tokens"] for entry in entries] == [6, 0.5, None, 0.25]
+    card = (folder / "README.md").read_text()
+    assert "| task.jsonl | fast: 0.25 of the visual tokens, 5 layers |" in card
+    assert "(6 visual tokens, 4 layers)" in card  # the hub's metadata tells them apart
+    again = evaluate(
+        [folder], task, reference=tiny("llava"), budgets=Wanted(keep_visual_tokens=(6,), keep_layers=(4,)), **TOKENS
+    )
+    assert again.models[1].answers == six.answers
+    assert len(json.loads((folder / "compression.json").read_text())["evaluations"]) == 4  # replaced
+
+
+def test_counted_flops_are_those_of_what_runs(folder, model, task):  # noqa: F811
+    """Against products counted by hand: 2 a multiply-add, attention over the whole square."""
+    prompts = few_prompts(read_samples(str(task)), load_processor(folder), model.config, 2)
+    assert len(prompts) == 2 and all(len(batch.samples) == 1 for batch in prompts)
+
+    def by_hand(kept: int, layers: int) -> int:
+        total = 0
+        for batch in prompts:
+            length = batch.is_visual.shape[1] - int(batch.is_visual.sum()) + kept
+            per_token = 64 * (64 + 2 * 64 + 64) + 3 * 64 * 112  # q, k, v, o of 4 heads each, the gated MLP
+            total += layers * 2 * (length * per_token + 2 * 64 * length**2)
+        return total
+
+    unrouted = flops_of(model, prompts, None)
+    routed = flops_of(model, prompts, Ask(Budget(6, 4), Rule("random", "random")))
+    assert unrouted.decoder == by_hand(25, 6)
+    assert routed.decoder == by_hand(6, 4)
+    assert unrouted.total - unrouted.decoder == routed.total - routed.decoder > 0  # the vision tower and the head
+    with_router = flops_of(model, prompts, Ask(Budget(6, 4)))
+    assert with_router.decoder > routed.decoder
+    route = Route(layers=torch.ones(1, 6, dtype=torch.bool))
+    assert model(**prompts[0].inputs, route=route).logits.isfinite().all()
+
+
+def test_rules_choose_in_place_of_the_router(folder, tiny, task, questions):  # noqa: F811
+    asks = {"fastv": Wanted((0.5,), rule="fastv"), "random": Wanted((0.5,), (5,), rule="random", drop_at=0)}
+    asks["shortgpt"] = Wanted(keep_layers=(4,), rule="shortgpt")
+    for rule, wanted in asks.items():
+        done = evaluate(
+            [tiny("llava")], task, reference=tiny("llava"), budgets=wanted, calibration=str(questions), **TOKENS
+        )
+        plain, ruled = done.models
+        assert ruled.budget["rule"] == rule and ruled.kl > 0 and ruled.answers != plain.answers
+        assert rule in ruled.label and plain.label == str(tiny("llava"))
+
+
+def test_answers_on_disk_are_kept_apart_by_budget(folder, task, tmp_path):  # noqa: F811
+    path = tmp_path / "answers.jsonl"
+    for tokens in (3, 6):
+        evaluate([folder], task, budgets=Wanted((tokens,)), predictions=path, update_cards=False, **TOKENS)
+    models = {json.loads(line)["model"] for line in path.read_text().splitlines()}
+    assert len(models) == 2 and len(path.read_text().splitlines()) == 24
+
+
+def test_command_line(folder, task, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "result.json"
+    arguments = [
+        "evaluate",
+        str(folder),
+        "--task",
+        str(task),
+        "--keep-visual-tokens",
+        "0.5,7",
+        "--keep-layers",
+        "all,5",
+    ]
+    assert (
+        main([*arguments, "--max-new-tokens", "3", "--json", str(out), "--quiet", "--no-card", "--samples", "3"]) == 0
+    )
+    models = json.loads(out.read_text())["models"]
+    assert [(m["budget"]["keep_visual_tokens"], m["budget"]["keep_layers"]) for m in models] == [
+        (0.5, None), (0.5, 5), (7, None), (7, 5)]  # fmt: skip
+    assert "decoder FLOPs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted((0.5,)), "has no router, so that it can't run under a budget: train one with `lvlm-exporter route`"),
+        (Wanted(presets=("fast",)), "has no router"),
+        (Wanted((0.5,), rule="shortgpt"), "rule 'shortgpt' keeps all visual tokens"),
+        (Wanted((0.5,), rule="fast"), "rule 'fast' is not known"),
+        (Wanted(keep_layers=(4,), rule="shortgpt"), "measures layers on questions: give --calibration FILE"),
+        (Wanted((0.5,), rule="fastv", drop_at=9), "--drop-at 9: give a number from 0 to 6"),
+        (Wanted(rule="fastv"), "--rule fastv chooses under a budget"),
+    ],
+)
+def test_budgets_that_a_plain_folder_cannot_have(wanted, message, tiny, task):  # noqa: F811
+    with pytest.raises(InputError, match=message):
+        evaluate([tiny("llava")], task, budgets=wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted(presets=("turbo",)), "preset 'turbo' is not known: this model has off, quality"),
+        (Wanted(keep_layers=(2,)), "keep_layers=2 is out of range"),
+        (Wanted((1.5,)), "keep_visual_tokens=1.5 is no share"),
+    ],
+)
+def test_budgets_that_are_out_of_range(wanted, message, folder, task):  # noqa: F811
+    with pytest.raises(InputError, match=message):
+        evaluate([folder], task, budgets=wanted)
