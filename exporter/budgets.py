@@ -129,15 +129,15 @@ class Flops:
 
 
 @contextlib.contextmanager
-def _counted() -> Iterator[FlopCounterMode]:
-    """Attention is made of matrix products meanwhile, since the counter does not know every kernel of it."""
-    with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+def counted() -> Iterator[FlopCounterMode]:
+    """torch's counter; attention is made of matrix products meanwhile, since not every kernel of it is counted."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
 
 def prefill_flops(model: Any, batch: Batch, **options: Any) -> Flops:
     """One pass over prompts, keys and values cached; `options` as the model's forward takes them."""
-    with _counted() as counter:
+    with torch.inference_mode(), counted() as counter:
         model(**batch.to(model.device).inputs, use_cache=True, logits_to_keep=1, **options)
     decoder = text_decoder(model)
     name = next(name for name, module in model.named_modules() if module is decoder)

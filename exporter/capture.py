@@ -73,17 +73,24 @@ def attention_means(model: Any) -> Iterator[AttentionReducer]:
     Uses transformers' AttentionInterface, so that it works for every family: the function gets query, key and value
     after rotary embedding and normalisation, and replaces the kernel rather than running beside it.
     """
+    reducer = AttentionReducer()
+    with attention_replaced(model, IMPLEMENTATION, reducer):
+        yield reducer
+
+
+@contextlib.contextmanager
+def attention_replaced(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """The decoder's attention goes through `function`, with masks as sdpa takes them; `name` is transformers' key."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    reducer = AttentionReducer()
-    AttentionInterface.register(IMPLEMENTATION, reducer)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
     decoder = text_decoder(model)
     before = decoder.config._attn_implementation
-    decoder.set_attn_implementation(IMPLEMENTATION)
+    decoder.set_attn_implementation(name)
     try:
-        yield reducer
+        yield
     finally:
         decoder.set_attn_implementation(before)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .capture import attention_replaced
 from .replay import Trace
 from .source import text_decoder
 
@@ -38,19 +39,9 @@ class Gates:
 @contextlib.contextmanager
 def gated_attention(model: Any) -> Iterator[GatedAttention]:
     """Make the decoder's attention multiply its probabilities by gates, where some are set."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     attention = GatedAttention()
-    AttentionInterface.register(IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    decoder = text_decoder(model)
-    before = decoder.config._attn_implementation
-    decoder.set_attn_implementation(IMPLEMENTATION)
-    try:
+    with attention_replaced(model, IMPLEMENTATION, attention):
         yield attention
-    finally:
-        decoder.set_attn_implementation(before)
 
 
 class GatedAttention:

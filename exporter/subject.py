@@ -7,17 +7,14 @@ Shapes: B rows, S tokens of the prompt, L layers.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from .budgets import counted
 from .calibration import Batch
 from .clean_room import load_processor
 from .errors import InputError
@@ -189,13 +186,6 @@ class TorchSubject:
         mask = prompt.inputs.get("attention_mask")
         real = torch.ones_like(prompt.is_visual) if mask is None else mask.bool()
         return kv_bytes(self.config, self.model.dtype, real, route, drop_at)
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[FlopCounterMode]:
-    """torch's counter; attention is made of matrix products meanwhile, since not every kernel of it is counted."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield counter
 
 
 def cache_bytes(cache: Any) -> int:

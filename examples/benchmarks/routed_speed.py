@@ -20,13 +20,14 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from exporter.benchmark import Benchmark, BenchOptions, Figures, ModelBenchmark, hardware, measure, ready
+from exporter.budgets import counted
 from exporter.calibration import Batch
 from exporter.modeling.modeling_routed import Budget, RouterInputs, best_layers, best_tokens, routed
 from exporter.pipeline import versions
 from exporter.report import benchmark_table
 from exporter.routing import default_settings
 from exporter.source import compute_dtype, pick_device
-from exporter.subject import TorchSubject, counted
+from exporter.subject import TorchSubject
 from exporter.timing import Spread
 from exporter.workload import Workload
 
