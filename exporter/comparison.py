@@ -27,7 +27,7 @@ from .evaluation import SPARE_TOKENS, Task, greedy_answers, load_task
 from .fidelity import AnswerDivergence, AnsweredBatch, answer_all, with_answers
 from .fold import FOLDS
 from .fold.job import FoldJob
-from .localize import LOCALIZERS, STATISTICS, LocalizeJob
+from .localize import FEW_SAMPLES, LOCALIZERS, STATISTICS, LocalizeJob
 from .localize.best_of import best_of
 from .localize.fisher import fisher, information
 from .localize.greedy import greedy
@@ -213,7 +213,7 @@ class Runner:
             order = self._greedy_order(method.options.get("answer_tokens", 32))
             return dataclasses.replace(order, drop=order.drop[:count])
         if method.name in ("fisher", "best_of"):
-            few = method.options.get("samples", 32), method.options.get("answer_tokens", 32)
+            few = method.options.get("samples", FEW_SAMPLES), method.options.get("answer_tokens", 32)
             moved = self._information(*few, method.options.get("draws", 2))
             if method.name == "fisher":
                 return fisher(moved, count, self.job.protect)

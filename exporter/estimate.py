@@ -5,19 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from .localize import FEW_SAMPLES
 from .pipeline import Job, kv_bytes_per_token
 
 CALIBRATION_BATCHES = 2  # processed to learn how long the questions are
-PASSES = {
-    "best_of": 2.0,
-    "fisher": 1.0,
-    "tis": 1.15,
-    "block_influence": 1.0,
-    "angular": 1.0,
-    "random": 0.0,
-    "first": 0.0,
-    "last": 0.0,
-}
+PASSES = {"tis": 1.15, "block_influence": 1.0, "angular": 1.0, "random": 0.0, "first": 0.0, "last": 0.0}
+FEW_PASSES = {"best_of": 8.0, "fisher": 5.0}  # over the few questions that they read, answering included
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 
@@ -48,7 +41,7 @@ def estimate(job: Job) -> Estimate:
     tokens, longest = _tokens(job)
     width = job.source.config.get_text_config().hidden_size
     folds = 0.0 if job.fold.name == "none" else 1.0
-    passes = PASSES.get(job.recipe.localizer.name, len(per_layer) / 2 * max(job.count, 1)) + folds
+    passes = _localizer_passes(job) + folds
     flops = passes * 2 * tokens * sum(per_layer)
     seconds = flops / _flops_per_second(job) + 2 * weights.num_bytes / 1e9
     memory = (
@@ -68,6 +61,15 @@ def estimate(job: Job) -> Estimate:
         seconds,
         memory,
     )
+
+
+def _localizer_passes(job: Job) -> float:
+    """Forward passes over all calibration questions."""
+    method = job.recipe.localizer
+    if method.name in FEW_PASSES:
+        few = method.options.get("samples", FEW_SAMPLES) / len(job.calibration.samples)
+        return FEW_PASSES[method.name] * min(1.0, few)
+    return PASSES.get(method.name, job.source.num_layers / 2 * max(job.count, 1))
 
 
 def _tokens(job: Job) -> tuple[int, int]:

@@ -53,7 +53,7 @@ SPLIT_DIGITS = {
     "test": slice(1447, 1797),
 }
 SPLIT_SEEDS = {"train": 1, "calibration": 2, "validation": 3, "test": 4}
-SPLIT_SCENES = {"calibration": 160, "validation": 250, "test": 400}
+SPLIT_SCENES = {"calibration": 600, "validation": 250, "test": 400}
 QUESTIONS_PER_SCENE = 4
 
 
@@ -126,15 +126,25 @@ def place(rng: np.random.Generator, height: int, width: int, sizes: list[int]) -
 
 
 def draw_digit(
-    image: Image.Image, glyph: np.ndarray, color: str, corner: tuple[float, float], size: int, angle: float
+    image: Image.Image,
+    glyph: np.ndarray,
+    color: str,
+    corner: tuple[float, float],
+    size: int,
+    angle: float,
+    warp: np.ndarray | None = None,
 ) -> None:
-    """Blend one glyph into the image at a sub-pixel position."""
+    """Blend one glyph into the image at a sub-pixel position; warp [2, 2]: sheared and stretched about its centre."""
     mask = Image.fromarray((glyph * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     x, y = corner
     canvas = Image.new("L", image.size)
     canvas.paste(mask, (int(x), int(y)))
     shift_x, shift_y = x - int(x), y - int(y)
     center = (int(x) + size / 2, int(y) + size / 2)
+    if warp is not None:
+        offset = np.array(center) - warp @ center
+        matrix = (*warp[0], offset[0], *warp[1], offset[1])
+        canvas = canvas.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     canvas = canvas.rotate(angle, Image.Resampling.BILINEAR, center=center)
     canvas = canvas.transform(
         image.size, Image.Transform.AFFINE, (1, 0, -shift_x, 0, 1, -shift_y), Image.Resampling.BILINEAR
@@ -142,8 +152,8 @@ def draw_digit(
     image.paste(Image.new("RGB", image.size, COLORS[color]), mask=canvas)
 
 
-def make_scene(rng: np.random.Generator, split: str) -> Scene:
-    """One random scene whose digits are of the split's handwriting."""
+def make_scene(rng: np.random.Generator, split: str, vary: bool = False) -> Scene:
+    """One random scene whose digits are of the split's handwriting; vary: further hands by shearing and stretching."""
     glyphs, values = handwriting(split)
     height, width = SIZES[rng.integers(len(SIZES))]
     most = int(np.clip(height * width // 1100, 2, 5))
@@ -157,7 +167,9 @@ def make_scene(rng: np.random.Generator, split: str) -> Scene:
     digits = []
     for corner, size in zip(corners, sizes, strict=True):
         sample, color = int(rng.integers(len(values))), str(rng.choice(list(COLORS)))
-        draw_digit(image, glyphs[sample], color, corner, size, float(rng.uniform(-8, 8)))
+        angle = float(rng.uniform(-8, 8))
+        warp = np.eye(2) + rng.uniform(-0.18, 0.18, (2, 2)) if vary else None
+        draw_digit(image, glyphs[sample], color, corner, size, angle, warp)
         digits.append(Digit(int(values[sample]), color, (*corner, corner[0] + size, corner[1] + size)))
     return Scene(image, texture, tuple(sorted(digits, key=lambda d: d.center[0])))
 

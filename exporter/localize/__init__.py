@@ -22,6 +22,8 @@ from .fisher import fisher, information
 from .greedy import greedy
 from .tis import tis
 
+FEW_SAMPLES = 32  # questions that are answered to learn what removing layers does
+
 
 @dataclass(frozen=True)
 class LocalizeJob:
@@ -62,7 +64,13 @@ def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int], *, answer_to
 
 
 def by_fisher(
-    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 32, answer_tokens: int = 32, draws: int = 2
+    job: LocalizeJob,
+    count: int,
+    protect: Sequence[int],
+    *,
+    samples: int = FEW_SAMPLES,
+    answer_tokens: int = 32,
+    draws: int = 2,
 ) -> LayerScores:
     """Args: samples: questions that are read; draws: answers drawn at each token."""
     few = answer_all(job.model, spread(job.batches(), samples / job.num_samples), answer_tokens)
@@ -70,7 +78,13 @@ def by_fisher(
 
 
 def by_best_of(
-    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 32, answer_tokens: int = 32, draws: int = 2
+    job: LocalizeJob,
+    count: int,
+    protect: Sequence[int],
+    *,
+    samples: int = FEW_SAMPLES,
+    answer_tokens: int = 32,
+    draws: int = 2,
 ) -> LayerScores:
     """Args: samples: questions that are read and judged by; answer_tokens: longest answer; draws: of Fisher's."""
     batches = list(spread(job.batches(), samples / job.num_samples))
