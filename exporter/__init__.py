@@ -20,6 +20,7 @@ __all__ = [
     "evaluate",
     "load_grid",
     "load_recipe",
+    "onnx",
     "push",
     "reproduce",
     "score",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from . import onnx
     from .comparison import Grid, compare, load_grid
     from .errors import CheckFailed, InputError
     from .evaluation import evaluate
@@ -57,8 +59,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "onnx":  # a package of its own: exporter.onnx.export, exporter.onnx.load
+        return importlib.import_module(".onnx", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'exporter' has no attribute '{name}'")
-    import importlib
 
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -103,8 +103,9 @@ def questions(clean_room: Any, processor: Any) -> Iterator[tuple[str, dict[str, 
     rows = [(SIZES[i : i + 1], QUESTIONS[i]) for i in range(3)]
     yield "a batch of 3", encoded(clean_room, processor, rows)
     if getattr(processor, "chat_template", None):
-        yield "a batch of 2 with 3 images", encoded(
-            clean_room, processor, [(SIZES[:2], QUESTIONS[1]), (SIZES[3:], QUESTIONS[3])]
+        yield (
+            "a batch of 2 with 3 images",
+            encoded(clean_room, processor, [(SIZES[:2], QUESTIONS[1]), (SIZES[3:], QUESTIONS[3])]),
         )
 
 
@@ -231,8 +232,9 @@ def load_torch(clean_room: Any, job: dict[str, Any]) -> tuple[Any, Any]:
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:
     """{"problems": [...], "outputs": {name: {max, mean, scale}}, "tokens": ..., "equal_tokens": ...}"""
-    import torch
     from collections import defaultdict
+
+    import torch
 
     clean_room = module("clean_room", HERE.parent / "clean_room.py")
     runtime = module("runtime", HERE / "runtime" / "__init__.py")

@@ -244,7 +244,7 @@ def group_query(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
     batch, heads, length, size = query.shape
     keys, values = step.past[module.layer_idx]
     flat = [part.transpose(1, 2).flatten(2) for part in (query, key, value)]  # [B, S, heads * E]
-    settings = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(options["scaling"])}
+    settings: Any = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(options["scaling"])}
     if window := options.get("sliding_window"):
         settings["local_window_size"] = int(window)
     if cap := options.get("softcap"):

@@ -49,16 +49,21 @@ def unsupported(component: str) -> Iterator[None]:
 
     try:
         yield
-    except (torch.onnx.OnnxExporterError, torch.export.UnsupportedOperatorException) as error:
-        names = re.findall(r"aten[.:]+[\w.]+", str(error))
-        what = f"operator {names[0]}" if names else str(error).strip().splitlines()[0]
-        raise InputError(f"the {component} of this model can't be written as ONNX: {what} is not supported.") from error
+    except torch.onnx.OnnxExporterError as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        names = re.findall(r"op='([\w.]+)'", str(reason))
+        what = f"operator {names[0]} has no ONNX form" if names else str(reason).strip().splitlines()[0]
+        raise InputError(f"the {component} of this model can't be written as ONNX: {what}.") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """The exporters log and print their progress; none of it is for users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers", "onnxscript", "onnx_ir", "onnxruntime")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "transformers", "onnxscript", "onnx_ir", "onnxruntime")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

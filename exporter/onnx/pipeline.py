@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..calibration import DEFAULT_PROMPT, load_calibration, make_batches
 from ..checkpoint import RECORD, check_space, check_target, staged
 from ..clean_room import load_processor
 from ..errors import InputError
-from ..source import Source, compute_dtype, file_hash, load_model, open_source
+from ..source import Source, compute_dtype, load_model, open_source
 from ..verification import verify
-from .decoder import Embeddings, GrowingDecoder, SharedDecoder, cache_shape, group_query_attention
+from .decoder import Embeddings, GrowingDecoder, SharedDecoder, group_query_attention
 from .graph import check_opset, trace
+from .manifest import describe, write_manifest
 from .quantize import check_quantize, quantize
-from .runtime.model import FORMAT, MANIFEST, check_provider
+from .runtime.model import check_provider
 from .support import SHARED, Support, cache_kind, support_of
 from .validation import validate
 from .vision import vision_module
@@ -28,7 +26,6 @@ from .vision import vision_module
 DEFAULT_OPSET = 20
 DTYPES = ("float32", "float16")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-COMPONENTS = ("vision", "embeddings", "decoder")
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,9 @@ def export(model: str | Path, out: str | Path, options: ExportOptions | None = N
     inputs = questions(source, options)
     torch_model, _ = load_model(source, "cpu", compute_dtype(dtype, source.config, "cpu"))
     cache = cache_kind(source.config, dtype, options.device)
-    manifest = describe(torch_model, source, support, cache, dtype, options)
-    job = {"source": str(source.folder.absolute()), **{k: manifest[k] for k in ("device", "dtype", "opset")}}
+    settings = {"device": options.device, "dtype": dtype, "opset": options.opset or DEFAULT_OPSET}
+    job = {"source": str(source.folder.absolute()), **settings}
+    manifest = describe(torch_model, source, support, settings | {"quantize": options.quantize, "cache": cache})
     with staged(out) as stage:
         write_graphs(torch_model, support, cache, stage, options)
         del torch_model  # the clean process loads it again: there is memory for one
@@ -64,7 +62,7 @@ def export(model: str | Path, out: str | Path, options: ExportOptions | None = N
         write_manifest(stage, manifest)
         manifest["validation"] = validate(stage, {**job, "quantize": None}, inputs)
         if options.quantize:
-            quantize(stage, options.quantize)
+            quantize(stage, options.quantize, options.device)
             write_manifest(stage, manifest)
             manifest["quantized"] = validate(stage, {**job, "quantize": options.quantize}, inputs)
         write_manifest(stage, manifest, hashed=True)
@@ -84,7 +82,7 @@ def check_environment(options: ExportOptions) -> None:
         )
     check_provider(options.device)
     check_opset(options.opset)
-    check_quantize(options.quantize, options.device)
+    check_quantize(options.quantize)
     if options.dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype '{options.dtype}' is not exported to ONNX: auto, {', '.join(DTYPES)}.")
 
@@ -142,81 +140,3 @@ def carry(source: Source, folder: Path) -> None:
     for path in (Path("config.json"), *source.companions()):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.folder / path, folder / path)
-
-
-def describe(
-    model: Any, source: Source, support: Support, cache: str, dtype: str, options: ExportOptions
-) -> dict[str, Any]:
-    """The manifest: what the runner must know, and where the folder comes from."""
-    layers, heads, head_size = cache_shape(model)
-    text = source.config.get_text_config()
-    pad = getattr(text, "pad_token_id", None)
-    return {
-        "format": FORMAT,
-        "model_type": source.config.model_type,
-        "device": options.device,
-        "dtype": dtype,
-        "opset": options.opset or DEFAULT_OPSET,
-        "quantize": options.quantize,
-        "cache": cache,
-        "layers": layers,
-        "heads": heads,
-        "head_size": head_size,
-        "hidden_size": text.hidden_size,
-        "image_token_id": source.config.image_token_id,
-        "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
-        "first_position": support.first_position,
-        "mrope": support.mrope,
-        "blocks": support.blocks,
-        "vision": vision_settings(source.config, support.kind),
-        "source": {"name": source.name, "revision": source.revision},
-        "versions": versions(),
-    }
-
-
-def vision_settings(config: Any, kind: str) -> dict[str, Any]:
-    """What the runner needs to lay out images, by kind."""
-    vision = config.vision_config
-    settings: dict[str, Any] = {"kind": kind}
-    if kind == "anyres":
-        aspect = getattr(config, "vision_aspect_ratio", None)  # 'anyres_max_9'
-        settings |= {
-            "grid": vision.image_size // vision.patch_size,
-            "tile": vision.image_size,
-            "pinpoints": [list(point) for point in config.image_grid_pinpoints],
-            "max_tiles": int(aspect.rpartition("_")[2]) if aspect else None,
-        }
-    elif kind == "sized":
-        settings["side"] = vision.patch_size * getattr(config, "spatial_merge_size", 1)
-    elif kind == "patches":
-        merge = vision.spatial_merge_size
-        window = getattr(vision, "window_size", 0)
-        settings |= {"merge": merge, "window": window // merge // vision.patch_size}
-    return settings
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "onnx", "onnxscript")
-    import onnxruntime
-
-    return {
-        "lvlm-exporter": __version__,
-        "onnxruntime": onnxruntime.__version__,
-        **{name: version(name) for name in packages},
-    }
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any], hashed: bool = False) -> None:
-    """onnx.json, with the size of every graph file, and their hashes at the end."""
-    files = sorted(graph_files(folder))
-    manifest["files"] = {path.name: path.stat().st_size for path in files}
-    if hashed:
-        manifest["sha256"] = {path.name: file_hash(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def graph_files(folder: Path) -> Iterator[Path]:
-    for pattern in ("*.onnx", "*.onnx.data"):
-        yield from folder.glob(pattern)

@@ -8,20 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import InputError
-from .graph import quiet  # the quantiser logs every node
+from .graph import quiet
 
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 32  # weights that share a scale
-# How a product is computed: 4 rounds activations to int8 as well, which is what is fast on CPUs; 0 leaves it to the device.
+# How a product is computed: 4 rounds activations to int8 too, which is what is fast on CPUs; 0 leaves it to the device.
 ACCURACY_LEVEL = {"cpu": 4, "cuda": 0}
 
 
-def check_quantize(name: str | None, device: str) -> None:
+def check_quantize(name: str | None) -> None:
     if name is not None and name not in BITS:
         raise InputError(f"quantize '{name}' is not known: {', '.join(BITS)}.")
 
 
-def quantize(folder: Path, name: str, device: str = "cpu") -> None:
+def quantize(folder: Path, name: str, device: str) -> None:
     """Replace the folder's decoder by one with integer weights."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer

@@ -41,8 +41,8 @@ SUPPORTED: dict[str, Support] = {
 }
 
 REFUSED = {
-    "qwen3_vl": "visual features enter its decoder a second, third and fourth time, which these graphs have no inputs for",
-    "glm4v": "its vision tower resamples position embeddings bicubically for every image size, which is not exported yet",
+    "qwen3_vl": "visual features enter its decoder several times, which these graphs have no inputs for",
+    "glm4v": "its vision tower resamples position embeddings for every image size, which is not exported yet",
 }
 
 
@@ -67,8 +67,8 @@ def cache_kind(config: Any, dtype: str, device: str) -> str:
     """How keys and values are kept from token to token.
 
     'shared': buffers of the answer's full length, which ONNX Runtime's GroupQueryAttention fills in place; it is causal
-    and, on CUDA, for half precision only. 'growing': each pass returns longer ones, and takes a mask, which can say that
-    tokens see each other both ways.
+    and, on CUDA, for half precision only. 'growing': each pass returns longer ones and takes a mask, which can say
+    that tokens see each other both ways.
     """
     if support_of(config).blocks or (device == "cuda" and dtype == "float32"):
         return GROWING

@@ -67,7 +67,9 @@ class AnyResolution(Tiles):
     has the weight 1 once), counted over all tiles, the last being the embedding that ends a line.
     """
 
-    def forward(self, pixel_values: Tensor, feature_index: Tensor, feature_weight: Tensor) -> dict[str, Tensor]:
+    def forward(  # type: ignore[override]
+        self, pixel_values: Tensor, feature_index: Tensor, feature_weight: Tensor
+    ) -> dict[str, Tensor]:
         """[T, C, H, W], [F, 4], [F, 4] -> [F, D]"""
         features = self.features(pixel_values.to(self.dtype)).flatten(0, 1)  # [T * N, D]
         table = torch.cat([features, self.model.image_newline[None].to(features.dtype)]).float()
@@ -138,7 +140,9 @@ class Patches(Tiles):
         super().__init__(model)
         self.tower = model.model.visual
 
-    def forward(self, pixel_values: Tensor, patch_positions: Tensor, patch_window: Tensor) -> dict[str, Tensor]:
+    def forward(  # type: ignore[override]
+        self, pixel_values: Tensor, patch_positions: Tensor, patch_window: Tensor
+    ) -> dict[str, Tensor]:
         """[P, C * pixels of a patch], [P, 2] row and column, [P] -> [F, D]"""
         tower = self.tower
         states = tower.patch_embed(pixel_values.to(self.dtype))  # [P, D]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 try:  # this package's own, where it is there; the runner also works without the rest of the package
-    from ...errors import InputError
+    from ...errors import InputError as InputError
 except ImportError:
 
     class InputError(ValueError):  # type: ignore[no-redef]

@@ -5,7 +5,6 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -43,7 +42,7 @@ class Sampling:
     pad_token_id: int = 0
 
     @classmethod
-    def of(cls, defaults: Mapping[str, Any], chosen: Mapping[str, Any], pad_token_id: int) -> Sampling:
+    def of(cls, defaults: dict[str, Any], chosen: dict[str, Any], pad_token_id: int) -> Sampling:
         """What the folder's generation_config.json says, and what the caller says instead."""
         settings = {"pad_token_id": pad_token_id} | {k: v for k, v in defaults.items() if v is not None} | chosen
         for name, harmless in NOT_DONE.items():
