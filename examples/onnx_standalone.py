@@ -22,9 +22,9 @@ vision, embeddings, decoder = (
     onnxruntime.InferenceSession(f"{folder}/{name}.onnx") for name in ("vision", "embeddings", "decoder")
 )
 processor = AutoProcessor.from_pretrained(folder)
-chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-text = processor.apply_chat_template(chat, add_generation_prompt=True)
-inputs = processor(images=Image.open(image), text=text, return_tensors="np", add_special_tokens=False)
+question = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": question}]
+options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
+inputs = processor.apply_chat_template([{"role": "user", "content": question}], **options)
 features = vision.run(None, {"pixel_values": inputs["pixel_values"]})[0]
 
 ids, length, answer = inputs["input_ids"], inputs["input_ids"].shape[1], []

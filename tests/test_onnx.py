@@ -25,12 +25,14 @@ import exporter
 from exporter import CheckFailed, InputError
 from exporter.clean_room import TOLERANCE, generate, load_processor
 from exporter.cli import main
+from exporter.families import FAMILIES
 from exporter.onnx import ExportOptions, comparison, pipeline, quantize
 from exporter.onnx.runtime import prepare
 from exporter.onnx.runtime.model import check_provider
 from exporter.onnx.runtime.prepare import best_grid, shrunk, unpadded
 from exporter.onnx.runtime.sampling import Sampling
 from exporter.onnx.support import REFUSED, SUPPORTED
+from exporter.recipe import recipe_from_data
 
 LAYERS = {"gemma3": 3}  # its third layer is the first that sees everything
 ROOT = Path(__file__).parent.parent
@@ -55,7 +57,11 @@ def exported(tmp_path_factory):
 
 def here(folder, job, questions):
     """The comparison of an export, without the clean process around it."""
-    report = comparison.compare({**job, "folder": str(folder), "inputs": None})
+    saved = None
+    if questions:
+        saved = str(folder.parent / "questions.pt")
+        torch.save(questions, saved)
+    report = comparison.compare({**job, "folder": str(folder), "inputs": saved})
     if report["problems"]:
         raise CheckFailed("; ".join(report["problems"]))
     return report
@@ -87,8 +93,17 @@ def test_graphs_say_what_torch_says(family, exported):
     assert np.array_equal(found, expected)
 
 
+def test_the_reference_model(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "validate", here)
+    questions = ExportOptions(calibration=str(digits / "data" / "calibration.jsonl"), samples=4)
+    folder = pipeline.export(digits / "model", tmp_path / "onnx", questions)
+    report = json.loads((folder / "onnx.json").read_text())["validation"]
+    assert max(found["max"] for name, found in report["outputs"].items() if "logits" in name) <= 1e-4
+    assert report["equal_tokens"] == report["tokens"]
+
+
 def test_every_family_is_exported_or_refused_with_a_reason():
-    assert set(SUPPORTED) | set(REFUSED) == set(exporter.families.FAMILIES)
+    assert set(SUPPORTED) | set(REFUSED) == set(FAMILIES)
     assert not set(SUPPORTED) & set(REFUSED)
 
 
@@ -212,9 +227,9 @@ def test_the_standalone_example(exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["onnx_standalone.py", str(folder), str(image), "what color is the digit?"])
     runpy.run_path(str(ROOT / "examples" / "onnx_standalone.py"), run_name="__main__")
     said = capsys.readouterr().out.strip()
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color is the digit?"}]}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    given = processor(images=Image.open(image), text=text, return_tensors="np", add_special_tokens=False)
+    parts = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": "what color is the digit?"}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
+    given = processor.apply_chat_template([{"role": "user", "content": parts}], **options)
     tokens = exporter.onnx.load(folder).generate(**given, max_new_tokens=64)[0, given["input_ids"].shape[1] :]
     assert said == processor.decode(tokens, skip_special_tokens=True).strip() and said
 
@@ -364,9 +379,7 @@ def test_too_little_disk(tiny, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_does_not_verify(tiny, tmp_path, questions, capsys, unverified):
-    recipe = exporter.recipe.recipe_from_data(
-        {"model": str(tiny("llava")), "calibration": {"data": str(questions)}, "layers": [3]}
-    )
+    recipe = recipe_from_data({"model": str(tiny("llava")), "calibration": {"data": str(questions)}, "layers": [3]})
     small = exporter.compress(recipe, tmp_path / "small")
     record = json.loads((small / "compression.json").read_text())
     record["reference"]["tokens"][0] += 1

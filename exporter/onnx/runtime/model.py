@@ -79,7 +79,10 @@ def open_session(path: Path, device: str, threads: int | None = None) -> Any:
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
-    providers = [PROVIDERS[device], *([PROVIDERS["cpu"]] if device != "cpu" else [])]
+    providers = [PROVIDERS[device]]
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip has installed
+        providers.append(PROVIDERS["cpu"])  # for the arithmetic of shapes
     session = onnxruntime.InferenceSession(path, options, providers=providers)
     if PROVIDERS[device] not in session.get_providers():
         raise InputError(
