@@ -36,7 +36,7 @@ while len(answer) < 64:
     embeds = embeddings.run(None, {"input_ids": ids, "image_features": features})[0]
     positions = np.arange(length - ids.shape[1], length)[None]
     feed = {"inputs_embeds": embeds, "position_ids": positions, "row_lengths": np.array([length])}
-    feed |= {"total_length": np.int32(length)} | {f"past_key_values.{name}": cache[name] for name in cache}
+    feed |= {"total_length": np.array(length, np.int32)} | {f"past_key_values.{name}": cache[name] for name in cache}
     logits, *present = decoder.run(None, feed)
     cache = dict(zip(cache, present, strict=True))
     answer.append(int(logits[0].argmax()))

@@ -14,8 +14,9 @@ import importlib.util
 import inspect
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -230,47 +231,74 @@ def load_torch(clean_room: Any, job: dict[str, Any]) -> tuple[Any, Any]:
     return model.float().eval().requires_grad_(False), clean_room.load_processor(job["folder"])
 
 
+@dataclass
+class Findings:
+    """What a comparison has come to."""
+
+    outputs: dict[str, Difference] = field(default_factory=lambda: defaultdict(Difference))
+    problems: list[str] = field(default_factory=list)
+    tokens: int = 0
+    equal_tokens: int = 0  # of those, the runner's best is torch's best
+
+
 def compare(job: dict[str, Any]) -> dict[str, Any]:
     """{"problems": [...], "outputs": {name: {max, mean, scale}}, "tokens": ..., "equal_tokens": ...}"""
-    from collections import defaultdict
-
-    import torch
-
     clean_room = module("clean_room", HERE.parent / "clean_room.py")
     runtime = module("runtime", HERE / "runtime" / "__init__.py")
-    folder, quantized = Path(job["folder"]), job["quantize"]
-    problems = []
-    for path in sorted(folder.glob("*.onnx")):
-        problems += [f"{path.stem}: {problem}" for problem in check_graph(path, job["opset"])]
-    if problems:
+    folder = Path(job["folder"])
+    graphs = sorted(folder.glob("*.onnx"))
+    if problems := [f"{path.stem}: {problem}" for path in graphs for problem in check_graph(path, job["opset"])]:
         return {"problems": problems}
     model, processor = load_torch(clean_room, job)
     try:
         runner = runtime.load(folder, job["device"])
     except Exception as error:
-        return {"problems": [f"ONNX Runtime can't open it: {str(error).splitlines()[0]}"]}
-    batches = list(questions(clean_room, processor))
-    if job["inputs"]:
-        batches += [(f"calibration batch {i + 1}", x) for i, x in enumerate(torch.load(job["inputs"]))]
-    found: dict[str, Difference] = defaultdict(Difference)
-    tokens = equal = 0
-    for what, inputs in batches:
-        try:
-            arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-            prompt = runtime.prepare(runner.manifest, arrays)
-            compare_parts(model, runner, inputs, prompt, found)
-            made = clean_room.generate(model, inputs, NEW_TOKENS)
-            equal += compare_decoder(runner, inputs, prompt, made, found)
-            tokens += NEW_TOKENS * len(inputs["input_ids"])
-            if not quantized:
-                answers = compare_answers(clean_room, model, runner, inputs, TOLERANCE[job["dtype"]])
-                problems += [f"generate, {what}: {problem}" for problem in answers]
-        except Exception as error:
-            name = type(error).__name__
-            return {"problems": [*problems, f"{what} fails: {name}: {(str(error).splitlines() or [''])[0]}"]}
-    problems = out_of_tolerance(found, job["dtype"], quantized) + problems
-    outputs = {name: difference.to_data() for name, difference in found.items()}
-    return {"problems": problems, "outputs": outputs, "tokens": tokens, "equal_tokens": equal}
+        return {"problems": [f"ONNX Runtime can't open it: {_first_line(error)}"]}
+    findings = Findings()
+    for what, inputs in [*questions(clean_room, processor), *given_questions(job["inputs"])]:
+        compare_batch((clean_room, runtime), model, runner, (what, inputs), job, findings)
+    problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems
+    outputs = {name: difference.to_data() for name, difference in findings.outputs.items()}
+    counts = {"tokens": findings.tokens, "equal_tokens": findings.equal_tokens}
+    return {"problems": problems, "outputs": outputs, **counts}
+
+
+def given_questions(path: str | None) -> list[tuple[str, dict[str, Any]]]:
+    import torch
+
+    batches = torch.load(path) if path else []
+    return [(f"calibration batch {number}", inputs) for number, inputs in enumerate(batches, 1)]
+
+
+def compare_batch(
+    modules: tuple[Any, Any],
+    model: Any,
+    runner: Any,
+    batch: tuple[str, dict[str, Any]],
+    job: dict[str, Any],
+    findings: Findings,
+) -> None:
+    """One batch through all components. What breaks is a finding too, and says where."""
+    (clean_room, runtime), (what, inputs) = modules, batch
+    part = "inputs"
+    try:
+        prompt = runtime.prepare(runner.manifest, {name: tensor.numpy() for name, tensor in inputs.items()})
+        part = "vision and embeddings"
+        compare_parts(model, runner, inputs, prompt, findings.outputs)
+        part = "decoder"
+        made = clean_room.generate(model, inputs, NEW_TOKENS)
+        findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, findings.outputs)
+        findings.tokens += NEW_TOKENS * len(inputs["input_ids"])
+        part = "generate"
+        if not job["quantize"]:
+            answers = compare_answers(clean_room, model, runner, inputs, TOLERANCE[job["dtype"]])
+            findings.problems += [f"generate, {what}: {problem}" for problem in answers]
+    except Exception as error:
+        findings.problems.append(f"{part}: fails for {what}: {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def out_of_tolerance(found: dict[str, Difference], dtype: str, quantized: str | None) -> list[str]:
