@@ -149,7 +149,7 @@ def test_int8_weights(exported, tmp_path):
     assert after < 0.4 * before
     manifest = json.loads((copy / "onnx.json").read_text())
     pipeline.write_manifest(copy, manifest)
-    report = here(copy, {"source": str(source), "quantize": "int8", **manifest}, [])
+    report = here(copy, {**manifest, "source": str(source), "quantize": "int8"}, [])
     assert report["equal_tokens"] >= 0.8 * report["tokens"]  # a random model's best tokens are close together
 
 

@@ -6,7 +6,7 @@
 
 `speed` runs every way in turn, so that a change of the machine's speed meets all of them alike, and prints medians and
 their ratios to sdpa. Weights are random: speed does not depend on them. `accuracy` takes checkpoints, which torch
-answers, and ONNX folders. (Not called onnx.py, or `import onnx` would find it: a script's folder is first on the path.)
+answers, and ONNX folders. (Not called onnx.py, which `import onnx` would find: its folder comes first on the path.)
 """
 
 from __future__ import annotations
