@@ -278,6 +278,7 @@ def test_windows_and_positions_of_patches(grid):
     numbers = feed["patch_window"].reshape(-1, 4)
     assert (numbers == numbers[:, :1]).all()
     ends = torch.unique_consecutive(ends).tolist()
+    index = index.numpy()
     windows = [set(numbers[index[a // 4 : b // 4], 0].tolist()) for a, b in itertools.pairwise(ends)]
     assert all(len(window) == 1 for window in windows)
     assert len(set.union(*windows)) == len(windows)
