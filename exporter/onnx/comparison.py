@@ -79,6 +79,8 @@ def check_graph(path: Path, opset: int) -> list[str]:
     for node in _nodes(graph.graph):
         if node.op_type in RUNTIME_OPERATORS:
             node.domain = "com.microsoft"
+    if "com.microsoft" not in versions:
+        graph.opset_import.add(domain="com.microsoft", version=1)
     try:
         with contextlib.chdir(path.parent):  # where the checker looks for FILE.data
             onnx.checker.check_model(graph)
