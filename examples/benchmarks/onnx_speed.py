@@ -30,7 +30,7 @@ from exporter.clean_room import load_processor
 from exporter.onnx import ExportOptions, load
 from exporter.onnx.decoder import cache_shape
 from exporter.onnx.manifest import read_manifest
-from exporter.onnx.pipeline import write_graphs
+from exporter.onnx.pipeline import Job, write_graphs
 from exporter.onnx.quantize import quantize
 from exporter.onnx.runtime.model import Model
 from exporter.onnx.runtime.prepare import prepare
@@ -65,7 +65,8 @@ def speed(options: argparse.Namespace) -> None:
         for weights in (None, "int8"):
             folder = Path(place) / str(weights)
             folder.mkdir()
-            write_graphs(model, support_of(config), "shared", folder, ExportOptions())
+            job = Job(None, ExportOptions(), support_of(config), "float32", "shared", None)  # of no checkpoint
+            write_graphs(model, job, folder)
             if weights:
                 quantize(folder, weights, "cpu")
             ways["ONNX Runtime" + (f" {weights}" if weights else "")] = Ort(model, folder, ids, options.threads)

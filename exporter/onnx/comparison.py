@@ -157,14 +157,12 @@ def compare_parts(model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, 
     visual = ids == model.config.image_token_id
     embeds = model.get_input_embeddings()(ids.masked_fill(visual, 0))
     embeds = embeds.masked_scatter(visual[..., None], features)
-    runner_embeds = runner._embed(prompt.input_ids, runner_features).numpy()
+    runner_embeds = runner.embed(prompt.input_ids, runner_features).numpy()
     found["embeddings: inputs_embeds"].add(runner_embeds[prompt.real], embeds[inputs["attention_mask"].bool()])
 
 
 def compare_decoder(runner: Any, inputs: dict[str, Any], prompt: Any, made: Any, found: dict[str, Difference]) -> int:
     """Logits of the prompt and of each step along torch's own answer, and the cache at its end; equal best tokens."""
-    import numpy as np
-
     length = inputs["input_ids"].shape[1]
     answer = made.sequences[:, length:].numpy()  # [B, N]
     logits, state = runner.prefill(prompt, NEW_TOKENS)
@@ -176,6 +174,15 @@ def compare_decoder(runner: Any, inputs: dict[str, Any], prompt: Any, made: Any,
         equal += int((logits.argmax(-1) == expected.argmax(-1)).sum())
         if step + 1 < NEW_TOKENS:
             logits = runner.step(state, answer[:, step])
+    if "router" not in runner.manifest:  # behind a router each side lays out what stays in its own way
+        compare_cache(runner, state, inputs, made, found)
+    return equal
+
+
+def compare_cache(runner: Any, state: Any, inputs: dict[str, Any], made: Any, found: dict[str, Difference]) -> None:
+    """Keys and values of each layer at the end of an answer, padding left out."""
+    import numpy as np
+
     mask = inputs["attention_mask"].bool().numpy()
     mask = np.concatenate([mask, np.ones((len(mask), NEW_TOKENS - 1), bool)], 1)  # [B, S + N - 1]
     shared = runner.manifest["cache"] == "shared"
@@ -187,7 +194,6 @@ def compare_decoder(runner: Any, inputs: dict[str, Any], prompt: Any, made: Any,
             real = np.arange(mine.shape[2])[None] < state.lengths[:, None] if shared else mask
             theirs = tensor.float().numpy().swapaxes(1, 2)[mask]
             found[f"decoder: present.{layer_idx}.{part}"].add(mine.swapaxes(1, 2)[real], theirs)
-    return equal
 
 
 def compare_answers(clean_room: Any, model: Any, runner: Any, inputs: dict[str, Any], tolerance: float) -> list[str]:
@@ -228,8 +234,12 @@ def load_torch(clean_room: Any, job: dict[str, Any]) -> tuple[Any, Any]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    dtype = getattr(torch, job["dtype"])
-    model = AutoModelForImageTextToText.from_pretrained(job["source"], dtype=dtype, trust_remote_code=False)
+    auto: Any = AutoModelForImageTextToText
+    if "router" in json.loads((Path(job["folder"]) / "onnx.json").read_text()):
+        modeling = module("modeling_routed", HERE.parent / "modeling" / "modeling_routed.py")  # not the source's copy
+        model_type = json.loads((Path(job["source"]) / "config.json").read_text())["model_type"]
+        auto = getattr(modeling, modeling.class_name(model_type))
+    model = auto.from_pretrained(job["source"], dtype=getattr(torch, job["dtype"]))
     return model.float().eval().requires_grad_(False), clean_room.load_processor(job["folder"])
 
 
@@ -258,7 +268,7 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
         return {"problems": [f"ONNX Runtime can't open it: {_first_line(error)}"]}
     findings = Findings()
     for what, inputs in [*questions(clean_room, processor), *given_questions(job["inputs"])]:
-        compare_batch((clean_room, runtime), model, runner, (what, inputs), job, findings)
+        compare_batch(clean_room, model, runner, (what, inputs), job, findings)
     problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems
     outputs = {name: difference.to_data() for name, difference in findings.outputs.items()}
     counts = {"tokens": findings.tokens, "equal_tokens": findings.equal_tokens}
@@ -273,7 +283,7 @@ def given_questions(path: str | None) -> list[tuple[str, dict[str, Any]]]:
 
 
 def compare_batch(
-    modules: tuple[Any, Any],
+    clean_room: Any,
     model: Any,
     runner: Any,
     batch: tuple[str, dict[str, Any]],
@@ -281,22 +291,51 @@ def compare_batch(
     findings: Findings,
 ) -> None:
     """One batch through all components. What breaks is a finding too, and says where."""
-    (clean_room, runtime), (what, inputs) = modules, batch
+    what, inputs = batch
     part = "inputs"
     try:
-        prompt = runtime.prepare(runner.manifest, {name: tensor.numpy() for name, tensor in inputs.items()})
+        prompt = runner.prompt({name: tensor.numpy() for name, tensor in inputs.items()})
         part = "vision and embeddings"
         compare_parts(model, runner, inputs, prompt, findings.outputs)
-        part = "decoder"
-        made = clean_room.generate(model, inputs, NEW_TOKENS)
-        findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, findings.outputs)
-        findings.tokens += NEW_TOKENS * len(inputs["input_ids"])
-        part = "generate"
-        if not job["quantize"]:
-            answers = compare_answers(clean_room, model, runner, inputs, TOLERANCE[job["dtype"]])
-            findings.problems += [f"generate, {what}: {problem}" for problem in answers]
+        for preset in presets(runner):
+            part = "decoder" if preset is None else f"decoder ({preset})"
+            if preset is not None:
+                model.set_budget(preset)
+                runner.set_budget(preset)
+            made = clean_room.generate(model, inputs, NEW_TOKENS)
+            findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, findings.outputs)
+            findings.tokens += NEW_TOKENS * len(inputs["input_ids"])
+            if not job["quantize"]:
+                if preset is not None:
+                    findings.problems += [f"router, {what}: {p}" for p in compare_routes(model, runner, inputs, prompt)]
+                answers = compare_answers(clean_room, model, runner, inputs, TOLERANCE[job["dtype"]])
+                findings.problems += [f"generate, {what}: {problem}" for problem in answers]
     except Exception as error:
         findings.problems.append(f"{part}: fails for {what}: {type(error).__name__}: {_first_line(error)}")
+
+
+def presets(runner: Any) -> list[str | None]:
+    """Budgets to compare under: all that a router has names for; None where there is no router."""
+    return ["off", *runner.manifest["router"]["presets"]] if "router" in runner.manifest else [None]
+
+
+def compare_routes(model: Any, runner: Any, inputs: dict[str, Any], prompt: Any) -> list[str]:
+    """Which visual tokens stay and which layers run, under the budget that both sides have now."""
+    import numpy as np
+
+    _, state = runner.prefill(prompt, 1)
+    theirs = model.route(**inputs)
+    mask, problems = inputs["attention_mask"].bool(), []
+    for row, real in enumerate(mask):
+        places = np.flatnonzero(theirs.keep[row][real].numpy())
+        count = int(state.kept[row])
+        mine = np.arange(count) if state.index is None else np.sort(state.index[row, :count])
+        if not np.array_equal(places, mine):
+            problems.append(f"{len(set(places) ^ set(mine))} tokens of row {row + 1} are chosen by one side only")
+        runs = theirs.layers[row][runner.manifest["router"]["candidates"]].numpy()
+        if not np.array_equal(runs, state.runs[row]):
+            problems.append(f"row {row + 1} runs other layers")
+    return problems
 
 
 def _first_line(error: Exception) -> str:

@@ -27,6 +27,7 @@ from .support import Support
 
 ATTENTION = "lvlm_exporter_group_query"
 Samples = dict[str, Any]
+Present = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 
 
 class Embeddings(nn.Module):
@@ -78,15 +79,13 @@ class Decoder(nn.Module):
         )
         return output.last_hidden_state
 
-    def outputs(self, last: Tensor, present: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def outputs(self, last: Tensor, present: Present) -> dict[str, Tensor]:
+        return {"logits": self.logits(last), **named_cache(present)}
+
+    def logits(self, last: Tensor) -> Tensor:
         """last [B, 1, D]: of three dimensions, so that the head is a MatMul, which can be quantised."""
         logits = self.head(last).float()[:, 0]
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        named = {"logits": logits}
-        for layer_idx, (keys, values) in enumerate(present):
-            named |= {f"present.{layer_idx}.key": keys, f"present.{layer_idx}.value": values}
-        return named
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def common_samples(self, past: int) -> Samples:
         layers, heads, size = self.shape
@@ -125,9 +124,7 @@ class SharedDecoder(Decoder):
         step = SharedStep(past_key_values, (row_lengths - 1).to(torch.int32), total_length)
         with step:
             states = self.run(inputs_embeds, position_ids, step, None)  # [B, S, D]
-        last = (row_lengths - 1).clamp(max=states.shape[1] - 1)
-        picked = states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2]))
-        return self.outputs(picked, step.present)
+        return self.outputs(last_tokens(states, row_lengths), step.present)
 
     def samples(self) -> Samples:
         own = {"row_lengths": torch.tensor([5, 4]), "total_length": torch.tensor(5, dtype=torch.int32)}
@@ -205,9 +202,10 @@ class GrowingDecoder(Decoder):
 class GrowingStep:
     """A cache for one traced pass: appends."""
 
-    def __init__(self, past: list[Tensor]) -> None:
-        self.past = list(zip(past[::2], past[1::2], strict=True))
-        self.present: list[Any] = [None] * len(self.past)
+    def __init__(self, past: list[Tensor], first_layer: int = 0) -> None:
+        pairs = zip(past[::2], past[1::2], strict=True)
+        self.past: Present = dict(enumerate(pairs, first_layer))
+        self.present: Present = {}
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         old_keys, old_values = self.past[layer_idx]
@@ -215,7 +213,7 @@ class GrowingStep:
         return self.present[layer_idx]
 
     def get_seq_length(self, *_: Any) -> Any:
-        return self.past[0][0].shape[2]
+        return next(iter(self.past.values()))[0].shape[2]
 
 
 class SharedStep(GrowingStep):
@@ -223,8 +221,8 @@ class SharedStep(GrowingStep):
 
     current: SharedStep | None = None
 
-    def __init__(self, past: list[Tensor], last_index: Tensor, total_length: Tensor) -> None:
-        super().__init__(past)
+    def __init__(self, past: list[Tensor], last_index: Tensor, total_length: Tensor, first_layer: int = 0) -> None:
+        super().__init__(past, first_layer)
         self.last_index, self.total_length = last_index, total_length
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -249,7 +247,7 @@ def group_query(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
         settings["local_window_size"] = int(window)
     if cap := options.get("softcap"):
         settings["softcap"] = float(cap)
-    mixed, *present = torch.onnx.ops.symbolic_multi_out(
+    mixed, new_keys, new_values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         (*flat, keys, values, step.last_index, step.total_length),
         settings,
@@ -257,17 +255,16 @@ def group_query(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
         shapes=([batch, length, heads * size], list(keys.shape), list(values.shape)),
         version=1,
     )
-    step.present[module.layer_idx] = tuple(present)
+    step.present[module.layer_idx] = new_keys, new_values
     return mixed.unflatten(-1, (heads, size)), None
 
 
 @contextmanager
-def group_query_attention(module: nn.Module) -> Iterator[None]:
+def group_query_attention(module: Decoder) -> Iterator[None]:
     """The language model attends with `group_query` inside the block."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, group_query)
-    assert isinstance(module, SharedDecoder)
     config = module.language_model.config
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
@@ -275,6 +272,19 @@ def group_query_attention(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def last_tokens(states: Tensor, row_lengths: Tensor) -> Tensor:
+    """The states of each row's last token, in a prompt padded on the right or in a pass of one token: [B, 1, D]"""
+    last = (row_lengths - 1).clamp(max=states.shape[1] - 1)
+    return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2]))
+
+
+def named_cache(present: Present) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for layer_idx, (keys, values) in sorted(present.items()):
+        named |= {f"present.{layer_idx}.key": keys, f"present.{layer_idx}.value": values}
+    return named
 
 
 def language_model(model: Any) -> Any:

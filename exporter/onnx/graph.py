@@ -30,16 +30,16 @@ def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
     config = OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic(), opset_version=opset, ort_fusions=target)
     with quiet(), unsupported(path.stem):
         program = OnnxExporter().export(module, module.samples(), config).program
-    name_inputs(program)
+    name_inputs(program, getattr(module, "first_layer", 0))
     onnx_ir.save(program, str(path), external_data=f"{path.name}.data")
 
 
-def name_inputs(program: Any) -> None:
+def name_inputs(program: Any, first_layer: int) -> None:
     """past_key_values.0 .. 2L-1 become past_key_values.LAYER.key and .value, as the outputs are called."""
     for value in program.graph.inputs:
         if match := re.fullmatch(r"past_key_values[._](\d+)", value.name):
             layer, part = divmod(int(match[1]), 2)
-            value.name = f"past_key_values.{layer}.{('key', 'value')[part]}"
+            value.name = f"past_key_values.{layer + first_layer}.{('key', 'value')[part]}"
 
 
 @contextlib.contextmanager

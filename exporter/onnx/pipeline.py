@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from ..calibration import DEFAULT_PROMPT, load_calibration, make_batches
 from ..checkpoint import RECORD, check_space, check_target, staged
 from ..clean_room import load_processor
 from ..errors import InputError
+from ..modeling.modeling_routed import RouterSettings
 from ..source import Source, compute_dtype, load_model, open_source
 from ..verification import verify
 from .decoder import Embeddings, GrowingDecoder, SharedDecoder, group_query_attention
 from .graph import check_opset, trace
 from .manifest import describe, write_manifest
 from .quantize import check_quantize, quantize
+from .routed import describe_router, load_router, read_settings, write_routed
 from .runtime.model import check_provider
 from .support import SHARED, Support, cache_kind, support_of
 from .validation import validate
@@ -44,29 +47,64 @@ def export(model: str | Path, out: str | Path, options: ExportOptions | None = N
     """Write a checkpoint as a folder of ONNX graphs that ONNX Runtime runs as torch runs the model, or raise."""
     options, out = options or ExportOptions(), Path(out)
     check_environment(options)
-    source = open_verified(str(model))
-    support = support_of(source.config)
-    dtype = chosen_dtype(options)
+    job = prepare(str(model), options)
     check_target(out)
-    check_space(out, needed_bytes(source, dtype, options.quantize))
-    inputs = questions(source, options)
-    torch_model, _ = load_model(source, "cpu", compute_dtype(dtype, source.config, "cpu"))
-    cache = cache_kind(source.config, dtype, options.device)
-    settings = {"device": options.device, "dtype": dtype, "opset": options.opset or DEFAULT_OPSET}
-    job = {"source": str(source.folder.absolute()), **settings}
-    manifest = describe(torch_model, source, support, settings | {"quantize": options.quantize, "cache": cache})
+    check_space(out, needed_bytes(job.source, job.dtype, options.quantize))
+    inputs = questions(job.source, options)
+    torch_model, _ = load_model(job.source, "cpu", compute_dtype(job.dtype, job.source.config, "cpu"))
+    manifest = describe(torch_model, job.source, job.support, job.settings())
+    if job.route is not None:
+        manifest["router"] = describe_router(job.source.config, job.route)
     with staged(out) as stage:
-        write_graphs(torch_model, support, cache, stage, options)
+        write_graphs(torch_model, job, stage)
         del torch_model  # the clean process loads it again: there is memory for one
-        carry(source, stage)
+        carry(job.source, stage)
         write_manifest(stage, manifest)
-        manifest["validation"] = validate(stage, {**job, "quantize": None}, inputs)
+        manifest["validation"] = validate(stage, job.for_validation(quantize=None), inputs)
         if options.quantize:
             quantize(stage, options.quantize, options.device)
             write_manifest(stage, manifest)
-            manifest["quantized"] = validate(stage, {**job, "quantize": options.quantize}, inputs)
+            manifest["quantized"] = validate(stage, job.for_validation(quantize=options.quantize), inputs)
         write_manifest(stage, manifest, hashed=True)
     return out
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is exported and how, all of it checked."""
+
+    source: Source
+    options: ExportOptions
+    support: Support
+    dtype: str
+    cache: str  # a kind of `support.cache_kind`
+    route: RouterSettings | None  # of a routed checkpoint
+
+    @property
+    def opset(self) -> int:
+        return self.options.opset or DEFAULT_OPSET
+
+    def settings(self) -> dict[str, Any]:
+        """As they stand in the manifest."""
+        options = self.options
+        return {
+            "device": options.device,
+            "dtype": self.dtype,
+            "opset": self.opset,
+            "quantize": options.quantize,
+            "cache": self.cache,
+        }
+
+    def for_validation(self, quantize: str | None) -> dict[str, Any]:
+        return {**self.settings(), "source": str(self.source.folder.absolute()), "quantize": quantize}
+
+
+def prepare(model: str, options: ExportOptions) -> Job:
+    source = open_verified(model)
+    dtype = chosen_dtype(options)
+    cache = cache_kind(source.config, dtype, options.device)
+    route = read_settings(source.config, cache) if "router" in source.raw_config else None
+    return Job(source, options, support_of(source.config), dtype, cache, route)
 
 
 # --- before anything expensive starts ---------------------------------------------------------------------------------
@@ -90,11 +128,6 @@ def check_environment(options: ExportOptions) -> None:
 def open_verified(model: str) -> Source:
     """The source; one of ours only if it verifies, so that a damaged checkpoint is not blamed on ONNX."""
     source = open_source(model)
-    if "router" in source.raw_config:
-        raise InputError(
-            f"{model} has a router, and graphs that leave tokens and layers out are not exported yet: export the plain "
-            "checkpoint that it was made from."
-        )
     if (source.folder / RECORD).exists():
         result = verify(source.folder)
         if not result.holds:
@@ -126,17 +159,24 @@ def questions(source: Source, options: ExportOptions) -> list[dict[str, Any]]:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def write_graphs(model: Any, support: Support, cache: str, folder: Path, options: ExportOptions) -> None:
-    opset = options.opset or DEFAULT_OPSET
-    trace(vision_module(model, support.kind), folder / "vision.onnx", options.device, opset)
-    trace(Embeddings(model).eval(), folder / "embeddings.onnx", options.device, opset)
-    decoder = (SharedDecoder if cache == SHARED else GrowingDecoder)(model, support).eval()
-    with group_query_attention(decoder) if cache == SHARED else contextlib.nullcontext():
-        trace(decoder, folder / "decoder.onnx", options.device, opset)
+def write_graphs(model: Any, job: Job, folder: Path) -> None:
+    device, support = job.options.device, job.support
+    trace(vision_module(model, support.kind), folder / "vision.onnx", device, job.opset)
+    trace(Embeddings(model).eval(), folder / "embeddings.onnx", device, job.opset)
+    if job.route is not None:
+        router = load_router(job.source.folder, job.source.config, job.route, model.dtype)
+        write_routed(model, router, job.route, support, folder, device, job.opset)
+        return
+    decoder = (SharedDecoder if job.cache == SHARED else GrowingDecoder)(model, support).eval()
+    with group_query_attention(decoder) if job.cache == SHARED else contextlib.nullcontext():
+        trace(decoder, folder / "decoder.onnx", device, job.opset)
 
 
 def carry(source: Source, folder: Path) -> None:
     """Processor, tokenizer, generation settings, licence texts, and config.json, which processors are found by."""
-    for path in (Path("config.json"), *source.companions()):
+    # Without the mention of a modeling file, which stays behind: AutoProcessor would ask whether it may be trusted.
+    config = {name: value for name, value in source.raw_config.items() if name != "auto_map"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in source.companions():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.folder / path, folder / path)

@@ -22,11 +22,15 @@ def check_quantize(name: str | None) -> None:
 
 
 def quantize(folder: Path, name: str, device: str) -> None:
-    """Replace the folder's decoder by one with integer weights."""
+    """Replace the folder's decoder, in one graph or in parts, by one with integer weights."""
+    for path in sorted([*folder.glob("decoder*.onnx"), *folder.glob("head.onnx")]):
+        quantize_graph(path, name, device)
+
+
+def quantize_graph(path: Path, name: str, device: str) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-    path = folder / "decoder.onnx"
     settings = DefaultWeightOnlyQuantConfig(
         block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL[device], bits=BITS[name]
     )

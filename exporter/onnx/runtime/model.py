@@ -36,6 +36,10 @@ def load(folder: Path | str, device: str | None = None, threads: int | None = No
             f"--device {device}."
         )
     check_provider(device)
+    if "router" in manifest:
+        from .routed import RoutedModel
+
+        return RoutedModel(folder, manifest, device, threads)
     return Model(folder, manifest, device, threads)
 
 
@@ -99,24 +103,28 @@ class State:
     prompt: Prompt
     cache: dict[str, Any]  # key and value of each layer on the device
     lengths: Array  # [B] tokens in the cache, padding not counted
-    total: int  # columns of the cache that are in use
-    real: Array  # [B, total] for growing caches
-    bound: Any = None  # of shared caches: the binding of a step, made once
+    real: Array  # [B, columns of a growing cache] False: padding
+    binding: Any = None  # of a shared cache, whose buffers stay where they are
 
 
 class Model:
     """`generate` answers; `prefill` and `step` are its two halves, for those who pick tokens themselves."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: str, threads: int | None = None) -> None:
-        self.folder, self.manifest, self.device = folder, manifest, device
-        self.vision, self.embeddings, self.decoder = (
-            open_session(folder / f"{name}.onnx", device, threads) for name in ("vision", "embeddings", "decoder")
-        )
+        self.folder, self.manifest, self.device, self.threads = folder, manifest, device, threads
+        self.vision, self.embeddings = self._open("vision"), self._open("embeddings")
+        self._open_decoder()
         path = folder / "generation_config.json"
         self.defaults: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         layers = range(manifest["layers"])
         self.cache_names = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
         self.cache_dtype = np.float16 if manifest["dtype"] == "float16" else np.float32
+
+    def _open(self, name: str) -> Any:
+        return open_session(self.folder / f"{name}.onnx", self.device, self.threads)
+
+    def _open_decoder(self) -> None:
+        self.decoder = self._open("decoder")
 
     # --- answers ---
 
@@ -130,7 +138,7 @@ class Model:
         """
         settings, inputs = self._split(options)
         random = np.random.default_rng(seed)
-        prompt = prepare(self.manifest, inputs)
+        prompt = self.prompt(inputs)
         logits, state = self.prefill(prompt, settings.max_new_tokens)
         tokens = np.asarray(inputs["input_ids"]).astype(np.int64)  # [B, S], as it was given
         running = np.ones(len(tokens), bool)
@@ -150,10 +158,25 @@ class Model:
             raise InputError("generate needs input_ids: give it a processor's output, generate(**inputs).")
         return Sampling.of(self.defaults, chosen, self.manifest["pad_token_id"]), graph_inputs
 
+    def prompt(self, inputs: dict[str, Any]) -> Prompt:
+        """A processor's output, laid out for the graphs."""
+        return prepare(self.manifest, inputs)
+
     # --- its halves ---
 
     def prefill(self, prompt: Prompt, new_tokens: int) -> tuple[Array, State]:
         """Run the prompt: logits of each row's next token [B, V], and the state that `step` goes on from."""
+        embeds = self._embedded(prompt)
+        rows, length = prompt.input_ids.shape
+        state = State(prompt, {}, prompt.lengths, prompt.real)
+        shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
+        if self.manifest["cache"] == "growing":
+            shape = (*shape[:2], 0, shape[3])
+        state.cache = {name: self._empty(shape, self.cache_dtype) for name in self.cache_names}
+        return self._decode(state, embeds, prompt.positions, prompt.block_ids), state
+
+    def _embedded(self, prompt: Prompt) -> Any:
+        """The prompt as it enters the decoder, features in their places: [B, S, D]"""
         features = self.image_features(prompt)
         wanted = int((prompt.input_ids == self.manifest["image_token_id"]).sum())
         if features.shape()[0] != wanted:
@@ -161,24 +184,17 @@ class Model:
                 f"the prompt has {wanted} image tokens, its images make {features.shape()[0]} features: was it "
                 "truncated, or are images missing?"
             )
-        embeds = self._embed(prompt.input_ids, features)
-        rows, length = prompt.input_ids.shape
-        state = State(prompt, {}, prompt.lengths, length, prompt.real)
-        shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
-        if self.manifest["cache"] == "growing":
-            shape = (*shape[:2], 0, shape[3])
-        state.cache = {name: self._empty(shape, self.cache_dtype) for name in self.cache_names}
-        return self._decode(state, embeds, prompt.positions, prompt.block_ids), state
+        return self.embed(prompt.input_ids, features)
 
     def step(self, state: State, tokens: Array) -> Array:
         """Go on by one token a row: tokens [B] -> logits [B, V]"""
         added = state.lengths - state.prompt.lengths
-        state.lengths, state.total = state.lengths + 1, state.total + 1
+        state.lengths = state.lengths + 1
         positions = (state.prompt.next_position + added)[:, None]  # [B, 1]
         if self.manifest["mrope"]:
             positions = np.tile(positions, (3, 1, 1))
         state.real = np.concatenate([state.real, np.ones((len(tokens), 1), bool)], 1)
-        embeds = self._embed(tokens[:, None], self._no_features())
+        embeds = self.embed(tokens[:, None], self._no_features())
         return self._decode(state, embeds, positions, np.full((len(tokens), 1), -1))
 
     def image_features(self, prompt: Prompt) -> Any:
@@ -188,12 +204,13 @@ class Model:
             return self._no_features()
         return runs[0] if len(runs) == 1 else self._value(np.concatenate([run.numpy() for run in runs]))
 
-    def _embed(self, ids: Array, features: Any) -> Any:
+    def embed(self, ids: Array, features: Any) -> Any:
+        """Token ids [B, S] to what enters the decoder [B, S, D], on the device."""
         feed = {"input_ids": self._value(ids), "image_features": features}
         return self.embeddings.run_with_ort_values(None, feed)[0]
 
     def _decode(self, state: State, embeds: Any, positions: Array, block_ids: Array) -> Array:
-        binding = self.decoder.io_binding()
+        binding = state.binding or self.decoder.io_binding()
         feed = {"inputs_embeds": embeds, "position_ids": self._value(positions)}
         shared = self.manifest["cache"] == "shared"
         if shared:
@@ -205,17 +222,23 @@ class Model:
         for name, value in feed.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
-        for name, value in state.cache.items():
+        if state.binding is None:
+            self._bind_cache(binding, state.cache, shared)
+        self.decoder.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        if shared:
+            state.binding = binding
+        else:
+            state.cache = dict(zip(self.cache_names, outputs[1:], strict=True))
+        return outputs[0].numpy()
+
+    def _bind_cache(self, binding: Any, cache: dict[str, Any], shared: bool) -> None:
+        for name, value in cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             if shared:  # one buffer for both: the operator writes where it reads
                 binding.bind_ortvalue_output(f"present.{name}", value)
             else:
                 binding.bind_output(f"present.{name}", self.device)
-        self.decoder.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
-        if not shared:
-            state.cache = dict(zip(self.cache_names, outputs[1:], strict=True))
-        return outputs[0].numpy()
 
     # --- tensors on the device ---
 

@@ -36,6 +36,7 @@ class Prompt:
     next_position: Array  # [B] of the first new token
     block_ids: Array  # [B, S] tokens of one number see each other both ways; -1: only what comes before
     images: list[Feed]  # one run of the vision graph each
+    places: Array = None  # [B, S, 3] image number, row and column of visual tokens: what a router reads
 
     @property
     def lengths(self) -> Array:
