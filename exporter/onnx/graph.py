@@ -61,9 +61,8 @@ def unsupported(component: str) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """The exporters log and print their progress; none of it is for users."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "transformers", "onnxscript", "onnx_ir", "onnxruntime")
-    ]
+    names = ("torch.onnx", "torch.__trace", "transformers", "onnxscript", "onnx_ir", "onnxruntime")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
