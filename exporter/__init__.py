@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "load_grid",
     "load_recipe",
+    "onnx",
     "push",
     "reproduce",
     "route",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from . import onnx
     from .benchmark import BenchOptions, bench
     from .budgets import Wanted
     from .comparison import Grid, compare, load_grid
@@ -75,8 +77,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "onnx":  # a package of its own: exporter.onnx.export, exporter.onnx.load
+        return importlib.import_module(".onnx", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'exporter' has no attribute '{name}'")
-    import importlib
 
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -140,6 +140,21 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     card = _verb(verbs, "card", "write the model card of a checkpoint again", "card small")
     card.add_argument("folder", type=Path, metavar="DIR")
 
+    onnx = _verb(
+        verbs,
+        "onnx",
+        "write a checkpoint as ONNX graphs, validated against torch",
+        f"onnx {MODEL} --out digits-onnx --calibration {DATA}/calibration.jsonl",
+    )
+    onnx.add_argument("folder", metavar="DIR", help="checkpoint: folder or hub id")
+    onnx.add_argument("--out", type=Path, required=True, metavar="DIR2", help="folder to make")
+    onnx.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="what the graphs are fused for (cpu)")
+    onnx.add_argument("--dtype", default="auto", help="float32, float16 (auto: float32 for the CPU, float16 for CUDA)")
+    onnx.add_argument("--quantize", metavar="int8", help="integer weights in the decoder: int8, int4")
+    onnx.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators (20)")
+    onnx.add_argument("--calibration", metavar="FILE", help="questions to compare with torch on, beside the usual ones")
+    onnx.add_argument("--samples", type=int, default=8, metavar="N", help="how many are drawn from it (8)")
+
     push = _verb(verbs, "push", "publish a checkpoint on the hub", "push small USER/NAME --private")
     push.add_argument("folder", type=Path, metavar="DIR")
     push.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it is not there")
@@ -149,7 +164,7 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     push.add_argument("--message", help="of the commit")
     push.add_argument("--dry-run", action="store_true", help="say what would be published, and stop; needs no token")
     push.add_argument("--device", default="cpu", help="that the checkpoint is verified on first")
-    for verb in (verify, again, card, push):
+    for verb in (verify, again, card, onnx, push):
         _json_argument(verb)
     for name, verb in verbs.choices.items():
         verb.set_defaults(verb=functions[name])

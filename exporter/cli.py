@@ -361,6 +361,20 @@ def card_verb(options: argparse.Namespace) -> None:
     _write_json(options, {"path": str(path)})
 
 
+def onnx_verb(options: argparse.Namespace) -> None:
+    from .onnx import ExportOptions, export
+    from .onnx.manifest import read_manifest
+    from .onnx.report import differences_table
+
+    _progress(options)
+    names = ("device", "dtype", "quantize", "opset", "calibration", "samples")
+    folder = export(options.folder, options.out, ExportOptions(**{name: getattr(options, name) for name in names}))
+    manifest = read_manifest(folder)
+    print(differences_table(manifest))
+    print(f"validated in a clean process. ONNX folder: {folder}")
+    _write_json(options, {"path": str(folder), **manifest})
+
+
 def push_verb(options: argparse.Namespace) -> int:
     import logging
 
@@ -389,5 +403,6 @@ VERBS = {
     "bench": bench_verb,
     "compare": compare_verb,
     "card": card_verb,
+    "onnx": onnx_verb,
     "push": push_verb,
 }

@@ -20,7 +20,7 @@ ORDER = (
     "errors families scores scoring weights source clean_room calibration replay capture fidelity localize plan recipe "
     "moments fold variants modeling routing rules budgets oracle relaxation router_training checkpoint verification "
     "report route_pictures model_card routed_checkpoint pipeline estimate reproduction evaluation comparison "
-    "route_comparison hub timing workload subject benchmark arguments cli __main__"
+    "route_comparison hub timing workload subject benchmark onnx arguments cli plugins __main__"
 ).split()
 
 
@@ -55,6 +55,17 @@ def test_imports_point_one_way(path):
 def test_the_clean_room_needs_nothing_of_ours():
     used = imports(PACKAGE / "clean_room.py") - set(sys.stdlib_module_names)
     assert used <= {"torch", "transformers", "PIL"}
+
+
+def test_the_onnx_runner_needs_neither_torch_nor_the_rest_of_the_package():
+    for path in (PACKAGE / "onnx" / "runtime").glob("*.py"):
+        used = imports(path) - set(sys.stdlib_module_names)
+        assert used <= {"numpy", "onnxruntime", "exporter.errors"}  # and without the last, as its clean process shows
+
+
+def test_the_comparison_of_onnx_with_torch_needs_nothing_of_ours():
+    used = imports(PACKAGE / "onnx" / "comparison.py") - set(sys.stdlib_module_names)
+    assert used <= {"numpy", "onnx", "torch", "transformers", "PIL"}
 
 
 def test_what_travels_with_a_checkpoint_needs_nothing_of_ours():

@@ -265,7 +265,7 @@ class Router(nn.Module):
             places = self._here(places)
             x = x + self.place(waves(places[..., 1:], self.OCTAVES).to(x.dtype)) * visual[..., None]
         numbers = torch.arange(self.num_candidates, device=x.device)
-        layers = self.layer(numbers).expand(len(x), -1, -1)  # [B, N, R]
+        layers = self.layer(numbers).expand(x.shape[0], -1, -1)  # [B, N, R]
         x = torch.cat([x, layers.to(x.dtype)], 1)  # [B, S + N, R]
         x = x + self._attend(self.attention_norm(x), visible)
         x = x + self.mlp(self.mlp_norm(x))

@@ -1,0 +1,216 @@
+"""ONNX Runtime against torch on one machine: how fast, and how right.
+
+    python examples/benchmarks/onnx_speed.py speed --size reference   12 layers of 128, LLaVA, random weights
+    python examples/benchmarks/onnx_speed.py speed --size mid         8 layers of 1024
+    python examples/benchmarks/onnx_speed.py accuracy FOLDER... --task FILE.jsonl
+
+`speed` runs every way in turn, so that a change of the machine's speed meets all of them alike, and prints medians and
+their ratios to sdpa. Weights are random: speed does not depend on them. `accuracy` takes checkpoints, which torch
+answers, and ONNX folders. (Not called onnx.py, which `import onnx` would find: its folder comes first on the path.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from exporter.calibration import load_calibration, make_batches
+from exporter.clean_room import load_processor
+from exporter.onnx import ExportOptions, load
+from exporter.onnx.decoder import cache_shape
+from exporter.onnx.manifest import read_manifest
+from exporter.onnx.pipeline import Job, write_graphs
+from exporter.onnx.quantize import quantize
+from exporter.onnx.runtime.model import Model
+from exporter.onnx.runtime.prepare import prepare
+from exporter.onnx.support import support_of
+from exporter.scoring import Rate, is_right
+
+SIZES = {
+    "reference": LlamaConfig(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=69,
+    ),
+    "mid": LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=32000,
+    ),
+}  # fmt: skip
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speed(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    text = SIZES[options.size]
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1)
+    model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    ids = torch.randint(1, 60, (options.batch, options.prompt))
+    ways: dict[str, Any] = {f"torch {name}": Torch(model, ids, name) for name in ("sdpa", "eager", "compile")}
+    with tempfile.TemporaryDirectory() as place:
+        for weights in (None, "int8"):
+            folder = Path(place) / str(weights)
+            folder.mkdir()
+            job = Job(None, ExportOptions(), support_of(config), "float32", "shared", None)  # of no checkpoint
+            write_graphs(model, job, folder)
+            if weights:
+                quantize(folder, weights, "cpu")
+            ways["ONNX Runtime" + (f" {weights}" if weights else "")] = Ort(model, folder, ids, options.threads)
+        prefill = alternating(options.repeats, {name: way.prefill for name, way in ways.items()})
+        decode = alternating(options.repeats, {name: way.decode for name, way in ways.items()})
+    print(f"{options.size}, batch {options.batch}, prompt {options.prompt}, {options.threads} threads, ms (x sdpa)")
+    for name in ways:
+        told = (f"{1e3 * s[name]:9.2f} ({s['torch sdpa'] / s[name]:4.2f})" for s in (prefill, decode))
+        print(f"{name:20} prefill {next(told)}   a token {next(told)}")
+    if options.json:
+        options.json.write_text(json.dumps({"prefill_s": prefill, "decode_s": decode}, indent=2) + "\n")
+
+
+def alternating(repeats: int, jobs: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Median of the seconds that each job says it took, run in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for job in jobs.values():
+        job()  # warm up, compile
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            seconds[name].append(job())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def seconds_of(job: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    job()
+    return time.perf_counter() - begin
+
+
+class Torch:
+    """Embeddings, language model and head by torch: a prompt, then tokens on the cache."""
+
+    STEPS = 8
+
+    def __init__(self, model: Any, ids: torch.Tensor, way: str) -> None:
+        self.model, self.ids = copy.deepcopy(model), ids
+        self.model.set_attn_implementation("eager" if way == "eager" else "sdpa")
+        self.forward = torch.compile(self.model.forward, dynamic=True) if way == "compile" else self.model.forward
+        self.next = torch.ones(len(ids), 1, dtype=torch.long)
+
+    @torch.inference_mode()
+    def _run(self, **inputs: Any) -> Any:
+        return self.forward(**inputs, use_cache=True, logits_to_keep=1)
+
+    def prefill(self) -> float:
+        return seconds_of(lambda: self._run(input_ids=self.ids))
+
+    def decode(self) -> float:
+        """Of one token."""
+        cache = self._run(input_ids=self.ids).past_key_values
+
+        def steps() -> None:
+            for _ in range(self.STEPS):
+                self._run(input_ids=self.next, past_key_values=cache)
+
+        return seconds_of(steps) / self.STEPS
+
+
+class Ort:
+    """The same by the runner."""
+
+    STEPS = Torch.STEPS
+
+    def __init__(self, model: Any, folder: Path, ids: torch.Tensor, threads: int) -> None:
+        layers, heads, head_size = cache_shape(model)
+        manifest = {
+            "cache": "shared", "layers": layers, "heads": heads, "head_size": head_size, "dtype": "float32",
+            "hidden_size": model.config.text_config.hidden_size, "image_token_id": model.config.image_token_id,
+            "mrope": False, "first_position": 0, "blocks": None, "vision": {"kind": "tiles"}, "pad_token_id": 0,
+        }  # fmt: skip
+        self.model = Model(folder, manifest, "cpu", threads)
+        self.prompt = prepare(manifest, {"input_ids": ids.numpy()})
+
+    def prefill(self) -> float:
+        return seconds_of(lambda: self.model.prefill(self.prompt, self.STEPS))
+
+    def decode(self) -> float:
+        """Of one token."""
+        _, state = self.model.prefill(self.prompt, self.STEPS)
+        tokens = np.ones(len(self.prompt.input_ids), np.int64)
+        return seconds_of(lambda: [self.model.step(state, tokens) for _ in range(self.STEPS)]) / self.STEPS
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def accuracy(options: argparse.Namespace) -> None:
+    results = {}
+    for folder in options.folders:
+        rate, seconds, size = answered(Path(folder), options)
+        results[folder] = {"accuracy": rate.accuracy, "n": rate.n, "seconds": seconds, "bytes": size}
+        low, high = rate.interval
+        print(
+            f"{folder}: {100 * rate.accuracy:.1f} % of {rate.n} ({100 * low:.1f} to {100 * high:.1f}), "
+            f"{size / 1e6:.1f} MB, {seconds:.1f} s"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def answered(folder: Path, options: argparse.Namespace) -> tuple[Rate, float, int]:
+    """Exact match on the task's questions, seconds of generating, bytes of weights."""
+    processor = load_processor(folder)
+    config = AutoConfig.from_pretrained(folder)
+    samples = load_calibration(options.task, samples=options.samples).samples
+    if (folder / "onnx.json").exists():
+        model: Any = load(folder, threads=options.threads)
+        size = sum(read_manifest(folder)["files"].values())
+    else:
+        torch.set_num_threads(options.threads)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    right, seconds = [], 0.0
+    for batch in make_batches(samples, processor, config, options.batch):
+        begin = time.perf_counter()
+        made = model.generate(**batch.inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
+        seconds += time.perf_counter() - begin
+        told = processor.batch_decode(made[:, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += [is_right(s, q.answers, q.choices) for s, q in zip(told, batch.samples, strict=True)]
+    return Rate.of(right), seconds, size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = parser.add_subparsers(required=True)
+    fast = ways.add_parser("speed")
+    fast.add_argument("--size", choices=SIZES, default="reference")
+    fast.add_argument("--prompt", type=int, default=256, help="tokens")
+    fast.add_argument("--batch", type=int, default=1)
+    fast.add_argument("--repeats", type=int, default=15)
+    right = ways.add_parser("accuracy")
+    right.add_argument("folders", nargs="+")
+    right.add_argument("--task", required=True)
+    right.add_argument("--samples", type=int)
+    right.add_argument("--batch", type=int, default=16)
+    right.add_argument("--max-new-tokens", type=int, default=32)
+    for way, function in ((fast, speed), (right, accuracy)):
+        way.add_argument("--threads", type=int, default=2)
+        way.add_argument("--json", type=Path)
+        way.set_defaults(function=function)
+    options = parser.parse_args()
+    options.function(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""From a module to an ONNX file.
+
+transformers' own exporter (`transformers.exporters.OnnxExporter`) does the work: it knows which operators of a model
+need to be said differently, and rewrites the graph into ONNX Runtime's fused operators for the target. Its ways of
+taking a whole model apart (`export_for_generation`, `decompose_multimodal`) are not used: what they make has no vision
+tower or a fixed batch (measured on 5.23), so the modules of vision.py and decoder.py are given to it one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+OLDEST_OPSET = 18  # what torch.onnx writes natively; older ones are down-converted, which loses operators
+
+
+def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
+    """Write a module's graph, fused for the target ("cpu" or "cuda"), weights beside it in FILE.data."""
+    import onnx_ir
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    config = OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic(), opset_version=opset, ort_fusions=target)
+    with quiet(), unsupported(path.stem):
+        program = OnnxExporter().export(module, module.samples(), config).program
+    name_inputs(program, getattr(module, "first_layer", 0))
+    onnx_ir.save(program, str(path), external_data=f"{path.name}.data")
+
+
+def name_inputs(program: Any, first_layer: int) -> None:
+    """past_key_values.0 .. 2L-1 become past_key_values.LAYER.key and .value, as the outputs are called."""
+    for value in program.graph.inputs:
+        if match := re.fullmatch(r"past_key_values[._](\d+)", value.name):
+            layer, part = divmod(int(match[1]), 2)
+            value.name = f"past_key_values.{layer + first_layer}.{('key', 'value')[part]}"
+
+
+@contextlib.contextmanager
+def unsupported(component: str) -> Iterator[None]:
+    """An operator that can't be written is the model's, not a bug of ours: one sentence."""
+    import torch
+
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        names = re.findall(r"op='([\w.]+)'", str(reason))
+        what = f"operator {names[0]} has no ONNX form" if names else str(reason).strip().splitlines()[0]
+        raise InputError(f"the {component} of this model can't be written as ONNX: {what}.") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporters log and print their progress; none of it is for users."""
+    names = ("torch.onnx", "torch.__trace", "transformers", "onnxscript", "onnx_ir", "onnxruntime")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def check_opset(opset: int | None) -> None:
+    if opset is None:
+        return
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise InputError(f"opset {opset} can't be written: {OLDEST_OPSET} to {newest} can; leave --opset out for 20.")

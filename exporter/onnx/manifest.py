@@ -1,0 +1,87 @@
+"""onnx.json: what the runner must know of a folder, where it comes from, and how far it is from torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..source import Source, file_hash
+from .decoder import cache_shape
+from .runtime.model import FORMAT, MANIFEST, read_manifest
+from .support import Support
+
+__all__ = ["describe", "graph_files", "read_manifest", "write_manifest"]
+
+
+def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
+    layers, heads, head_size = cache_shape(model)
+    text = source.config.get_text_config()
+    pad = getattr(text, "pad_token_id", None)
+    return {
+        "format": FORMAT,
+        "model_type": source.config.model_type,
+        **settings,
+        "layers": layers,
+        "heads": heads,
+        "head_size": head_size,
+        "hidden_size": text.hidden_size,
+        "image_token_id": source.config.image_token_id,
+        "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
+        "first_position": support.first_position,
+        "mrope": support.mrope,
+        "blocks": support.blocks,
+        "vision": vision_settings(source.config, support.kind),
+        "source": {"name": source.name, "revision": source.revision},
+        "versions": versions(),
+    }
+
+
+def vision_settings(config: Any, kind: str) -> dict[str, Any]:
+    """What the runner needs to lay out images, by kind."""
+    vision = config.vision_config
+    settings: dict[str, Any] = {"kind": kind}
+    if kind == "anyres":
+        aspect = getattr(config, "vision_aspect_ratio", None)  # 'anyres_max_9'
+        settings |= {
+            "grid": vision.image_size // vision.patch_size,
+            "tile": vision.image_size,
+            "pinpoints": [list(point) for point in config.image_grid_pinpoints],
+            "max_tiles": int(aspect.rpartition("_")[2]) if aspect else None,
+        }
+    elif kind == "sized":
+        settings["side"] = vision.patch_size * getattr(config, "spatial_merge_size", 1)
+    elif kind == "patches":
+        merge = vision.spatial_merge_size
+        window = getattr(vision, "window_size", 0)
+        settings |= {"merge": merge, "window": window // merge // vision.patch_size}
+    return settings
+
+
+def versions() -> dict[str, str]:
+    import onnxruntime  # of its two distributions, the one that is imported
+
+    names = ("torch", "transformers", "onnx", "onnxscript")
+    return {
+        "lvlm-exporter": __version__,
+        "onnxruntime": onnxruntime.__version__,
+        **{name: version(name) for name in names},
+    }
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], hashed: bool = False) -> None:
+    """With the size of every graph file, and their hashes at the end."""
+    files = sorted(graph_files(folder))
+    manifest["files"] = {path.name: path.stat().st_size for path in files}
+    if hashed:
+        manifest["sha256"] = {path.name: file_hash(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def graph_files(folder: Path) -> Iterator[Path]:
+    for pattern in ("*.onnx", "*.onnx.data"):
+        yield from folder.glob(pattern)

@@ -1,0 +1,182 @@
+"""The export, top to bottom: check, trace, quantise, validate, rename into place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..calibration import DEFAULT_PROMPT, load_calibration, make_batches
+from ..checkpoint import RECORD, check_space, check_target, staged
+from ..clean_room import load_processor
+from ..errors import InputError
+from ..modeling.modeling_routed import RouterSettings
+from ..source import Source, compute_dtype, load_model, open_source
+from ..verification import verify
+from .decoder import Embeddings, GrowingDecoder, SharedDecoder, group_query_attention
+from .graph import check_opset, trace
+from .manifest import describe, write_manifest
+from .quantize import check_quantize, quantize
+from .routed import describe_router, load_router, read_settings, write_routed
+from .runtime.model import check_provider
+from .support import SHARED, Support, cache_kind, support_of
+from .validation import validate
+from .vision import vision_module
+
+DEFAULT_OPSET = 20
+DTYPES = ("float32", "float16")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export."""
+
+    device: str = "cpu"
+    dtype: str = "auto"  # float32 on the CPU, float16 on CUDA
+    quantize: str | None = None  # int8, int4
+    opset: int | None = None
+    calibration: str | None = None  # questions to validate on, beside those that every export is validated on
+    samples: int = 8
+
+
+def export(model: str | Path, out: str | Path, options: ExportOptions | None = None) -> Path:
+    """Write a checkpoint as a folder of ONNX graphs that ONNX Runtime runs as torch runs the model, or raise."""
+    options, out = options or ExportOptions(), Path(out)
+    check_environment(options)
+    job = prepare(str(model), options)
+    check_target(out)
+    check_space(out, needed_bytes(job.source, job.dtype, options.quantize))
+    inputs = questions(job.source, options)
+    torch_model, _ = load_model(job.source, "cpu", compute_dtype(job.dtype, job.source.config, "cpu"))
+    manifest = describe(torch_model, job.source, job.support, job.settings())
+    if job.route is not None:
+        manifest["router"] = describe_router(job.source.config, job.route)
+    with staged(out) as stage:
+        write_graphs(torch_model, job, stage)
+        del torch_model  # the clean process loads it again: there is memory for one
+        carry(job.source, stage)
+        write_manifest(stage, manifest)
+        manifest["validation"] = validate(stage, job.for_validation(quantize=None), inputs)
+        if options.quantize:
+            quantize(stage, options.quantize, options.device)
+            write_manifest(stage, manifest)
+            manifest["quantized"] = validate(stage, job.for_validation(quantize=options.quantize), inputs)
+        write_manifest(stage, manifest, hashed=True)
+    return out
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is exported and how, all of it checked."""
+
+    source: Source
+    options: ExportOptions
+    support: Support
+    dtype: str
+    cache: str  # a kind of `support.cache_kind`
+    route: RouterSettings | None  # of a routed checkpoint
+
+    @property
+    def opset(self) -> int:
+        return self.options.opset or DEFAULT_OPSET
+
+    def settings(self) -> dict[str, Any]:
+        """As they stand in the manifest."""
+        options = self.options
+        return {
+            "device": options.device,
+            "dtype": self.dtype,
+            "opset": self.opset,
+            "quantize": options.quantize,
+            "cache": self.cache,
+        }
+
+    def for_validation(self, quantize: str | None) -> dict[str, Any]:
+        return {**self.settings(), "source": str(self.source.folder.absolute()), "quantize": quantize}
+
+
+def prepare(model: str, options: ExportOptions) -> Job:
+    source = open_verified(model)
+    dtype = chosen_dtype(options)
+    cache = cache_kind(source.config, dtype, options.device)
+    route = read_settings(source.config, cache) if "router" in source.raw_config else None
+    return Job(source, options, support_of(source.config), dtype, cache, route)
+
+
+# --- before anything expensive starts ---------------------------------------------------------------------------------
+
+
+def check_environment(options: ExportOptions) -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise InputError(
+            f"{missing[0]} is not installed, which exporting to ONNX needs: pip install lvlm-exporter[onnx] "
+            "(lvlm-exporter[onnx-gpu] for CUDA)."
+        )
+    check_provider(options.device)
+    check_opset(options.opset)
+    check_quantize(options.quantize)
+    if options.dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype '{options.dtype}' is not exported to ONNX: auto, {', '.join(DTYPES)}.")
+
+
+def open_verified(model: str) -> Source:
+    """The source; one of ours only if it verifies, so that a damaged checkpoint is not blamed on ONNX."""
+    source = open_source(model)
+    if (source.folder / RECORD).exists():
+        result = verify(source.folder)
+        if not result.holds:
+            raise InputError(f"{model} does not verify and is not exported: {'; '.join(result.problems)}.")
+    return source
+
+
+def chosen_dtype(options: ExportOptions) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    return "float32" if options.device == "cpu" else "float16"
+
+
+def needed_bytes(source: Source, dtype: str, quantize: str | None) -> int:
+    """Graphs hold every weight once, a tied head twice; while quantising the decoder is there in both forms."""
+    text = source.config.get_text_config()
+    parameters = source.weights.num_parameters + text.vocab_size * text.hidden_size
+    return int(parameters * (4 if dtype == "float32" else 2) * (1.5 if quantize else 1))
+
+
+def questions(source: Source, options: ExportOptions) -> list[dict[str, Any]]:
+    if options.calibration is None:
+        return []
+    calibration = load_calibration(options.calibration, samples=options.samples, prompt=DEFAULT_PROMPT)
+    processor = load_processor(source.folder)
+    return [batch.inputs for batch in make_batches(calibration.samples, processor, source.config, 4)]
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def write_graphs(model: Any, job: Job, folder: Path) -> None:
+    device, support = job.options.device, job.support
+    trace(vision_module(model, support.kind), folder / "vision.onnx", device, job.opset)
+    trace(Embeddings(model).eval(), folder / "embeddings.onnx", device, job.opset)
+    if job.route is not None:
+        router = load_router(job.source.folder, job.source.config, job.route, model.dtype)
+        write_routed(model, router, job.route, support, folder, device, job.opset)
+        return
+    decoder = (SharedDecoder if job.cache == SHARED else GrowingDecoder)(model, support).eval()
+    with group_query_attention(decoder) if job.cache == SHARED else contextlib.nullcontext():
+        trace(decoder, folder / "decoder.onnx", device, job.opset)
+
+
+def carry(source: Source, folder: Path) -> None:
+    """Processor, tokenizer, generation settings, licence texts, and config.json, which processors are found by."""
+    # Without the mention of a modeling file, which stays behind: AutoProcessor would ask whether it may be trusted.
+    config = {name: value for name, value in source.raw_config.items() if name != "auto_map"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in source.companions():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.folder / path, folder / path)

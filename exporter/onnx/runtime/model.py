@@ -1,0 +1,262 @@
+"""The graphs of a folder, run by ONNX Runtime: vision, embeddings, decoder; keys and values stay on the device.
+
+Shapes: B rows, S tokens, P entries of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .prepare import Array, InputError, Prompt, prepare
+from .sampling import Sampling
+
+MANIFEST = "onnx.json"
+FORMAT = 1
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def load(folder: Path | str, device: str | None = None, threads: int | None = None) -> Model:
+    """Open a folder that `lvlm-exporter onnx` wrote.
+
+    Args:
+        device: 'cpu' or 'cuda'; it must be the one that the folder was exported for, and is if left out.
+        threads: of one operator; ONNX Runtime's choice if left out.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    device = device or manifest["device"]
+    if device != manifest["device"]:
+        raise InputError(
+            f"{folder} was exported for {manifest['device']}: its operators are fused for that. Export again with "
+            f"--device {device}."
+        )
+    check_provider(device)
+    if "router" in manifest:
+        from .routed import RoutedModel
+
+        return RoutedModel(folder, manifest, device, threads)
+    return Model(folder, manifest, device, threads)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder} has no {MANIFEST}: it is no folder that `lvlm-exporter onnx` wrote.")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): export again.") from error
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: export again.")
+    for name, size in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "not there"
+            raise InputError(f"{file} is {found} instead of {size} bytes: the folder is incomplete, copy it again.")
+    return manifest
+
+
+def check_provider(device: str) -> None:
+    if device not in PROVIDERS:
+        raise InputError(f"device '{device}' is not known: {', '.join(PROVIDERS)}.")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError("onnxruntime is not installed: pip install onnxruntime (onnxruntime-gpu for CUDA).") from error
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        raise InputError(
+            f"onnxruntime {onnxruntime.__version__} has no {PROVIDERS[device]}: pip uninstall onnxruntime, then "
+            "pip install onnxruntime-gpu."
+        )
+
+
+def open_session(path: Path, device: str, threads: int | None = None) -> Any:
+    """A session on that device, or InputError: ONNX Runtime itself falls back to the CPU with a log line."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    providers = [PROVIDERS[device]]
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip has installed
+        providers.append(PROVIDERS["cpu"])  # for the arithmetic of shapes
+    session = onnxruntime.InferenceSession(path, options, providers=providers)
+    if PROVIDERS[device] not in session.get_providers():
+        raise InputError(
+            f"onnxruntime {onnxruntime.__version__} could not start its {PROVIDERS[device]}: the CUDA and cuDNN "
+            "libraries of its version are needed (pip install onnxruntime-gpu[cuda,cudnn])."
+        )
+    return session
+
+
+@dataclass
+class State:
+    """Where a batch of answers stands."""
+
+    prompt: Prompt
+    cache: dict[str, Any]  # key and value of each layer on the device
+    lengths: Array  # [B] tokens in the cache, padding not counted
+    real: Array  # [B, columns of a growing cache] False: padding
+    binding: Any = None  # of a shared cache, whose buffers stay where they are
+
+
+class Model:
+    """`generate` answers; `prefill` and `step` are its two halves, for those who pick tokens themselves."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], device: str, threads: int | None = None) -> None:
+        self.folder, self.manifest, self.device, self.threads = folder, manifest, device, threads
+        self.vision, self.embeddings = self._open("vision"), self._open("embeddings")
+        self._open_decoder()
+        path = folder / "generation_config.json"
+        self.defaults: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        layers = range(manifest["layers"])
+        self.cache_names = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+        self.cache_dtype = np.float16 if manifest["dtype"] == "float16" else np.float32
+
+    def _open(self, name: str) -> Any:
+        return open_session(self.folder / f"{name}.onnx", self.device, self.threads)
+
+    def _open_decoder(self) -> None:
+        self.decoder = self._open("decoder")
+
+    # --- answers ---
+
+    def generate(self, seed: int | None = None, **options: Any) -> Array:
+        """Answer what a processor has prepared: tokens [B, S + new], the prompt's included, as transformers does.
+
+        Args:
+            seed: of sampling.
+            options: the processor's output, and settings of `Sampling` (max_new_tokens, do_sample, temperature,
+                top_k, top_p, repetition_penalty); those of generation_config.json are the defaults.
+        """
+        settings, inputs = self._split(options)
+        random = np.random.default_rng(seed)
+        prompt = self.prompt(inputs)
+        logits, state = self.prefill(prompt, settings.max_new_tokens)
+        tokens = np.asarray(inputs["input_ids"]).astype(np.int64)  # [B, S], as it was given
+        running = np.ones(len(tokens), bool)
+        for count in range(1, settings.max_new_tokens + 1):
+            picked = np.where(running, settings.pick(logits, tokens, random), settings.pad_token_id)
+            tokens = np.concatenate([tokens, picked[:, None]], 1)
+            running &= ~np.isin(picked, settings.eos_token_id)
+            if count == settings.max_new_tokens or not running.any():
+                break
+            logits = self.step(state, picked)
+        return tokens
+
+    def _split(self, options: dict[str, Any]) -> tuple[Sampling, dict[str, Any]]:
+        graph_inputs = {k: v for k, v in options.items() if hasattr(v, "shape")}
+        chosen = {k: v for k, v in options.items() if k not in graph_inputs}
+        if "input_ids" not in graph_inputs:
+            raise InputError("generate needs input_ids: give it a processor's output, generate(**inputs).")
+        return Sampling.of(self.defaults, chosen, self.manifest["pad_token_id"]), graph_inputs
+
+    def prompt(self, inputs: dict[str, Any]) -> Prompt:
+        """A processor's output, laid out for the graphs."""
+        return prepare(self.manifest, inputs)
+
+    # --- its halves ---
+
+    def prefill(self, prompt: Prompt, new_tokens: int) -> tuple[Array, State]:
+        """Run the prompt: logits of each row's next token [B, V], and the state that `step` goes on from."""
+        embeds = self._embedded(prompt)
+        rows, length = prompt.input_ids.shape
+        state = State(prompt, {}, prompt.lengths, prompt.real)
+        shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
+        if self.manifest["cache"] == "growing":
+            shape = (*shape[:2], 0, shape[3])
+        state.cache = {name: self._empty(shape, self.cache_dtype) for name in self.cache_names}
+        return self._decode(state, embeds, prompt.positions, prompt.block_ids), state
+
+    def _embedded(self, prompt: Prompt) -> Any:
+        """The prompt as it enters the decoder, features in their places: [B, S, D]"""
+        features = self.image_features(prompt)
+        wanted = int((prompt.input_ids == self.manifest["image_token_id"]).sum())
+        if features.shape()[0] != wanted:
+            raise InputError(
+                f"the prompt has {wanted} image tokens, its images make {features.shape()[0]} features: was it "
+                "truncated, or are images missing?"
+            )
+        return self.embed(prompt.input_ids, features)
+
+    def step(self, state: State, tokens: Array) -> Array:
+        """Go on by one token a row: tokens [B] -> logits [B, V]"""
+        added = state.lengths - state.prompt.lengths
+        state.lengths = state.lengths + 1
+        positions = (state.prompt.next_position + added)[:, None]  # [B, 1]
+        if self.manifest["mrope"]:
+            positions = np.tile(positions, (3, 1, 1))
+        state.real = np.concatenate([state.real, np.ones((len(tokens), 1), bool)], 1)
+        embeds = self.embed(tokens[:, None], self._no_features())
+        return self._decode(state, embeds, positions, np.full((len(tokens), 1), -1))
+
+    def image_features(self, prompt: Prompt) -> Any:
+        """Features of all images [F, D], on the device."""
+        runs = [self.vision.run_with_ort_values(None, self._values(feed))[0] for feed in prompt.images]
+        if not runs:
+            return self._no_features()
+        return runs[0] if len(runs) == 1 else self._value(np.concatenate([run.numpy() for run in runs]))
+
+    def embed(self, ids: Array, features: Any) -> Any:
+        """Token ids [B, S] to what enters the decoder [B, S, D], on the device."""
+        feed = {"input_ids": self._value(ids), "image_features": features}
+        return self.embeddings.run_with_ort_values(None, feed)[0]
+
+    def _decode(self, state: State, embeds: Any, positions: Array, block_ids: Array) -> Array:
+        binding = state.binding or self.decoder.io_binding()
+        feed = {"inputs_embeds": embeds, "position_ids": self._value(positions)}
+        shared = self.manifest["cache"] == "shared"
+        if shared:
+            feed["row_lengths"] = self._value(state.lengths)
+            feed["total_length"] = self._value(np.array(int(state.lengths.max()), np.int32), "cpu")
+        else:
+            feed["attention_mask"] = self._value(state.real.astype(np.int64))
+            feed["block_ids"] = self._value(block_ids)
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        if state.binding is None:
+            self._bind_cache(binding, state.cache, shared)
+        self.decoder.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        if shared:
+            state.binding = binding
+        else:
+            state.cache = dict(zip(self.cache_names, outputs[1:], strict=True))
+        return outputs[0].numpy()
+
+    def _bind_cache(self, binding: Any, cache: dict[str, Any], shared: bool) -> None:
+        for name, value in cache.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            if shared:  # one buffer for both: the operator writes where it reads
+                binding.bind_ortvalue_output(f"present.{name}", value)
+            else:
+                binding.bind_output(f"present.{name}", self.device)
+
+    # --- tensors on the device ---
+
+    def _value(self, array: Array, device: str | None = None) -> Any:
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device or self.device)
+
+    def _values(self, feed: dict[str, Array]) -> dict[str, Any]:
+        floats = {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in feed.items()}
+        return {name: self._value(array) for name, array in floats.items()}
+
+    def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        import onnxruntime
+
+        if self.manifest["cache"] == "shared":  # what lies behind a row's tokens must be finite
+            return self._value(np.zeros(shape, dtype))
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device)
+
+    def _no_features(self) -> Any:
+        return self._value(np.zeros((0, self.manifest["hidden_size"]), np.float32))

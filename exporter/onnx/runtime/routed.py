@@ -1,0 +1,256 @@
+"""A routed folder: the router chooses for each question which visual tokens and layers run, within a budget.
+
+    model.generate(**inputs, keep_visual_tokens=144, keep_layers=28)
+    model.generate(**inputs, preset="fast")  # or once for all: model.set_budget("fast")
+
+Shapes: B rows, S tokens, K that stay, N layers that may be skipped, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .model import Model, State
+from .prepare import Array, InputError, Prompt, padded, prepare
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may run. None: all of it."""
+
+    keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
+    keep_layers: int | None = None
+
+    def tokens_of(self, available: Array) -> Array:
+        """How many visual tokens each row keeps, of those it has: [B] -> [B]"""
+        if self.keep_visual_tokens is None:
+            return available
+        if isinstance(self.keep_visual_tokens, int):
+            return np.minimum(available, self.keep_visual_tokens)
+        share = np.round(available.astype(np.float32) * np.float32(self.keep_visual_tokens)).astype(np.int64)
+        return np.minimum(np.maximum(share, 1), available)
+
+    def check(self, num_layers: int, free: int) -> None:
+        tokens, layers = self.keep_visual_tokens, self.keep_layers
+        fits = tokens is None or (tokens >= 1 if isinstance(tokens, int) else 0 < tokens <= 1)
+        if not fits:
+            raise InputError(f"keep_visual_tokens={tokens} is neither a count from 1 (144) nor a share (0.25).")
+        if layers is not None and not num_layers - free <= layers <= num_layers:
+            raise InputError(
+                f"keep_layers={layers} is out of range: of the {num_layers} layers {free} may be skipped, so give a "
+                f"number from {num_layers - free} to {num_layers}."
+            )
+
+
+@dataclass
+class RoutedState(State):
+    """Where a batch of answers stands, and the route that holds for it."""
+
+    kept: Array = None  # [B] tokens in the caches behind the router
+    runs: Array = None  # [B, N] False: the row skips that layer
+    index: Array = None  # [B, K] which tokens of the prompt are there, in front those that stay; None: all
+
+
+class RoutedModel(Model):
+    """The runner of a routed folder."""
+
+    def _open_decoder(self) -> None:
+        self.router_facts = self.manifest["router"]
+        self.parts = self.router_facts["parts"]
+        self.sessions = {part["name"]: self._open(part["name"]) for part in self.parts}
+        self.router, self.head = self._open("router"), self._open("head")
+        self.set_budget(self.router_facts["default"])
+
+    # --- budgets ---
+
+    def set_budget(
+        self, preset: str | None = None, *, keep_visual_tokens: float | None = None, keep_layers: int | None = None
+    ) -> None:
+        """The budget of all calls that name none."""
+        self.budget = self._budget(preset, keep_visual_tokens, keep_layers)
+
+    def _budget(self, preset: str | None, keep_visual_tokens: float | None, keep_layers: int | None) -> Budget:
+        named = keep_visual_tokens is not None or keep_layers is not None
+        if preset is not None and named:
+            raise InputError(f"give either preset={preset!r} or keep_visual_tokens and keep_layers, not both.")
+        if preset is None and not named:
+            return self.budget
+        presets = {"off": {}, **self.router_facts["presets"]}
+        if preset is not None and preset not in presets:
+            raise InputError(f"preset {preset!r} is not known: this model has {', '.join(presets)}.")
+        budget = Budget(**presets[preset]) if preset is not None else Budget(keep_visual_tokens, keep_layers)
+        budget.check(self.manifest["layers"], len(self.router_facts["candidates"]))
+        return budget
+
+    def generate(
+        self,
+        seed: int | None = None,
+        preset: str | None = None,
+        keep_visual_tokens: float | None = None,
+        keep_layers: int | None = None,
+        **options: Any,
+    ) -> Array:
+        before = self.budget
+        self.budget = self._budget(preset, keep_visual_tokens, keep_layers)
+        try:
+            return super().generate(seed, **options)
+        finally:
+            self.budget = before
+
+    # --- the halves of generate ---
+
+    def prompt(self, inputs: dict[str, Any]) -> Prompt:
+        prompt = prepare(self.manifest, inputs)
+        visual = prompt.input_ids == self.manifest["image_token_id"]
+        rows = [row[:length] for row, length in zip(visual, prompt.lengths.tolist(), strict=True)]
+        return replace(prompt, places=padded(places(self.manifest, rows, inputs), False, 0))
+
+    def prefill(self, prompt: Prompt, new_tokens: int) -> tuple[Array, RoutedState]:
+        visual = (prompt.input_ids == self.manifest["image_token_id"]) & prompt.real
+        available = visual.sum(1)
+        counts = self.budget.tokens_of(available)
+        kept = prompt.lengths - available + counts  # [B]
+        rows, length = prompt.input_ids.shape
+        state = RoutedState(prompt, {}, prompt.lengths, prompt.real, kept=kept)
+        state.runs = np.ones((rows, len(self.router_facts["candidates"])), bool)
+        for part in self.parts:
+            behind = part["layers"][0] >= self.router_facts["drop_at"]
+            entries = (int(kept.max()) if behind else length) + new_tokens
+            shape = (rows, self.manifest["heads"], entries, self.manifest["head_size"])
+            for layer in part["layers"]:
+                state.cache |= {f"{layer}.{kind}": self._empty(shape, self.cache_dtype) for kind in ("key", "value")}
+        skipped = self.manifest["layers"] - (self.budget.keep_layers or self.manifest["layers"])
+        router = None
+        if visual.any() and (skipped or (counts < available).any()):
+            router = {
+                "is_visual": visual,
+                "places": prompt.places.astype(np.float32),
+                "keep_counts": counts,
+                "skip_count": np.array(skipped),
+                "slots": np.arange(int(kept.max())),
+            }
+        return self._through(state, self._embedded(prompt), self._value(prompt.positions), router), state
+
+    def step(self, state: State, tokens: Array) -> Array:
+        assert isinstance(state, RoutedState)
+        added = state.lengths - state.prompt.lengths
+        state.lengths, state.kept = state.lengths + 1, state.kept + 1
+        positions = (state.prompt.next_position + added)[:, None]  # [B, 1]
+        if self.manifest["mrope"]:
+            positions = np.tile(positions, (3, 1, 1))
+        return self._through(state, self.embed(tokens[:, None], self._no_features()), self._value(positions), None)
+
+    def _through(self, state: RoutedState, states: Any, positions: Any, router: dict[str, Array] | None) -> Array:
+        """All parts of the decoder in order, the router where tokens leave: states [B, S, D] -> logits [B, V]"""
+        for part in self.parts:
+            behind = part["layers"][0] >= self.router_facts["drop_at"]
+            if behind and router is not None:
+                states, positions = self._route(state, states, positions, router)
+                router = None
+            runs = np.ones(len(state.runs), bool)
+            if part["candidate"] is not None:
+                runs = state.runs[:, part["candidate"]]
+            if runs.any():
+                lengths = state.kept if behind else state.lengths
+                states = self._part(part, state, states, positions, lengths, runs)
+        feed = {"states": states, "row_lengths": self._value(state.kept)}
+        return self.head.run_with_ort_values(None, feed)[0].numpy()
+
+    def _route(self, state: RoutedState, states: Any, positions: Any, router: dict[str, Array]) -> tuple[Any, Any]:
+        feed = {"states": states, "position_ids": positions, "row_lengths": self._value(state.lengths)}
+        names = ["kept_states", "kept_position_ids", "kept_index", "runs"]
+        found = self.router.run_with_ort_values(names, feed | {k: self._value(v) for k, v in router.items()})
+        state.index, state.runs = found[2].numpy(), found[3].numpy()
+        return found[0], found[1]
+
+    def _part(
+        self, part: dict[str, Any], state: RoutedState, states: Any, positions: Any, lengths: Array, runs: Array
+    ) -> Any:
+        binding = self.sessions[part["name"]].io_binding()
+        feed = {"states": states, "position_ids": positions, "row_lengths": self._value(lengths)}
+        feed["total_length"] = self._value(np.array(int(lengths.max()), np.int32), "cpu")
+        feed["runs"] = self._value(runs)
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("next_states", self.device)
+        for layer in part["layers"]:
+            for kind in ("key", "value"):
+                buffer = state.cache[f"{layer}.{kind}"]
+                binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", buffer)
+                binding.bind_ortvalue_output(f"present.{layer}.{kind}", buffer)
+        self.sessions[part["name"]].run_with_iobinding(binding)
+        return binding.get_outputs()[0]
+
+
+# --- where visual tokens lie in their images --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """How consecutive visual tokens lie in an image: tiles of rows and columns one after the other."""
+
+    height: int
+    width: int
+    top: float = 0.0  # where it begins in its image, and how much of it it covers, from 0 to 1
+    share: float = 1.0
+    first_of_image: bool = True
+
+    def coordinates(self, length: int) -> Array:
+        """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
+        rows = (np.arange(self.height) + 0.5) / self.height * self.share + self.top
+        columns = (np.arange(self.width) + 0.5) / self.width
+        grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+        tiles = length // len(grid)
+        spare = length - tiles * len(grid)
+        rest = (np.arange(spare) + 0.5) / max(1, spare)
+        return np.concatenate([np.tile(grid, (tiles, 1)), np.stack([rest, np.full(spare, 0.5)], 1)])
+
+
+def places(manifest: Mapping[str, Any], rows: list[Array], given: Mapping[str, Any]) -> list[Array]:
+    """For each row, image number, row and column of each visual token, [S, 3]; zero at text. As at training."""
+    spans = [(row, *span) for row, visual in enumerate(rows) for span in spans_of(visual)]
+    shapes = run_shapes(manifest, [end - start for _, start, end in spans], given)
+    out = [np.zeros((len(row), 3)) for row in rows]
+    number, previous = -1, None
+    for (row, start, end), shape in zip(spans, shapes, strict=True):
+        if shape.first_of_image:
+            number = 0 if row != previous else number + 1
+            previous = row
+        out[row][start:end, 0] = number
+        out[row][start:end, 1:] = shape.coordinates(end - start)
+    return out
+
+
+def spans_of(visual: Array) -> list[tuple[int, int]]:
+    """Start and end of each run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], visual.astype(np.int8), [0]]))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def run_shapes(manifest: Mapping[str, Any], lengths: list[int], given: Mapping[str, Any]) -> list[Run]:
+    """The shape of each run, by what the inputs say of the images, and by the run's length where they say nothing."""
+    vision, known = manifest["vision"], []
+    if vision["kind"] == "patches" and given.get("image_grid_thw") is not None:
+        grids = np.asarray(given["image_grid_thw"]).tolist()
+        known = [Run(height // vision["merge"], width // vision["merge"]) for _, height, width in grids]
+    elif vision["kind"] == "sized" and given.get("image_sizes") is not None:
+        for height, width in np.asarray(given["image_sizes"]).tolist():  # a run is one row, then comes [IMG_BREAK]
+            count = int(height) // vision["side"]
+            known += [Run(1, int(width) // vision["side"], row / count, 1 / count, row == 0) for row in range(count)]
+    if [shape.height * shape.width for shape in known] == lengths:
+        return known
+    return [guessed(manifest["router"]["tile_lengths"], length) for length in lengths]
+
+
+def guessed(tile_lengths: list[int], length: int) -> Run:
+    """Square tiles of a size that the configuration speaks of, or one square; else one token a row."""
+    for tile in (*tile_lengths, length):
+        side = math.isqrt(tile)
+        if 1 < tile <= length and side * side == tile:
+            return Run(side, side)
+    return Run(length, 1)

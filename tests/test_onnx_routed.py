@@ -1,0 +1,148 @@
+"""Routed checkpoints as ONNX graphs: the same tokens and layers are chosen, the same is said, under every budget."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_onnx import here
+from test_routed import add_random_router
+from tiny_models import build, inputs
+from transformers import AutoConfig
+
+import exporter
+from exporter import InputError
+from exporter.clean_room import load_processor
+from exporter.modeling.modeling_routed import places_of
+from exporter.onnx import pipeline
+from exporter.onnx.manifest import vision_settings
+from exporter.onnx.routed import Part, parts, read_settings
+from exporter.onnx.runtime.routed import Budget, places
+from exporter.onnx.support import support_of
+from exporter.routing import default_settings
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory):
+    """routed('llava', drop_at=0) is (checkpoint with a random router, ONNX folder), made once."""
+    made: dict[tuple[str, int], tuple[Path, Path]] = {}
+
+    def folders(family: str, drop_at: int = 0) -> tuple[Path, Path]:
+        if (family, drop_at) not in made:
+            place = tmp_path_factory.mktemp(f"routed-{family}")
+            source = build(family, place / "model", layers=4)
+            add_random_router(source, default_settings(AutoConfig.from_pretrained(source), drop_at))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pipeline, "validate", here)
+                made[family, drop_at] = source, pipeline.export(source, place / "onnx")
+        return made[family, drop_at]
+
+    return folders
+
+
+@pytest.mark.parametrize(("family", "drop_at"), [("llava", 0), ("llava", 1), ("llava_next", 0), ("qwen2_5_vl", 0)])
+def test_routed_graphs_say_what_torch_says(family, drop_at, routed):
+    """Under every preset of the folder: the route, logits of prompt and steps, greedy tokens; batch 1 to 3."""
+    _, folder = routed(family, drop_at)
+    manifest = json.loads((folder / "onnx.json").read_text())
+    report = manifest["validation"]
+    logits = [found["max"] for name, found in report["outputs"].items() if "logits" in name]
+    assert len(logits) == 2 and max(logits) <= 1e-4
+    assert report["equal_tokens"] == report["tokens"] >= 32 * (1 + len(manifest["router"]["presets"]))
+
+
+def test_what_is_left_out_is_not_computed(routed):
+    _, folder = routed("llava")
+    model, given = exporter.onnx.load(folder), inputs(load_processor(folder), batch=2)
+    prompt = model.prompt({name: tensor.numpy() for name, tensor in given.items()})
+    called = []
+    original = type(model)._part
+    model._part = lambda part, *rest: called.append(part["name"]) or original(model, part, *rest)
+    model.set_budget(keep_visual_tokens=5, keep_layers=2)
+    _, state = model.prefill(prompt, new_tokens=4)
+    assert called == ["decoder_0"]  # layers 0 and 1; both of those that may be skipped are
+    lengths = {name: buffer.shape()[2] for name, buffer in state.cache.items()}
+    assert set(lengths.values()) == {int((prompt.lengths - 25 + 5).max()) + 4}
+    model.set_budget("off")
+    called.clear()
+    model.prefill(prompt, new_tokens=4)
+    assert called == ["decoder_0", "decoder_2", "decoder_3"]
+
+
+def test_budgets_of_a_call(routed):
+    _, folder = routed("llava")
+    model, given = exporter.onnx.load(folder), inputs(load_processor(folder))
+    fast = model.generate(**given, preset="fast", max_new_tokens=6)
+    presets = json.loads((folder / "onnx.json").read_text())["router"]["presets"]
+    assert np.array_equal(fast, model.generate(**given, **presets["fast"], max_new_tokens=6))
+    with pytest.raises(InputError, match="preset 'slow' is not known: this model has off, quality"):
+        model.generate(**given, preset="slow")
+    with pytest.raises(InputError, match="give either preset='fast' or keep_visual_tokens and keep_layers"):
+        model.generate(**given, preset="fast", keep_layers=3)
+    with pytest.raises(InputError, match="keep_layers=1 is out of range: of the 4 layers 2 may be skipped"):
+        model.generate(**given, keep_layers=1)
+    with pytest.raises(InputError, match="keep_visual_tokens=0 is neither a count from 1"):
+        model.generate(**given, keep_visual_tokens=0)
+
+
+def test_budgets_count_as_in_torch():
+    from exporter.modeling.modeling_routed import Budget as TorchBudget
+
+    available = np.array([0, 1, 3, 5, 25, 37, 576])
+    for asked in (None, 1, 4, 30, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0):
+        expected = TorchBudget(asked).tokens_of(torch.from_numpy(available))
+        assert np.array_equal(Budget(asked).tokens_of(available), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_5_vl"])
+def test_visual_tokens_lie_where_the_router_learnt_that_they_lie(family, tiny):
+    folder = tiny(family)
+    config = AutoConfig.from_pretrained(folder)
+    given = inputs(load_processor(folder), batch=3, images=[2, 0, 1])
+    visual = given["input_ids"] == config.image_token_id
+    expected = places_of(config, visual, given)
+    vision = config.vision_config
+    size = vision.image_size if isinstance(getattr(vision, "image_size", None), int) else 0
+    side = size // vision.patch_size if size else 0
+    manifest = {
+        "vision": vision_settings(config, support_of(config).kind),
+        "router": {"tile_lengths": [getattr(config, "image_seq_length", 0), side * side]},
+    }
+    real = [mask.bool() for mask in given["attention_mask"]]
+    rows = [row[keep].numpy() for row, keep in zip(visual, real, strict=True)]
+    found = places(manifest, rows, {name: tensor.numpy() for name, tensor in given.items()})
+    for row, keep in enumerate(real):
+        np.testing.assert_allclose(found[row], expected[row][keep], atol=1e-6)
+
+
+def test_parts_are_cut_where_something_may_be_left_out(tiny):
+    config = AutoConfig.from_pretrained(tiny("llava"))  # 6 layers
+    config.router = {**default_settings(config, drop_at=1), "read_at": 1, "candidates": [3, 5]}
+    found = parts(read_settings(config, "shared"), 6)
+    assert found == [Part((0,)), Part((1, 2)), Part((3,), 0), Part((4,)), Part((5,), 1)]
+
+
+def test_routes_that_graphs_can_not_follow(tiny):
+    config = AutoConfig.from_pretrained(tiny("llava"))
+    config.router = default_settings(config, drop_at=2)
+    with pytest.raises(InputError, match="needs a mask, which routed graphs have not"):
+        read_settings(config, "growing")
+    config.router["read_at"] = 0
+    with pytest.raises(InputError, match="reads at layer 0 and tokens leave at layer 2: in routed graphs the two must"):
+        read_settings(config, "shared")
+    config.router["read_at"] = 2
+    config.text_config.sliding_window = 16
+    with pytest.raises(InputError, match="this routed model has sliding windows"):
+        read_settings(config, "shared")
+
+
+def test_a_router_that_did_not_come_along(routed, tmp_path):
+    source = shutil.copytree(routed("llava")[0], tmp_path / "model")
+    shutil.rmtree(source / "router")
+    with pytest.raises(InputError, match=r"speaks of a router and has no router/model\.safetensors"):
+        pipeline.export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
