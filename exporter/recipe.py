@@ -61,7 +61,7 @@ class RouterRecipe:
     calibration: CalibrationData | None = None  # unlabelled questions; None: the compression's own, all of them
     steps: int = 600
     batch_size: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 7e-4
     loss: Method = Method("relaxed")
     drop_at: int = 0  # the layer before which visual tokens leave
     candidates: int | None = None  # of the last layers, that may be skipped; None: half of them

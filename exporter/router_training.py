@@ -49,7 +49,7 @@ class Training:
 
     steps: int = 600
     batch_size: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 7e-4
     loss: str = "relaxed"
     options: dict[str, Any] = field(default_factory=dict)  # of the loss
     seed: int = 0

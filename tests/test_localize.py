@@ -168,10 +168,13 @@ def test_fisher_counts_interactions():
 def test_fisher_exchanges_layers_where_it_can_not_try_all_sets(monkeypatch):
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(20, 9, generator=random, dtype=torch.double)
-    best = cheapest_set(rows.T @ rows, range(9), 4)
+    moved = rows.T @ rows
+    best = set_cost(moved, cheapest_set(moved, range(9), 4))
     monkeypatch.setattr(sys.modules["exporter.localize.fisher"], "EXHAUSTIVE", 0)  # a function hides the module
-    found = cheapest_set(rows.T @ rows, range(9), 4)
-    assert set_cost(rows.T @ rows, found) <= 1.1 * set_cost(rows.T @ rows, best)
+    found = cheapest_set(moved, range(9), 4)
+    cost = set_cost(moved, found)
+    others = [set(found) - {old} | {new} for old in found for new in set(range(9)) - set(found)]
+    assert best <= cost <= min(set_cost(moved, sorted(other)) for other in others)
     assert len(set(found)) == 4
 
 
@@ -180,11 +183,11 @@ def test_fisher_information_predicts_the_divergence_of_small_changes(tiny, quest
     model, _ = load_model(source, "cpu", torch.float32)
     samples = load_calibration(str(questions), samples=4).samples
     one = answered(model, make_batch(samples, load_processor(source.folder), model.config), 6)
-    moved = information(model, [one], draws=200)
+    moved = information(model, [one], draws=40)
     step = 0.05
     gates = torch.ones(4, len(moved))
     log_p = _gated_log_p(model, one, gates)
     gates[:, [1, 3]] -= step
     log_q = _gated_log_p(model, one, gates)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    assert step**2 * set_cost(moved, (1, 3)) == pytest.approx(kl, rel=0.25)
+    assert step**2 * set_cost(moved, (1, 3)) == pytest.approx(kl, rel=0.4)

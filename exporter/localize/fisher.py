@@ -24,7 +24,7 @@ from ..replay import trace
 from ..scores import LayerScores
 from ..source import text_decoder
 
-EXHAUSTIVE = 200_000  # sets that are simply all tried; above, one layer after the other, then exchanges
+EXHAUSTIVE = 200_000  # sets that are simply all tried; above, from each layer on the cheapest next, then exchanges
 
 
 def fisher(information: Tensor, count: int, protect: Sequence[int] = ()) -> LayerScores:
@@ -46,13 +46,21 @@ def set_cost(information: Tensor, layers: Sequence[int]) -> float:
 
 
 def cheapest_set(information: Tensor, free: Sequence[int], count: int) -> tuple[int, ...]:
+    if not count:
+        return ()
     if math.comb(len(free), count) <= EXHAUSTIVE:
         return min(itertools.combinations(free, count), key=lambda layers: set_cost(information, layers))
-    chosen: list[int] = []
+    found = [_exchanged(information, free, _grown(information, free, first, count)) for first in free]
+    return min(found, key=lambda layers: set_cost(information, layers))
+
+
+def _grown(information: Tensor, free: Sequence[int], first: int, count: int) -> list[int]:
+    """One layer after the other, each the cheapest beside those before it."""
+    chosen = [first]
     while len(chosen) < count:
         rest = [layer for layer in free if layer not in chosen]
         chosen.append(min(rest, key=lambda layer: set_cost(information, [*chosen, layer])))
-    return _exchanged(information, free, chosen)
+    return chosen
 
 
 def _exchanged(information: Tensor, free: Sequence[int], chosen: list[int]) -> tuple[int, ...]:
