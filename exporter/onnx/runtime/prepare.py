@@ -183,13 +183,10 @@ def patches(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]
 
 def anyres(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]:
     """Real tiles, and for each feature of the prompt which four features of tiles make it, with their weights."""
-    counts = given.get("batch_num_images")
-    sizes = given["image_sizes"].tolist()
-    cut = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
     side, pixels = vision["grid"], given["pixel_values"]
     kept, indices, weights = [], [], []
     first = 0
-    for image, size, in_tiles in zip(pixels, sizes, cut, strict=True):
+    for image, (size, in_tiles) in zip(pixels, images_of(given), strict=True):
         rows, columns = best_grid(size, vision) if in_tiles else (0, 0)
         kept.append(image[: 1 + rows * columns])
         for index, weight in _packed(vision, size, rows, columns, first):
@@ -205,6 +202,15 @@ def anyres(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]:
             "feature_weight": weight.astype(np.float32),
         }
     ]
+
+
+def images_of(given: Mapping[str, Any]) -> list[tuple[list[int], bool]]:
+    """Height and width of each image, and whether it was cut into tiles: several of one question are not."""
+    sizes, counts = np.asarray(given["image_sizes"]).tolist(), given.get("batch_num_images")
+    if counts is None:
+        return [(size, True) for size in sizes]
+    cut = [n == 1 for n in np.asarray(counts).tolist() for _ in range(n)]
+    return list(zip(sizes, cut, strict=True))
 
 
 Weighted = tuple[Array, Array]  # [F, 4] features, -1 the end of a line, and [F, 4] weights

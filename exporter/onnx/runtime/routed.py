@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .model import Model, State
-from .prepare import Array, InputError, Prompt, padded, prepare
+from .prepare import Array, InputError, Prompt, best_grid, images_of, padded, prepare, shrunk, unpadded
 
 
 @dataclass(frozen=True)
@@ -199,16 +199,31 @@ class Run:
     top: float = 0.0  # where it begins in its image, and how much of it it covers, from 0 to 1
     share: float = 1.0
     first_of_image: bool = True
+    finer: tuple[int, int] | None = None  # a grid over the same image that follows, its line ends not counted
+
+    @property
+    def length(self) -> int:
+        rows, columns = self.finer or (0, 0)
+        return self.height * self.width + rows * (columns + 1)
 
     def coordinates(self, length: int) -> Array:
         """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
         rows = (np.arange(self.height) + 0.5) / self.height * self.share + self.top
         columns = (np.arange(self.width) + 0.5) / self.width
-        grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+        grid = product(rows, columns)
+        if self.finer is not None:
+            rows = (np.arange(self.finer[0]) + 0.5) / self.finer[0]
+            columns = np.append((np.arange(self.finer[1]) + 0.5) / max(1, self.finer[1]), 1.0)
+            return np.concatenate([grid, product(rows, columns)])
         tiles = length // len(grid)
         spare = length - tiles * len(grid)
         rest = (np.arange(spare) + 0.5) / max(1, spare)
         return np.concatenate([np.tile(grid, (tiles, 1)), np.stack([rest, np.full(spare, 0.5)], 1)])
+
+
+def product(rows: Array, columns: Array) -> Array:
+    """All pairs, line by line: [R], [C] -> [R * C, 2]"""
+    return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
 
 
 def places(manifest: Mapping[str, Any], rows: list[Array], given: Mapping[str, Any]) -> list[Array]:
@@ -242,9 +257,21 @@ def run_shapes(manifest: Mapping[str, Any], lengths: list[int], given: Mapping[s
         for height, width in np.asarray(given["image_sizes"]).tolist():  # a run is one row, then comes [IMG_BREAK]
             count = int(height) // vision["side"]
             known += [Run(1, int(width) // vision["side"], row / count, 1 / count, row == 0) for row in range(count)]
-    if [shape.height * shape.width for shape in known] == lengths:
+    elif vision["kind"] == "anyres" and given.get("image_sizes") is not None:
+        known = [any_resolution(vision, *image) for image in images_of(given)]
+    if [shape.length for shape in known] == lengths:
         return known
     return [guessed(manifest["router"]["tile_lengths"], length) for length in lengths]
+
+
+def any_resolution(vision: Mapping[str, Any], size: list[int], in_tiles: bool) -> Run:
+    """The whole image in one tile, then a finer grid of it whose lines each end with a token of their own."""
+    side = vision["grid"]
+    if not in_tiles:
+        return Run(side, side, finer=(1, 0))
+    rows, columns = best_grid(size, vision)
+    index, _ = shrunk(unpadded(np.zeros((rows * side, columns * side)), size), side, vision["max_tiles"])
+    return Run(side, side, finer=(index.shape[0], index.shape[1]))
 
 
 def guessed(tile_lengths: list[int], length: int) -> Run:
