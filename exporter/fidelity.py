@@ -66,8 +66,7 @@ def end_ids(model: Any) -> set[int]:
 class AnswerDivergence:
     """KL(original || without some decoder layers) per token of the original's answers: a localizer's RemovalLoss.
 
-    It uses the whole distribution, where the likelihood of the one token that was said knows little: sixteen answers
-    tell sets of layers apart that take sixty-four by likelihood.
+    It uses the whole distribution, where the likelihood knows only of the one token that was said.
     """
 
     model: Any

@@ -1,7 +1,7 @@
-"""Best of: what the one-pass localizers propose, judged by the loss that leaving those layers out really causes.
+"""Best of: what four localizers propose, judged by the divergence that leaving those layers out really causes.
 
-Cosines misrank layers in ways that differ from model to model: none of the three is the best everywhere, and all three
-come from one pass over the data. A few questions tell their proposals apart. Shapes: none of its own.
+Cosines misrank layers in ways that differ from model to model. A few questions, the same that the proposals come from,
+tell them apart. Shapes: L layers.
 """
 
 from __future__ import annotations
