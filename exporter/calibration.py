@@ -5,6 +5,8 @@ Shapes: B samples, S tokens (padded on the left).
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -35,6 +37,20 @@ class Sample:
     answers: tuple[str, ...] = ()  # any of them is right; empty: unlabelled
     type: str | None = None
     choices: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def pixels(self) -> int:
+        """Of all its images, by their headers: it brings about as many visual tokens. 0 for one that can't be read."""
+        from PIL import Image
+
+        total = 0
+        for image in self.images:
+            if not isinstance(image, Path):
+                total += image.width * image.height
+                continue
+            with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(image) as file:
+                total += file.width * file.height
+        return total
 
     def open_images(self) -> list[Image]:
         """RGB images. Raises InputError that names the file and where it was asked for."""
@@ -271,6 +287,11 @@ def _from_dataset(name: str, columns: dict[str, str], split: str) -> list[Sample
 
 
 # --- samples to model inputs ------------------------------------------------------------------------------------------
+
+
+def by_size(samples: Iterable[Sample]) -> list[Sample]:
+    """Questions about images of like size one after the other: batches of them hold little padding."""
+    return sorted(samples, key=lambda sample: sample.pixels)
 
 
 def make_batches(samples: Sequence[Sample], processor: Any, config: Any, batch_size: int) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint, report
-from .calibration import Batch, Sample, make_batch, make_batches, spread
+from .calibration import Batch, Sample, by_size, make_batch, make_batches
 from .capture import BatchStatistics, layer_statistics
 from .errors import InputError
 from .evaluation import SPARE_TOKENS, Task, greedy_answers, load_task
@@ -159,13 +159,14 @@ def compare(
     begin = time.monotonic()
     job = prepare(grid.recipe(max(grid.drop_layers)), options, progress)
     task = load_task(grid.task, grid.task_samples, grid.seed)
+    task = dataclasses.replace(task, samples=tuple(by_size(task.samples)))
     model, _ = job.load_model()
     runner = Runner(grid, job, model, task, progress)
     choices = runner.choose()
     cells = dict(kept.cells)
     todo = [key for key in runner.keys(choices) if key not in cells]
-    for start in range(0, len(todo), CELLS_AT_A_TIME):
-        fresh = runner.fill(choices, todo[start : start + CELLS_AT_A_TIME])
+    for some in alike_together(todo, choices):
+        fresh = runner.fill(choices, some)
         kept.add(fresh)
         cells |= fresh
     ordered = tuple(cells[key] for key in runner.keys(choices))
@@ -182,6 +183,16 @@ def compare(
 
 
 Key = tuple[str, str, int]  # localizer, fold, number of dropped layers
+
+
+def alike_together(keys: Sequence[Key], choices: dict[tuple[str, int], LayerScores]) -> Iterator[list[Key]]:
+    """The keys in parts of CELLS_AT_A_TIME different models: localizers that choose alike share their cells."""
+    models: dict[tuple[frozenset[int], str], list[Key]] = {}
+    for localizer, fold, count in keys:
+        models.setdefault((frozenset(choices[localizer, count].drop), fold), []).append((localizer, fold, count))
+    alike = list(models.values())
+    for start in range(0, len(alike), CELLS_AT_A_TIME):
+        yield [key for same in alike[start : start + CELLS_AT_A_TIME] for key in same]
 
 
 @dataclass
@@ -214,10 +225,9 @@ class Runner:
             return dataclasses.replace(order, drop=order.drop[:count])
         if method.name in ("fisher", "best_of"):
             few = method.options.get("samples", FEW_SAMPLES), method.options.get("answer_tokens", 32)
-            moved = self._information(*few, method.options.get("draws", 2))
             if method.name == "fisher":
-                return fisher(moved, count, self.job.protect)
-            return best_of(self._few_statistics(few[0]), moved, count, self.job.protect, self._loss(*few))
+                return fisher(self._information(*few, method.options.get("draws", 2)), count, self.job.protect)
+            return best_of(self._few_statistics(few[0]), count, self.job.protect, self._loss(*few))
         if method.name in STATISTICS:
             return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
         blank = LocalizeJob(self.model, self.job.source.num_layers, lambda: (), self.job.recipe.seed)
@@ -239,7 +249,7 @@ class Runner:
         return order
 
     def _few_batches(self, samples: int, what: str) -> Iterator[Batch]:
-        return spread(self.job.batches(what), samples / len(self.job.calibration.samples))
+        return self.job.batches(what, samples / len(self.job.calibration.samples))
 
     @functools.cache  # noqa: B019 - one runner a run
     def _few_statistics(self, samples: int) -> list[BatchStatistics]:

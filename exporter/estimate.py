@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from .calibration import by_size, make_batches, spread
 from .localize import FEW_SAMPLES
 from .pipeline import Job, kv_bytes_per_token
 
-CALIBRATION_BATCHES = 2  # processed to learn how long the questions are
+LOOKED_AT = 16  # questions that are processed to learn how long they are
 PASSES = {"tis": 1.15, "block_influence": 1.0, "angular": 1.0, "random": 0.0, "first": 0.0, "last": 0.0}
-FEW_PASSES = {"best_of": 8.0, "fisher": 5.0}  # over the few questions that they read, answering included
+FEW_PASSES = {"best_of": 6.0, "fisher": 5.0}  # over the few questions that they read, answering included
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 
@@ -73,15 +74,15 @@ def _localizer_passes(job: Job) -> float:
 
 
 def _tokens(job: Job) -> tuple[int, int]:
-    """Padded tokens of all calibration questions, from the first batches, and the longest row among these."""
-    seen = rows = longest = 0
-    for number, batch in enumerate(job.batches("read questions")):
-        seen += batch.is_visual.numel()
-        rows += len(batch.samples)
-        longest = max(longest, batch.is_visual.shape[1])
-        if number + 1 == CALIBRATION_BATCHES:
-            break
-    return round(seen / rows * len(job.calibration.samples)), longest
+    """Tokens of all calibration questions, from a few of all sizes, and the longest of these."""
+    samples = by_size(job.calibration.samples)
+    lengths = [
+        batch.is_visual.numel()
+        for batch in make_batches(
+            list(spread(samples, LOOKED_AT / len(samples))), job.processor, job.source.config, batch_size=1
+        )
+    ]
+    return round(sum(lengths) / len(lengths) * len(samples)), max(lengths)
 
 
 def _flops_per_second(job: Job, size: int = 1024) -> float:

@@ -310,7 +310,7 @@ class Judge:
         rows = ledger.rows(self.loaded)
         todo = [i for i in range(len(self.task.samples)) if self._is_open(rows.get(i))]
         samples = self.task.samples
-        todo.sort(key=lambda i: (len(samples[i].messages[-1]["content"]), str(samples[i].images)))  # less padding
+        todo.sort(key=lambda i: (samples[i].pixels, len(samples[i].messages[-1]["content"])))  # less padding
         batches = [todo[i : i + self.batch_size] for i in range(0, len(todo), self.batch_size)]
         name = Path(self.loaded.path).name + (f" ({self.loaded.ask})" if self.loaded.ask else "")
         for indices in progress(batches, f"evaluate {name}", len(batches)):

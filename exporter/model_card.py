@@ -18,7 +18,7 @@ TITLES = {  # methods that measure something, and where they come from
     "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
     "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
     "best_of": (
-        "the divergence at the model's own answers, among what Short-LVLM, ShortGPT, UIDL and Fisher's propose",
+        "the divergence at the model's own answers, among what Short-LVLM, ShortGPT and UIDL propose",
         "https://arxiv.org/abs/2507.23362",
     ),
     "fisher": (
@@ -188,7 +188,7 @@ def _choice(record: dict[str, Any]) -> str:
         return UNMEASURED[method]
     title, link = TITLES[method]
     tokens = data["tokens"]
-    counted = f" ({tokens['visual']:,} visual and {tokens['text']:,} text tokens)" if tokens else ""
+    counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
     return f"They were chosen by [{title}]({link}) from {data['samples']} unlabelled questions about images{counted}."
 
 

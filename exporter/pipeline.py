@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, clean_room
-from .calibration import Batch, Calibration, load_calibration, make_batches
+from .calibration import Batch, Calibration, by_size, load_calibration, make_batches, spread
 from .errors import InputError
 from .families import protected_layers
 from .fold import FOLDS
@@ -150,17 +150,22 @@ class Job:
     protect: tuple[int, ...]
     count: int  # layers that are to go
     progress: Progress
-    tokens: dict[str, int] = field(default_factory=dict)  # visual and text, counted by the last pass over the data
+    tokens: dict[str, int] = field(default_factory=dict)  # visual and text, of the pass that read most
 
-    def batches(self, what: str) -> Iterator[Batch]:
-        """The calibration questions, in the same order every time."""
-        batches = make_batches(self.calibration.samples, self.processor, self.source.config, self.options.batch_size)
-        number = -(-len(self.calibration.samples) // self.options.batch_size)
+    def batches(self, what: str, share: float = 1.0) -> Iterator[Batch]:
+        """The calibration questions or a share of them, the same in the same order every time.
+
+        They come by the size of their images, and a share is spread over all sizes.
+        """
+        samples = list(spread(by_size(self.calibration.samples), share))
+        batches = make_batches(samples, self.processor, self.source.config, self.options.batch_size)
+        number = -(-len(samples) // self.options.batch_size)
         visual = text = 0
         for batch in self.progress(batches, what, number):
             visual, text = visual + int(batch.is_visual.sum()), text + int(batch.is_text.sum())
             yield batch
-        self.tokens.update(visual=visual, text=text)
+        if visual + text > sum(self.tokens.values()):
+            self.tokens.update(visual=visual, text=text)
 
     @property
     def fold(self) -> Method:

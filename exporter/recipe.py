@@ -18,7 +18,7 @@ T = TypeVar("T")
 LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "fisher", "greedy", "random", "first", "last")
 FOLD_NAMES = ("reconstruction", "scp", "least_squares", "none")
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "reconstruction"
-DEFAULT_SAMPLES = 128
+DEFAULT_SAMPLES = 512
 LOSS_NAMES = ("relaxed", "preference")
 ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
 

@@ -289,9 +289,10 @@ class Runner:
         asks = self.asks(row, loaded)
         answers: list[dict[int, dict[str, Any]]] = [{} for _ in asks]
         size, samples = self.options.batch_size, self.task.samples
+        order = sorted(range(len(samples)), key=lambda i: samples[i].pixels)  # less padding
         starts = range(0, len(samples), size)
         for start in self.progress(starts, f"judge {row.name}", len(starts)):
-            indices = list(range(start, min(start + size, len(samples))))
+            indices = order[start : start + size]
             batch = make_batch([samples[i] for i in indices], loaded.processor, loaded.model.config)
             batch = batch.to(loaded.model.device)
             for ask, found in zip(asks, answers, strict=True):

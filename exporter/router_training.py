@@ -16,6 +16,7 @@ Shapes: B samples, S tokens, A answer tokens, N candidate layers, L layers, D hi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from .source import text_decoder
 HELD_OUT = 8  # one in so many questions is not trained on but judged by, 64 at most
 PROBES = ((0.5, 0.0), (0.25, 0.0), (0.25, 1 / 3))  # budgets of the learning curve: tokens kept, candidates skipped
 SAVE_EVERY = 50  # steps
+POOL = 4  # batches whose questions are drawn together
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -95,6 +97,7 @@ def train_router(
     teacher = Teacher(model, processor, tuple(samples))
     held_out = list(range(0, len(samples), HELD_OUT))[:64] if len(samples) >= 2 * HELD_OUT else []
     trained_on = [i for i in range(len(samples)) if i not in set(held_out)]
+    sizes = [sample.pixels for sample in samples]
     teacher.ask(progress, training.batch_size)
     torch.manual_seed(training.seed)
     router = Router(model.config.get_text_config().hidden_size, settings).to(model.device)
@@ -107,7 +110,7 @@ def train_router(
         learner = Learner(teacher, router, settings, attention)
         for step in progress(range(first, training.steps), "train router", training.steps - first):
             generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
-            chosen = drawn(trained_on, step, training)
+            chosen = drawn(trained_on, sizes, step, training)
             loss = loss_of(learner.look(chosen), generator, **training.options)
             optimizer.zero_grad()
             loss.backward()
@@ -128,14 +131,25 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, 20 * (step + 1) / steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def drawn(indices: Sequence[int], step: int, training: Training) -> list[int]:
-    """The questions of a step: epoch after epoch, each in an order of its own."""
-    chosen: list[int] = []
-    for place in range(step * training.batch_size, (step + 1) * training.batch_size):
+def drawn(indices: Sequence[int], sizes: Sequence[int], step: int, training: Training) -> list[int]:
+    """The questions of a step: epoch after epoch, each in an order of its own.
+
+    Of POOL batches' worth of questions each batch takes those of like size, in random turn: half the tokens of a random
+    batch about images of any size would be padding.
+    """
+    size, pool = training.batch_size, step // POOL
+    found: list[int] = []
+    for place in range(pool * POOL * size, (pool + 1) * POOL * size):
         epoch, within = divmod(place, len(indices))
-        generator = torch.Generator().manual_seed(training.seed * 7919 + epoch)
-        chosen.append(indices[int(torch.randperm(len(indices), generator=generator)[within])])
-    return chosen
+        found.append(indices[_order(len(indices), training.seed * 7919 + epoch)[within]])
+    found.sort(key=lambda index: sizes[index])
+    turn = _order(POOL, training.seed * 104_729 + pool)[step % POOL]
+    return found[turn * size : (turn + 1) * size]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(number: int, seed: int) -> list[int]:
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @dataclass
@@ -194,9 +208,10 @@ class Teacher:
 
     def ask(self, progress: Progress, batch_size: int, answer_tokens: int = 32) -> None:
         """Let it answer every question, once."""
-        order = range(0, len(self.samples), batch_size)
-        for start in progress(order, "answer questions", len(order)):
-            indices = range(start, min(start + batch_size, len(self.samples)))
+        order = sorted(range(len(self.samples)), key=lambda i: self.samples[i].pixels)
+        starts = range(0, len(order), batch_size)
+        for start in progress(starts, "answer questions", len(starts)):
+            indices = order[start : start + batch_size]
             one = answered(self.model, self._batch(indices), answer_tokens)
             with torch.inference_mode():
                 states = self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]

@@ -102,7 +102,7 @@ def test_token_weights_share_out_what_is_asked():
     assert token_weights(torch.zeros_like(visual), text, 0.8).tolist() == [[0, 0, 0, 1, 0]]
 
 
-def test_a_share_of_the_batches_is_spread_over_all_of_them():
+def test_a_share_of_the_questions_is_spread_over_all_of_them():
     assert list(spread(range(8), 1.0)) == list(range(8))
     assert list(spread(range(8), 0.5)) == [0, 2, 4, 6]
     assert list(spread(range(3), 0.01)) == [0]
@@ -121,7 +121,7 @@ def job(tiny, questions):
         processor = load_processor(source.folder)
         return FoldJob(
             model,
-            lambda: make_batches(samples, processor, source.config, 4),
+            lambda share=1.0: make_batches(list(spread(samples, share)), processor, source.config, 4),
             make_plan(source.num_layers, drop),
             reader(source),
             source.decoder,

@@ -135,7 +135,7 @@ def test_best_of_takes_the_proposal_that_costs_least():
             asked.extend(sets)
             return [{0: 2.0, 2: 1.0}[min(layers)] for layers in sets]
 
-    best = best_of([batch], torch.eye(3), 1, (), Loss())
+    best = best_of([batch], 1, (), Loss())
     assert best.drop == (2,)
     assert best.values == block_influence([batch], 1).values
     assert best.details["chosen"] in ("block_influence", "angular")
@@ -149,9 +149,9 @@ def test_best_of_does_without_a_block_where_none_fits():
         def of_sets(self, sets):
             return [0.0] * len(sets)
 
-    best = best_of([batch], torch.eye(3), 2, (1,), Loss())
+    best = best_of([batch], 2, (1,), Loss())
     assert best.drop == (0, 2)
-    assert set(best.details["proposals"]) == {"tis", "block_influence", "fisher"}
+    assert set(best.details["proposals"]) == {"tis", "block_influence"}
 
 
 def test_fisher_counts_interactions():

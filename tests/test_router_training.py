@@ -101,11 +101,13 @@ def test_straight_through_keeps_the_highest_and_pulls_where_it_is_close():
     assert straight_through(scores, candidates, torch.tensor([0, 0])).sum() == 0
 
 
-def test_every_question_is_drawn_once_an_epoch():
-    training = Training(batch_size=4)
-    seen = [index for step in range(3) for index in drawn(range(12), step, training)]
-    assert sorted(seen) == list(range(12)) and seen != list(range(12))
-    assert drawn(range(12), 3, training) != seen[:4]
+def test_every_question_is_drawn_once_an_epoch_in_batches_of_like_size():
+    training, sizes = Training(batch_size=4), [index % 4 for index in range(16)]
+    batches = [drawn(range(16), sizes, step, training) for step in range(8)]
+    for epoch in (batches[:4], batches[4:]):
+        assert sorted(index for batch in epoch for index in batch) == list(range(16))
+        assert all(len({sizes[index] for index in batch}) == 1 for batch in epoch)
+    assert batches[:4] != batches[4:]
 
 
 @pytest.mark.parametrize(("loss", "options"), [("relaxed", {}), ("preference", {"actions": 4})])

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from exporter.calibration import Batch
+from exporter.calibration import Batch, spread
 from exporter.capture import layer_statistics
 from exporter.checkpoint import write_weights
 from exporter.families import DECODERS
@@ -115,6 +115,9 @@ def scoring(options: argparse.Namespace) -> None:
     plan = make_plan(options.layers, range(options.layers - 2, options.layers))
     weights = dict(text_decoder(model).layers.named_parameters())
 
+    def some(share: float = 1.0) -> list[Batch]:
+        return list(spread(batches, share))
+
     def wait() -> None:
         if options.device != "cpu":
             torch.cuda.synchronize()
@@ -130,9 +133,7 @@ def scoring(options: argparse.Namespace) -> None:
         wait()
 
     def fold() -> None:
-        job = FoldJob(
-            model, lambda: batches, plan, lambda layer, name: weights.get(f"{layer}.{name}"), DECODERS["llama"]
-        )
+        job = FoldJob(model, some, plan, lambda layer, name: weights.get(f"{layer}.{name}"), DECODERS["llama"])
         FOLDS[DEFAULT_FOLD](job)
         wait()
 
@@ -140,7 +141,7 @@ def scoring(options: argparse.Namespace) -> None:
     few = max(1, round(total / DEFAULT_SAMPLES * default_samples()))  # the share of them that it is of the default
 
     def localize() -> None:
-        job = LocalizeJob(model, options.layers, lambda: batches, 0, total)
+        job = LocalizeJob(model, options.layers, some, 0, total)
         LOCALIZERS[DEFAULT_LOCALIZER](job, 2, (), samples=few)
         wait()
 

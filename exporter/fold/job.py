@@ -29,7 +29,7 @@ class FoldJob:
     """A plan to be made up for, with the data and the weights to do it."""
 
     model: Any
-    batches: Callable[[], Iterable[Batch]]
+    batches: Callable[..., Iterable[Batch]]  # of a share of the questions; of all of them if none is given
     plan: PruningPlan
     read: Callable[[int, str], Tensor | None]  # a layer's tensor by name, from disk; None where there is none
     decoder: Decoder

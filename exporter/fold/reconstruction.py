@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Batch, spread
+from ..calibration import Batch
 from ..capture import on_module
 from ..moments import Moments
 from ..replay import Folded, Trace, replaced, trace, walk
@@ -49,8 +49,7 @@ def reconstruct(
     refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
     if share is None:
         share = 1 / (1 + LAYER_COST * len(refitted) / job.plan.num_layers)
-    batches = spread(job.batches(), share)
-    streams = [_stream(job, batch.to(job.model.device), reached, share_of_text) for batch in batches]
+    streams = [_stream(job, batch.to(job.model.device), reached, share_of_text) for batch in job.batches(share)]
     folded: Folded = {}
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
         for stream in streams:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..calibration import Batch, spread
+from ..calibration import Batch
 from ..capture import layer_statistics
 from ..errors import InputError
 from ..fidelity import AnswerDivergence, answer_all
@@ -22,7 +22,7 @@ from .fisher import fisher, information
 from .greedy import greedy
 from .tis import tis
 
-FEW_SAMPLES = 32  # questions that are answered to learn what removing layers does
+FEW_SAMPLES = 64  # questions that are answered to learn what removing layers does
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LocalizeJob:
 
     model: Any
     num_layers: int
-    batches: Callable[[], Iterable[Batch]]
+    batches: Callable[..., Iterable[Batch]]  # of a share of the questions; of all of them if none is given
     seed: int = 0
     num_samples: int = 1  # that the batches hold together
 
@@ -73,7 +73,7 @@ def by_fisher(
     draws: int = 2,
 ) -> LayerScores:
     """Args: samples: questions that are read; draws: answers drawn at each token."""
-    few = answer_all(job.model, spread(job.batches(), samples / job.num_samples), answer_tokens)
+    few = answer_all(job.model, job.batches(samples / job.num_samples), answer_tokens)
     return fisher(information(job.model, few, draws, job.seed), count, protect)
 
 
@@ -84,14 +84,12 @@ def by_best_of(
     *,
     samples: int = FEW_SAMPLES,
     answer_tokens: int = 32,
-    draws: int = 2,
 ) -> LayerScores:
-    """Args: samples: questions that are read and judged by; answer_tokens: longest answer; draws: of Fisher's."""
-    batches = list(spread(job.batches(), samples / job.num_samples))
+    """Args: samples: questions that are read and judged by; answer_tokens: longest answer."""
+    batches = list(job.batches(samples / job.num_samples))
     few = answer_all(job.model, batches, answer_tokens)
     return best_of(
         list(layer_statistics(job.model, batches)),
-        information(job.model, few, draws, job.seed),
         count,
         tuple(protect),
         AnswerDivergence.of(job.model, few),

@@ -1,4 +1,4 @@
-"""Best of: what four localizers propose, judged by the divergence that leaving those layers out really causes.
+"""Best of: what three localizers propose, judged by the divergence that leaving those layers out really causes.
 
 Cosines misrank layers in ways that differ from model to model. A few questions, the same that the proposals come from,
 tell them apart. Shapes: L layers.
@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from ..capture import BatchStatistics
 from ..errors import InputError
 from ..scores import LayerScores
 from .angular import angular
 from .block_influence import block_influence
-from .fisher import fisher
 from .tis import tis
 
 
@@ -29,7 +26,6 @@ PROPOSERS = {"tis": tis, "block_influence": block_influence, "angular": angular}
 
 def best_of(
     statistics: Sequence[BatchStatistics],
-    information: Tensor,
     count: int,
     protect: tuple[int, ...],
     loss: SetLoss,
@@ -37,7 +33,6 @@ def best_of(
     """The proposal of the lowest loss; of equal ones the first, in the order of PROPOSERS.
 
     Args:
-        information: Fisher's, [L, L].
         loss: divergence from the original's answers without each of some sets of layers.
     """
     proposed: dict[str, LayerScores] = {}
@@ -47,7 +42,6 @@ def best_of(
         except InputError:  # no block between protected layers is long enough: the others need none
             if name != "angular":
                 raise
-    proposed["fisher"] = fisher(information, count, protect)
     distinct = list(dict.fromkeys(frozenset(scores.drop) for scores in proposed.values()))
     losses = dict(zip(distinct, loss.of_sets(distinct), strict=True))
     winner = min(proposed.values(), key=lambda scores: losses[frozenset(scores.drop)])
