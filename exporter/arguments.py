@@ -68,18 +68,16 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
         verbs,
         "route",
         "train a router that drops visual tokens and skips layers, question by question",
-        f"route {MODEL} --out routed --calibration {DATA}/calibration.jsonl --steps 600",
+        f"route {MODEL} --out routed --calibration {DATA}/calibration.jsonl --steps 300",
     )
     route.add_argument("model", metavar="MODEL", help="folder or hub id, pruned or not")
     route.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     _calibration_arguments(route, required=True, samples=ROUTER_SAMPLES)
     route.add_argument("--steps", type=int, metavar="N", help=f"of training ({RouterRecipe.steps})")
     route.add_argument("--candidates", type=int, metavar="N", help="last layers that may be skipped (half of them)")
-    route.add_argument(
-        "--drop-at", type=int, metavar="D", help=f"layer before which visual tokens leave ({RouterRecipe.drop_at})"
-    )
+    route.add_argument("--drop-at", type=int, metavar="D", help="layer before which visual tokens leave (2)")
     route.add_argument("--learning-rate", type=float, metavar="R", help=f"({RouterRecipe.learning_rate})")
-    route.add_argument("--loss", choices=LOSS_NAMES, help="what is learnt from (relaxed); preference is the paper's")
+    route.add_argument("--loss", choices=LOSS_NAMES, help="what is learnt from (importance); preference is the paper's")
     route.add_argument("--loss-option", action="append", default=[], metavar="NAME=VALUE")
     _run_arguments(route, batch_size=RouterRecipe.batch_size)
 

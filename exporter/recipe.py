@@ -19,7 +19,7 @@ LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "fisher", "gr
 FOLD_NAMES = ("reconstruction", "scp", "least_squares", "none")
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "reconstruction"
 DEFAULT_SAMPLES = 512
-LOSS_NAMES = ("relaxed", "preference")
+LOSS_NAMES = ("importance", "relaxed", "preference")
 ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
 
 
@@ -59,18 +59,18 @@ class RouterRecipe:
     """A router that is trained for a checkpoint."""
 
     calibration: CalibrationData | None = None  # unlabelled questions; None: the compression's own, all of them
-    steps: int = 600
+    steps: int = 300
     batch_size: int = 16
-    learning_rate: float = 7e-4
-    loss: Method = Method("relaxed")
-    drop_at: int = 0  # the layer before which visual tokens leave
+    learning_rate: float = 2e-3
+    loss: Method = Method("importance")
+    drop_at: int | None = None  # the layer before which visual tokens leave; None: 2, or the first that may be skipped
     candidates: int | None = None  # of the last layers, that may be skipped; None: half of them
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("drop_at", 0), ("seed", 0), ("candidates", 0)):
             value = getattr(self, name)
-            if name == "candidates" and value is None:
+            if name in ("candidates", "drop_at") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"router: {name}={value!r}: a whole number from {least} up is needed.")

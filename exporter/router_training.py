@@ -1,13 +1,16 @@
 """Trains a router on unlabelled questions about images; the LVLM is frozen.
 
 The original answers every question once. From then on a router is judged by KL(original || routed) at the tokens of
-those answers. Two losses:
-- `relaxed` (default): budgets are drawn anew for every question, the router's choice is put through the decoder with
-  gates (`relaxation.py`), and the KL itself is what gradients lower. One router so learns a ranking for all budgets.
+those answers. Three losses:
+- `importance` (default): one backward pass through gates on all tokens and layers (`relaxation.py`) says what each of
+  them means to the answer, and the router learns to rank them so. One ranking serves all budgets.
+- `relaxed`: budgets are drawn anew for every question, the router's choice is put through the gates, and the KL itself
+  is what gradients lower. It sees what is lost together, but where the attention's mass has been dropped the gradients
+  of what would bring it back are a thousand times larger than all others.
 - `preference`: the paper's (PAR, arXiv 2412.06458, section 4.2): five pruning actions a question, the better ones by KL
   preferred over the worse ones, without a gradient through the decoder.
 
-What one question costs, in forward passes: `relaxed` one up to the gates, one through them and one back (two, where
+What one question costs, in forward passes: `importance` and `relaxed` one through the gates and two back (three, where
 activations are computed again to save memory); `preference` one for each action. The original's answers cost two more,
 once.
 
@@ -49,10 +52,10 @@ Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 class Training:
     """How a router is trained; what a recipe's `router` says."""
 
-    steps: int = 600
+    steps: int = 300
     batch_size: int = 16
-    learning_rate: float = 7e-4
-    loss: str = "relaxed"
+    learning_rate: float = 2e-3
+    loss: str = "importance"
     options: dict[str, Any] = field(default_factory=dict)  # of the loss
     seed: int = 0
 
@@ -265,11 +268,14 @@ class Look:
 
     def kl(self, gates: Gates) -> Tensor:
         """KL(original || routed) at each answer token, [A of all rows], differentiable in the gates."""
+        return (self.log_p.exp() * (self.log_p - self.log_q(gates))).sum(-1)
+
+    def log_q(self, gates: Gates) -> Tensor:
+        """Log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
         model, start = self.learner.teacher.model, self.learner.settings.drop_at
         output = gated_states(model, self.given, self.learner.attention, self.state, start, gates)
         hidden = text_decoder(model).norm(output[self.one.predicts])
-        log_q = model.get_output_embeddings()(hidden).float().log_softmax(-1)
-        return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
+        return model.get_output_embeddings()(hidden).float().log_softmax(-1)
 
     @property
     def fastv(self) -> Tensor:
@@ -348,6 +354,49 @@ def answer_tokens(one: AnsweredBatch) -> Tensor:
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def importance_loss(look: Look, generator: torch.Generator, *, power: float = 0.5, draws: int = 1) -> Tensor:
+    """Cross entropy of the router's ranking against what each visual token and candidate layer means to the answer.
+
+    That is the diagonal of the Fisher information of the gates where all are open, E[(d log p(answer) / d gate)^2]: to
+    second order twice the divergence from the original that shutting this one gate causes (Optimal Brain Damage, LeCun
+    et al., 1990). Answers are drawn at the positions of the one that the original gave. Tokens and layers have a
+    ranking each: softmax of the logits against the shares of importance (ListNet, Cao et al., 2007).
+
+    Args:
+        power: of the importances before they are made to sum to 1; below 1, small differences count too.
+        draws: answers drawn at each position of a question's answer.
+    """
+    visual = look.visual
+    tokens = torch.ones(visual.shape, device=visual.device, requires_grad=True)
+    layers = torch.ones(look.layer_logits.shape, device=visual.device, requires_grad=True)
+    log_q = look.log_q(look.gates(tokens, layers))
+    importances = [torch.zeros_like(tokens), torch.zeros_like(layers)]
+    for draw in range(draws):
+        answer = torch.multinomial(log_q.detach().exp().cpu(), 1, generator=generator).to(log_q.device)
+        likelihood = log_q.gather(1, answer).sum()
+        for total, gradient in zip(
+            importances, torch.autograd.grad(likelihood, (tokens, layers), retain_graph=draw + 1 < draws), strict=True
+        ):
+            total += gradient.square()
+    everywhere = torch.ones_like(look.layer_logits, dtype=torch.bool)
+    return ranking_loss(look.token_logits, importances[0], visual, power) + ranking_loss(
+        look.layer_logits, importances[1], everywhere, power
+    )
+
+
+def ranking_loss(logits: Tensor, importance: Tensor, there: Tensor, power: float) -> Tensor:
+    """Cross entropy of softmax(logits) against the shares of importance, over the items that are `there`: [B, S] each.
+
+    Rows where nothing has any importance say nothing.
+    """
+    if not there.any():
+        return logits.sum() * 0
+    shares = importance.double().pow(power) * there  # squares of small gradients are smaller than float32 can divide by
+    shares = shares / shares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.double).tiny)
+    log_chosen = logits.masked_fill(~there, torch.finfo(logits.dtype).min).log_softmax(1)
+    return -(shares.to(logits.dtype) * log_chosen.masked_fill(~there, 0)).sum(1).mean()
 
 
 def relaxed_loss(
@@ -432,4 +481,8 @@ def log_probability(look: Look, tokens: Tensor, layers: Tensor) -> Tensor:
     return (token_part * look.visual).sum(1) + layer_part.sum(1)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"relaxed": relaxed_loss, "preference": preference_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "importance": importance_loss,
+    "relaxed": relaxed_loss,
+    "preference": preference_loss,
+}

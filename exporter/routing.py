@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MODELING_FILE = "modeling_routed.py"
 AUTO_CLASS = "AutoModelForImageTextToText"
+DROP_AT = 2  # measured: dropped before layer 0, tokens take with them what the first layers would have passed on
 
 
 def check_routable(config: Any) -> None:
@@ -30,18 +31,20 @@ def check_routable(config: Any) -> None:
         raise InputError(f"a {FAMILIES[config.model_type].title} model can't have a router: {reason}.")
 
 
-def default_settings(config: Any, drop_at: int = 0, candidates: int | None = None) -> dict[str, Any]:
+def default_settings(config: Any, drop_at: int | None = None, candidates: int | None = None) -> dict[str, Any]:
     """Router settings that fit a model, as they stand in config.json.
 
     Args:
         config: transformers' configuration of the model as it is now, pruned or not.
-        drop_at: the layer before which visual tokens leave; the router reads what enters it.
+        drop_at: the layer before which visual tokens leave; the router reads what enters it. None: DROP_AT, or the
+            first layer that may be skipped where that comes before.
         candidates: how many of the last layers may be skipped; half of them if None.
     """
     text = config.get_text_config()
     num_layers, hidden = text.num_hidden_layers, text.hidden_size
     candidates = num_layers // 2 if candidates is None else candidates
     first = num_layers - candidates
+    drop_at = min(DROP_AT, max(first, 0)) if drop_at is None else drop_at
     if not drop_at <= first <= num_layers:
         raise InputError(
             f"candidates={candidates} of {num_layers} layers begin at layer {first}, before drop_at={drop_at}: a layer "

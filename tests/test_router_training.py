@@ -22,7 +22,7 @@ from exporter.modeling.modeling_routed import Route, RouterSettings
 from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_from_data
 from exporter.relaxation import Gates, gated_attention, gated_states, straight_through
 from exporter.replay import logits, trace
-from exporter.router_training import Training, drawn, train_router
+from exporter.router_training import Training, drawn, ranking_loss, train_router
 from exporter.routing import default_settings, routable
 from exporter.source import load_model, open_source
 from exporter.verification import verify
@@ -110,7 +110,7 @@ def test_every_question_is_drawn_once_an_epoch_in_batches_of_like_size():
     assert batches[:4] != batches[4:]
 
 
-@pytest.mark.parametrize(("loss", "options"), [("relaxed", {}), ("preference", {"actions": 4})])
+@pytest.mark.parametrize(("loss", "options"), [("importance", {}), ("relaxed", {}), ("preference", {"actions": 4})])
 def test_training_is_repeatable_and_goes_on_where_it_was(loss, options, tiny, questions, tmp_path, monkeypatch):
     source = open_source(str(tiny("llava")))
     source.config.router = default_settings(source.config)
@@ -142,6 +142,32 @@ def test_training_is_repeatable_and_goes_on_where_it_was(loss, options, tiny, qu
         assert torch.equal(resumed.weights[name], tensor), name
     other = run(state_file=tmp_path / "state", fingerprint="another")
     assert other.curve == whole.curve, "a state of another run is not gone on from"
+
+
+def test_ranking_loss_is_lowest_where_the_ranking_is_that_of_the_importance():
+    importance = torch.tensor([[4.0, 1.0, 0.0, 9.0], [1e-30, 1e-32, 0.0, 0.0]])
+    there = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    shares = torch.tensor([[2 / 3, 1 / 3, 0.0], [10 / 11, 1 / 11, 0.0]])  # of the roots
+    exact = torch.cat([shares.clamp(min=1e-9).log(), torch.full((2, 1), 9.0)], dim=1)
+    lowest = ranking_loss(exact, importance, there, power=0.5)
+    assert lowest == pytest.approx(float(-(torch.xlogy(shares, shares)).sum(1).mean()), abs=1e-4)
+    assert ranking_loss(exact.roll(1, 1), importance, there, power=0.5) > lowest
+    nothing = torch.zeros(2, 4, requires_grad=True)
+    ranking_loss(nothing, importance, torch.zeros_like(there), power=0.5).backward()
+    assert not nothing.grad.any(), "a batch of questions without images teaches nothing about tokens"
+
+
+def test_a_router_soon_learns_which_tokens_matter(digits):
+    source = open_source(str(digits / "model"))
+    source.config.router = default_settings(source.config)
+    samples = load_calibration(str(digits / "data" / "calibration.jsonl"), samples=240).samples
+    model, _ = load_model(source, "cpu", torch.float32)
+    training = Training(steps=30)
+    trained = train_router(
+        model, load_processor(source.folder), samples, RouterSettings.of(source.config), training, silent
+    )
+    untaught, taught = (point["KL at 25% of the tokens"] for point in (trained.curve[0], trained.curve[-1]))
+    assert taught < 0.25 * untaught
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +258,7 @@ def test_wrong_router_recipes_are_refused(router, message):
     [
         (["--drop-at", "40"], "before drop_at=40"),
         (["--candidates", "99"], "candidates=99 of"),
-        (["--loss-option", "heat=2"], "loss 'relaxed' has no option 'heat'"),
+        (["--loss-option", "heat=2"], "loss 'importance' has no option 'heat'"),
         (["--samples", "3"], "holds 3 questions: a router needs 8"),
     ],
 )
