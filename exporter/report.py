@@ -10,6 +10,7 @@ from typing import Any
 from .scores import LayerScores
 
 KEPT, DROPPED, PROTECTED = "#3b6ea5", "#d1603d", "#9aa5b1"
+PAIRED = 5  # models in a call whose paired tests are all shown; of more, those with the first one
 VALUE_NAMES = {
     "tis": "cosine of input and output over important tokens",
     "block_influence": "cosine of input and output over all tokens",
@@ -146,11 +147,14 @@ def evaluation_table(done: Any) -> str:
             for name in types
         ]
         text += "\n\n" + table(("type", "n", *(Path(m.label).name for m in done.models)), by_type)
-    for pair in done.pairs:
+    shown = done.pairs if len(done.models) <= PAIRED else [p for p in done.pairs if p.first == done.models[0].label]
+    for pair in shown:
         text += (
             f"\n{Path(pair.first).name} vs {Path(pair.second).name}: {pair.only_first} questions right only in the "
             f"first, {pair.only_second} only in the second, p = {pair.p_value:.2g} (McNemar, exact)"
         )
+    if len(shown) < len(done.pairs):
+        text += f"\nAll {len(done.pairs)} paired tests are in what --json writes."
     for model in done.models:
         if model.no_kl_because:
             text += f"\n{model.path}: no KL, {model.no_kl_because}"

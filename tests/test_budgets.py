@@ -33,7 +33,7 @@ def folder(tiny, questions, tmp_path_factory):
         patch.setattr("exporter.pipeline.require", lambda *_: None)
         recipe = Recipe(str(tiny("llava")), CalibrationData(str(questions), samples=2), LayerBudget(drop_layers=0))
         made = compress(recipe, tmp_path_factory.mktemp("budgets") / "routed")
-    add_random_router(made, default_settings(open_source(str(made)).config))
+    add_random_router(made, default_settings(open_source(str(made)).config, drop_at=0))
     return made
 
 
