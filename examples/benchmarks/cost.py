@@ -36,7 +36,7 @@ from exporter.source import open_source, text_decoder
 
 IMAGE_TOKEN = 0
 COPIES = """
-import resource, sys
+import sys
 from pathlib import Path
 from exporter.weights import open_weights, Piece, write_shard
 weights, out = open_weights(Path(sys.argv[1])), Path(sys.argv[2])
@@ -44,7 +44,9 @@ out.mkdir()
 for number, shard in enumerate(weights.shards):
     pieces = [Piece(name, entry) for name, entry in shard.entries.items()]
     write_shard(out / f"{number}.safetensors", pieces, {}, lambda done: None)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# not getrusage: its maximum is inherited from the process that started this one
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(int(status["VmHWM"].split()[0]) / 1024)
 """
 
 
