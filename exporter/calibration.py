@@ -289,9 +289,13 @@ def _from_dataset(name: str, columns: dict[str, str], split: str) -> list[Sample
 # --- samples to model inputs ------------------------------------------------------------------------------------------
 
 
-def by_size(samples: Iterable[Sample]) -> list[Sample]:
-    """Questions about images of like size one after the other: batches of them hold little padding."""
-    return sorted(samples, key=lambda sample: sample.pixels)
+def size_order(samples: Sequence[Sample]) -> list[int]:
+    """Indices of the questions by the size of their images: batches in this order hold little padding."""
+    return sorted(range(len(samples)), key=lambda index: samples[index].pixels)
+
+
+def by_size(samples: Sequence[Sample]) -> list[Sample]:
+    return [samples[index] for index in size_order(samples)]
 
 
 def make_batches(samples: Sequence[Sample], processor: Any, config: Any, batch_size: int) -> Iterator[Batch]:

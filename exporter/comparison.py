@@ -23,7 +23,6 @@ from . import checkpoint, report
 from .calibration import Batch, Sample, by_size, make_batch, make_batches
 from .capture import BatchStatistics, layer_statistics
 from .errors import InputError
-from .evaluation import SPARE_TOKENS, Task, greedy_answers, load_task
 from .fidelity import AnswerDivergence, AnsweredBatch, answer_all, with_answers
 from .fold import FOLDS
 from .fold.job import FoldJob
@@ -50,6 +49,7 @@ from .recipe import (
 from .replay import Folded
 from .scores import LayerScores
 from .scoring import Rate, is_right
+from .task import SPARE_TOKENS, Task, greedy_answers, load_task
 from .variants import Agreement, Variant, assembled, judge
 
 CELLS_AT_A_TIME = 16  # whose new tensors are held together

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import checkpoint
 from .budgets import Ask, Flops, Wanted, few_prompts, flops_of
-from .calibration import Batch, Sample, load_calibration, make_batch, make_batches
+from .calibration import Batch, by_size, load_calibration, make_batch, make_batches
 from .clean_room import load_processor
 from .errors import InputError
 from .fidelity import AnsweredBatch, with_answers
@@ -29,8 +29,8 @@ from .routing import load_routed
 from .rules import block_influences, make_route
 from .scoring import PairedTest, Rate, describe, is_right, mcnemar
 from .source import Source, compute_dtype, load_model, open_source, pick_device
+from .task import Task, greedy_answers, load_task
 
-SPARE_TOKENS = 8  # beyond the longest right answer, so that one that goes on too long is seen to be wrong
 Row = dict[str, Any]  # what is known of one answer: answer, correct, and where there is a reference: kl, same, tokens
 
 
@@ -144,31 +144,6 @@ def evaluate(
     return done
 
 
-@dataclass(frozen=True)
-class Task:
-    """Questions with answers."""
-
-    samples: tuple[Sample, ...]
-    fingerprint: str
-
-    def longest(self, processor: Any) -> int:
-        """Tokens that an answer may take."""
-        encode = processor.tokenizer.encode
-        lengths = [len(encode(a, add_special_tokens=False)) for sample in self.samples for a in sample.answers]
-        return max(lengths) + SPARE_TOKENS
-
-
-def load_task(task: str, samples: int | None, seed: int) -> Task:
-    data = load_calibration(task, samples=samples, seed=seed)
-    unlabelled = [sample for sample in data.samples if not sample.answers]
-    if unlabelled:
-        raise InputError(
-            f"{unlabelled[0].origin} has no 'answer' ({len(unlabelled)} of {len(data.samples)} have none): a task "
-            "needs one on every line."
-        )
-    return Task(data.samples, data.fingerprint)
-
-
 # --- one model --------------------------------------------------------------------------------------------------------
 
 
@@ -236,9 +211,14 @@ def load(
     if any(ask is not None and ask.rule.layers == "shortgpt" for ask in asks):
         if calibration is None:
             raise InputError("the rule 'shortgpt' measures layers on questions: give --calibration FILE.")
-        chosen = load_calibration(calibration, samples=DEFAULT_SAMPLES).samples
-        loaded.influence = block_influences(model, make_batches(chosen, processor, model.config, options.batch_size))
+        loaded.influence = influence_of(loaded, calibration, options.batch_size)
     return loaded
+
+
+def influence_of(loaded: Loaded, calibration: str, batch_size: int) -> Tensor:
+    """Block influence of the layers, [L], on a few calibration questions."""
+    chosen = by_size(load_calibration(calibration, samples=DEFAULT_SAMPLES).samples)
+    return block_influences(loaded.model, make_batches(chosen, loaded.processor, loaded.model.config, batch_size))
 
 
 @dataclass
@@ -367,15 +347,6 @@ class Judge:
             correct=correct,
             answers=tuple(row["answer"] for row in ordered),
         )
-
-
-def greedy_answers(model: Any, batch: Batch, max_new_tokens: int, route: Route | None = None) -> Tensor:
-    """Greedy answers [B, A], whatever sampling the generation config asks for."""
-    options = {} if route is None else {"route": route}
-    made = model.generate(
-        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, **options
-    )
-    return made[:, batch.inputs["input_ids"].shape[1] :]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

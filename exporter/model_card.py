@@ -189,7 +189,9 @@ def _choice(record: dict[str, Any]) -> str:
     title, link = TITLES[method]
     tokens = data["tokens"]
     counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
-    return f"They were chosen by [{title}]({link}) from {data['samples']} unlabelled questions about images{counted}."
+    read, given = record["scores"]["details"].get("questions", data["samples"]), data["samples"]
+    questions = f"{given}" if read == given else f"{read} of {given}"
+    return f"They were chosen by [{title}]({link}) from {questions} unlabelled questions about images{counted}."
 
 
 def _places(tensors: list[str]) -> str:

@@ -22,17 +22,18 @@ import torch
 
 from . import checkpoint, report
 from .budgets import Ask, few_prompts, flops_of, router_settings
-from .calibration import Batch, load_calibration, make_batch, make_batches
+from .calibration import Batch, make_batch, size_order
 from .errors import InputError
-from .evaluation import Judge, Ledger, Loaded, ModelResult, Reference, Task, greedy_answers, load, load_task
+from .evaluation import Judge, Ledger, Loaded, ModelResult, Reference, influence_of, load
 from .modeling.modeling_routed import Budget, Route
 from .oracle import Search, images_seen_once, search
 from .pipeline import Progress, silent
-from .recipe import DEFAULT_SAMPLES, RunOptions, check_keys
+from .recipe import RunOptions, check_keys
 from .routing import load_routed, routable
-from .rules import Rule, block_influences, make_route
+from .rules import Rule, make_route
 from .scoring import Rate, describe, is_right
 from .source import compute_dtype, open_source, pick_device
+from .task import Task, greedy_answers, load_task
 
 FIT_PROMPTS, FIT_STEPS = 2, 3
 FEWEST = 0.004  # share of the visual tokens
@@ -215,9 +216,7 @@ class Runner:
             found = replace(self.unrouted, path=row.folder, source=source, model=model, influence=None)
             self.loaded = {row.folder: found}
         if row.parsed().layers == "shortgpt" and found.influence is None:
-            samples = load_calibration(str(self.tables.calibration), samples=DEFAULT_SAMPLES).samples
-            batches = make_batches(samples, found.processor, found.model.config, self.options.batch_size)
-            found.influence = block_influences(found.model, batches)
+            found.influence = influence_of(found, str(self.tables.calibration), self.options.batch_size)
         return replace(found, seed=self.tables.seed)
 
     # budgets at equal cost
@@ -289,7 +288,7 @@ class Runner:
         asks = self.asks(row, loaded)
         answers: list[dict[int, dict[str, Any]]] = [{} for _ in asks]
         size, samples = self.options.batch_size, self.task.samples
-        order = sorted(range(len(samples)), key=lambda i: samples[i].pixels)  # less padding
+        order = size_order(samples)
         starts = range(0, len(samples), size)
         for start in self.progress(starts, f"judge {row.name}", len(starts)):
             indices = order[start : start + size]

@@ -33,7 +33,8 @@ def with_router(
     Raises: InputError for wrong input, CheckFailed where the result does not verify.
     """
     from .modeling.modeling_routed import ROUTER_FILE, RouterSettings
-    from .router_training import LOSSES, Training, train_router
+    from .router_losses import LOSSES
+    from .router_training import Training, train_router
 
     begin = time.monotonic()
     checkpoint.check_target(out)

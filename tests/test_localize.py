@@ -183,11 +183,11 @@ def test_fisher_information_predicts_the_divergence_of_small_changes(tiny, quest
     model, _ = load_model(source, "cpu", torch.float32)
     samples = load_calibration(str(questions), samples=4).samples
     one = answered(model, make_batch(samples, load_processor(source.folder), model.config), 6)
-    moved = information(model, [one], draws=40)
+    moved = information(model, [one], draws=200)
     step = 0.05
     gates = torch.ones(4, len(moved))
     log_p = _gated_log_p(model, one, gates)
     gates[:, [1, 3]] -= step
     log_q = _gated_log_p(model, one, gates)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    assert step**2 * set_cost(moved, (1, 3)) == pytest.approx(kl, rel=0.4)
+    assert step**2 * set_cost(moved, (1, 3)) == pytest.approx(kl, rel=0.25)

@@ -22,7 +22,8 @@ from exporter.modeling.modeling_routed import Route, RouterSettings
 from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_from_data
 from exporter.relaxation import Gates, gated_attention, gated_states, straight_through
 from exporter.replay import logits, trace
-from exporter.router_training import Training, drawn, ranking_loss, train_router
+from exporter.router_losses import ranking_loss
+from exporter.router_training import Training, drawn, train_router
 from exporter.routing import default_settings, routable
 from exporter.source import load_model, open_source
 from exporter.verification import verify

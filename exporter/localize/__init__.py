@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..calibration import Batch
 from ..capture import layer_statistics
 from ..errors import InputError
-from ..fidelity import AnswerDivergence, answer_all
+from ..fidelity import AnswerDivergence, AnsweredBatch, answer_all
 from ..scores import LayerScores, most_redundant
 from .angular import angular
 from .best_of import best_of
@@ -74,7 +74,7 @@ def by_fisher(
 ) -> LayerScores:
     """Args: samples: questions that are read; draws: answers drawn at each token."""
     few = answer_all(job.model, job.batches(samples / job.num_samples), answer_tokens)
-    return fisher(information(job.model, few, draws, job.seed), count, protect)
+    return _from(few, fisher(information(job.model, few, draws, job.seed), count, protect))
 
 
 def by_best_of(
@@ -88,12 +88,13 @@ def by_best_of(
     """Args: samples: questions that are read and judged by; answer_tokens: longest answer."""
     batches = list(job.batches(samples / job.num_samples))
     few = answer_all(job.model, batches, answer_tokens)
-    return best_of(
-        list(layer_statistics(job.model, batches)),
-        count,
-        tuple(protect),
-        AnswerDivergence.of(job.model, few),
-    )
+    statistics, loss = list(layer_statistics(job.model, batches)), AnswerDivergence.of(job.model, few)
+    return _from(few, best_of(statistics, count, tuple(protect), loss))
+
+
+def _from(few: Sequence[AnsweredBatch], scores: LayerScores) -> LayerScores:
+    """The scores, saying how many of the questions they come from."""
+    return replace(scores, details=scores.details | {"questions": sum(len(one.batch.samples) for one in few)})
 
 
 def by_order(name: str) -> Callable[..., LayerScores]:

@@ -1,0 +1,51 @@
+"""A task: questions with answers, and a model's answers to them.
+
+Shapes: B samples, S prompt tokens, A answer tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .calibration import Batch, Sample, load_calibration
+from .errors import InputError
+from .modeling.modeling_routed import Route
+
+SPARE_TOKENS = 8  # beyond the longest right answer, so that one that goes on too long is seen to be wrong
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions with answers."""
+
+    samples: tuple[Sample, ...]
+    fingerprint: str
+
+    def longest(self, processor: Any) -> int:
+        """Tokens that an answer may take."""
+        encode = processor.tokenizer.encode
+        lengths = [len(encode(a, add_special_tokens=False)) for sample in self.samples for a in sample.answers]
+        return max(lengths) + SPARE_TOKENS
+
+
+def load_task(task: str, samples: int | None, seed: int) -> Task:
+    data = load_calibration(task, samples=samples, seed=seed)
+    unlabelled = [sample for sample in data.samples if not sample.answers]
+    if unlabelled:
+        raise InputError(
+            f"{unlabelled[0].origin} has no 'answer' ({len(unlabelled)} of {len(data.samples)} have none): a task "
+            "needs one on every line."
+        )
+    return Task(data.samples, data.fingerprint)
+
+
+def greedy_answers(model: Any, batch: Batch, max_new_tokens: int, route: Route | None = None) -> Tensor:
+    """Greedy answers [B, A], whatever sampling the generation config asks for."""
+    options = {} if route is None else {"route": route}
+    made = model.generate(
+        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, **options
+    )
+    return made[:, batch.inputs["input_ids"].shape[1] :]
