@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, model_card
 from .calibration import Batch
 from .errors import CheckFailed, InputError
+from .onnx import card as onnx_card
+from .onnx.manifest import is_onnx, read_manifest, write_record
+from .onnx.subject import OnnxRuntime
 from .pipeline import versions
-from .source import pick_device
-from .subject import Asked, Cost, Setup, Subject, TorchRuntime
+from .source import pick_device, resolve
+from .subject import Asked, Cost, Setup, Subject, TorchRuntime, TorchSubject
 from .timing import Spread, paired, peak_bytes, turns
 from .workload import Workload
 
@@ -158,17 +161,18 @@ def bench(
         update_cards: put the figures into the record and the card of checkpoints that are ours.
     Raises: InputError for a budget without a routed checkpoint, or one that a router can't keep to.
     """
-    device = pick_device(options.device)
-    runtime = TorchRuntime(Setup(device, options.dtype, options.attention, options.compile))
-    subjects = open_subjects(runtime, [str(path) for path in paths], reference, budgets)
+    names = [str(path) for path in (*paths, *([reference] if reference else []))]
+    device = pick_device(options.device or onnx_device(names))
+    runtimes = Runtimes.of(device, options)
+    subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
     prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]
     done = Benchmark(
         workload,
         options,
         hardware(device),
-        versions(),
+        versions() | onnx_versions(subjects),
         datetime.date.today().isoformat(),
-        measure(subjects, prompts, options, device, runtime.compile, progress),
+        measure(subjects, prompts, options, device, runtimes.torch.compile, progress),
     )
     if update_cards:
         for model in done.models:
@@ -176,21 +180,73 @@ def bench(
     return done
 
 
+@dataclass(frozen=True)
+class Runtimes:
+    """Opens what a path holds: a checkpoint of transformers, or an ONNX folder."""
+
+    torch: TorchRuntime
+    onnx: OnnxRuntime
+
+    @classmethod
+    def of(cls, device: str, options: BenchOptions) -> Runtimes:
+        threads = None if device.startswith("cuda") else torch.get_num_threads()
+        return cls(
+            TorchRuntime(Setup(device, options.dtype, options.attention, options.compile)),
+            OnnxRuntime(device, options.new_tokens, threads),
+        )
+
+    def open(self, path: str, asked: Asked | None) -> Subject:
+        return self.onnx.open(path, asked) if is_onnx(path) else self.torch.open(path, asked)
+
+
+def onnx_device(paths: Sequence[str]) -> str | None:
+    """The device that the first ONNX folder was exported for; None where there is none."""
+    made: list[str] = [read_manifest(Path(path))["device"] for path in paths if is_onnx(path)]
+    return made[0] if made else None
+
+
+def onnx_versions(subjects: Sequence[Subject]) -> dict[str, str]:
+    if not any(is_onnx(subject.path) for subject in subjects):
+        return {}
+    import onnxruntime  # of its two distributions, the one that is imported
+
+    return {"onnxruntime": onnxruntime.__version__}
+
+
+def made_from(path: str) -> str:
+    """The checkpoint that an ONNX folder was exported from."""
+    name: str = read_manifest(Path(path))["source"]["name"]
+    try:
+        resolve(name)
+    except InputError as error:
+        raise InputError(
+            f"{path} was exported from {name}, which it is to be compared with, and that is not to be had ({error}) "
+            "Name a checkpoint or an ONNX folder with --reference."
+        ) from error
+    return name
+
+
 def open_subjects(
-    runtime: TorchRuntime, paths: Sequence[str], reference: str | Path | None, budgets: Sequence[Asked]
+    runtimes: Runtimes, paths: Sequence[str], reference: str | Path | None, budgets: Sequence[Asked]
 ) -> list[Subject]:
     """The reference, run whole, then every path; not the first one again where it is the reference for want of another.
 
     One that is named as its own reference is measured twice: how far the ratios are from 1 is the error of measurement.
+    An ONNX folder is compared with the checkpoint that it was made from, and that with the other ways torch runs it.
     """
-    first = runtime.open(str(reference or paths[0]), {"preset": "off"})
-    opened = [runtime.open(path, budget) for path in dict.fromkeys(paths) for budget in budgets or (None,)]
+    if reference is None and is_onnx(paths[0]):
+        reference = made_from(paths[0])
+    first = runtimes.open(str(reference or paths[0]), {"preset": "off"})
+    ways: list[Subject] = []
+    if isinstance(first, TorchSubject) and any(is_onnx(path) for path in paths):
+        ways = [*runtimes.torch.other_ways(first)]
+    opened = [runtimes.open(path, budget) for path in dict.fromkeys(paths) for budget in budgets or (None,)]
     if any(budget != {"preset": "off"} for budget in budgets) and not any(subject.routed for subject in opened):
         raise InputError(f"{', '.join(paths)}: no router here, so nothing can run under {budgets[0]}: leave it out.")
     others: dict[str, Subject] = {f"{subject.path} {subject.budget}": subject for subject in opened}
     if reference is None:
         others.pop(f"{first.path} None", None)
-    return [first, *others.values()]
+    return [first, *ways, *others.values()]
 
 
 def measure(
@@ -205,15 +261,17 @@ def measure(
 
     Args:
         prompts: for each batch size, one for each subject.
-        compile_all: called after everything has been counted, since what is compiled can't be looked into.
+        compile_all: called after everything has been counted.
     """
     runs = [
-        [Run(s, ready(prompt, device), options.new_tokens, device) for s, prompt in zip(subjects, row, strict=True)]
+        [
+            Run(s, ready(prompt, s.input_device), options.new_tokens, device)
+            for s, prompt in zip(subjects, row, strict=True)
+        ]
         for row in prompts
     ]
     costs = [[run.subject.cost(run.prompt, run.new_tokens) for run in row] for row in runs]
-    if options.compile:
-        compile_all()
+    compile_all()
     columns = [_column(*pair, options.rounds, progress) for pair in zip(runs, costs, strict=True)]
     return tuple(
         ModelBenchmark(s.path, s.budget, s.runtime, tuple(column[i] for column in columns))
@@ -231,7 +289,7 @@ def _column(
     return [own[0], *(compared(f, t, own[0], times[0]) for f, t in zip(own[1:], times[1:], strict=True))]
 
 
-def ready(prompt: Batch, device: str) -> Batch:
+def ready(prompt: Batch, device: Any) -> Batch:
     """On the device, and without a mask of ones, as `generate` hands it on."""
     inputs = dict(prompt.inputs)
     if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
@@ -254,8 +312,10 @@ class Run:
     device: str
 
     def peak_beyond(self, held: int) -> int | None:
-        """Bytes with those that the model holds anyhow; warms up as well."""
+        """Bytes with those that the model holds anyhow, None where that can't be told; warms up as well."""
         self()
+        if not self.subject.gives_memory_back:
+            return None
         grown = peak_bytes(self, self.device)
         return None if grown is None else grown + held
 
@@ -369,30 +429,37 @@ def processor_name() -> str:
 
 
 def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bool:
-    """Put a model's figures into its record and its card, replacing those of the same measurement. False: not ours."""
-    base = done.models[0]
-    if model is base or not (folder / checkpoint.RECORD).exists():
-        return False
-    from .model_card import card
+    """Put a model's figures into its record and its card, replacing those of the same measurement. False: not ours.
 
-    record = checkpoint.read_record(folder)
-    same = {
+    A checkpoint's has its own figures beside the reference's, an ONNX folder's those of all that it was compared with.
+    """
+    base = done.models[0]
+    same: dict[str, Any] = {
         "workload": done.workload.to_data() | {"task": done.workload.task and Path(done.workload.task).name},
         "options": asdict(done.options),
         "hardware": done.hardware,
         "budget": model.budget,
         "runtime": model.runtime,
     }
-    entry = same | {
-        "date": done.date,
-        "versions": done.versions,
-        "reference_is_this_model": base.path == model.path,
-        "batches": [asdict(figures) for figures in model.batches],
-        "reference": [asdict(figures) for figures in base.batches],
-    }
+    entry = same | {"date": done.date, "versions": done.versions}
+    if is_onnx(folder):
+        compared_with = [one for one in done.models if one is model or one.path != model.path]
+        record, entry["models"] = read_manifest(folder), [one.to_data() for one in compared_with]
+    elif model is not base and model.runtime == base.runtime and (folder / checkpoint.RECORD).exists():
+        record = checkpoint.read_record(folder)
+        entry["reference_is_this_model"] = base.path == model.path
+        entry["batches"] = [asdict(figures) for figures in model.batches]
+        entry["reference"] = [asdict(figures) for figures in base.batches]
+    else:
+        return False
     others = [e for e in record.get("benchmarks", []) if any(e[key] != value for key, value in _plain(same).items())]
-    checkpoint.write_record(folder, record | {"benchmarks": [*others, entry]})
-    card(folder)
+    record |= {"benchmarks": [*others, _plain(entry)]}
+    if is_onnx(folder):
+        write_record(folder, record)
+        onnx_card.card(folder)
+    else:
+        checkpoint.write_record(folder, record)
+        model_card.card(folder)
     return True
 
 

@@ -234,6 +234,8 @@ def route_verb(options: argparse.Namespace) -> None:
     print(
         f"trained a router of {made['parameters']:,} parameters on {made['questions']} questions in "
         f"{made['seconds']:.0f} s, {made['held_out']} held out"
+        + f"; {options.model} had one, which stays behind"
+        * made["replaces_another"]
     )
     probes = {k: v for step in made["curve"] for k, v in step.items() if k.startswith("KL")}
     print("\n".join(f"  {name}: {value:.4f}" for name, value in probes.items()))
@@ -350,13 +352,15 @@ def compare_verb(options: argparse.Namespace) -> None:
         done = compare(wanted, options.out, run, _progress(options))
         print(report.comparison_table(done))
     print(f"written: {options.out / 'table.md'}, {options.out / 'accuracy.png'}, {options.out / 'results.json'}")
-    _write_json(options, asdict(done))
+    _write_json(options, done.to_data())
 
 
 def card_verb(options: argparse.Namespace) -> None:
-    from .model_card import card
+    from . import model_card
+    from .onnx import card as onnx_card
+    from .onnx.manifest import is_onnx
 
-    path = card(options.folder)
+    path = onnx_card.card(options.folder) if is_onnx(options.folder) else model_card.card(options.folder)
     print(path)
     _write_json(options, {"path": str(path)})
 

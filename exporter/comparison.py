@@ -48,7 +48,7 @@ from .recipe import (
 )
 from .replay import Folded
 from .scores import LayerScores
-from .scoring import Rate, is_right
+from .scoring import Rate, is_right, mcnemar
 from .task import SPARE_TOKENS, Task, greedy_answers, load_task
 from .variants import Agreement, Variant, assembled, judge
 
@@ -131,6 +131,7 @@ class Cell:
     by_type: dict[str, float]
     kl: float  # per answer token of the original
     agreement: float
+    wrong: tuple[int, ...]  # questions, by their number in the task sorted by size
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,16 @@ class Comparison:
     seconds: float
     naive_seconds: float  # of the loop that does each cell from scratch, from the times measured in this run
     best: dict[int, Cell] = field(default_factory=dict)  # by number of dropped layers
+
+    def p_value(self, cell: Cell) -> float:
+        """Whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
+        best = self.best[len(cell.drop)]
+        right = [[index not in set(one.wrong) for index in range(one.n)] for one in (best, cell)]
+        return mcnemar(*right)[2]
+
+    def to_data(self) -> dict[str, Any]:
+        cells = [asdict(cell) | {"p_value": self.p_value(cell)} for cell in self.cells]
+        return asdict(self) | {"out": str(self.out), "cells": cells}
 
 
 # --- the verb ---------------------------------------------------------------------------------------------------------
@@ -375,6 +386,7 @@ class Runner:
             {name: sum(values) / len(values) for name, values in sorted(types.items())},
             agreement.kl / max(agreement.tokens, 1),
             agreement.same / max(agreement.tokens, 1),
+            tuple(index for index, right in enumerate(correct) if not right),
         )
 
     def naive_seconds(self, cells: int) -> float:
@@ -398,7 +410,8 @@ class Progressive:
 
     def __init__(self, out: Path, grid: Grid) -> None:
         self.path = out / "cells.jsonl"
-        fingerprint = hashlib.sha256(json.dumps(asdict(grid), sort_keys=True).encode()).hexdigest()
+        columns = [f.name for f in dataclasses.fields(Cell)]
+        fingerprint = hashlib.sha256(json.dumps([asdict(grid), columns], sort_keys=True).encode()).hexdigest()
         self.cells: dict[Key, Cell] = {}
         if out.exists() and self.path.exists():
             first, *lines = self.path.read_text().splitlines()
@@ -412,7 +425,7 @@ class Progressive:
         self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
 
     def _keep(self, data: dict[str, Any]) -> None:
-        cell = Cell(**data | {"drop": tuple(data["drop"]), "interval": tuple(data["interval"])})
+        cell = Cell(**data | {name: tuple(data[name]) for name in ("drop", "interval", "wrong")})
         self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell
 
     def add(self, cells: dict[Key, Cell]) -> None:
@@ -421,7 +434,6 @@ class Progressive:
 
 
 def write_results(done: Comparison) -> None:
-    data = asdict(done) | {"out": str(done.out)}
-    (done.out / "results.json").write_text(json.dumps(data, indent=2) + "\n")
+    (done.out / "results.json").write_text(json.dumps(done.to_data(), indent=2) + "\n")
     (done.out / "table.md").write_text(report.comparison_markdown(done))
     report.plot_comparison(done, done.out / "accuracy.png")

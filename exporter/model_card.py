@@ -63,9 +63,9 @@ def card(folder: Path, name: str | None = None) -> Path:
     return path
 
 
-def body(record: dict[str, Any], name: str) -> str:
+def template(name: str) -> Any:
+    """Of `model_cards/`."""
     import jinja2
-    import yaml
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template_folder()),
@@ -75,11 +75,17 @@ def body(record: dict[str, Any], name: str) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    return environment.get_template(name)
+
+
+def body(record: dict[str, Any], name: str) -> str:
+    import yaml
+
     fold = dict(record["fold"])
     fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
     fold["places"] = _places(fold["tensors"])
     method = record["scores"]["method"]
-    return environment.get_template("compressed.md.jinja").render(
+    rendered: str = template("compressed.md.jinja").render(
         record,
         evaluations=[e for e in record["evaluations"] if not e.get("budget")],
         budgets=[e for e in record["evaluations"] if e.get("budget")],
@@ -91,13 +97,14 @@ def body(record: dict[str, Any], name: str) -> str:
         chosen=_choice(record),
         measured_scores=method not in UNMEASURED,
         pct=_percent,
-        ratio=_ratio,
-        budget_name=_budget_name,
+        ratio=ratio_cell,
+        budget_name=budget_name,
         model_type=record["source"]["model_type"],
         recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
         base_sentence=_base_sentence(record),
-        licence_sentence=_licence_sentence(record["source"]),
+        licence_sentence=licence_sentence(record["source"]),
     )
+    return rendered
 
 
 def _base_sentence(record: dict[str, Any]) -> str:
@@ -203,11 +210,11 @@ def _places(tensors: list[str]) -> str:
     return " and ".join(f"{name} of layer{'s' * (len(of) > 1)} {', '.join(of)}" for name, of in layers.items())
 
 
-def _ratio(ratios: dict[str, Any], name: str) -> str:
+def ratio_cell(ratios: dict[str, Any], name: str) -> str:
     return "–" if ratios.get(name) is None else f"{ratios[name]:.3f}"
 
 
-def _budget_name(budget: dict[str, Any] | None) -> str:
+def budget_name(budget: dict[str, Any] | None) -> str:
     """'keep_visual_tokens=144', as it is written in a call."""
     return ", ".join(f"{key}={value!r}" for key, value in (budget or {}).items() if value is not None) or "all of it"
 
@@ -217,7 +224,7 @@ def _percent(measured: dict[str, Any]) -> str:
     return f"{100 * measured['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def _licence_sentence(source: dict[str, Any]) -> str:
+def licence_sentence(source: dict[str, Any]) -> str:
     licence = source["license"].get("license_name") or source["license"].get("license")
     return (
         f"Licence: {licence}, inherited." if licence else "The base model's folder states no licence: ask its authors."

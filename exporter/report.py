@@ -170,8 +170,9 @@ RATIO_HEADER = ("model / reference", "batch", "prefill", "95 %", "decode", "95 %
 def benchmark_table(done: Any) -> str:
     """Figures of every model at every batch size, then ratios to the reference, which is the first."""
     rows, ratios = [], []
+    runtimes = {model.runtime for model in done.models}
     for model in done.models:
-        name = benchmark_name(model)
+        name = benchmark_name(model) + (f" [{model.runtime}]" if len(runtimes) > 1 else "")
         for one in model.batches:
             times = (one.vision_ms, one.prefill_ms, one.first_token_ms, one.decode_ms, one.tokens_per_s)
             sizes = (_in(1e9, one.flops), _in(1e6, one.kv_bytes, 3), _in(1e6, one.peak_bytes, 1))
@@ -182,7 +183,7 @@ def benchmark_table(done: Any) -> str:
     text = table(BENCHMARK_HEADER, rows) + ("\n\n" + table(RATIO_HEADER, ratios) if ratios else "")
     one, options = done.models[0].batches[0], done.options
     return (
-        f"{text}\n\n{where}; {done.models[0].runtime}; prompts of {one.visual_tokens // one.batch} visual and "
+        f"{text}\n\n{where}; {'; '.join(sorted(runtimes))}; prompts of {one.visual_tokens // one.batch} visual and "
         f"{one.text_tokens // one.batch} other tokens,\n{options.new_tokens} decoding steps, medians of "
         f"{options.rounds} rounds in turn. First token: image (tower, projector) and prefill (router, decoder, head);\n"
         "the processor's work is in none."
@@ -230,13 +231,14 @@ def comparison_rows(done: Any) -> list[tuple[Any, ...]]:
                 f"{100 * cell.kept:.1f}",
                 f"{cell.kl:.4f}",
                 f"{100 * cell.agreement:.1f}",
+                "" if cell is done.best[len(cell.drop)] else f"{done.p_value(cell):.2g}",
             )
         )
     return rows
 
 
 COMPARISON_HEADER = ("localizer + fold", "dropped", "layers", "parameters", "exact match %", "95 % CI", "kept %", "KL",
-                     "agreement %")  # fmt: skip
+                     "agreement %", "p")  # fmt: skip
 
 
 def comparison_table(done: Any) -> str:
@@ -248,6 +250,7 @@ def comparison_table(done: Any) -> str:
     )
     for count, cell in sorted(done.best.items()):
         text += f"\nbest without {count} layers: {cell.localizer} + {cell.fold}, {100 * cell.kept:.1f} % kept"
+    text += "\np: of a row against the best one of its budget, on the same questions (McNemar, exact)"
     if done.naive_seconds:
         text += (
             f"\n{len(done.cells)} cells in {done.seconds:.0f} s; cell by cell from scratch about "

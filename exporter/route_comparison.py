@@ -139,6 +139,9 @@ class RouteComparison:
     def cell(self, row: str, column: int) -> RouteCell | None:
         return next((cell for cell in self.cells if (cell.row, cell.column) == (row, column)), None)
 
+    def to_data(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}
+
 
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
@@ -168,7 +171,7 @@ def compare_routes(
     names = tuple(describe(Ask(budget).to_data()) for budget in tables.budgets)
     cells = tuple(cell for row in tables.rows for cell in kept.cells[row.name])
     done = RouteComparison(out, Rate.of(runner.original.correct), names, tuple(row.name for row in tables.rows), cells)
-    (out / "results.json").write_text(json.dumps(asdict(done) | {"out": str(out)}, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps(done.to_data(), indent=2) + "\n")
     (out / "table.md").write_text(table_markdown(done))
     plot_routes(done, out / "accuracy.png")
     return done

@@ -70,7 +70,9 @@ def with_router(
         "fingerprint": questions.fingerprint,
         "curve": trained.curve,
         "seconds": round(time.monotonic() - begin, 1),
+        "replaces_another": "router" in source.raw_config,
     }
+    forget_router(record)
     with checkpoint.staged(out) as stage:
         checkpoint.write_checkpoint(source, PruningPlan(source.num_layers, ()), {}, stage)
         add_router(stage, settings, trained.weights)
@@ -81,6 +83,14 @@ def with_router(
         require(stage, device)
     state_file.unlink(missing_ok=True)
     return out
+
+
+def forget_router(record: dict[str, Any]) -> None:
+    """Take out what was measured under budgets of a router that the source had."""
+    for name in ("evaluations", "benchmarks"):
+        if name in record:
+            record[name] = [entry for entry in record[name] if not entry.get("budget")]
+    record.pop("routes", None)
 
 
 def unlabelled(data: CalibrationData, seed: int) -> Calibration:

@@ -7,8 +7,9 @@ Shapes: B rows, S tokens of the prompt, L layers.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,10 @@ class Subject(Protocol):
         """None: it runs whole."""
 
     @property
+    def routed(self) -> bool:
+        """It has a router."""
+
+    @property
     def runtime(self) -> str:
         """For people: 'torch, sdpa, float32'."""
 
@@ -68,6 +73,14 @@ class Subject(Protocol):
 
     @property
     def config(self) -> Any: ...
+
+    @property
+    def input_device(self) -> Any:
+        """Where prompts are to lie."""
+
+    @property
+    def gives_memory_back(self) -> bool:
+        """What a run takes is free after it, so that the growth in another run can be measured."""
 
     def see(self, prompt: Batch) -> Any:
         """Vision tower and projector, on pixels that the processor has made already."""
@@ -105,10 +118,15 @@ class TorchSubject:
     model: Any
     processor: Any
     runtime: str
+    gives_memory_back = True
 
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def input_device(self) -> Any:
+        return self.model.device
 
     @property
     def routed(self) -> bool:
@@ -274,6 +292,19 @@ def compile_dense(model: Any) -> None:
                 part.compile(dynamic=True)
 
 
+def compile_whole(model: Any) -> None:
+    """Compile a forward pass in place; of a routed model what is dense: its route is decided midway."""
+    if is_routed(model):
+        compile_dense(model)
+    else:
+        model.compile(dynamic=True)
+
+
+def twin(model: Any) -> Any:
+    """Modules and configuration of their own around the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def budget_of(model: Any, asked: Asked | None, path: str) -> Asked | None:
     """What a model is to run under: what is asked for, checked; where nothing is, its own default."""
     if not is_routed(model):
@@ -299,17 +330,37 @@ class TorchRuntime:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self._loaded: dict[str, tuple[Any, Any]] = {}  # model, processor
+        self._to_compile: list[Any] = []
 
     def open(self, path: str, asked: Asked | None) -> TorchSubject:
         if path not in self._loaded:
             source = open_source(path)
             self._loaded[path] = load_torch(source, self.setup), load_processor(source.folder)
         model, processor = self._loaded[path]
-        kind = str(model.dtype).removeprefix("torch.")
-        attention = model.config.get_text_config()._attn_implementation
-        runtime = f"torch, {attention}, {kind}" + ", dense parts compiled" * self.setup.compile
+        runtime = describe_way(model) + ", dense parts compiled" * self.setup.compile
         return TorchSubject(path, budget_of(model, asked, path), model, processor, runtime)
 
+    def other_ways(self, subject: TorchSubject) -> list[TorchSubject]:
+        """The same weights with eager attention, and compiled; none where the setup asks for one way."""
+        if self.setup.attention is not None or self.setup.compile:
+            return []
+        eager, compiled = twin(subject.model), twin(subject.model)
+        eager.set_attn_implementation("eager")
+        self._to_compile.append(compiled)
+        return [
+            replace(subject, model=eager, runtime=describe_way(eager)),
+            replace(subject, model=compiled, runtime=f"{describe_way(compiled)}, compiled"),
+        ]
+
     def compile(self) -> None:
-        for model, _ in self._loaded.values():
-            compile_dense(model)
+        """What is to be compiled. To be called after everything has been counted: it can't be looked into any more."""
+        if self.setup.compile:
+            for model, _ in self._loaded.values():
+                compile_dense(model)
+        for model in self._to_compile:
+            compile_whole(model)
+
+
+def describe_way(model: Any) -> str:
+    kind = str(model.dtype).removeprefix("torch.")
+    return f"torch, {model.config.get_text_config()._attn_implementation}, {kind}"

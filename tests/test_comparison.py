@@ -49,6 +49,10 @@ def test_cells_are_what_compress_and_evaluate_give(grid, questions, task, tmp_pa
     assert cell.agreement == pytest.approx(alone[1].agreement)
     assert cell.parameters == alone[1].parameters
     assert done.original.accuracy == alone[0].accuracy
+    assert len(cell.wrong) == cell.n - round(cell.accuracy * cell.n)
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [one["p_value"] for one in data["cells"]] == [done.p_value(one) for one in done.cells]
+    assert all(done.p_value(best) == 1 for best in done.best.values())
     for name in ("results.json", "table.md", "accuracy.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0
 

@@ -23,6 +23,7 @@ from tiny_models import build, inputs
 
 import exporter
 from exporter import CheckFailed, InputError
+from exporter.benchmark import BenchOptions
 from exporter.clean_room import TOLERANCE, generate, load_processor
 from exporter.cli import main
 from exporter.families import FAMILIES
@@ -33,6 +34,7 @@ from exporter.onnx.runtime.prepare import best_grid, shrunk, unpadded
 from exporter.onnx.runtime.sampling import Sampling
 from exporter.onnx.support import REFUSED, SUPPORTED
 from exporter.recipe import recipe_from_data
+from exporter.workload import Workload
 
 LAYERS = {"gemma3": 3}  # its third layer is the first that sees everything
 ROOT = Path(__file__).parent.parent
@@ -492,3 +494,69 @@ def test_the_runner_runs_without_torch(exported):
     command = [sys.executable, "-P", "-c", script, str(runtime), str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert ran.stdout.strip() in ("(1, 7)", "(1, 6)", "(1, 5)", "(1, 4)"), ran.stderr
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+SMALL = Workload(visual_tokens=25, text_tokens=24)
+
+
+def quickly(module, **options):
+    """torch.compile without its code generator, which takes a minute."""
+    module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **options)
+
+
+def test_bench_runs_the_checkpoint_in_all_ways_beside_its_onnx_folder(exported, monkeypatch, tmp_path, capsys):
+    """sdpa is the reference; weights are shared; operations and bytes agree between the runtimes; the card tells."""
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    source, made = exported("llava")
+    folder = shutil.copytree(made, tmp_path / "onnx")
+    arguments = ["bench", folder, "--visual-tokens", "25", "--text-tokens", "24", "--rounds", "2", "--new-tokens", "2",
+                 "--batch", "1,2", "--json", tmp_path / "out.json"]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 0
+    printed, card = capsys.readouterr().out, (folder / "README.md").read_text()
+    models = json.loads((tmp_path / "out.json").read_text())["models"]
+    ways = [
+        "torch, sdpa, float32",
+        "torch, eager, float32",
+        "torch, sdpa, float32, compiled",
+        "ONNX Runtime, cpu, float32",
+    ]
+    assert [model["runtime"] for model in models] == ways
+    assert [Path(model["path"]) for model in models] == [source] * 3 + [folder]
+    for way, model in zip(ways, models, strict=True):
+        assert f"[{way}]" in printed and f": {way} |" in card and f"| {model['prefill_ms']:.1f} |" in card
+        for name in ("flops", "decode_flops", "kv_bytes", "kv_bytes_formula", "step_bytes"):
+            assert model[name] == pytest.approx(models[0][name], rel=0.02), name
+    assert models[3]["ratio_to_reference"]["flops"] == pytest.approx(1, abs=1e-3)
+
+
+def test_onnx_folders_are_compared_with_each_other(exported, tmp_path):
+    """Neither torch nor the checkpoint is asked; what the records say is replaced by the same measurement."""
+    _, folder = exported("llava")
+    small = shutil.copytree(folder, tmp_path / "small")
+    for _ in range(2):
+        done = exporter.bench([small], reference=folder, workload=SMALL, options=BenchOptions(new_tokens=2, rounds=2))
+    assert [model.runtime for model in done.models] == ["ONNX Runtime, cpu, float32"] * 2
+    done.check_caches()
+    (entry,) = json.loads((small / "onnx.json").read_text())["benchmarks"]
+    assert [Path(model["path"]) for model in entry["models"]] == [folder, small]
+    assert exporter.onnx.load(small)  # the record is still one
+
+
+def test_what_bench_can_not_do_with_onnx_folders(exported, tmp_path):
+    _, made = exported("llava")
+    folder = shutil.copytree(made, tmp_path / "onnx")
+    quick = BenchOptions(new_tokens=1, rounds=2)
+    with pytest.raises(InputError, match="no router here, so nothing can run under"):
+        exporter.bench([folder], reference=folder, budgets=[{"preset": "fast"}], options=quick)
+    manifest = json.loads((folder / "onnx.json").read_text())
+    manifest["source"]["name"] = str(tmp_path / "gone")
+    manifest["device"] = "cuda"
+    (folder / "onnx.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="was exported for cuda: its operators are fused"):
+        exporter.bench([made], reference=folder, options=quick)
+    manifest["device"] = "cpu"
+    (folder / "onnx.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"was exported from .*gone, .* not to be had .*Name a checkpoint or an ONNX"):
+        exporter.bench([folder], options=quick)

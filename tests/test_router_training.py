@@ -22,6 +22,7 @@ from exporter.modeling.modeling_routed import Route, RouterSettings
 from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_from_data
 from exporter.relaxation import Gates, gated_attention, gated_states, straight_through
 from exporter.replay import logits, trace
+from exporter.routed_checkpoint import forget_router
 from exporter.router_losses import ranking_loss
 from exporter.router_training import Training, drawn, train_router
 from exporter.routing import default_settings, routable
@@ -268,3 +269,11 @@ def test_wrong_flags_of_route_are_refused(flags, message, tiny, questions, tmp_p
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_router_forgets_what_was_measured_with_the_first():
+    """Figures of the whole model still hold: its weights are the same."""
+    record = {"evaluations": [{"budget": {"preset": "fast"}}, {"budget": None, "n": 5}], "routes": [{}],
+              "benchmarks": [{"budget": {"keep_layers": 5}}]}  # fmt: skip
+    forget_router(record)
+    assert record == {"evaluations": [{"budget": None, "n": 5}], "benchmarks": []}

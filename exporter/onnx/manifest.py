@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..model_card import base_model_of, inherited_licence
 from ..source import Source, file_hash
 from .decoder import cache_shape
 from .runtime.model import FORMAT, MANIFEST, read_manifest
 from .support import Support
 
-__all__ = ["describe", "graph_files", "read_manifest", "write_manifest"]
+__all__ = ["describe", "graph_files", "is_onnx", "read_manifest", "write_manifest", "write_record"]
+
+
+def is_onnx(path: str | Path) -> bool:
+    """The folder is one that `lvlm-exporter onnx` wrote."""
+    return (Path(path) / MANIFEST).is_file()
 
 
 def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +42,12 @@ def describe(model: Any, source: Source, support: Support, settings: dict[str, A
         "mrope": support.mrope,
         "blocks": support.blocks,
         "vision": vision_settings(source.config, support.kind),
-        "source": {"name": source.name, "revision": source.revision},
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "base_model": base_model_of(source.name, source.folder, None),
+            "license": inherited_licence(source.folder),
+        },
         "versions": versions(),
     }
 
@@ -79,7 +90,14 @@ def write_manifest(folder: Path, manifest: dict[str, Any], hashed: bool = False)
     manifest["files"] = {path.name: path.stat().st_size for path in files}
     if hashed:
         manifest["sha256"] = {path.name: file_hash(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_record(folder, manifest)
+
+
+def write_record(folder: Path, manifest: dict[str, Any]) -> None:
+    """As it is: what was measured on graphs that stay the same may have been added."""
+    stage = folder / f".{MANIFEST}.partial"
+    stage.write_text(json.dumps(manifest, indent=2) + "\n")
+    stage.replace(folder / MANIFEST)
 
 
 def graph_files(folder: Path) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..modeling.modeling_routed import RouterSettings
 from ..source import Source, compute_dtype, load_model, open_source
 from ..verification import verify
+from .card import card
 from .decoder import Embeddings, GrowingDecoder, SharedDecoder, group_query_attention
 from .graph import check_opset, trace
 from .manifest import describe, write_manifest
@@ -66,6 +67,7 @@ def export(model: str | Path, out: str | Path, options: ExportOptions | None = N
             write_manifest(stage, manifest)
             manifest["quantized"] = validate(stage, job.for_validation(quantize=options.quantize), inputs)
         write_manifest(stage, manifest, hashed=True)
+        card(stage, out.name)
     return out
 
 

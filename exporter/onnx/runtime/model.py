@@ -164,9 +164,14 @@ class Model:
 
     # --- its halves ---
 
-    def prefill(self, prompt: Prompt, new_tokens: int) -> tuple[Array, State]:
-        """Run the prompt: logits of each row's next token [B, V], and the state that `step` goes on from."""
-        embeds = self._embedded(prompt)
+    def prefill(self, prompt: Prompt, new_tokens: int, features: Any = None) -> tuple[Array, State]:
+        """Run the prompt: logits of each row's next token [B, V], and the state that `step` goes on from.
+
+        Args:
+            new_tokens: steps that there is to be room for in the cache.
+            features: what `image_features` made of the prompt, where that is there already.
+        """
+        embeds = self._embedded(prompt, features)
         rows, length = prompt.input_ids.shape
         state = State(prompt, {}, prompt.lengths, prompt.real)
         shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
@@ -175,9 +180,9 @@ class Model:
         state.cache = {name: self._empty(shape, self.cache_dtype) for name in self.cache_names}
         return self._decode(state, embeds, prompt.positions, prompt.block_ids), state
 
-    def _embedded(self, prompt: Prompt) -> Any:
+    def _embedded(self, prompt: Prompt, features: Any) -> Any:
         """The prompt as it enters the decoder, features in their places: [B, S, D]"""
-        features = self.image_features(prompt)
+        features = self.image_features(prompt) if features is None else features
         wanted = int((prompt.input_ids == self.manifest["image_token_id"]).sum())
         if features.shape()[0] != wanted:
             raise InputError(

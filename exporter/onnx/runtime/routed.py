@@ -53,6 +53,7 @@ class RoutedState(State):
 
     kept: Array = None  # [B] tokens in the caches behind the router
     runs: Array = None  # [B, N] False: the row skips that layer
+    room: int = 0  # entries in the caches for tokens to come
     index: Array = None  # [B, K] which tokens of the prompt are there, in front those that stay; None: all
 
 
@@ -72,9 +73,12 @@ class RoutedModel(Model):
         self, preset: str | None = None, *, keep_visual_tokens: float | None = None, keep_layers: int | None = None
     ) -> None:
         """The budget of all calls that name none."""
-        self.budget = self._budget(preset, keep_visual_tokens, keep_layers)
+        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers)
 
-    def _budget(self, preset: str | None, keep_visual_tokens: float | None, keep_layers: int | None) -> Budget:
+    def budget_for(
+        self, preset: str | None = None, keep_visual_tokens: float | None = None, keep_layers: int | None = None
+    ) -> Budget:
+        """What is asked for, checked; where nothing is, the budget that is set. Raises InputError."""
         named = keep_visual_tokens is not None or keep_layers is not None
         if preset is not None and named:
             raise InputError(f"give either preset={preset!r} or keep_visual_tokens and keep_layers, not both.")
@@ -96,7 +100,7 @@ class RoutedModel(Model):
         **options: Any,
     ) -> Array:
         before = self.budget
-        self.budget = self._budget(preset, keep_visual_tokens, keep_layers)
+        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers)
         try:
             return super().generate(seed, **options)
         finally:
@@ -110,20 +114,13 @@ class RoutedModel(Model):
         rows = [row[:length] for row, length in zip(visual, prompt.lengths.tolist(), strict=True)]
         return replace(prompt, places=padded(places(self.manifest, rows, inputs), False, 0))
 
-    def prefill(self, prompt: Prompt, new_tokens: int) -> tuple[Array, RoutedState]:
+    def prefill(self, prompt: Prompt, new_tokens: int, features: Any = None) -> tuple[Array, RoutedState]:
         visual = (prompt.input_ids == self.manifest["image_token_id"]) & prompt.real
         available = visual.sum(1)
         counts = self.budget.tokens_of(available)
         kept = prompt.lengths - available + counts  # [B]
-        rows, length = prompt.input_ids.shape
-        state = RoutedState(prompt, {}, prompt.lengths, prompt.real, kept=kept)
-        state.runs = np.ones((rows, len(self.router_facts["candidates"])), bool)
-        for part in self.parts:
-            behind = part["layers"][0] >= self.router_facts["drop_at"]
-            entries = (int(kept.max()) if behind else length) + new_tokens
-            shape = (rows, self.manifest["heads"], entries, self.manifest["head_size"])
-            for layer in part["layers"]:
-                state.cache |= {f"{layer}.{kind}": self._empty(shape, self.cache_dtype) for kind in ("key", "value")}
+        state = RoutedState(prompt, {}, prompt.lengths, prompt.real, kept=kept, room=new_tokens)
+        state.runs = np.ones((len(kept), len(self.router_facts["candidates"])), bool)
         skipped = self.manifest["layers"] - (self.budget.keep_layers or self.manifest["layers"])
         router = None
         if visual.any() and (skipped or (counts < available).any()):
@@ -134,7 +131,7 @@ class RoutedModel(Model):
                 "skip_count": np.array(skipped),
                 "slots": np.arange(int(kept.max())),
             }
-        return self._through(state, self._embedded(prompt), self._value(prompt.positions), router), state
+        return self._through(state, self._embedded(prompt, features), self._value(prompt.positions), router), state
 
     def step(self, state: State, tokens: Array) -> Array:
         assert isinstance(state, RoutedState)
@@ -157,6 +154,7 @@ class RoutedModel(Model):
                 runs = state.runs[:, part["candidate"]]
             if runs.any():
                 lengths = state.kept if behind else state.lengths
+                self._make_room(part["layers"], state, lengths)
                 states = self._part(part, state, states, positions, lengths, runs)
         feed = {"states": states, "row_lengths": self._value(state.kept)}
         return self.head.run_with_ort_values(None, feed)[0].numpy()
@@ -167,6 +165,13 @@ class RoutedModel(Model):
         found = self.router.run_with_ort_values(names, feed | {k: self._value(v) for k, v in router.items()})
         state.index, state.runs = found[2].numpy(), found[3].numpy()
         return found[0], found[1]
+
+    def _make_room(self, layers: list[int], state: RoutedState, lengths: Array) -> None:
+        """Caches of layers that run, when they first do: none for those that all rows skip."""
+        shape = (len(lengths), self.manifest["heads"], int(lengths.max()) + state.room, self.manifest["head_size"])
+        for name in (f"{layer}.{kind}" for layer in layers for kind in ("key", "value")):
+            if name not in state.cache:
+                state.cache[name] = self._empty(shape, self.cache_dtype)
 
     def _part(
         self, part: dict[str, Any], state: RoutedState, states: Any, positions: Any, lengths: Array, runs: Array

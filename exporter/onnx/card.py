@@ -1,0 +1,57 @@
+"""The card of an ONNX folder: README.md, rendered from its onnx.json and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..model_card import budget_name, licence_sentence, ratio_cell, template
+from .manifest import read_manifest
+from .report import differences_table
+
+
+def card(folder: Path, name: str | None = None) -> Path:
+    """Render README.md.
+
+    Args:
+        name: under which the folder is or will be loaded; its own where there is none.
+    Raises: InputError where it is no folder of `lvlm-exporter onnx`.
+    """
+    manifest = read_manifest(folder)
+    name = name or folder.absolute().name
+    source = manifest["source"]
+    text = template("onnx.md.jinja").render(
+        manifest,
+        title=name,
+        base=source["base_model"] or Path(source["name"]).name,
+        on_hub=source["base_model"] is not None,
+        megabytes=sum(manifest["files"].values()) / 1e6,
+        differences=differences_table(manifest),
+        licence_sentence=licence_sentence(source),
+        budget_name=budget_name,
+        ratio=ratio_cell,
+        routed="router" in manifest,
+    )
+    path = folder / "README.md"
+    path.write_text(f"---\n{metadata(manifest, name)}---\n\n{text}")
+    return path
+
+
+def metadata(manifest: dict[str, Any], name: str) -> str:
+    """The hub's YAML: base model, licence, tags."""
+    from huggingface_hub import ModelCardData
+
+    source = manifest["source"]
+    data = ModelCardData(
+        model_name=name,
+        base_model=source["base_model"],
+        license=source["license"].get("license"),
+        license_name=source["license"].get("license_name"),
+        license_link=source["license"].get("license_link"),
+        library_name="onnx",
+        pipeline_tag="image-text-to-text",
+        tags=["lvlm-exporter", "onnxruntime", *([manifest["quantize"]] if manifest["quantize"] else [])],
+    )
+    if source["base_model"]:
+        data["base_model_relation"] = "quantized" if manifest["quantize"] else "finetune"
+    return data.to_yaml() + "\n"

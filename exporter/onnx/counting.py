@@ -1,0 +1,64 @@
+"""What a graph costs, read off its nodes: weights that every token is multiplied with, and the bytes they take.
+
+FLOPs are counted as torch's counter does: two for each weight and token, attention by its two matrix products over all
+pairs of tokens, nothing for anything else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
+BLOCKWISE = "MatMulNBits"  # of integer weights, whose shape is an attribute
+
+
+@dataclass(frozen=True)
+class GraphSize:
+    """Of one graph file."""
+
+    weights: int  # elements of the matrices that all tokens meet
+    head: int  # of the one that makes the logits, of each row's last token
+    bytes: int  # of all its initializers
+
+
+def graph_size(path: Path) -> GraphSize:
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    last = head_of(makers, shapes)
+    products = [(node, elements(node, shapes)) for node in graph.node]
+    return GraphSize(
+        weights=sum(count for node, count in products if node is not last),
+        head=elements(last, shapes) if last is not None else 0,
+        bytes=sum(math.prod(t.dims) * bits_of(t) // 8 for t in graph.initializer),
+    )
+
+
+def elements(node: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Of the weight matrix that a node multiplies with; 0 where it does no such thing."""
+    if node.op_type == BLOCKWISE:
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        return int(sizes["K"] * sizes["N"])
+    if node.op_type not in PRODUCTS:
+        return 0
+    return sum(math.prod(shapes[name]) for name in node.input[:2] if len(shapes.get(name, ())) == 2)
+
+
+def head_of(makers: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
+    """The last product before the logits; None in graphs that make none."""
+    node = makers.get("logits")
+    while node is not None and not elements(node, shapes):
+        node = makers.get(node.input[0])
+    return node
+
+
+def bits_of(tensor: Any) -> int:
+    import onnx
+
+    packed = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
+    return packed.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize

@@ -1,0 +1,179 @@
+"""ONNX folders as `bench` times them: the runner's halves, with what they take counted from the graphs.
+
+Shapes: B rows, S tokens of the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..calibration import Batch
+from ..clean_room import load_processor
+from ..errors import InputError
+from ..subject import Asked, Cost
+from .counting import GraphSize, graph_size
+from .manifest import read_manifest
+from .runtime.model import Model, State, load
+from .runtime.prepare import Prompt
+from .runtime.routed import Budget, RoutedModel, RoutedState
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A prompt laid out for the graphs, and the features of its images."""
+
+    prompt: Prompt
+    features: Any
+
+
+@dataclass(frozen=True)
+class Said:
+    """After a pass: what decoding goes on from."""
+
+    state: State
+    token: Any  # [B] chosen greedily
+
+
+@dataclass(frozen=True)
+class OnnxSubject:
+    """A folder of `lvlm-exporter onnx`, under a budget where it has a router."""
+
+    path: str
+    budget: Asked | None
+    model: Model
+    processor: Any
+    config: Any
+    new_tokens: int  # that caches are made for
+    input_device = "cpu"  # the runner takes what the processor made, and brings it to its device itself
+    gives_memory_back = False  # ONNX Runtime keeps what it once took, so that a later run's growth says nothing
+
+    @property
+    def runtime(self) -> str:
+        made = self.model.manifest
+        quantized = f", {made['quantize']} weights" if made["quantize"] else ""
+        return f"ONNX Runtime, {made['device']}, {made['dtype']}{quantized}"
+
+    @property
+    def routed(self) -> bool:
+        return isinstance(self.model, RoutedModel)
+
+    def see(self, prompt: Batch) -> Seen:
+        laid_out = self.model.prompt({name: tensor.numpy() for name, tensor in prompt.inputs.items()})
+        return Seen(laid_out, self.model.image_features(laid_out))
+
+    def prefill(self, prompt: Batch, seen: Seen) -> Said:
+        return self._prefill(seen, self.new_tokens)
+
+    def _prefill(self, seen: Seen, room: int) -> Said:
+        if isinstance(self.model, RoutedModel):
+            self.model.budget = self._limits
+        logits, state = self.model.prefill(seen.prompt, room, seen.features)
+        return Said(state, logits.argmax(-1))
+
+    @cached_property
+    def _limits(self) -> Budget:
+        assert isinstance(self.model, RoutedModel)
+        return self.model.budget_for(**(self.budget or {"preset": "off"}))
+
+    def decode(self, said: Said) -> Said:
+        return Said(said.state, self.model.step(said.state, said.token).argmax(-1))
+
+    # --- counted ---
+
+    def cost(self, prompt: Batch, new_tokens: int) -> Cost:
+        seen = self.see(prompt)
+        state = self._prefill(seen, 0).state
+        rows, length = seen.prompt.input_ids.shape
+        passes = self._passes(state, length)
+        head = self._sizes["head"].head if self.routed else self._sizes["decoder"].head
+        router = self._sizes["router"].weights * length if self._chooses(state) else 0
+        entries_of_a_step = sum(len(layers) * (entries + (new_tokens + 1) // 2) for _, layers, entries in passes)
+        return Cost(
+            flops=2 * rows * (router + head) + sum(self._pass_flops(rows, *one) for one in passes),
+            vision_flops=None,
+            decode_flops=2 * rows * head + sum(self._step_flops(rows, *one) for one in passes),
+            kv_bytes=sum(self._bytes_of(value) for value in state.cache.values()),
+            kv_bytes_formula=rows * self._entry_bytes * sum(len(layers) * entries for _, layers, entries in passes),
+            weight_bytes=sum(size.bytes for size in self._sizes.values()),
+            step_bytes=sum(self._sizes[name].bytes for name in self._step_graphs(passes))
+            + rows * entries_of_a_step * self._entry_bytes,
+        )
+
+    @cached_property
+    def _sizes(self) -> dict[str, GraphSize]:
+        return {path.stem: graph_size(path) for path in sorted(Path(self.path).glob("*.onnx"))}
+
+    def _chooses(self, state: State) -> bool:
+        """The router has been asked."""
+        return isinstance(state, RoutedState) and (state.index is not None or not bool(state.runs.all()))
+
+    def _passes(self, state: State, length: int) -> list[tuple[str, list[int], int]]:
+        """Graph, layers and entries of the cache of each part of the decoder that any row runs."""
+        if not isinstance(self.model, RoutedModel):
+            return [("decoder", list(range(self.model.manifest["layers"])), length)]
+        assert isinstance(state, RoutedState)
+        found = []
+        for part in self.model.parts:
+            if part["candidate"] is None or bool(state.runs[:, part["candidate"]].any()):
+                behind = part["layers"][0] >= self.model.router_facts["drop_at"]
+                found.append((part["name"], part["layers"], int(state.kept.max()) if behind else length))
+        return found
+
+    def _pass_flops(self, rows: int, graph: str, layers: list[int], tokens: int) -> int:
+        return 2 * rows * tokens * (self._sizes[graph].weights + len(layers) * 2 * tokens * self._query_width)
+
+    def _step_flops(self, rows: int, graph: str, layers: list[int], entries: int) -> int:
+        return 2 * rows * (self._sizes[graph].weights + len(layers) * 2 * (entries + 1) * self._query_width)
+
+    @property
+    def _query_width(self) -> int:
+        return int(self.config.get_text_config().num_attention_heads * self.model.manifest["head_size"])
+
+    @property
+    def _entry_bytes(self) -> int:
+        """Of one token in one layer."""
+        made = self.model.manifest
+        return int(2 * made["heads"] * made["head_size"] * np.dtype(self.model.cache_dtype).itemsize)
+
+    def _bytes_of(self, value: Any) -> int:
+        return int(np.prod(value.shape())) * np.dtype(self.model.cache_dtype).itemsize
+
+    def _step_graphs(self, passes: list[tuple[str, list[int], int]]) -> list[str]:
+        """A step looks its embedding up, and multiplies with these."""
+        return [name for name, _, _ in passes] + ["head"] * self.routed
+
+
+class OnnxRuntime:
+    """Opens ONNX folders. Each is loaded once, however many budgets it is timed under."""
+
+    def __init__(self, device: str, new_tokens: int, threads: int | None) -> None:
+        self.device, self.new_tokens, self.threads = device, new_tokens, threads
+        self._loaded: dict[str, OnnxSubject] = {}
+
+    def open(self, path: str, asked: Asked | None) -> OnnxSubject:
+        from transformers import AutoConfig
+
+        if path not in self._loaded:
+            read_manifest(Path(path))
+            model = load(path, self.device.partition(":")[0], self.threads)
+            config = AutoConfig.from_pretrained(path)
+            self._loaded[path] = OnnxSubject(path, None, model, load_processor(path), config, self.new_tokens)
+        whole = self._loaded[path]
+        return replace(whole, budget=budget_of(whole.model, asked, path))
+
+
+def budget_of(model: Model, asked: Asked | None, path: str) -> Asked | None:
+    """What a folder is to run under: what is asked for, checked; where nothing is, its own default."""
+    if not isinstance(model, RoutedModel):
+        return None
+    asked = {"preset": model.router_facts["default"]} if asked is None else asked
+    try:
+        budget = model.budget_for(**asked)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return None if budget == Budget() else asked
