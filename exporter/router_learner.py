@@ -115,32 +115,10 @@ class Look:
 
     def log_q(self, gates: Gates) -> Tensor:
         """Log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
-        return self._log_q(self.state, self.learner.settings.drop_at, gates)
-
-    def _log_q(self, state: Tensor, start: int, gates: Gates) -> Tensor:
-        """From the input of layer `start`."""
-        model = self.learner.teacher.model
-        output = gated_states(model, self.given, self.learner.attention, state, start, gates)
+        model, start = self.learner.teacher.model, self.learner.settings.drop_at
+        output = gated_states(model, self.given, self.learner.attention, self.state, start, gates)
         hidden = text_decoder(model).norm(output[self.one.predicts])
         return model.get_output_embeddings()(hidden).float().log_softmax(-1)
-
-    @torch.no_grad()
-    def without_each(self, candidates: Sequence[int]) -> Tensor:
-        """KL(original || without that one layer) of each row's answer, for some candidates by their number: [B, tried].
-
-        Costs a pass from each of them to the last layer, and one up to the last of them.
-        """
-        settings, layers = self.learner.settings, text_decoder(self.learner.teacher.model).layers
-        tried = [settings.candidates[number] for number in candidates]
-        everything = self.gates(torch.ones_like(self.token_logits), torch.ones_like(self.layer_logits))
-        found: dict[int, Tensor] = {}
-        state = self.state
-        for layer_idx in range(settings.drop_at, max(tried) + 1):
-            if layer_idx in tried:
-                skipped = self._log_q(self.given.after(layer_idx, state), layer_idx + 1, everything)
-                found[layer_idx] = self.per_sample((self.log_p.exp() * (self.log_p - skipped)).sum(-1))
-            state = self.given.after(layer_idx, self.given.step(layers[layer_idx], layer_idx, state))
-        return torch.stack([found[layer_idx] for layer_idx in tried], 1)
 
     @property
     def fastv(self) -> Tensor:

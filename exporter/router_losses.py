@@ -9,8 +9,7 @@
   preferred over the worse ones, without a gradient through the decoder.
 
 What one question costs, in forward passes: `importance` and `relaxed` one through the gates and two back (three, where
-activations are computed again to save memory), `importance` up to two more for the layers that it removes, since
-candidates lie in the last half; `preference` one for each action.
+activations are computed again to save memory); `preference` one for each action.
 
 Shapes: B samples, S tokens, A answer tokens, N candidate layers, V vocabulary.
 """
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,15 +27,7 @@ from .relaxation import gumbel, straight_through
 from .router_learner import Look
 
 
-def importance_loss(
-    look: Look,
-    generator: torch.Generator,
-    *,
-    power: float = 0.5,
-    draws: int = 1,
-    layers: Literal["gates", "removal"] = "gates",
-    tried: int = 6,
-) -> Tensor:
+def importance_loss(look: Look, generator: torch.Generator, *, power: float = 0.5, draws: int = 1) -> Tensor:
     """Cross entropy of the router's ranking against what each visual token and candidate layer means to the answer.
 
     That is the diagonal of the Fisher information of the gates where all are open, E[(d log p(answer) / d gate)^2]: to
@@ -48,32 +38,23 @@ def importance_loss(
     Args:
         power: of the importances before they are made to sum to 1; below 1, small differences count too.
         draws: answers drawn at each position of a question's answer.
-        layers: what a layer means by its gate, as for tokens, or by the divergence that its removal is measured to
-            cause: a layer is no small perturbation, a token is.
-        tried: layers that are removed, one at a time, for each batch.
     """
     visual = look.visual
     tokens = torch.ones(visual.shape, device=visual.device, requires_grad=True)
-    candidates = torch.ones(look.layer_logits.shape, device=visual.device, requires_grad=True)
-    log_q = look.log_q(look.gates(tokens, candidates))
-    importances = [torch.zeros_like(tokens), torch.zeros_like(candidates)]
+    layers = torch.ones(look.layer_logits.shape, device=visual.device, requires_grad=True)
+    log_q = look.log_q(look.gates(tokens, layers))
+    importances = [torch.zeros_like(tokens), torch.zeros_like(layers)]
     for draw in range(draws):
         answer = torch.multinomial(log_q.detach().exp().cpu(), 1, generator=generator).to(log_q.device)
         likelihood = log_q.gather(1, answer).sum()
         for total, gradient in zip(
-            importances,
-            torch.autograd.grad(likelihood, (tokens, candidates), retain_graph=draw + 1 < draws),
-            strict=True,
+            importances, torch.autograd.grad(likelihood, (tokens, layers), retain_graph=draw + 1 < draws), strict=True
         ):
             total += gradient.square()
-    ranked = ranking_loss(look.token_logits, importances[0], visual, power)
-    chosen = torch.arange(look.layer_logits.shape[1])
-    if layers == "removal" and len(chosen):
-        chosen = torch.randperm(len(chosen), generator=generator)[:tried]
-        importances[1][:, chosen] = look.without_each(chosen.tolist())
-    some = torch.zeros_like(look.layer_logits, dtype=torch.bool)
-    some[:, chosen] = True
-    return ranked + ranking_loss(look.layer_logits, importances[1], some, power)
+    everywhere = torch.ones_like(look.layer_logits, dtype=torch.bool)
+    return ranking_loss(look.token_logits, importances[0], visual, power) + ranking_loss(
+        look.layer_logits, importances[1], everywhere, power
+    )
 
 
 def ranking_loss(logits: Tensor, importance: Tensor, there: Tensor, power: float) -> Tensor:
