@@ -293,11 +293,11 @@ def compile_dense(model: Any) -> None:
 
 
 def compile_whole(model: Any) -> None:
-    """Compile a forward pass in place; of a routed model what is dense: its route is decided midway."""
+    """Compile the decoder in place; of a routed model what is dense: its route is decided midway."""
     if is_routed(model):
         compile_dense(model)
     else:
-        model.compile(dynamic=True)
+        text_decoder(model).compile(dynamic=True)
 
 
 def twin(model: Any) -> Any:

@@ -217,7 +217,10 @@ def test_export_from_the_command_line(exported, tmp_path, questions, capsys):
     assert result["path"] == str(out) and result["validation"]["tokens"] >= 80  # 4 questions more than usual
     assert set(result["sha256"]) == set(result["files"]) == {path.name for path in out.glob("*.onnx*")}
     carried = {path.name for path in source.iterdir() if path.suffix in (".json", ".jinja")}
-    assert {path.name for path in out.iterdir()} == carried | set(result["files"]) | {"onnx.json"}
+    assert {path.name for path in out.iterdir()} == carried | set(result["files"]) | {"onnx.json", "README.md"}
+    text = (out / "README.md").read_text()
+    assert "decoder (step): logits" in text and "How fast it is has not been measured" in text
+    assert main(["card", str(out)]) == 0 and (out / "README.md").read_text() == text
 
 
 def test_the_standalone_example(exported, tmp_path, capsys, monkeypatch):

@@ -81,6 +81,9 @@ def open_session(path: Path, device: str, threads: int | None = None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # A graph's threads wait for more work in a busy loop, also after its last run: the next graph's would have to share
+    # the cores with them.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads:
         options.intra_op_num_threads = threads
     providers = [PROVIDERS[device]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class RoutedState(State):
     kept: Array = None  # [B] tokens in the caches behind the router
     runs: Array = None  # [B, N] False: the row skips that layer
     room: int = 0  # entries in the caches for tokens to come
+    bindings: dict[str, Any] = field(default_factory=dict)  # by part
     index: Array = None  # [B, K] which tokens of the prompt are there, in front those that stay; None: all
 
 
@@ -144,20 +145,29 @@ class RoutedModel(Model):
 
     def _through(self, state: RoutedState, states: Any, positions: Any, router: dict[str, Array] | None) -> Array:
         """All parts of the decoder in order, the router where tokens leave: states [B, S, D] -> logits [B, V]"""
+        given = self._given(positions, state.lengths)
+        turned = False
         for part in self.parts:
             behind = part["layers"][0] >= self.router_facts["drop_at"]
-            if behind and router is not None:
-                states, positions = self._route(state, states, positions, router)
-                router = None
+            if behind and not turned:
+                turned = True
+                if router is not None:
+                    states, positions = self._route(state, states, positions, router)
+                given = self._given(positions, state.kept)
             runs = np.ones(len(state.runs), bool)
             if part["candidate"] is not None:
                 runs = state.runs[:, part["candidate"]]
             if runs.any():
                 lengths = state.kept if behind else state.lengths
                 self._make_room(part["layers"], state, lengths)
-                states = self._part(part, state, states, positions, lengths, runs)
+                states = self._part(part, state, states, given, runs)
         feed = {"states": states, "row_lengths": self._value(state.kept)}
         return self.head.run_with_ort_values(None, feed)[0].numpy()
+
+    def _given(self, positions: Any, lengths: Array) -> dict[str, Any]:
+        """What all parts before the router, or all behind it, are given beside the states."""
+        total = self._value(np.array(int(lengths.max()), np.int32), "cpu")
+        return {"position_ids": positions, "row_lengths": self._value(lengths), "total_length": total}
 
     def _route(self, state: RoutedState, states: Any, positions: Any, router: dict[str, Array]) -> tuple[Any, Any]:
         feed = {"states": states, "position_ids": positions, "row_lengths": self._value(state.lengths)}
@@ -173,21 +183,20 @@ class RoutedModel(Model):
             if name not in state.cache:
                 state.cache[name] = self._empty(shape, self.cache_dtype)
 
-    def _part(
-        self, part: dict[str, Any], state: RoutedState, states: Any, positions: Any, lengths: Array, runs: Array
-    ) -> Any:
-        binding = self.sessions[part["name"]].io_binding()
-        feed = {"states": states, "position_ids": positions, "row_lengths": self._value(lengths)}
-        feed["total_length"] = self._value(np.array(int(lengths.max()), np.int32), "cpu")
-        feed["runs"] = self._value(runs)
-        for name, value in feed.items():
-            binding.bind_ortvalue_input(name, value)
+    def _part(self, part: dict[str, Any], state: RoutedState, states: Any, given: dict[str, Any], runs: Array) -> Any:
+        binding = state.bindings.get(part["name"])
+        if binding is None:  # caches and rows stay what they are for the whole answer
+            binding = state.bindings[part["name"]] = self.sessions[part["name"]].io_binding()
+            binding.bind_output("next_states", self.device)  # the first, by whose place it is found
+            binding.bind_ortvalue_input("runs", self._value(runs))
+            for layer in part["layers"]:
+                for kind in ("key", "value"):
+                    buffer = state.cache[f"{layer}.{kind}"]
+                    binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", buffer)
+                    binding.bind_ortvalue_output(f"present.{layer}.{kind}", buffer)
         binding.bind_output("next_states", self.device)
-        for layer in part["layers"]:
-            for kind in ("key", "value"):
-                buffer = state.cache[f"{layer}.{kind}"]
-                binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", buffer)
-                binding.bind_ortvalue_output(f"present.{layer}.{kind}", buffer)
+        for name, value in {"states": states, **given}.items():
+            binding.bind_ortvalue_input(name, value)
         self.sessions[part["name"]].run_with_iobinding(binding)
         return binding.get_outputs()[0]
 
