@@ -31,6 +31,7 @@ from .subject import Asked, Cost, Setup, Subject, TorchRuntime, TorchSubject
 from .timing import Spread, paired, peak_bytes, turns
 from .workload import Workload
 
+SETTLE_S = 0.2  # between runs of different runtimes: each one's threads wait in busy loops for a while after a run
 TIMED = ("vision_ms", "prefill_ms", "first_token_ms", "decode_ms", "total_ms")
 COUNTED = ("flops", "vision_flops", "decode_flops", "kv_bytes", "weight_bytes", "step_bytes", "peak_bytes")
 
@@ -346,12 +347,14 @@ def in_turn(runs: Sequence[Run], rounds: int, progress: Callable[..., Iterable[A
     """Times of each run, round by round."""
     times: list[Times] = [{name: [] for name in TIMED} for _ in runs]
     what = f"batch of {len(runs[0].prompt.is_visual)}"
+    pause = SETTLE_S if len({type(run.subject) for run in runs}) > 1 else 0.0
     with garbage_between_runs() as collect:
         for order in progress(turns(len(runs), rounds), what, rounds):
             for i in order:
                 for name, value in runs[i]().items():
                     times[i][name].append(value)
                 collect()
+                time.sleep(pause)
     return times
 
 

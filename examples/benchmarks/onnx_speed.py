@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from exporter.benchmark import SETTLE_S
 from exporter.calibration import load_calibration, make_batches
 from exporter.clean_room import load_processor
 from exporter.onnx import ExportOptions, load
@@ -87,6 +88,7 @@ def alternating(repeats: int, jobs: dict[str, Callable[[], float]]) -> dict[str,
         job()  # warm up, compile
     for _ in range(repeats):
         for name, job in jobs.items():
+            time.sleep(SETTLE_S)
             seconds[name].append(job())
     return {name: statistics.median(values) for name, values in seconds.items()}
 
