@@ -24,10 +24,10 @@ from .calibration import Batch
 from .errors import CheckFailed, InputError
 from .onnx import card as onnx_card
 from .onnx.manifest import is_onnx, read_manifest, write_record
-from .onnx.subject import OnnxRuntime
 from .pipeline import versions
-from .source import pick_device, resolve
-from .subject import Asked, Cost, Setup, Subject, TorchRuntime, TorchSubject
+from .runtimes import Runtimes, onnx_device, onnx_versions, open_subjects
+from .source import pick_device
+from .subject import Asked, Cost, Setup, Subject
 from .timing import Spread, paired, peak_bytes, turns
 from .workload import Workload
 
@@ -153,7 +153,7 @@ def bench(
     update_cards: bool = True,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> Benchmark:
-    """Time and weigh checkpoints against a reference, in turn in one process.
+    """Time and weigh checkpoints and ONNX folders against a reference, in turn in one process.
 
     Args:
         reference: the model that the others are compared with, run whole; None: the first of the paths, run whole.
@@ -164,7 +164,7 @@ def bench(
     """
     names = [str(path) for path in (*paths, *([reference] if reference else []))]
     device = pick_device(options.device or onnx_device(names))
-    runtimes = Runtimes.of(device, options)
+    runtimes = Runtimes.of(Setup(device, options.dtype, options.attention, options.compile), options.new_tokens)
     subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
     prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]
     done = Benchmark(
@@ -181,75 +181,6 @@ def bench(
     return done
 
 
-@dataclass(frozen=True)
-class Runtimes:
-    """Opens what a path holds: a checkpoint of transformers, or an ONNX folder."""
-
-    torch: TorchRuntime
-    onnx: OnnxRuntime
-
-    @classmethod
-    def of(cls, device: str, options: BenchOptions) -> Runtimes:
-        threads = None if device.startswith("cuda") else torch.get_num_threads()
-        return cls(
-            TorchRuntime(Setup(device, options.dtype, options.attention, options.compile)),
-            OnnxRuntime(device, options.new_tokens, threads),
-        )
-
-    def open(self, path: str, asked: Asked | None) -> Subject:
-        return self.onnx.open(path, asked) if is_onnx(path) else self.torch.open(path, asked)
-
-
-def onnx_device(paths: Sequence[str]) -> str | None:
-    """The device that the first ONNX folder was exported for; None where there is none."""
-    made: list[str] = [read_manifest(Path(path))["device"] for path in paths if is_onnx(path)]
-    return made[0] if made else None
-
-
-def onnx_versions(subjects: Sequence[Subject]) -> dict[str, str]:
-    if not any(is_onnx(subject.path) for subject in subjects):
-        return {}
-    import onnxruntime  # of its two distributions, the one that is imported
-
-    return {"onnxruntime": onnxruntime.__version__}
-
-
-def made_from(path: str) -> str:
-    """The checkpoint that an ONNX folder was exported from."""
-    name: str = read_manifest(Path(path))["source"]["name"]
-    try:
-        resolve(name)
-    except InputError as error:
-        raise InputError(
-            f"{path} was exported from {name}, which it is to be compared with, and that is not to be had ({error}) "
-            "Name a checkpoint or an ONNX folder with --reference."
-        ) from error
-    return name
-
-
-def open_subjects(
-    runtimes: Runtimes, paths: Sequence[str], reference: str | Path | None, budgets: Sequence[Asked]
-) -> list[Subject]:
-    """The reference, run whole, then every path; not the first one again where it is the reference for want of another.
-
-    One that is named as its own reference is measured twice: how far the ratios are from 1 is the error of measurement.
-    An ONNX folder is compared with the checkpoint that it was made from, and that with the other ways torch runs it.
-    """
-    if reference is None and is_onnx(paths[0]):
-        reference = made_from(paths[0])
-    first = runtimes.open(str(reference or paths[0]), {"preset": "off"})
-    ways: list[Subject] = []
-    if isinstance(first, TorchSubject) and any(is_onnx(path) for path in paths):
-        ways = [*runtimes.torch.other_ways(first)]
-    opened = [runtimes.open(path, budget) for path in dict.fromkeys(paths) for budget in budgets or (None,)]
-    if any(budget != {"preset": "off"} for budget in budgets) and not any(subject.routed for subject in opened):
-        raise InputError(f"{', '.join(paths)}: no router here, so nothing can run under {budgets[0]}: leave it out.")
-    others: dict[str, Subject] = {f"{subject.path} {subject.budget}": subject for subject in opened}
-    if reference is None:
-        others.pop(f"{first.path} None", None)
-    return [first, *ways, *others.values()]
-
-
 def measure(
     subjects: Sequence[Subject],
     prompts: Sequence[Sequence[Batch]],
@@ -262,7 +193,7 @@ def measure(
 
     Args:
         prompts: for each batch size, one for each subject.
-        compile_all: called after everything has been counted.
+        compile_all: called after everything has been counted, since what is compiled can't be looked into.
     """
     runs = [
         [
@@ -437,6 +368,8 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
     A checkpoint's has its own figures beside the reference's, an ONNX folder's those of all that it was compared with.
     """
     base = done.models[0]
+    if model is base:
+        return False
     same: dict[str, Any] = {
         "workload": done.workload.to_data() | {"task": done.workload.task and Path(done.workload.task).name},
         "options": asdict(done.options),
@@ -446,9 +379,9 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
     }
     entry = same | {"date": done.date, "versions": done.versions}
     if is_onnx(folder):
-        compared_with = [one for one in done.models if one is model or one.path != model.path]
-        record, entry["models"] = read_manifest(folder), [one.to_data() for one in compared_with]
-    elif model is not base and model.runtime == base.runtime and (folder / checkpoint.RECORD).exists():
+        shown = [one for one in done.models if one is base or one is model or one.path != model.path]
+        record, entry["models"] = read_manifest(folder), [one.to_data() for one in shown]
+    elif model.runtime == base.runtime and (folder / checkpoint.RECORD).exists():
         record = checkpoint.read_record(folder)
         entry["reference_is_this_model"] = base.path == model.path
         entry["batches"] = [asdict(figures) for figures in model.batches]

@@ -173,10 +173,14 @@ def write_weights(
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """compression.json, replaced in one step so that a reader never meets half of it."""
-    path = folder / RECORD
+    """compression.json."""
+    replace_json(folder / RECORD, record)
+
+
+def replace_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a file in one step, so that a reader never meets half of it."""
     part = path.with_suffix(".partial")
-    part.write_text(json.dumps(record, indent=2) + "\n")
+    part.write_text(json.dumps(data, indent=2) + "\n")
     part.replace(path)
 
 

@@ -123,7 +123,7 @@ def template_folder() -> Path:
 
 def metadata(record: dict[str, Any], name: str) -> str:
     """The hub's YAML: base model and relation, licence, tags, and the measured results as model-index."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult
 
     results = [
         EvalResult(
@@ -136,20 +136,34 @@ def metadata(record: dict[str, Any], name: str) -> str:
         )
         for e in record["evaluations"]
     ]
-    source = record["source"]
+    return hub_metadata(record["source"], name, "transformers", _tags(record), "finetune", results or None)
+
+
+def hub_metadata(
+    source: dict[str, Any], name: str, library: str, tags: list[str], relation: str, results: Any = None
+) -> str:
+    """What the hub reads in a card.
+
+    Args:
+        source: of a record: its base_model and license.
+        relation: to the base model, where there is one: 'finetune', 'quantized'.
+        results: EvalResults of the model-index.
+    """
+    from huggingface_hub import ModelCardData
+
     data = ModelCardData(
         model_name=name.split("/")[-1],
         base_model=source["base_model"],
         license=source["license"].get("license"),
         license_name=source["license"].get("license_name"),
         license_link=source["license"].get("license_link"),
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="image-text-to-text",
-        tags=_tags(record),
-        eval_results=results or None,
+        tags=tags,
+        eval_results=results,
     )
     if source["base_model"]:
-        data["base_model_relation"] = "finetune"
+        data["base_model_relation"] = relation
     return data.to_yaml() + "\n"
 
 

@@ -545,6 +545,10 @@ def test_onnx_folders_are_compared_with_each_other(exported, tmp_path):
     (entry,) = json.loads((small / "onnx.json").read_text())["benchmarks"]
     assert [Path(model["path"]) for model in entry["models"]] == [folder, small]
     assert exporter.onnx.load(small)  # the record is still one
+    assert "benchmarks" not in json.loads((folder / "onnx.json").read_text())  # the reference's is left alone
+    exporter.bench([small], reference=small, workload=SMALL, options=BenchOptions(new_tokens=2, rounds=2))
+    itself = json.loads((small / "onnx.json").read_text())["benchmarks"][-1]["models"]
+    assert [model["ratio_to_reference"] is None for model in itself] == [True, False]
 
 
 def test_what_bench_can_not_do_with_onnx_folders(exported, tmp_path):

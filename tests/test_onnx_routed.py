@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 import exporter
 from exporter import InputError
+from exporter.benchmark import BenchOptions
 from exporter.clean_room import load_processor
 from exporter.modeling.modeling_routed import places_of
 from exporter.onnx import pipeline
@@ -24,6 +25,7 @@ from exporter.onnx.routed import Part, parts, read_settings
 from exporter.onnx.runtime.routed import Budget, places
 from exporter.onnx.support import support_of
 from exporter.routing import default_settings
+from exporter.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +67,30 @@ def test_what_is_left_out_is_not_computed(routed):
     model.set_budget(keep_visual_tokens=5, keep_layers=2)
     _, state = model.prefill(prompt, new_tokens=4)
     assert called == ["decoder_0"]  # layers 0 and 1; both of those that may be skipped are
+    assert set(state.cache) == {f"{layer}.{part}" for layer in (0, 1) for part in ("key", "value")}
     lengths = {name: buffer.shape()[2] for name, buffer in state.cache.items()}
     assert set(lengths.values()) == {int((prompt.lengths - 25 + 5).max()) + 4}
     model.set_budget("off")
     called.clear()
     model.prefill(prompt, new_tokens=4)
     assert called == ["decoder_0", "decoder_2", "decoder_3"]
+
+
+def test_bench_counts_what_torch_counts(routed):
+    """Keys and values exactly; FLOPs but for the router's, of which its weights alone are counted."""
+    source, folder = routed("llava")
+    few = {"keep_visual_tokens": 5, "keep_layers": 3}
+    options = BenchOptions(device="cpu", new_tokens=2, rounds=2, attention="sdpa")
+    workload = Workload(visual_tokens=25, text_tokens=24)
+    done = exporter.bench([folder, source], reference=source, budgets=[few, {"preset": "off"}], workload=workload,
+                          options=options, update_cards=False)  # fmt: skip
+    done.check_caches()
+    whole, ours, ours_whole, theirs, theirs_whole = (model.batches[0] for model in done.models)
+    for mine, other in ((ours, theirs), (ours_whole, theirs_whole), (ours_whole, whole)):
+        assert mine.kv_bytes == other.kv_bytes
+        assert mine.step_bytes == pytest.approx(other.step_bytes, rel=0.02)
+    assert ours_whole.flops == theirs_whole.flops and ours.decode_flops == theirs.decode_flops
+    assert ours.flops == pytest.approx(theirs.flops, rel=0.1) and ours.kv_bytes < 0.6 * whole.kv_bytes
 
 
 def test_budgets_of_a_call(routed):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from ..model_card import budget_name, licence_sentence, ratio_cell, template
+from ..model_card import budget_name, hub_metadata, licence_sentence, ratio_cell, template
 from .manifest import read_manifest
 from .report import differences_table
 
@@ -32,26 +31,8 @@ def card(folder: Path, name: str | None = None) -> Path:
         ratio=ratio_cell,
         routed="router" in manifest,
     )
+    tags = ["lvlm-exporter", "onnxruntime", *([manifest["quantize"]] if manifest["quantize"] else [])]
+    metadata = hub_metadata(source, name, "onnx", tags, "quantized" if manifest["quantize"] else "finetune")
     path = folder / "README.md"
-    path.write_text(f"---\n{metadata(manifest, name)}---\n\n{text}")
+    path.write_text(f"---\n{metadata}---\n\n{text}")
     return path
-
-
-def metadata(manifest: dict[str, Any], name: str) -> str:
-    """The hub's YAML: base model, licence, tags."""
-    from huggingface_hub import ModelCardData
-
-    source = manifest["source"]
-    data = ModelCardData(
-        model_name=name,
-        base_model=source["base_model"],
-        license=source["license"].get("license"),
-        license_name=source["license"].get("license_name"),
-        license_link=source["license"].get("license_link"),
-        library_name="onnx",
-        pipeline_tag="image-text-to-text",
-        tags=["lvlm-exporter", "onnxruntime", *([manifest["quantize"]] if manifest["quantize"] else [])],
-    )
-    if source["base_model"]:
-        data["base_model_relation"] = "quantized" if manifest["quantize"] else "finetune"
-    return data.to_yaml() + "\n"

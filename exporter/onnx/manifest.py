@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..checkpoint import replace_json
 from ..model_card import base_model_of, inherited_licence
 from ..source import Source, file_hash
 from .decoder import cache_shape
@@ -73,13 +73,18 @@ def vision_settings(config: Any, kind: str) -> dict[str, Any]:
     return settings
 
 
-def versions() -> dict[str, str]:
-    import onnxruntime  # of its two distributions, the one that is imported
+def onnxruntime_version() -> str:
+    """Of its two distributions, the one that is imported."""
+    import onnxruntime
 
+    return str(onnxruntime.__version__)
+
+
+def versions() -> dict[str, str]:
     names = ("torch", "transformers", "onnx", "onnxscript")
     return {
         "lvlm-exporter": __version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": onnxruntime_version(),
         **{name: version(name) for name in names},
     }
 
@@ -95,9 +100,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any], hashed: bool = False)
 
 def write_record(folder: Path, manifest: dict[str, Any]) -> None:
     """As it is: what was measured on graphs that stay the same may have been added."""
-    stage = folder / f".{MANIFEST}.partial"
-    stage.write_text(json.dumps(manifest, indent=2) + "\n")
-    stage.replace(folder / MANIFEST)
+    replace_json(folder / MANIFEST, manifest)
 
 
 def graph_files(folder: Path) -> Iterator[Path]:

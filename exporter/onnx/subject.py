@@ -17,7 +17,6 @@ from ..clean_room import load_processor
 from ..errors import InputError
 from ..subject import Asked, Cost
 from .counting import GraphSize, graph_size
-from .manifest import read_manifest
 from .runtime.model import Model, State, load
 from .runtime.prepare import Prompt
 from .runtime.routed import Budget, RoutedModel, RoutedState
@@ -159,7 +158,6 @@ class OnnxRuntime:
         from transformers import AutoConfig
 
         if path not in self._loaded:
-            read_manifest(Path(path))
             model = load(path, self.device.partition(":")[0], self.threads)
             config = AutoConfig.from_pretrained(path)
             self._loaded[path] = OnnxSubject(path, None, model, load_processor(path), config, self.new_tokens)
