@@ -244,15 +244,25 @@ def route_verb(options: argparse.Namespace) -> None:
 
 
 def verify_verb(options: argparse.Namespace) -> int:
+    from .onnx import verification as graphs
+    from .onnx.manifest import is_onnx
     from .verification import verify
 
-    result = verify(options.folder, options.device)
+    of_graphs = is_onnx(options.folder)
+    result = graphs.verify(options.folder) if of_graphs else verify(options.folder, options.device)
     _write_json(
         options, {"path": str(result.folder), "holds": result.holds, "problems": result.problems, **result.details}
     )
     if not result.holds:
         raise CheckFailed(f"{options.folder} does not verify: {'; '.join(result.problems)}.")
     details = result.details
+    if of_graphs:
+        print(
+            f"{options.folder} verifies: its {details['graphs']} graph files are those that were compared with torch "
+            f"(best token equal in {details['equal_tokens']} of {details['tokens']} cases, largest difference "
+            f"{details['max_difference']:.1e})"
+        )
+        return 0
     print(
         f"{options.folder} verifies: {details['class']} with {details['layers']} layers loads in a clean process, "
         f"every key in its place; {len(details['tokens'])} reference tokens as at export; cached = uncached within "

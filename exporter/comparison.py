@@ -238,7 +238,8 @@ class Runner:
             few = method.options.get("samples", FEW_SAMPLES), method.options.get("answer_tokens", 32)
             if method.name == "fisher":
                 return fisher(self._information(*few, method.options.get("draws", 2)), count, self.job.protect)
-            return best_of(self._few_statistics(few[0]), count, self.job.protect, self._loss(*few))
+            exchanges = {name: value for name, value in method.options.items() if name == "exchanges"}
+            return best_of(self._few_statistics(few[0]), count, self.job.protect, self._loss(*few), **exchanges)
         if method.name in STATISTICS:
             return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
         blank = LocalizeJob(self.model, self.job.source.num_layers, lambda: (), self.job.recipe.seed)

@@ -11,7 +11,7 @@ from .pipeline import Job, kv_bytes_per_token
 
 LOOKED_AT = 16  # questions that are processed to learn how long they are
 PASSES = {"tis": 1.15, "block_influence": 1.0, "angular": 1.0, "random": 0.0, "first": 0.0, "last": 0.0}
-FEW_PASSES = {"best_of": 6.0, "fisher": 5.0}  # over the few questions that they read, answering included
+FEW_PASSES = {"best_of": 8.0, "fisher": 5.0}  # over the few questions that they read, answering included
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .calibration import Batch
 from .clean_room import extend
-from .replay import last_output, logits, trace, walk
+from .replay import last_output, last_outputs, logits, trace, walk
 from .source import text_decoder
 
 
@@ -64,7 +64,7 @@ def end_ids(model: Any) -> set[int]:
 
 @dataclass(frozen=True)
 class AnswerDivergence:
-    """KL(original || without some decoder layers) per token of the original's answers: a localizer's RemovalLoss.
+    """KL(original || without some decoder layers) per token of the original's answers: a localizer's SetLoss.
 
     It uses the whole distribution, where the likelihood knows only of the one token that was said.
     """
@@ -85,38 +85,14 @@ class AnswerDivergence:
     def num_layers(self) -> int:
         return len(text_decoder(self.model).layers)
 
-    def __call__(self, dropped: frozenset[int]) -> float:
-        return self.of_sets([dropped])[0]
-
     def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        """One walk for all sets: each shares the layers before its first one with the others."""
+        """The divergence without each of the sets of layers, from one walk for all of them."""
         layers = text_decoder(self.model).layers
         totals = [0.0] * len(sets)
         for one, original in zip(self.batches, self.outputs, strict=True):
-            given = trace(self.model, one.batch)
-            starts = {min(dropped, default=len(layers)) for dropped in sets}
-            states = {index: before for index, before, _ in walk(layers, given, stop=max(starts)) if index in starts}
-            for number, dropped in enumerate(sets):
-                if not dropped:
-                    continue
-                start = min(dropped)
-                state = given.after(start, states[start])
-                rest = walk(layers, given, start=start + 1, state=state, leave_out=dropped)
-                totals[number] += self._kl(one, original, last_output(rest, state))
+            for number, output in last_outputs(layers, trace(self.model, one.batch), sets):
+                totals[number] += self._kl(one, original, output)
         return [total / self._tokens for total in totals]
-
-    def each_further(self, dropped: frozenset[int], candidates: tuple[int, ...]) -> dict[int, float]:
-        """One pass for all candidates: each shares the layers before it with the others."""
-        layers = text_decoder(self.model).layers
-        totals = dict.fromkeys(candidates, 0.0)
-        for one, original in zip(self.batches, self.outputs, strict=True):
-            given = trace(self.model, one.batch)
-            for layer_idx, before, _ in walk(layers, given, leave_out=dropped):
-                if layer_idx in totals:
-                    state = given.after(layer_idx, before)
-                    rest = walk(layers, given, start=layer_idx + 1, state=state, leave_out=dropped)
-                    totals[layer_idx] += self._kl(one, original, last_output(rest, state))
-        return {layer: total / self._tokens for layer, total in totals.items()}
 
     @property
     def _tokens(self) -> int:

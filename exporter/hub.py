@@ -1,18 +1,25 @@
-"""Publishes a compressed folder: verified first, then in one commit, so that a repository never holds half a model."""
+"""Publishes a checkpoint or its ONNX graphs: verified first, then in one commit, so that a repository never holds half
+a model."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import verification
+from .checkpoint import RECORD, read_record
 from .errors import InputError
+from .model_card import card
+from .onnx import verification as graph_verification
+from .onnx.card import card as graph_card
+from .onnx.manifest import GRAPH_FILES, MANIFEST, is_onnx, read_manifest
 from .source import WEIGHT_FILES, hub_errors
 
 if TYPE_CHECKING:
@@ -50,6 +57,25 @@ class Pushed:
         return asdict(self) | {"bytes": self.bytes}
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A sort of folder that can be published."""
+
+    record: str  # the file that its card is made from
+    weights: tuple[str, ...]  # globs of the files that a later push replaces
+    require: Callable[[Path, str], object]  # raises CheckFailed
+    card: Callable[[Path, str], Path]
+
+
+def kind_of(folder: Path) -> Kind:
+    """Raises InputError for a folder that is not ours."""
+    if is_onnx(folder):
+        read_manifest(folder)
+        return Kind(MANIFEST, GRAPH_FILES, graph_verification.require, graph_card)
+    read_record(folder)
+    return Kind(RECORD, WEIGHT_FILES, verification.require, card)
+
+
 def push(
     folder: Path | str,
     repo_id: str,
@@ -77,15 +103,13 @@ def push(
     """
     folder = Path(folder)
     repo_id, branch = repository_name(repo_id), branch_name(revision)
-    from .checkpoint import read_record
-    from .verification import require
-
-    read_record(folder)
+    kind = kind_of(folder)
     api = client(token_needed=not dry_run)
     existed, seen = look(api, repo_id, may_fail=dry_run)
     check_request(repo_id, seen, existed, private, create_pr)
-    require(folder, device)
-    with contents(folder, repo_id) as (paths, own_card):
+    check_kind(repo_id, seen, kind)
+    kind.require(folder, device)
+    with contents(folder, repo_id, kind) as (paths, own_card):
         planned = Pushed(
             repo_id=repo_id,
             revision=branch,
@@ -101,7 +125,7 @@ def push(
         )
         if dry_run:
             return planned
-        return upload(api, planned, paths, private, create_pr, message)
+        return upload(api, planned, paths, kind, private, create_pr, message)
 
 
 # --- what was asked for -----------------------------------------------------------------------------------------------
@@ -167,14 +191,22 @@ def check_request(repo_id: str, seen: ModelInfo | None, existed: bool | None, pr
         raise InputError(f"there is no repository {repo_id} to open a pull request in: push without --create-pr.")
 
 
+def check_kind(repo_id: str, seen: ModelInfo | None, kind: Kind) -> None:
+    """Graphs beside a checkpoint would take its card and its configuration."""
+    other = {RECORD: MANIFEST, MANIFEST: RECORD}[kind.record]
+    if seen is not None and other in names_in(seen):
+        what = "ONNX graphs" if other == MANIFEST else "a checkpoint"
+        raise InputError(f"{repo_id} holds {what} ({other}): name another repository, or two cards become one.")
+
+
 # --- what is published ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def contents(folder: Path, repo_id: str) -> Iterator[tuple[dict[str, Path], bool]]:
+def contents(folder: Path, repo_id: str, kind: Kind) -> Iterator[tuple[dict[str, Path], bool]]:
     """Files to publish by their name in the repository, and whether the card is somebody's own."""
     with tempfile.TemporaryDirectory(prefix="lvlm-exporter-push-") as made:
-        own_card = write_card(folder, repo_id, Path(made))
+        own_card = write_card(folder, repo_id, kind, Path(made))
         yield published(folder) | published(Path(made)), own_card
 
 
@@ -187,23 +219,20 @@ def _is_private(part: str) -> bool:
     return part.startswith(".") or any(fnmatch(part, pattern) for pattern in NOT_PUBLISHED)
 
 
-def write_card(folder: Path, repo_id: str, into: Path) -> bool:
+def write_card(folder: Path, repo_id: str, kind: Kind, into: Path) -> bool:
     """The card under the repository's name, with its pictures. True: README.md was edited by hand, and stays so.
 
     It was not edited if it is what the record gives under the name that it shows.
     """
-    from .checkpoint import RECORD
-    from .model_card import card
-
-    shutil.copyfile(folder / RECORD, into / RECORD)
+    shutil.copyfile(folder / kind.record, into / kind.record)
     theirs = (folder / CARD).read_text() if (folder / CARD).exists() else ""
     shown = LOADING.search(theirs)
     name = shown[1] if shown else folder.name
-    edited = bool(theirs) and card(into, name).read_text() != theirs
+    edited = bool(theirs) and kind.card(into, name).read_text() != theirs
     if edited:
-        (into / CARD).write_text(theirs.replace(f'from_pretrained("{name}"', f'from_pretrained("{repo_id}"'))
+        (into / CARD).write_text(theirs.replace(f'("{name}"', f'("{repo_id}"'))  # of from_pretrained and load
     else:
-        card(into, repo_id)
+        kind.card(into, repo_id)
     return edited
 
 
@@ -211,7 +240,13 @@ def write_card(folder: Path, repo_id: str, into: Path) -> bool:
 
 
 def upload(
-    api: HfApi, planned: Pushed, paths: dict[str, Path], private: bool, create_pr: bool, message: str | None
+    api: HfApi,
+    planned: Pushed,
+    paths: dict[str, Path],
+    kind: Kind,
+    private: bool,
+    create_pr: bool,
+    message: str | None,
 ) -> Pushed:
     """Make what is missing, and commit everything at once.
 
@@ -228,7 +263,8 @@ def upload(
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         before = api.model_info(repo_id, revision=branch)
         check_request(repo_id, before, True, private, create_pr)
-        stale = sorted(set(weight_files(before)) - set(paths))
+        check_kind(repo_id, before, kind)
+        stale = sorted(set(weight_files(before, kind)) - set(paths))
         done = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, path) for name, path in sorted(paths.items())]
@@ -249,9 +285,13 @@ def upload(
     )
 
 
-def weight_files(repository: ModelInfo) -> list[str]:
-    names = [sibling.rfilename for sibling in repository.siblings or ()]
-    return [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)]
+def names_in(repository: ModelInfo) -> list[str]:
+    return [sibling.rfilename for sibling in repository.siblings or ()]
+
+
+def weight_files(repository: ModelInfo, kind: Kind) -> list[str]:
+    top = [name for name in names_in(repository) if "/" not in name]
+    return [name for name in top if any(fnmatch(name, pattern) for pattern in kind.weights)]
 
 
 def default_message() -> str:

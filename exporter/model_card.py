@@ -18,7 +18,7 @@ TITLES = {  # methods that measure something, and where they come from
     "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
     "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
     "best_of": (
-        "the divergence at the model's own answers, among what Short-LVLM, ShortGPT and UIDL propose",
+        "the divergence at the model's own answers, from what Short-LVLM, ShortGPT and UIDL propose",
         "https://arxiv.org/abs/2507.23362",
     ),
     "fisher": (

@@ -108,6 +108,31 @@ def walk(
         yield layer_idx, before, output
 
 
+def last_outputs(layers: Sequence[Any], given: Trace, sets: Sequence[frozenset[int]]) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number, last output [B, S, D]) of the layers without each of the sets.
+
+    Sets share every layer up to where they part: what several begin with is run once. At most one state is held for
+    each layer of a set.
+    """
+
+    def run(start: int, state: Tensor, output: Tensor, numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
+        for layer_idx in range(start, len(layers)):
+            without = [number for number in numbers if layer_idx in sets[number]]
+            if len(without) == len(numbers):
+                state = given.after(layer_idx, state)
+                continue
+            if without:
+                yield from run(layer_idx + 1, given.after(layer_idx, state), output, without)
+                numbers = [number for number in numbers if number not in without]
+            with torch.inference_mode():
+                output = given.step(layers[layer_idx], layer_idx, state)
+                state = given.after(layer_idx, output)
+        for number in numbers:
+            yield number, output
+
+    yield from run(0, given.entry, given.entry, list(range(len(sets))))
+
+
 def last_output(steps: Iterator[tuple[int, Tensor, Tensor]], default: Tensor) -> Tensor:
     """Run a walk to its end: the last layer's output."""
     last = deque(steps, maxlen=1)

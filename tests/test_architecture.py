@@ -20,7 +20,7 @@ ORDER = (
     "errors families scores scoring weights source clean_room calibration replay capture fidelity localize plan "
     "recipe moments fold variants modeling routing rules budgets oracle relaxation router_learner router_losses "
     "router_training checkpoint verification report route_pictures model_card routed_checkpoint pipeline estimate "
-    "reproduction task evaluation comparison route_comparison hub timing workload subject onnx runtimes benchmark "
+    "reproduction task evaluation comparison route_comparison timing workload subject onnx hub runtimes benchmark "
     "arguments cli plugins __main__"
 ).split()
 
@@ -61,7 +61,12 @@ def test_the_clean_room_needs_nothing_of_ours():
 def test_the_onnx_runner_needs_neither_torch_nor_the_rest_of_the_package():
     for path in (PACKAGE / "onnx" / "runtime").glob("*.py"):
         used = imports(path) - set(sys.stdlib_module_names)
-        assert used <= {"numpy", "onnxruntime", "exporter.errors"}  # and without the last, as its clean process shows
+        assert used <= {
+            "numpy",
+            "onnxruntime",
+            "huggingface_hub",
+            "exporter.errors",
+        }  # and without the last, as its clean process shows
 
 
 def test_the_comparison_of_onnx_with_torch_needs_nothing_of_ours():

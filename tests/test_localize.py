@@ -89,11 +89,8 @@ class FakeLoss:
 
     num_layers = 4
 
-    def __call__(self, dropped: frozenset[int]) -> float:
-        return sum((0.1, 0.2, 0.5, 0.9)[layer] for layer in dropped) + 5.0 * ({0, 1} <= dropped)
-
-    def each_further(self, dropped: frozenset[int], candidates: tuple[int, ...]) -> dict[int, float]:
-        return {layer: self(dropped | {layer}) for layer in candidates}
+    def of_sets(self, sets: list[frozenset[int]]) -> list[float]:
+        return [sum((0.1, 0.2, 0.5, 0.9)[layer] for layer in s) + 5.0 * ({0, 1} <= s) for s in sets]
 
 
 def test_greedy_looks_again_after_each_removal():
@@ -131,11 +128,13 @@ def test_best_of_takes_the_proposal_that_costs_least():
     asked = []
 
     class Loss:
+        num_layers = 3
+
         def of_sets(self, sets):
             asked.extend(sets)
             return [{0: 2.0, 2: 1.0}[min(layers)] for layers in sets]
 
-    best = best_of([batch], 1, (), Loss())
+    best = best_of([batch], 1, (), Loss(), exchanges=0)
     assert best.drop == (2,)
     assert best.values == block_influence([batch], 1).values
     assert best.details["chosen"] in ("block_influence", "angular")
@@ -146,12 +145,34 @@ def test_best_of_does_without_a_block_where_none_fits():
     batch = statistics([[0.9, 0.9], [0.5, 0.5], [0.7, 0.7]], [[1.0, 0.0]] * 3, [[0.0, 1.0]] * 3)
 
     class Loss:
+        num_layers = 3
+
         def of_sets(self, sets):
             return [0.0] * len(sets)
 
     best = best_of([batch], 2, (1,), Loss())
     assert best.drop == (0, 2)
     assert set(best.details["proposals"]) == {"tis", "block_influence"}
+
+
+def test_best_of_exchanges_a_layer_that_others_make_up_for():
+    cosines = [0.9, 0.8, 0.7, 0.6, 0.1]
+    batch = statistics([[c, c] for c in cosines], [[1.0, 0.0]] * 5, [[0.0, 1.0]] * 5)
+    judged = []
+
+    class Loss:
+        num_layers = 5
+
+        def of_sets(self, sets):
+            judged.append(len(sets))
+            return [0.1 * sum(s) + 5.0 * ({0, 1} <= s) + ({0, 2} <= s) + 9.0 * (4 in s) for s in sets]
+
+    assert best_of([batch], 2, (), Loss(), exchanges=0).drop == (0, 1)
+    assert judged == [2], "two of the three propose the same"
+    best = best_of([batch], 2, (), Loss())
+    assert best.drop == (0, 3), "the cheapest pair of the four that are named"
+    assert best.details["exchanges"] == [{"back": 1, "instead": 3, "loss": pytest.approx(0.3)}]
+    assert set(best_of([batch], 2, (3,), Loss()).drop) == {1, 2}, "what is protected is not drawn in"
 
 
 def test_fisher_counts_interactions():

@@ -91,5 +91,7 @@ def test_statistics_do_not_count_padding_or_depend_on_the_batch(opened):
 def test_removal_loss_shares_prefixes_without_changing_them(opened):
     model, batches = opened
     loss = AnswerDivergence.of(model, [answered(model, batch, 4) for batch in batches[:1]])
-    shared = loss.each_further(frozenset({4}), (1, 3))
-    assert shared == pytest.approx({1: loss(frozenset({1, 4})), 3: loss(frozenset({3, 4}))}, rel=1e-4)
+    sets = [frozenset(layers) for layers in ((1, 4), (3, 4), (0,), (), (1, 3), (5,), (1, 4))]
+    alone = [loss.of_sets([dropped])[0] for dropped in sets]
+    assert loss.of_sets(sets) == pytest.approx(alone, rel=1e-4)
+    assert alone[3] == 0 and min(alone[:3]) > 0

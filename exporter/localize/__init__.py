@@ -84,12 +84,13 @@ def by_best_of(
     *,
     samples: int = FEW_SAMPLES,
     answer_tokens: int = 32,
+    exchanges: int = 2,
 ) -> LayerScores:
-    """Args: samples: questions that are read and judged by; answer_tokens: longest answer."""
+    """Args: samples: questions that are read and judged by; answer_tokens: longest answer; exchanges: at most."""
     batches = list(job.batches(samples / job.num_samples))
     few = answer_all(job.model, batches, answer_tokens)
     statistics, loss = list(layer_statistics(job.model, batches)), AnswerDivergence.of(job.model, few)
-    return _from(few, best_of(statistics, count, tuple(protect), loss))
+    return _from(few, best_of(statistics, count, tuple(protect), loss, exchanges))
 
 
 def _from(few: Sequence[AnsweredBatch], scores: LayerScores) -> LayerScores:

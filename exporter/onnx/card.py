@@ -16,7 +16,7 @@ def card(folder: Path, name: str | None = None) -> Path:
         name: under which the folder is or will be loaded; its own where there is none.
     Raises: InputError where it is no folder of `lvlm-exporter onnx`.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, whole=False)
     name = name or folder.absolute().name
     source = manifest["source"]
     text = template("onnx.md.jinja").render(

@@ -15,7 +15,18 @@ from .decoder import cache_shape
 from .runtime.model import FORMAT, MANIFEST, read_manifest
 from .support import Support
 
-__all__ = ["describe", "graph_files", "is_onnx", "read_manifest", "write_manifest", "write_record"]
+__all__ = [
+    "GRAPH_FILES",
+    "MANIFEST",
+    "describe",
+    "graph_files",
+    "is_onnx",
+    "read_manifest",
+    "write_manifest",
+    "write_record",
+]
+
+GRAPH_FILES = ("*.onnx", "*.onnx.data")
 
 
 def is_onnx(path: str | Path) -> bool:
@@ -104,5 +115,5 @@ def write_record(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def graph_files(folder: Path) -> Iterator[Path]:
-    for pattern in ("*.onnx", "*.onnx.data"):
+    for pattern in GRAPH_FILES:
         yield from folder.glob(pattern)

@@ -6,6 +6,7 @@ Shapes: B rows, S tokens, P entries of the cache, V vocabulary.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def load(folder: Path | str, device: str | None = None, threads: int | None = None) -> Model:
-    """Open a folder that `lvlm-exporter onnx` wrote.
+    """Open a folder that `lvlm-exporter onnx` wrote, or such a repository of the hub.
 
     Args:
+        folder: its path, or USER/NAME.
         device: 'cpu' or 'cuda'; it must be the one that the folder was exported for, and is if left out.
         threads: of one operator; ONNX Runtime's choice if left out.
     """
-    folder = Path(folder)
+    folder = located(folder)
     manifest = read_manifest(folder)
     device = device or manifest["device"]
     if device != manifest["device"]:
@@ -43,7 +45,21 @@ def load(folder: Path | str, device: str | None = None, threads: int | None = No
     return Model(folder, manifest, device, threads)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def located(folder: Path | str) -> Path:
+    """A folder that is there as it is; what could be a repository's name instead, from the hub."""
+    if Path(folder).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)):
+        return Path(folder)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(folder)))
+    except (ImportError, OSError, ValueError) as error:  # a server's own words may quote the token: only the kind
+        reason = type(error).__name__
+    raise InputError(f"there is no folder {folder}, and the hub gives no repository of that name ({reason}).")
+
+
+def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
+    """onnx.json. `whole`: InputError where a file that it lists is missing or of another size."""
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST}: it is no folder that `lvlm-exporter onnx` wrote.")
@@ -53,7 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({error}): export again.") from error
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: export again.")
-    for name, size in manifest["files"].items():
+    for name, size in manifest["files"].items() if whole else ():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "not there"
