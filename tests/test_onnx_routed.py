@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from test_onnx import here
@@ -19,7 +20,8 @@ from exporter import InputError
 from exporter.benchmark import BenchOptions
 from exporter.clean_room import load_processor
 from exporter.modeling.modeling_routed import places_of
-from exporter.onnx import pipeline
+from exporter.onnx import ExportOptions, pipeline
+from exporter.onnx.counting import branch_of, graph_size
 from exporter.onnx.manifest import vision_settings
 from exporter.onnx.routed import Part, parts, read_settings
 from exporter.onnx.runtime.routed import Budget, places
@@ -61,19 +63,48 @@ def test_what_is_left_out_is_not_computed(routed):
     _, folder = routed("llava")
     model, given = exporter.onnx.load(folder), inputs(load_processor(folder), batch=2)
     prompt = model.prompt({name: tensor.numpy() for name, tensor in given.items()})
-    called = []
-    original = type(model)._part
-    model._part = lambda part, *rest: called.append(part["name"]) or original(model, part, *rest)
     model.set_budget(keep_visual_tokens=5, keep_layers=2)
     _, state = model.prefill(prompt, new_tokens=4)
-    assert called == ["decoder_0"]  # layers 0 and 1; both of those that may be skipped are
+    # Both layers that may be skipped are: without keys and values they could not run.
     assert set(state.cache) == {f"{layer}.{part}" for layer in (0, 1) for part in ("key", "value")}
     lengths = {name: buffer.shape()[2] for name, buffer in state.cache.items()}
     assert set(lengths.values()) == {int((prompt.lengths - 25 + 5).max()) + 4}
     model.set_budget("off")
-    called.clear()
-    model.prefill(prompt, new_tokens=4)
-    assert called == ["decoder_0", "decoder_2", "decoder_3"]
+    _, state = model.prefill(prompt, new_tokens=4)
+    assert set(state.cache) == set(model.cache_names)
+
+
+def test_a_skipped_layer_is_a_branch_not_taken(routed):
+    _, folder = routed("llava", 1)
+    assert {path.stem for path in folder.glob("*.onnx")} == {
+        "vision", "embeddings", "router", "decoder_front", "decoder"
+    }  # fmt: skip
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
+    conditions = [node for node in graph.node if node.op_type == "If"]
+    assert [node.input[0] for node in conditions] == ["active.2", "active.3"]
+    for node in conditions:
+        branches = {attribute.name: attribute.g.node for attribute in node.attribute}
+        assert {inner.op_type for inner in branches["else_branch"]} == {"Identity"}
+        assert [inner.op_type for inner in branches["then_branch"]].count("GroupQueryAttention") == 1
+    assert [node.op_type for node in graph.node].count("GroupQueryAttention") == 1  # layer 1; layer 0 is in front
+
+
+def test_branches_have_integer_weights_too(routed, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "validate", here)
+    source, whole = routed("llava", 1)
+    folder = pipeline.export(source, tmp_path / "int8", ExportOptions(quantize="int8"))
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
+    branches = [branch_of(node) for node in graph.node if node.op_type == "If"]
+    products = [node.op_type for nodes in [graph.node, *branches] for node in nodes if "MatMul" in node.op_type]
+    assert len(branches) == 2 and set(products) == {"MatMulNBits"}
+    assert {path.name for path in folder.glob("*.data")} == {
+        f"{path.stem}.onnx.data" for path in folder.glob("*.onnx")
+    }, "weights of before are gone"
+    assert graph_size(folder / "decoder.onnx").weights == graph_size(whole / "decoder.onnx").weights
+    assert (
+        graph_size(folder / "decoder.onnx").branches[0].bytes
+        < 0.4 * graph_size(whole / "decoder.onnx").branches[0].bytes
+    )
 
 
 def test_bench_counts_what_torch_counts(routed):

@@ -2,18 +2,23 @@
 
     python examples/benchmarks/onnx_speed.py speed --size reference   12 layers of 128, LLaVA, random weights
     python examples/benchmarks/onnx_speed.py speed --size mid         8 layers of 1024
+    python examples/benchmarks/onnx_speed.py routed --size mid        what routes save, beside the plain decoder
     python examples/benchmarks/onnx_speed.py accuracy FOLDER... --task FILE.jsonl
 
 `speed` runs every way in turn, so that a change of the machine's speed meets all of them alike, and prints medians and
-their ratios to sdpa. Weights are random: speed does not depend on them. `accuracy` takes checkpoints, which torch
-answers, and ONNX folders. (Not called onnx.py, which `import onnx` would find: its folder comes first on the path.)
+their ratios to sdpa. `routed` times the graphs of a routed LLaVA beside the one of the plain model, and that one twice,
+which shows how far the measurement is off. Weights are random: speed does not depend on them. `accuracy` takes
+checkpoints, which torch answers, and ONNX folders. (Not called onnx.py, which `import onnx` would find: its folder
+comes first on the path.)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -25,18 +30,26 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from exporter.benchmark import SETTLE_S
-from exporter.calibration import load_calibration, make_batches
+from exporter.benchmark import SETTLE_S, Benchmark, BenchOptions, hardware, measure
+from exporter.calibration import Batch, load_calibration, make_batches
 from exporter.clean_room import load_processor
+from exporter.modeling.modeling_routed import Router, RouterSettings
 from exporter.onnx import ExportOptions, load
 from exporter.onnx.decoder import cache_shape
-from exporter.onnx.manifest import read_manifest
+from exporter.onnx.manifest import onnxruntime_version, read_manifest
 from exporter.onnx.pipeline import Job, write_graphs
 from exporter.onnx.quantize import quantize
+from exporter.onnx.routed import describe_router, write_routed
 from exporter.onnx.runtime.model import Model
 from exporter.onnx.runtime.prepare import prepare
+from exporter.onnx.runtime.routed import RoutedModel
+from exporter.onnx.subject import OnnxSubject
 from exporter.onnx.support import support_of
+from exporter.pipeline import versions
+from exporter.report import benchmark_table
+from exporter.routing import default_settings
 from exporter.scoring import Rate, is_right
+from exporter.workload import Workload
 
 SIZES = {
     "reference": LlamaConfig(
@@ -134,12 +147,7 @@ class Ort:
     STEPS = Torch.STEPS
 
     def __init__(self, model: Any, folder: Path, ids: torch.Tensor, threads: int) -> None:
-        layers, heads, head_size = cache_shape(model)
-        manifest = {
-            "cache": "shared", "layers": layers, "heads": heads, "head_size": head_size, "dtype": "float32",
-            "hidden_size": model.config.text_config.hidden_size, "image_token_id": model.config.image_token_id,
-            "mrope": False, "first_position": 0, "blocks": None, "vision": {"kind": "tiles"}, "pad_token_id": 0,
-        }  # fmt: skip
+        manifest = manifest_of(model)
         self.model = Model(folder, manifest, "cpu", threads)
         self.prompt = prepare(manifest, {"input_ids": ids.numpy()})
 
@@ -151,6 +159,79 @@ class Ort:
         _, state = self.model.prefill(self.prompt, self.STEPS)
         tokens = np.ones(len(self.prompt.input_ids), np.int64)
         return seconds_of(lambda: [self.model.step(state, tokens) for _ in range(self.STEPS)]) / self.STEPS
+
+
+def manifest_of(model: Any) -> dict[str, Any]:
+    """What the runner must know."""
+    layers, heads, head_size = cache_shape(model)
+    return {
+        "cache": "shared", "layers": layers, "heads": heads, "head_size": head_size, "dtype": "float32",
+        "device": "cpu", "quantize": None, "hidden_size": model.config.text_config.hidden_size,
+        "image_token_id": model.config.image_token_id, "mrope": False, "first_position": 0, "blocks": None,
+        "vision": {"kind": "tiles"}, "pad_token_id": 0,
+    }  # fmt: skip
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+VISUAL, TEXT, KEPT = 576, 64, 144  # LLaVA-1.5's tokens, and a quarter of the visual ones
+
+
+def routed(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    text = SIZES[options.size]
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=336, patch_size=14
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1, vision_feature_layer=-1
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    config.router = default_settings(config)
+    settings, fewer = RouterSettings.of(config), text.num_hidden_layers - text.num_hidden_layers // 4
+    plain = manifest_of(model)
+    facts = plain | {"router": describe_router(config, settings)}
+    how = BenchOptions("cpu", batches=options.batch, new_tokens=16, rounds=options.rounds)
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        for name in ("plain", "routed"):
+            Path(name).mkdir()
+        job = Job(None, ExportOptions(), support_of(config), "float32", "shared", None)  # of no checkpoint
+        write_graphs(model, job, Path("plain"))
+        for shared in ("vision", "embeddings"):
+            for path in Path("plain").glob(f"{shared}.onnx*"):
+                shutil.copyfile(path, Path("routed") / path.name)
+        router = Router(text.hidden_size, settings).eval().requires_grad_(False)
+        write_routed(model, router, settings, job.support, Path("routed"), "cpu", job.opset)
+        whole = Model(Path("plain"), plain, "cpu", options.threads)
+        chosen = RoutedModel(Path("routed"), facts, "cpu", options.threads)
+        asked = [
+            {"preset": "off"},
+            {"keep_visual_tokens": KEPT},
+            {"keep_layers": fewer},
+            {"keep_visual_tokens": KEPT, "keep_layers": fewer},
+        ]
+        subjects = [OnnxSubject("plain", None, whole, None, config, how.new_tokens)] * 2
+        subjects += [OnnxSubject("routed", budget, chosen, None, config, how.new_tokens) for budget in asked]
+        prompts = [[prompt(config, rows)] * len(subjects) for rows in how.batches]
+        measured = measure(subjects, prompts, how, "cpu")
+    known = versions() | {"onnxruntime": onnxruntime_version()}
+    done = Benchmark(Workload(None, VISUAL, TEXT), how, hardware("cpu"), known, "", measured)
+    print(
+        f"{options.size}: {text.num_hidden_layers} layers of {text.hidden_size}, {len(facts['router']['parts'])} parts"
+    )
+    print(benchmark_table(done))
+    if options.json:
+        options.json.write_text(json.dumps(done.to_data(), indent=2) + "\n")
+
+
+def prompt(config: Any, rows: int) -> Batch:
+    random = torch.Generator().manual_seed(rows)
+    ids = torch.randint(1, config.image_token_id, (rows, VISUAL + TEXT), generator=random)
+    ids[:, 4 : 4 + VISUAL] = config.image_token_id
+    pixels = torch.randn(rows, 3, 336, 336, generator=random)
+    is_visual = ids == config.image_token_id
+    return Batch({"input_ids": ids, "pixel_values": pixels}, is_visual, ~is_visual, ())
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
@@ -200,13 +281,17 @@ def main() -> None:
     fast.add_argument("--prompt", type=int, default=256, help="tokens")
     fast.add_argument("--batch", type=int, default=1)
     fast.add_argument("--repeats", type=int, default=15)
+    routes = ways.add_parser("routed")
+    routes.add_argument("--size", choices=SIZES, default="mid")
+    routes.add_argument("--batch", type=lambda text: tuple(map(int, text.split(","))), default=(1,), help="rows: 1,8")
+    routes.add_argument("--rounds", type=int, default=10)
     right = ways.add_parser("accuracy")
     right.add_argument("folders", nargs="+")
     right.add_argument("--task", required=True)
     right.add_argument("--samples", type=int)
     right.add_argument("--batch", type=int, default=16)
     right.add_argument("--max-new-tokens", type=int, default=32)
-    for way, function in ((fast, speed), (right, accuracy)):
+    for way, function in ((fast, speed), (routes, routed), (right, accuracy)):
         way.add_argument("--threads", type=int, default=2)
         way.add_argument("--json", type=Path)
         way.set_defaults(function=function)

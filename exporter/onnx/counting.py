@@ -17,11 +17,12 @@ BLOCKWISE = "MatMulNBits"  # of integer weights, whose shape is an attribute
 
 @dataclass(frozen=True)
 class GraphSize:
-    """Of one graph file."""
+    """Of one graph file, or of one branch in it."""
 
     weights: int  # elements of the matrices that all tokens meet
     head: int  # of the one that makes the logits, of each row's last token
     bytes: int  # of all its initializers
+    branches: tuple[GraphSize, ...] = ()  # what runs under a condition, in their order; not part of the figures above
 
 
 def graph_size(path: Path) -> GraphSize:
@@ -29,14 +30,26 @@ def graph_size(path: Path) -> GraphSize:
 
     graph = onnx.load(str(path), load_external_data=False).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    sizes = {t.name: math.prod(t.dims) * bits_of(t) // 8 for t in graph.initializer}
+    branches = [branch_of(node) for node in graph.node if node.op_type == "If"]
+    of_branches = [{name for node in nodes for name in node.input} & set(sizes) for nodes in branches]
+    always = set(sizes).difference(*of_branches)
     makers = {name: node for node in graph.node for name in node.output}
     last = head_of(makers, shapes)
-    products = [(node, elements(node, shapes)) for node in graph.node]
     return GraphSize(
-        weights=sum(count for node, count in products if node is not last),
+        weights=sum(elements(node, shapes) for node in graph.node if node is not last),
         head=elements(last, shapes) if last is not None else 0,
-        bytes=sum(math.prod(t.dims) * bits_of(t) // 8 for t in graph.initializer),
+        bytes=sum(sizes[name] for name in always),
+        branches=tuple(
+            GraphSize(sum(elements(node, shapes) for node in nodes), 0, sum(sizes[name] for name in names))
+            for nodes, names in zip(branches, of_branches, strict=True)
+        ),
     )
+
+
+def branch_of(node: Any) -> list[Any]:
+    """The nodes that run if the condition holds."""
+    return next(list(attribute.g.node) for attribute in node.attribute if attribute.name == "then_branch")
 
 
 def elements(node: Any, shapes: dict[str, tuple[int, ...]]) -> int:

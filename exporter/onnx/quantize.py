@@ -22,8 +22,8 @@ def check_quantize(name: str | None) -> None:
 
 
 def quantize(folder: Path, name: str, device: str) -> None:
-    """Replace the folder's decoder, in one graph or in parts, by one with integer weights."""
-    for path in sorted([*folder.glob("decoder*.onnx"), *folder.glob("head.onnx")]):
+    """Replace the folder's decoder, in one graph or in two, by one with integer weights."""
+    for path in sorted(folder.glob("decoder*.onnx")):
         quantize_graph(path, name, device)
 
 
@@ -37,8 +37,18 @@ def quantize_graph(path: Path, name: str, device: str) -> None:
     with quiet():
         quantizer = MatMulNBitsQuantizer(onnx.load(path), algo_config=settings)
         quantizer.process()
-    model = quantizer.model.model
-    data = Path(f"{path}.data")
+    stale = weight_files(path)
     path.unlink()
-    data.unlink()
-    onnx.save_model(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+    for file in stale:
+        file.unlink()
+    data = f"{path.name}.data"
+    onnx.save_model(quantizer.model.model, path, save_as_external_data=True, location=data, size_threshold=1024)
+
+
+def weight_files(path: Path) -> set[Path]:
+    """Files beside a graph that hold its weights: a joined graph has those of its parts."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    named = (entry for tensor in graph.initializer for entry in tensor.external_data)
+    return {path.parent / entry.value for entry in named if entry.key == "location"}

@@ -1,9 +1,8 @@
-"""A routed checkpoint as graphs: the router, and the decoder cut where a route may leave something out.
+"""A routed checkpoint as graphs: the router, and the decoder in two, cut where tokens leave.
 
 Tokens leave in the graph (the router's scores are sorted, what stays is gathered); the budget is an input. A layer that
-may be skipped is a graph of its own, which the runner does not call if no row of the batch runs it. A conditional
-subgraph around each layer would cost something where it is skipped as well, and would have to hand the cache through.
-Layers that always run share one graph.
+may be skipped is a branch of its graph, not taken if no row of the batch runs it (`joining.py`); layers that always run
+are traced together.
 
 Rows are padded on the right, as for the shared cache: a row that keeps fewer tokens is only a shorter row.
 
@@ -12,7 +11,6 @@ Shapes: B rows, S tokens, K <= S that stay, L layers, N of them that may be skip
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from ..errors import InputError
 from ..modeling.modeling_routed import ROUTER_FILE, Router, RouterSettings
 from .decoder import Samples, SharedDecoder, SharedStep, group_query_attention, last_tokens, named_cache
 from .graph import trace
+from .joining import Piece, join
+from .runtime.routed import FRONT
 from .support import SHARED, Support
 
 
@@ -36,7 +36,12 @@ class Part:
 
     @property
     def name(self) -> str:
-        return f"decoder_{self.layers[0]}"
+        return f"layers_{self.layers[0]}"
+
+    @property
+    def may_be_skipped(self) -> int | None:
+        """The layer, if it is one."""
+        return None if self.candidate is None else self.layers[0]
 
 
 def parts(settings: RouterSettings, num_layers: int) -> list[Part]:
@@ -167,14 +172,14 @@ class PartGraph(SharedDecoder):
         super().__init__(model, support)
         self.part, self.first_layer = part, part.layers[0]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         states: Tensor,
         position_ids: Tensor,
         row_lengths: Tensor,
         total_length: Tensor,
-        runs: Tensor,
         past_key_values: list[Tensor],
+        runs: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As SharedDecoder's; states [B, S, D]; runs [B] False: the row skips the layer, its states stay."""
         step = SharedStep(past_key_values, (row_lengths - 1).to(torch.int32), total_length, self.first_layer)
@@ -189,8 +194,9 @@ class PartGraph(SharedDecoder):
                     past_key_values=step,
                     use_cache=True,
                 )
-        after = torch.where(runs[:, None, None], states, before)
-        return {"next_states": after.float(), **named_cache(step.present)}
+        if runs is not None:
+            states = torch.where(runs[:, None, None], states, before)
+        return {"next_states": states.float(), **named_cache(step.present)}
 
     def samples(self) -> Samples:
         samples = super().samples()
@@ -200,8 +206,8 @@ class PartGraph(SharedDecoder):
             "position_ids": samples["position_ids"],
             "row_lengths": samples["row_lengths"],
             "total_length": samples["total_length"],
-            "runs": torch.tensor([True, False]),
             "past_key_values": samples["past_key_values"][:count],
+            **({} if self.part.candidate is None else {"runs": torch.tensor([True, False])}),
         }
 
     def dynamic(self) -> Samples:
@@ -212,8 +218,8 @@ class PartGraph(SharedDecoder):
             "position_ids": dynamic["position_ids"],
             "row_lengths": dynamic["row_lengths"],
             "total_length": {},
-            "runs": dynamic["row_lengths"],
             "past_key_values": dynamic["past_key_values"][:count],
+            **({} if self.part.candidate is None else {"runs": dynamic["row_lengths"]}),
         }
 
 
@@ -250,18 +256,21 @@ def load_router(folder: Path, config: Any, settings: RouterSettings, dtype: torc
 def write_routed(
     model: Any, router: Router, settings: RouterSettings, support: Support, folder: Path, target: str, opset: int
 ) -> None:
-    """The router's graph, the decoder's in parts, and its head."""
+    """The router's graph, that of the layers before it, and that of all behind it."""
     hidden = model.config.get_text_config().hidden_size
     trace(RouterGraph(router, hidden, support).eval(), folder / "router.onnx", target, opset)
-    for module, name in decoder_modules(model, settings, support):
-        with group_query_attention(module):
-            trace(module, folder / f"{name}.onnx", target, opset)
-
-
-def decoder_modules(model: Any, settings: RouterSettings, support: Support) -> Iterator[tuple[SharedDecoder, str]]:
+    pieces = []
     for part in parts(settings, model.config.get_text_config().num_hidden_layers):
-        yield PartGraph(model, support, part).eval(), part.name
-    yield HeadGraph(model, support).eval(), "head"
+        before = part.layers[0] < settings.drop_at
+        path = folder / f"{FRONT if before else part.name}.onnx"
+        module = PartGraph(model, support, part).eval()
+        with group_query_attention(module):
+            trace(module, path, target, opset)
+        if not before:
+            pieces.append(Piece(path, part.may_be_skipped))
+    head = folder / "head.onnx"
+    trace(HeadGraph(model, support).eval(), head, target, opset)
+    join(pieces, head, folder / "decoder.onnx")
 
 
 def describe_router(config: Any, settings: RouterSettings) -> dict[str, Any]:
@@ -275,8 +284,4 @@ def describe_router(config: Any, settings: RouterSettings) -> dict[str, Any]:
         "presets": settings.presets,
         "default": settings.default,
         "tile_lengths": [getattr(config, "image_seq_length", 0) or 0, side * side],
-        "parts": [
-            {"name": part.name, "layers": list(part.layers), "candidate": part.candidate}
-            for part in parts(settings, config.get_text_config().num_hidden_layers)
-        ],
     }

@@ -19,7 +19,7 @@ from ..subject import Asked, Cost
 from .counting import GraphSize, graph_size
 from .runtime.model import Model, State, load
 from .runtime.prepare import Prompt
-from .runtime.routed import Budget, RoutedModel, RoutedState
+from .runtime.routed import FRONT, Budget, RoutedModel, RoutedState
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class OnnxSubject:
         state = self._prefill(seen, 0).state
         rows, length = seen.prompt.input_ids.shape
         passes = self._passes(state, length)
-        head = self._sizes["head"].head if self.routed else self._sizes["decoder"].head
+        head = self._sizes["decoder"].head
         router = self._sizes["router"].weights * length if self._chooses(state) else 0
         entries_of_a_step = sum(len(layers) * (entries + (new_tokens + 1) // 2) for _, layers, entries in passes)
         return Cost(
@@ -99,29 +99,34 @@ class OnnxSubject:
             kv_bytes=sum(self._bytes_of(value) for value in state.cache.values()),
             kv_bytes_formula=rows * self._entry_bytes * sum(len(layers) * entries for _, layers, entries in passes),
             weight_bytes=sum(size.bytes for size in self._sizes.values()),
-            step_bytes=sum(self._sizes[name].bytes for name in self._step_graphs(passes))
+            step_bytes=sum(self._sizes[name].bytes for name, _, _ in passes)
             + rows * entries_of_a_step * self._entry_bytes,
         )
 
     @cached_property
     def _sizes(self) -> dict[str, GraphSize]:
-        return {path.stem: graph_size(path) for path in sorted(Path(self.path).glob("*.onnx"))}
+        """By graph, and by layer where that is a branch of one."""
+        sizes = {path.stem: graph_size(path) for path in sorted(Path(self.path).glob("*.onnx"))}
+        if isinstance(self.model, RoutedModel):
+            layers = sorted(self.model.router_facts["candidates"])
+            sizes |= {f"layer {i}": size for i, size in zip(layers, sizes["decoder"].branches, strict=True)}
+        return sizes
 
     def _chooses(self, state: State) -> bool:
         """The router has been asked."""
         return isinstance(state, RoutedState) and (state.index is not None or not bool(state.runs.all()))
 
     def _passes(self, state: State, length: int) -> list[tuple[str, list[int], int]]:
-        """Graph, layers and entries of the cache of each part of the decoder that any row runs."""
+        """Graph or branch, its layers and the entries of their cache, of everything that any row runs."""
         if not isinstance(self.model, RoutedModel):
             return [("decoder", list(range(self.model.manifest["layers"])), length)]
         assert isinstance(state, RoutedState)
-        found = []
-        for part in self.model.parts:
-            if part["candidate"] is None or bool(state.runs[:, part["candidate"]].any()):
-                behind = part["layers"][0] >= self.model.router_facts["drop_at"]
-                found.append((part["name"], part["layers"], int(state.kept.max()) if behind else length))
-        return found
+        facts, kept = self.model.router_facts, int(state.kept.max())
+        running = self.model.running(state)
+        found = [("decoder", [layer for layer in running if layer not in facts["candidates"]], kept)]
+        if facts["drop_at"]:
+            found.append((FRONT, list(range(facts["drop_at"])), length))
+        return found + [(f"layer {layer}", [layer], kept) for layer in running if layer in facts["candidates"]]
 
     def _pass_flops(self, rows: int, graph: str, layers: list[int], tokens: int) -> int:
         return 2 * rows * tokens * (self._sizes[graph].weights + len(layers) * 2 * tokens * self._query_width)
@@ -141,10 +146,6 @@ class OnnxSubject:
 
     def _bytes_of(self, value: Any) -> int:
         return int(np.prod(value.shape())) * np.dtype(self.model.cache_dtype).itemsize
-
-    def _step_graphs(self, passes: list[tuple[str, list[int], int]]) -> list[str]:
-        """A step looks its embedding up, and multiplies with these."""
-        return [name for name, _, _ in passes] + ["head"] * self.routed
 
 
 class OnnxRuntime:

@@ -17,7 +17,7 @@ from .prepare import Array, InputError, Prompt, prepare
 from .sampling import Sampling
 
 MANIFEST = "onnx.json"
-FORMAT = 1
+FORMAT = 2  # 1 had a graph for every layer that may be skipped
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 

@@ -9,7 +9,7 @@ Shapes: B rows, S tokens, K that stay, N layers that may be skipped, V vocabular
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 
 from .model import Model, State
 from .prepare import Array, InputError, Prompt, best_grid, images_of, padded, prepare, shrunk, unpadded
+
+FRONT = "decoder_front"  # the graph of the layers before the router, where there are any
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class RoutedState(State):
     kept: Array = None  # [B] tokens in the caches behind the router
     runs: Array = None  # [B, N] False: the row skips that layer
     room: int = 0  # entries in the caches for tokens to come
-    bindings: dict[str, Any] = field(default_factory=dict)  # by part
+    bindings: dict[str, Any] = field(default_factory=dict)  # by graph
     index: Array = None  # [B, K] which tokens of the prompt are there, in front those that stay; None: all
 
 
@@ -63,9 +65,8 @@ class RoutedModel(Model):
 
     def _open_decoder(self) -> None:
         self.router_facts = self.manifest["router"]
-        self.parts = self.router_facts["parts"]
-        self.sessions = {part["name"]: self._open(part["name"]) for part in self.parts}
-        self.router, self.head = self._open("router"), self._open("head")
+        self.front = self._open(FRONT) if self.router_facts["drop_at"] else None
+        self.router, self.decoder = self._open("router"), self._open("decoder")
         self.set_budget(self.router_facts["default"])
 
     # --- budgets ---
@@ -144,28 +145,26 @@ class RoutedModel(Model):
         return self._through(state, self.embed(tokens[:, None], self._no_features()), self._value(positions), None)
 
     def _through(self, state: RoutedState, states: Any, positions: Any, router: dict[str, Array] | None) -> Array:
-        """All parts of the decoder in order, the router where tokens leave: states [B, S, D] -> logits [B, V]"""
-        given = self._given(positions, state.lengths)
-        turned = False
-        for part in self.parts:
-            behind = part["layers"][0] >= self.router_facts["drop_at"]
-            if behind and not turned:
-                turned = True
-                if router is not None:
-                    states, positions = self._route(state, states, positions, router)
-                given = self._given(positions, state.kept)
-            runs = np.ones(len(state.runs), bool)
-            if part["candidate"] is not None:
-                runs = state.runs[:, part["candidate"]]
-            if runs.any():
-                lengths = state.kept if behind else state.lengths
-                self._make_room(part["layers"], state, lengths)
-                states = self._part(part, state, states, given, runs)
-        feed = {"states": states, "row_lengths": self._value(state.kept)}
-        return self.head.run_with_ort_values(None, feed)[0].numpy()
+        """The layers before the router, the router, the layers behind it: states [B, S, D] -> logits [B, V]"""
+        if self.front is not None:
+            self._make_room(range(self.router_facts["drop_at"]), state, state.lengths)
+            states = self._run(state, self.front, states, self._given(positions, state.lengths))
+        if router is not None:
+            states, positions = self._route(state, states, positions, router)
+        self._make_room(self.running(state), state, state.kept)
+        return self._run(state, self.decoder, states, self._given(positions, state.kept)).numpy()
+
+    def running(self, state: RoutedState) -> list[int]:
+        """The layers behind the router that any row runs."""
+        active = dict(zip(self.router_facts["candidates"], state.runs.any(0).tolist(), strict=True))
+        return [layer for layer in self._behind if active.get(layer, True)]
+
+    @property
+    def _behind(self) -> range:
+        return range(self.router_facts["drop_at"], self.manifest["layers"])
 
     def _given(self, positions: Any, lengths: Array) -> dict[str, Any]:
-        """What all parts before the router, or all behind it, are given beside the states."""
+        """What the layers before the router, or those behind it, are given beside the states."""
         total = self._value(np.array(int(lengths.max()), np.int32), "cpu")
         return {"position_ids": positions, "row_lengths": self._value(lengths), "total_length": total}
 
@@ -176,29 +175,42 @@ class RoutedModel(Model):
         state.index, state.runs = found[2].numpy(), found[3].numpy()
         return found[0], found[1]
 
-    def _make_room(self, layers: list[int], state: RoutedState, lengths: Array) -> None:
+    def _make_room(self, layers: Iterable[int], state: RoutedState, lengths: Array) -> None:
         """Caches of layers that run, when they first do: none for those that all rows skip."""
         shape = (len(lengths), self.manifest["heads"], int(lengths.max()) + state.room, self.manifest["head_size"])
         for name in (f"{layer}.{kind}" for layer in layers for kind in ("key", "value")):
             if name not in state.cache:
                 state.cache[name] = self._empty(shape, self.cache_dtype)
 
-    def _part(self, part: dict[str, Any], state: RoutedState, states: Any, given: dict[str, Any], runs: Array) -> Any:
-        binding = state.bindings.get(part["name"])
-        if binding is None:  # caches and rows stay what they are for the whole answer
-            binding = state.bindings[part["name"]] = self.sessions[part["name"]].io_binding()
-            binding.bind_output("next_states", self.device)  # the first, by whose place it is found
-            binding.bind_ortvalue_input("runs", self._value(runs))
-            for layer in part["layers"]:
-                for kind in ("key", "value"):
-                    buffer = state.cache[f"{layer}.{kind}"]
-                    binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", buffer)
-                    binding.bind_ortvalue_output(f"present.{layer}.{kind}", buffer)
-        binding.bind_output("next_states", self.device)
+    def _run(self, state: RoutedState, graph: Any, states: Any, given: dict[str, Any]) -> Any:
+        """One of the decoder's graphs: its states, or its logits on the host."""
+        behind = graph is self.decoder
+        output, place = ("logits", "cpu") if behind else ("next_states", self.device)
+        name = "decoder" if behind else FRONT
+        if name not in state.bindings:  # caches and routes stay what they are for the whole answer
+            state.bindings[name] = binding = graph.io_binding()
+            binding.bind_output(output, place)  # the first, by whose place it is found
+            self._bind_layers(binding, state, behind)
+        binding = state.bindings[name]
+        binding.bind_output(output, place)
         for name, value in {"states": states, **given}.items():
             binding.bind_ortvalue_input(name, value)
-        self.sessions[part["name"]].run_with_iobinding(binding)
+        graph.run_with_iobinding(binding)
         return binding.get_outputs()[0]
+
+    def _bind_layers(self, binding: Any, state: RoutedState, behind: bool) -> None:
+        """Keys and values, written where they are read, and which rows run what."""
+        nothing = self._empty(
+            (len(state.runs), self.manifest["heads"], 0, self.manifest["head_size"]), self.cache_dtype
+        )
+        for layer in self._behind if behind else range(self.router_facts["drop_at"]):
+            for kind in ("key", "value"):
+                buffer = state.cache.get(f"{layer}.{kind}", nothing)
+                binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", buffer)
+                binding.bind_ortvalue_output(f"present.{layer}.{kind}", buffer)
+        for layer, runs in zip(self.router_facts["candidates"], state.runs.T, strict=True) if behind else ():
+            binding.bind_ortvalue_input(f"runs.{layer}", self._value(runs))
+            binding.bind_ortvalue_input(f"active.{layer}", self._value(np.array(runs.any()), "cpu"))
 
 
 # --- where visual tokens lie in their images --------------------------------------------------------------------------
