@@ -28,7 +28,7 @@ def fold_scp(
     k: int | float = 0.125,
     tokens: Tokens = "all",
     per: Literal["run", "layer"] = "run",
-    weights: tuple[Matrix, ...] = ("down_proj",),
+    weights: tuple[Matrix, ...] = ("down_proj", "o_proj"),
 ) -> Folded:
     """Short-LVLM's subspace compensation.
 
@@ -36,7 +36,7 @@ def fold_scp(
         k: directions, a number or a share of the hidden size.
         tokens: 'all' or 'important'.
         per: one difference per 'run' of dropped layers or one per dropped 'layer', applied one after the other.
-        weights: 'down_proj', and 'o_proj' where wanted.
+        weights: 'down_proj', 'o_proj' or both; the paper leaves open which, and both measured best.
     """
     job.refuse_post_norm("scp")
 
