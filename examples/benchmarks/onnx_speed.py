@@ -217,9 +217,7 @@ def routed(options: argparse.Namespace) -> None:
         measured = measure(subjects, prompts, how, "cpu")
     known = versions() | {"onnxruntime": onnxruntime_version()}
     done = Benchmark(Workload(None, VISUAL, TEXT), how, hardware("cpu"), known, "", measured)
-    print(
-        f"{options.size}: {text.num_hidden_layers} layers of {text.hidden_size}, {len(facts['router']['parts'])} parts"
-    )
+    print(f"{text.num_hidden_layers} layers of {text.hidden_size}, {len(settings.candidates)} of which may be skipped")
     print(benchmark_table(done))
     if options.json:
         options.json.write_text(json.dumps(done.to_data(), indent=2) + "\n")
