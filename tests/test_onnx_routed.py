@@ -85,8 +85,11 @@ def test_a_skipped_layer_is_a_branch_not_taken(routed):
     for node in conditions:
         branches = {attribute.name: attribute.g.node for attribute in node.attribute}
         assert {inner.op_type for inner in branches["else_branch"]} == {"Identity"}
-        assert [inner.op_type for inner in branches["then_branch"]].count("GroupQueryAttention") == 1
-    assert [node.op_type for node in graph.node].count("GroupQueryAttention") == 1  # layer 1; layer 0 is in front
+        inside = [inner.op_type for inner in branches["then_branch"]]
+        assert inside.count("GroupQueryAttention") == 1 and "Cos" not in inside
+    outside = [node.op_type for node in graph.node]
+    assert outside.count("GroupQueryAttention") == 1  # layer 1; layer 0 is in front
+    assert outside.count("Cos") == 1  # the rotary embedding is the same for all
 
 
 def test_branches_have_integer_weights_too(routed, tmp_path, monkeypatch):

@@ -3,12 +3,13 @@
 One graph is one call: a graph for every layer that may be skipped took twice as long for a token of a small model. A
 branch costs nothing beside: keys and values go into it and come out of it in the same buffer, taken or not.
 
-Nothing is computed or copied here. Nodes are put side by side under names of their own; weights stay where they are, in
-the files of the parts.
+Nodes are put side by side under names of their own, but for those that would say the same in every part, such as the
+rotary embedding. Weights stay where they are, in the files of the parts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 GIVEN = ("position_ids", "row_lengths", "total_length")  # inputs that all parts have in common
 CACHE = ("past_key_values.", "present.")
+SMALL = 1024  # elements of constants that are compared with others
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Joined:
     outputs: list[Any] = field(default_factory=list)
     opsets: dict[str, Any] = field(default_factory=dict)
     ir_version: int = 0
+    known: dict[Any, list[str]] = field(default_factory=dict)  # constants and nodes that parts share: their outputs
 
 
 def join(pieces: Sequence[Piece], head: Path, out: Path) -> None:
@@ -71,6 +74,7 @@ def add(joined: Joined, piece: Piece) -> list[Any]:
     outer |= {value.name: value.name for value in (*graph.input, *graph.output) if value.name.startswith(CACHE)}
     outer |= {"logits": "logits", "next_states": f"{prefix}next_states"}
     renamed(graph, prefix, outer)
+    hoist(joined, graph, piece.path.parent)
     joined.opsets |= {opset.domain: opset for opset in model.opset_import}
     joined.ir_version = model.ir_version
     joined.weights += graph.initializer
@@ -101,6 +105,38 @@ def renamed(graph: Any, prefix: str, outer: dict[str, str]) -> None:
         node.output[:] = map(new, node.output)
     for value in (*graph.initializer, *graph.input, *graph.output):
         value.name = new(value.name)
+
+
+def hoist(joined: Joined, graph: Any, folder: Path) -> None:
+    """Take out of a graph what depends on nothing but the inputs that all pieces share, and have it once.
+
+    That is small constants, the rotary embedding, and shapes: all states have one.
+    """
+    from onnx import numpy_helper
+
+    same = {name: name for name in GIVEN}  # what a piece calls it: what all do
+    for tensor in [tensor for tensor in graph.initializer if math.prod(tensor.dims) <= SMALL]:
+        value = numpy_helper.to_array(tensor, str(folder))
+        known = joined.known.setdefault((value.dtype.str, value.shape, value.tobytes()), [tensor.name])
+        if known == [tensor.name]:
+            joined.weights.append(tensor)
+        same[tensor.name] = known[0]
+        graph.initializer.remove(tensor)
+    own = []
+    for node in graph.node:
+        of_shape = node.op_type == "Shape" and node.input[0] == joined.state
+        shared = of_shape or all(name in same for name in node.input if name)
+        node.input[:] = ["states"] if of_shape else [same.get(name, name) for name in node.input]
+        if not shared:
+            own.append(node)
+            continue
+        attributes = tuple(attribute.SerializeToString() for attribute in node.attribute)
+        known = joined.known.setdefault((node.domain, node.op_type, tuple(node.input), attributes), list(node.output))
+        if known == list(node.output):
+            joined.nodes.append(node)
+        same |= dict(zip(node.output, known, strict=True))
+    del graph.node[:]
+    graph.node.extend(own)
 
 
 def conditional(graph: Any, active: str, state: str) -> Any:
