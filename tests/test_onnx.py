@@ -421,7 +421,7 @@ def spoil(folder: Path, how: str) -> None:
     [
         ("none", "has no onnx.json: it is no folder that `lvlm-exporter onnx` wrote"),
         ("damaged", "onnx.json is damaged"),
-        ("format", "has format 99, this version reads 1: export again"),
+        ("format", "has format 99, this version reads 2: export again"),
         ("short", r"decoder.onnx.data is 0 bytes instead of \d+ bytes: the folder is incomplete"),
         ("missing", r"vision.onnx is not there instead of \d+ bytes"),
     ],

@@ -58,6 +58,8 @@ def reconstruct(
         for number, module in enumerate(modules):  # fitted together with those after it, which then adapt to it
             key = (kept, f"{module}.weight")
             folded[key] = _refit(job, kept, modules[number:], streams, folded, ridge)[key]
+        if following == job.plan.num_layers:  # nothing comes behind it
+            break
         with replaced(job.model, _of_layer(folded, kept)), torch.inference_mode():
             for stream in streams:
                 output = stream.given.step(layers[kept], kept, stream.smaller)
