@@ -185,7 +185,8 @@ def cache_size(own: Figures, budget: dict[str, Any] | None, model: Any) -> int:
 def main() -> int:
     options = arguments()
     device = pick_device(options.device)
-    dtype = compute_dtype("bfloat16" if options.dtype == "auto" and device != "cpu" else options.dtype, None, device)
+    by_device = "float32" if device == "cpu" else "bfloat16"
+    dtype = compute_dtype(by_device if options.dtype == "auto" else options.dtype, None, device)
     layers = options.layers or layers_that_fit(options.hidden, dtype, device)
     how = BenchOptions(device, options.dtype, options.batch, options.new_tokens, options.rounds)
     model = llava(options.hidden, layers, dtype, device, options.drop_at)
