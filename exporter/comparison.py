@@ -27,7 +27,7 @@ from .fidelity import AnswerDivergence, AnsweredBatch, answer_all, with_answers
 from .fold import FOLDS
 from .fold.job import FoldJob
 from .localize import FEW_SAMPLES, LOCALIZERS, STATISTICS, LocalizeJob
-from .localize.best_of import best_of
+from .localize.best_of import EXCHANGES, best_of
 from .localize.fisher import fisher, information
 from .localize.greedy import greedy
 from .pipeline import Job, Progress, prepare, reader, silent
@@ -238,8 +238,8 @@ class Runner:
             few = method.options.get("samples", FEW_SAMPLES), method.options.get("answer_tokens", 32)
             if method.name == "fisher":
                 return fisher(self._information(*few, method.options.get("draws", 2)), count, self.job.protect)
-            exchanges = {name: value for name, value in method.options.items() if name == "exchanges"}
-            return best_of(self._few_statistics(few[0]), count, self.job.protect, self._loss(*few), **exchanges)
+            exchanges = method.options.get("exchanges", EXCHANGES)
+            return best_of(self._few_statistics(few[0]), count, self.job.protect, self._loss(*few), exchanges)
         if method.name in STATISTICS:
             return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
         blank = LocalizeJob(self.model, self.job.source.num_layers, lambda: (), self.job.recipe.seed)

@@ -67,6 +67,21 @@ def test_verify_knows_graphs(graphs, damaged, capsys):
     assert "decoder.onnx.data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[2]", "it is no JSON object"),
+        ('{"format": 2}', "it lists no files"),
+        ('{"format": 2, "files": {}}', "it has no 'sha256'"),
+    ],
+)
+def test_a_manifest_with_gaps(content, message, here, tmp_path, capsys):
+    (tmp_path / "onnx.json").write_text(content)
+    assert main(["verify", str(tmp_path)]) == 2
+    assert f"onnx.json is damaged ({message}): export again" in capsys.readouterr().err
+    assert message in refused(capsys, tmp_path, NAME)
+
+
 def test_a_checkpoint_is_not_overwritten_by_graphs(here, graphs, capsys):
     pushed(capsys, graphs, NAME)
     main_branch = here.repos[NAME].refs["main"]

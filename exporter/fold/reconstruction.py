@@ -27,7 +27,7 @@ from ..source import text_decoder
 from .job import FoldJob
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions, their sums, the state after
+LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..fidelity import AnswerDivergence, AnsweredBatch, answer_all
 from ..scores import LayerScores, most_redundant
 from .angular import angular
-from .best_of import best_of
+from .best_of import EXCHANGES, best_of
 from .block_influence import block_influence
 from .fisher import fisher, information
 from .greedy import greedy
@@ -84,7 +84,7 @@ def by_best_of(
     *,
     samples: int = FEW_SAMPLES,
     answer_tokens: int = 32,
-    exchanges: int = 2,
+    exchanges: int = EXCHANGES,
 ) -> LayerScores:
     """Args: samples: questions that are read and judged by; answer_tokens: longest answer; exchanges: at most."""
     batches = list(job.batches(samples / job.num_samples))

@@ -19,11 +19,16 @@ from .greedy import SetLoss
 from .tis import tis
 
 PROPOSERS = {"tis": tis, "block_influence": block_influence, "angular": angular}
+EXCHANGES = 2  # at most
 SPARE = 2  # layers that each ranking names beyond those that are to go: what may be exchanged for others
 
 
 def best_of(
-    statistics: Sequence[BatchStatistics], count: int, protect: tuple[int, ...], loss: SetLoss, exchanges: int = 2
+    statistics: Sequence[BatchStatistics],
+    count: int,
+    protect: tuple[int, ...],
+    loss: SetLoss,
+    exchanges: int = EXCHANGES,
 ) -> LayerScores:
     """The proposal of the lowest loss (of equal ones the first, in the order of PROPOSERS), improved by exchanges.
 

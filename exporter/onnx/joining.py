@@ -1,7 +1,7 @@
 """Joins the graphs of a routed decoder's parts into one, in which a layer that no row runs is a branch not taken.
 
 One graph is one call: a graph for every layer that may be skipped took twice as long for a token of a small model. A
-branch costs nothing beside: keys and values go into it and come out of it in the same buffer, taken or not.
+branch copies nothing: keys and values go into it and come out of it in the same buffer, taken or not.
 
 Nodes are put side by side under names of their own, but for those that would say the same in every part, such as the
 rotary embedding. Weights stay where they are, in the files of the parts.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CheckFailed
+from ..errors import CheckFailed, InputError
 from ..source import file_hash
 from ..verification import Verification
-from .manifest import read_manifest
+from .manifest import MANIFEST, read_manifest
 
 
 def verify(folder: Path | str) -> Verification:
@@ -17,6 +17,8 @@ def verify(folder: Path | str) -> Verification:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if missing := [name for name in ("sha256", "validation", "layers") if name not in manifest]:
+        raise InputError(f"{folder / MANIFEST} is damaged (it has no '{missing[0]}'): export again.")
     changed = [name for name, digest in manifest["sha256"].items() if file_hash(folder / name) != digest]
     compared = manifest.get("quantized") or manifest["validation"]
     details = {

@@ -67,8 +67,12 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): export again.") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path} is damaged (it is no JSON object): export again.")
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: export again.")
+    if not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{path} is damaged (it lists no files): export again.")
     for name, size in manifest["files"].items() if whole else ():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:

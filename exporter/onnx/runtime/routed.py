@@ -186,12 +186,12 @@ class RoutedModel(Model):
         """One of the decoder's graphs: its states, or its logits on the host."""
         behind = graph is self.decoder
         output, place = ("logits", "cpu") if behind else ("next_states", self.device)
-        name = "decoder" if behind else FRONT
-        if name not in state.bindings:  # caches and routes stay what they are for the whole answer
-            state.bindings[name] = binding = graph.io_binding()
+        key = "decoder" if behind else FRONT
+        if key not in state.bindings:  # caches and routes stay what they are for the whole answer
+            state.bindings[key] = binding = graph.io_binding()
             binding.bind_output(output, place)  # the first, by whose place it is found
             self._bind_layers(binding, state, behind)
-        binding = state.bindings[name]
+        binding = state.bindings[key]
         binding.bind_output(output, place)
         for name, value in {"states": states, **given}.items():
             binding.bind_ortvalue_input(name, value)
