@@ -42,12 +42,11 @@ if TYPE_CHECKING:
     from .errors import CheckFailed, InputError
     from .evaluation import evaluate
     from .hub import push
-    from .model_card import card
+    from .kinds import card, verify
     from .pipeline import compress, route, score
     from .recipe import Recipe, RouterRecipe, RunOptions, load_recipe
     from .reproduction import reproduce
     from .route_comparison import compare_routes
-    from .verification import verify
     from .workload import Workload
 
 _HOMES = {
@@ -70,8 +69,8 @@ _HOMES = {
     "Grid": "comparison",
     "load_grid": "comparison",
     "reproduce": "reproduction",
-    "verify": "verification",
-    "card": "model_card",
+    "verify": "kinds",
+    "card": "kinds",
     "push": "hub",
 }
 

@@ -244,19 +244,17 @@ def route_verb(options: argparse.Namespace) -> None:
 
 
 def verify_verb(options: argparse.Namespace) -> int:
-    from .onnx import verification as graphs
+    from .kinds import verify
     from .onnx.manifest import is_onnx
-    from .verification import verify
 
-    of_graphs = is_onnx(options.folder)
-    result = graphs.verify(options.folder) if of_graphs else verify(options.folder, options.device)
+    result = verify(options.folder, options.device)
     _write_json(
         options, {"path": str(result.folder), "holds": result.holds, "problems": result.problems, **result.details}
     )
     if not result.holds:
         raise CheckFailed(f"{options.folder} does not verify: {'; '.join(result.problems)}.")
     details = result.details
-    if of_graphs:
+    if is_onnx(result.folder):
         print(
             f"{options.folder} verifies: its {details['graphs']} graph files are those that were compared with torch "
             f"(best token equal in {details['equal_tokens']} of {details['tokens']} cases, largest difference "
@@ -366,11 +364,9 @@ def compare_verb(options: argparse.Namespace) -> None:
 
 
 def card_verb(options: argparse.Namespace) -> None:
-    from . import model_card
-    from .onnx import card as onnx_card
-    from .onnx.manifest import is_onnx
+    from .kinds import card
 
-    path = onnx_card.card(options.folder) if is_onnx(options.folder) else model_card.card(options.folder)
+    path = card(options.folder)
     print(path)
     _write_json(options, {"path": str(path)})
 

@@ -6,21 +6,16 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import verification
-from .checkpoint import RECORD, read_record
 from .errors import InputError
-from .model_card import card
-from .onnx import verification as graph_verification
-from .onnx.card import card as graph_card
-from .onnx.manifest import GRAPH_FILES, MANIFEST, is_onnx, read_manifest
-from .source import WEIGHT_FILES, hub_errors
+from .kinds import CHECKPOINT, GRAPHS, Kind, kind_of
+from .source import hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -55,25 +50,6 @@ class Pushed:
 
     def to_data(self) -> dict[str, Any]:
         return asdict(self) | {"bytes": self.bytes}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A sort of folder that can be published."""
-
-    record: str  # the file that its card is made from
-    weights: tuple[str, ...]  # globs of the files that a later push replaces
-    require: Callable[[Path, str], object]  # raises CheckFailed
-    card: Callable[[Path, str], Path]
-
-
-def kind_of(folder: Path) -> Kind:
-    """Raises InputError for a folder that is not ours."""
-    if is_onnx(folder):
-        read_manifest(folder)
-        return Kind(MANIFEST, GRAPH_FILES, graph_verification.require, graph_card)
-    read_record(folder)
-    return Kind(RECORD, WEIGHT_FILES, verification.require, card)
 
 
 def push(
@@ -193,10 +169,9 @@ def check_request(repo_id: str, seen: ModelInfo | None, existed: bool | None, pr
 
 def check_kind(repo_id: str, seen: ModelInfo | None, kind: Kind) -> None:
     """Graphs beside a checkpoint would take its card and its configuration."""
-    other = {RECORD: MANIFEST, MANIFEST: RECORD}[kind.record]
-    if seen is not None and other in names_in(seen):
-        what = "ONNX graphs" if other == MANIFEST else "a checkpoint"
-        raise InputError(f"{repo_id} holds {what} ({other}): name another repository, or two cards become one.")
+    other, what = (CHECKPOINT, "a checkpoint") if kind is GRAPHS else (GRAPHS, "ONNX graphs")
+    if seen is not None and other.record in names_in(seen):
+        raise InputError(f"{repo_id} holds {what} ({other.record}): name another repository, or two cards become one.")
 
 
 # --- what is published ------------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ def test_verify_knows_graphs(graphs, damaged, capsys):
     assert "those that were compared with torch (best token equal in" in capsys.readouterr().out
     assert main(["verify", str(damaged)]) == 1
     assert "decoder.onnx.data" in capsys.readouterr().err
+    assert exporter.verify(graphs).holds and not exporter.verify(damaged).holds
+    assert exporter.card(graphs).read_text().startswith("---")
 
 
 @pytest.mark.parametrize(
