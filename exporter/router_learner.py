@@ -116,7 +116,32 @@ class Look:
     def log_q(self, gates: Gates) -> Tensor:
         """Log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
         model, start = self.learner.teacher.model, self.learner.settings.drop_at
-        output = gated_states(model, self.given, self.learner.attention, self.state, start, gates)
+        return self._said(gated_states(model, self.given, self.learner.attention, self.state, start, gates))
+
+    @torch.no_grad()
+    def kl_of_layers(self, tried: Sequence[Tensor]) -> Tensor:
+        """KL(original || routed) of each row's answer under several choices of candidate layers, [choices, B].
+
+        All tokens stay. What comes before the first candidate is run once for all choices.
+
+        Args:
+            tried: [B, N] each, 1 where a layer runs and 0 where it is skipped.
+        """
+        model, settings = self.learner.teacher.model, self.learner.settings
+        state, layers = self.state, text_decoder(model).layers
+        first = max(settings.drop_at, min(settings.candidates))
+        for layer_idx in range(settings.drop_at, first):
+            state = self.given.after(layer_idx, self.given.step(layers[layer_idx], layer_idx, state))
+        found = []
+        for candidates in tried:
+            gates = self.gates(torch.ones_like(self.token_logits), candidates)
+            log_q = self._said(gated_states(model, self.given, self.learner.attention, state, first, gates))
+            found.append(self.per_sample((self.log_p.exp() * (self.log_p - log_q)).sum(-1)))
+        return torch.stack(found)
+
+    def _said(self, output: Tensor) -> Tensor:
+        """Log-probabilities at each answer token, [A of all rows, V], from the last layer's output [B, S, D]."""
+        model = self.learner.teacher.model
         hidden = text_decoder(model).norm(output[self.one.predicts])
         return model.get_output_embeddings()(hidden).float().log_softmax(-1)
 

@@ -1,7 +1,8 @@
 """What a router learns from: three losses over one batch of questions.
 
-- `importance` (default): one backward pass through gates on all tokens and layers (`relaxation.py`) says what each of
-  them means to the answer, and the router learns to rank them so. One ranking serves all budgets.
+- `importance` (default): one backward pass through gates (`relaxation.py`) says what each token means to the answer
+  beside those that stay, a few sets of layers are skipped and what that costs is measured, and the router learns to
+  rank tokens and layers so. One ranking serves all budgets.
 - `relaxed`: budgets are drawn anew for every question, the router's choice is put through the gates, and the KL itself
   is what gradients lower. It sees what is lost together, but where most of the attention's mass has been dropped, the
   gradients of what would bring it back outweigh all others.
@@ -9,7 +10,8 @@
   preferred over the worse ones, without a gradient through the decoder.
 
 What one question costs, in forward passes: `importance` and `relaxed` one through the gates and two back (three, where
-activations are computed again to save memory); `preference` one for each action.
+activations are computed again to save memory), `importance` also the layers from the first candidate on for each set of
+layers that it tries: half a pass; `preference` one for each action.
 
 Shapes: B samples, S tokens, A answer tokens, N candidate layers, V vocabulary.
 """
@@ -23,38 +25,84 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import InputError
 from .relaxation import gumbel, straight_through
 from .router_learner import Look
 
+LEAST_KL = 1e-3  # nats an answer; less than this is nothing
 
-def importance_loss(look: Look, generator: torch.Generator, *, power: float = 0.5, draws: int = 1) -> Tensor:
-    """Cross entropy of the router's ranking against what each visual token and candidate layer means to the answer.
 
-    That is the diagonal of the Fisher information of the gates where all are open, E[(d log p(answer) / d gate)^2]: to
-    second order twice the divergence from the original that shutting this one gate causes (Optimal Brain Damage, LeCun
-    et al., 1990). Answers are drawn at the positions of the one that the original gave. Tokens and layers have a
-    ranking each: softmax of the logits against the shares of importance (ListNet, Cao et al., 2007).
+def importance_loss(
+    look: Look,
+    generator: torch.Generator,
+    *,
+    power: float = 0.5,
+    draws: int = 1,
+    least: float = 0.05,
+    most: float = 1.0,
+    noise: float = 1.0,
+    sets: int = 3,
+) -> Tensor:
+    """Tokens are ranked by what each means to the answer beside those that stay, layers by `layer_risk`.
+
+    For each question a budget is drawn, and a choice by the router's logits and Gumbel noise. What a token means is the
+    square of what opening its gate there would add to log p(answer), if it would add something, for an answer drawn
+    from the original's probabilities. (Where all gates are open that is close to the diagonal of the Fisher
+    information, to second order the divergence that shutting one of them causes: Optimal Brain Damage, LeCun et al.,
+    1990. But where many tokens say the same, none of them alone means anything, and a router that learnt from open
+    gates dropped them all.)
+
+    The loss is the cross entropy of softmax(logits) against the shares of importance (ListNet, Cao et al., 2007).
 
     Args:
         power: of the importances before they are made to sum to 1; below 1, small differences count too.
         draws: answers drawn at each position of a question's answer.
+        least, most: share of the visual tokens that stay, drawn log-uniformly between them.
+        noise: of Gumbel noise on the logits that choose them.
+        sets: of layers that are tried for each question.
     """
-    visual = look.visual
-    tokens = torch.ones(visual.shape, device=visual.device, requires_grad=True)
-    layers = torch.ones(look.layer_logits.shape, device=visual.device, requires_grad=True)
-    log_q = look.log_q(look.gates(tokens, layers))
-    importances = [torch.zeros_like(tokens), torch.zeros_like(layers)]
+    visual, device = look.visual, look.token_logits.device
+    count = drawn_counts(visual, least, most, generator)
+    noisy = look.token_logits.detach() + noise * gumbel(look.token_logits.shape, generator).to(device)
+    tokens = straight_through(noisy, visual, count).detach().requires_grad_()
+    log_q = look.log_q(look.gates(tokens, torch.ones_like(look.layer_logits)))
+    importance = torch.zeros_like(tokens)
     for draw in range(draws):
-        answer = torch.multinomial(log_q.detach().exp().cpu(), 1, generator=generator).to(log_q.device)
-        likelihood = log_q.gather(1, answer).sum()
-        for total, gradient in zip(
-            importances, torch.autograd.grad(likelihood, (tokens, layers), retain_graph=draw + 1 < draws), strict=True
-        ):
-            total += gradient.square()
-    everywhere = torch.ones_like(look.layer_logits, dtype=torch.bool)
-    return ranking_loss(look.token_logits, importances[0], visual, power) + ranking_loss(
-        look.layer_logits, importances[1], everywhere, power
-    )
+        answer = torch.multinomial(look.log_p.exp().cpu(), 1, generator=generator).to(device)
+        (gradient,) = torch.autograd.grad(log_q.gather(1, answer).sum(), tokens, retain_graph=draw + 1 < draws)
+        importance += gradient.clamp(min=0).square()
+    return ranking_loss(look.token_logits, importance, visual, power) + layer_risk(look, generator, sets)
+
+
+def layer_risk(look: Look, generator: torch.Generator, sets: int) -> Tensor:
+    """What skipping layers costs where the router chooses among a few sets (minimum risk training, arXiv 1512.02433).
+
+    For each question some sets of the same size are drawn, one candidate to half of them, by the router's logits and
+    Gumbel noise, and the divergence of each is measured. The risk is the mean of its logarithm, weighed by
+    softmax(- sum of the logits of the layers skipped): layers of the better sets sink, those of the worse ones rise.
+    """
+    logits, (number, free) = look.layer_logits, look.layer_logits.shape
+    if sets < 2:
+        raise InputError(f"sets={sets}: layers are learnt by comparing sets of them, give 2 or more.")
+    if not free:
+        return logits.sum() * 0
+    kept = free - torch.randint(1, max(1, free // 2) + 1, (number,), generator=generator).to(logits.device)
+    everywhere = torch.ones_like(logits, dtype=torch.bool)
+    tried = [
+        straight_through(logits + gumbel(logits.shape, generator).to(logits.device), everywhere, kept).detach()
+        for _ in range(sets)
+    ]
+    cost = torch.log(look.kl_of_layers(tried) + LEAST_KL)  # [sets, B]
+    weights = torch.stack([-((1 - runs) * logits).sum(1) for runs in tried]).softmax(0)
+    return (weights * (cost - cost.mean(0))).sum(0).mean()
+
+
+def drawn_counts(visual: Tensor, least: float, most: float, generator: torch.Generator) -> Tensor:
+    """How many visual tokens stay, a share of each row's drawn log-uniformly: [B, S] -> [B]."""
+    if not 0 < least <= most <= 1:
+        raise InputError(f"least={least}, most={most}: shares of the visual tokens, 0 < least <= most <= 1.")
+    share = torch.empty(len(visual)).uniform_(math.log(least), math.log(most), generator=generator).exp()
+    return (visual.sum(1) * share.to(visual.device)).round().long().clamp(min=1)
 
 
 def ranking_loss(logits: Tensor, importance: Tensor, there: Tensor, power: float) -> Tensor:
@@ -77,6 +125,7 @@ def relaxed_loss(
     least: float = 0.06,
     most: float = 0.7,
     skip: float = 0.5,
+    skipped: int = 0,
     noise: float = 0.3,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -84,21 +133,22 @@ def relaxed_loss(
 
     Args:
         least, most: share of the visual tokens that is kept, drawn log-uniformly between them.
-        skip: share of the questions for which layers are skipped, one to half of the candidates and one more.
+        skip: share of the questions for which layers are skipped.
+        skipped: how many then; 0: one to half of the candidates and one more, drawn for each question.
         noise: of Gumbel noise on the logits, so that near choices are tried both ways.
         temperature: of the sigmoid that gradients go through.
     """
     visual, device = look.visual, look.token_logits.device
     number, free = look.layer_logits.shape
-    share = torch.exp(torch.empty(number).uniform_(math.log(least), math.log(most), generator=generator)).to(device)
-    count = (visual.sum(1) * share).round().long().clamp(min=1)
+    count = drawn_counts(visual, least, most, generator)
     skipping = torch.rand(number, generator=generator) < skip
-    skipped = torch.randint(1, free // 2 + 2, (number,), generator=generator).clamp(max=free) * skipping
+    least_skipped, most_skipped = (skipped, skipped) if skipped else (1, free // 2 + 1)
+    gone = torch.randint(least_skipped, most_skipped + 1, (number,), generator=generator).clamp(max=free) * skipping
     tokens = look.token_logits + noise * gumbel(look.token_logits.shape, generator).to(device)
     layers = look.layer_logits + noise * gumbel(look.layer_logits.shape, generator).to(device)
     gates = look.gates(
         straight_through(tokens, visual, count, temperature),
-        straight_through(layers, torch.ones_like(layers, dtype=torch.bool), free - skipped.to(device), temperature),
+        straight_through(layers, torch.ones_like(layers, dtype=torch.bool), free - gone.to(device), temperature),
     )
     return look.kl(gates).mean()
 

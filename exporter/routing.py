@@ -40,6 +40,8 @@ def default_settings(config: Any, drop_at: int | None = None, candidates: int | 
             first layer that may be skipped where that comes before.
         candidates: how many of the last layers may be skipped; half of them if None.
     """
+    from .modeling.modeling_routed import ROUTER_FORMAT
+
     text = config.get_text_config()
     num_layers, hidden = text.num_hidden_layers, text.hidden_size
     candidates = num_layers // 2 if candidates is None else candidates
@@ -67,6 +69,7 @@ def default_settings(config: Any, drop_at: int | None = None, candidates: int | 
         },
         "default": "balanced",
         "trained_for": {"model_type": config.model_type, "hidden_size": hidden, "num_hidden_layers": num_layers},
+        "format": ROUTER_FORMAT,
     }
 
 

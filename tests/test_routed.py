@@ -913,6 +913,7 @@ def test_missing_router_file(llava, tmp_path):
         ({"read_at": 4, "drop_at": 4}, "a layer that has run cannot be skipped"),
         ({"default": "turbo"}, "the default preset 'turbo' is not among off, quality"),
         ({"temperature": 1}, "router has no setting 'temperature'"),
+        ({"format": 1}, "this router is of format 1, this code runs format 2: load the folder with its own modeling"),
     ],
 )
 def test_a_router_for_another_model(llava, tmp_path, change, message):

@@ -6,6 +6,8 @@ Legend: B rows, S tokens, L layers.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_fr
 from exporter.relaxation import Gates, gated_attention, gated_states, straight_through
 from exporter.replay import logits, trace
 from exporter.routed_checkpoint import forget_router
-from exporter.router_losses import ranking_loss
+from exporter.router_learner import Learner, Look
+from exporter.router_losses import layer_risk, ranking_loss
 from exporter.router_training import Training, drawn, train_router
 from exporter.routing import default_settings, routable
 from exporter.source import load_model, open_source
@@ -112,7 +115,10 @@ def test_every_question_is_drawn_once_an_epoch_in_batches_of_like_size():
     assert batches[:4] != batches[4:]
 
 
-@pytest.mark.parametrize(("loss", "options"), [("importance", {}), ("relaxed", {}), ("preference", {"actions": 4})])
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [("importance", {}), ("importance", {"draws": 2, "sets": 2}), ("relaxed", {}), ("preference", {"actions": 4})],
+)
 def test_training_is_repeatable_and_goes_on_where_it_was(loss, options, tiny, questions, tmp_path, monkeypatch):
     source = open_source(str(tiny("llava")))
     source.config.router = default_settings(source.config)
@@ -157,6 +163,53 @@ def test_ranking_loss_is_lowest_where_the_ranking_is_that_of_the_importance():
     nothing = torch.zeros(2, 4, requires_grad=True)
     ranking_loss(nothing, importance, torch.zeros_like(there), power=0.5).backward()
     assert not nothing.grad.any(), "a batch of questions without images teaches nothing about tokens"
+
+
+@pytest.mark.parametrize("drop_at", [0, 2])
+def test_sets_of_layers_cost_what_the_routed_model_says(drop_at, opened, monkeypatch):
+    model, one = opened("llava")
+    candidates, tried = (2, 3, 5), torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 1]])  # a row each
+    layers = torch.ones(3, model.num_layers, dtype=torch.bool)
+    layers[:, candidates] = tried.bool()
+    with torch.no_grad(), gated_attention(model) as attention:
+        given = trace(model, one.batch, torch.no_grad)
+        log_p = model(**one.batch.inputs, preset="off").logits[one.predicts].float().log_softmax(-1)
+        log_q = model(**one.batch.inputs, route=Route(layers=layers)).logits[one.predicts].float().log_softmax(-1)
+        settings = replace(model.router_settings, candidates=candidates, drop_at=drop_at, read_at=drop_at)
+        learner = Learner(SimpleNamespace(model=model), None, settings, attention)
+        state = learner._prefix(given)[1]
+        visual = one.batch.is_visual
+        look = Look(learner, None, one, given, state, log_p, torch.zeros(visual.shape), torch.zeros(3, 3))
+        kept_and_all = look.kl_of_layers([tried, torch.ones(3, 3)])
+    wanted = look.per_sample((log_p.exp() * (log_p - log_q)).sum(-1))
+    torch.testing.assert_close(kept_and_all, torch.stack([wanted, torch.zeros(3)]), atol=1e-4, rtol=1e-3)
+    assert wanted[2] == pytest.approx(0, abs=1e-5) and wanted[:2].min() > 1e-3
+
+
+def test_layers_that_do_each_others_work_are_not_skipped_together():
+    """One by one layers 0 and 1 cost least, together they cost most: layer 2 is to go with the first of them."""
+    logits = torch.zeros(8, 4, requires_grad=True)
+
+    def kl_of_layers(tried):
+        gone = 1 - torch.stack(tried)
+        return gone @ torch.tensor([0.01, 0.02, 0.05, 0.5]) + gone[..., 0] * gone[..., 1]
+
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    look = SimpleNamespace(layer_logits=logits, kl_of_layers=kl_of_layers)
+    for step in range(150):
+        loss = layer_risk(look, torch.Generator().manual_seed(step), sets=3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(set(pair) in ({0, 2}, {1, 2}) for pair in logits.argsort(1)[:, :2].tolist())
+
+
+def test_no_layer_to_skip_teaches_nothing():
+    logits = torch.zeros(2, 0, requires_grad=True)
+    look = SimpleNamespace(layer_logits=logits)
+    assert layer_risk(look, torch.Generator(), sets=3) == 0
+    with pytest.raises(InputError, match="sets=1: layers are learnt by comparing"):
+        layer_risk(look, torch.Generator(), sets=1)
 
 
 def test_a_router_soon_learns_which_tokens_matter(digits):
@@ -261,6 +314,9 @@ def test_wrong_router_recipes_are_refused(router, message):
         (["--drop-at", "40"], "before drop_at=40"),
         (["--candidates", "99"], "candidates=99 of"),
         (["--loss-option", "heat=2"], "loss 'importance' has no option 'heat'"),
+        (["--loss-option", "sets=1"], "sets=1: layers are learnt by comparing sets"),
+        (["--loss-option", "sets=2.5"], "sets"),
+        (["--loss-option", "least=0"], "least=0"),
         (["--samples", "3"], "holds 3 questions: a router needs 8"),
     ],
 )

@@ -55,6 +55,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 logger = logging.get_logger(__name__)
 ROUTER_FILE = "router/model.safetensors"
+ROUTER_FORMAT = 2  # of how the router computes: weights of another would run, and choose badly
 IGNORED_LABEL = -100
 GRIDS = ("image_grid_thw", "video_grid_thw", "image_sizes")  # inputs that say how visual tokens lie in their images
 
@@ -116,6 +117,7 @@ class RouterSettings:
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     default: str = "off"  # the preset of a call that names no budget
     trained_for: dict[str, Any] = field(default_factory=dict)  # what the base model must be
+    format: int = 1  # ROUTER_FORMAT of the file that it was trained with; settings of format 1 did not say so
 
     @classmethod
     def of(cls, config: Any) -> RouterSettings:
@@ -131,6 +133,11 @@ class RouterSettings:
         return settings
 
     def _check(self, config: Any) -> None:
+        if self.format != ROUTER_FORMAT:
+            raise ValueError(
+                f"this router is of format {self.format}, this code runs format {ROUTER_FORMAT}: load the folder with "
+                "its own modeling file (trust_remote_code=True), or train the router again."
+            )
         here = base_model(config)
         for name, value in self.trained_for.items():
             if here.get(name) != value:
@@ -220,7 +227,8 @@ class Router(nn.Module):
     """Scores visual tokens and layers: one bidirectional block over [tokens; layers], narrower than the LVLM.
 
     Visual tokens see the question and each other, layers see both. The order of the words is known by rotary
-    embeddings (which padding does not shift), the place of a visual token by its row and column in the image.
+    embeddings (which padding does not shift), the place of a visual token by its row and column in the image. A layer
+    begins as its embedding and what is asked, so that it need not find the question among the visual tokens first.
     """
 
     OCTAVES = 6  # of the sines that tell rows and columns apart: down to 1/64 of an image's side
@@ -265,8 +273,8 @@ class Router(nn.Module):
             places = self._here(places)
             x = x + self.place(waves(places[..., 1:], self.OCTAVES).to(x.dtype)) * visual[..., None]
         numbers = torch.arange(self.num_candidates, device=x.device)
-        layers = self.layer(numbers).expand(x.shape[0], -1, -1)  # [B, N, R]
-        x = torch.cat([x, layers.to(x.dtype)], 1)  # [B, S + N, R]
+        layers = self.layer(numbers).to(x.dtype) + asked(x, visible, visual)[:, None]  # [B, N, R]
+        x = torch.cat([x, layers], 1)  # [B, S + N, R]
         x = x + self._attend(self.attention_norm(x), visible)
         x = x + self.mlp(self.mlp_norm(x))
         tokens, layers = x.split([states.shape[1], self.num_candidates], 1)
@@ -287,6 +295,15 @@ class Router(nn.Module):
         q, k = rotated(q, order), rotated(k, order)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
         return self.out(x.transpose(1, 2).flatten(2))
+
+
+def asked(x: Tensor, visible: Tensor, visual: Tensor) -> Tensor:
+    """What a question says: its last token, which has seen all others, and the mean of its text, [B, R]."""
+    order = visible.long().cumsum(1)
+    last = visible & (order == order[:, -1:])
+    text = (visible & ~visual).to(x.dtype)
+    mean = text / text.sum(1, keepdim=True).clamp(min=1)
+    return torch.einsum("bs,bsr->br", last.to(x.dtype) + mean, x)
 
 
 def rotated(x: Tensor, order: Tensor) -> Tensor:
