@@ -22,7 +22,7 @@ from .calibration import Batch, by_size, load_calibration, make_batch, make_batc
 from .clean_room import load_processor
 from .errors import InputError
 from .fidelity import AnsweredBatch, with_answers
-from .modeling.modeling_routed import ROUTER_FILE, Route
+from .modeling.modeling_routed import ROUTER_FILE, Budget, Route
 from .recipe import DEFAULT_SAMPLES, RunOptions
 from .route_pictures import show_routes
 from .routing import load_routed
@@ -123,8 +123,8 @@ def evaluate(
             elif says is not None:
                 judge.compare_with(says)
             results.append(judge.run(ledger, progress))
-        if update_cards and (budget := next((ask for ask in asks if ask is not None and ask.natural), None)):
-            show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget.budget)
+        if update_cards and (budget := tightest(asks, results[-len(asks) :])):
+            show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget)
         del loaded, judge
     pairs = [
         PairedTest(a.label, b.label, *mcnemar(a.correct, b.correct))
@@ -142,6 +142,16 @@ def evaluate(
         for path in paths:
             record_evaluation(Path(path), done)
     return done
+
+
+def tightest(asks: Sequence[Ask | None], results: Sequence[ModelResult]) -> Budget | None:
+    """The budget under which a router chose and least ran: its routes have the most to show."""
+    chosen = [
+        (result.decoder_flops_share or 1.0, ask.budget)
+        for ask, result in zip(asks, results, strict=True)
+        if ask is not None and ask.natural
+    ]
+    return min(chosen, key=lambda pair: pair[0])[1] if chosen else None
 
 
 # --- one model --------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def importance_loss(
     most: float = 1.0,
     noise: float = 1.0,
     sets: int = 3,
+    weight: float = 3.0,
 ) -> Tensor:
     """Tokens are ranked by what each means to the answer beside those that stay, layers by `layer_risk`.
 
@@ -60,6 +61,7 @@ def importance_loss(
         least, most: share of the visual tokens that stay, drawn log-uniformly between them.
         noise: of Gumbel noise on the logits that choose them.
         sets: of layers that are tried for each question.
+        weight: of what is lost by layers, beside what is lost by tokens.
     """
     visual, device = look.visual, look.token_logits.device
     count = drawn_counts(visual, least, most, generator)
@@ -71,7 +73,7 @@ def importance_loss(
         answer = torch.multinomial(look.log_p.exp().cpu(), 1, generator=generator).to(device)
         (gradient,) = torch.autograd.grad(log_q.gather(1, answer).sum(), tokens, retain_graph=draw + 1 < draws)
         importance += gradient.clamp(min=0).square()
-    return ranking_loss(look.token_logits, importance, visual, power) + layer_risk(look, generator, sets)
+    return ranking_loss(look.token_logits, importance, visual, power) + weight * layer_risk(look, generator, sets)
 
 
 def layer_risk(look: Look, generator: torch.Generator, sets: int) -> Tensor:

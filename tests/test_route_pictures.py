@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from test_budgets import folder, model  # noqa: F401 - fixtures
 from test_evaluation import task  # noqa: F401 - a fixture
 from test_routed import routed  # noqa: F401 - a fixture
 
+from exporter.budgets import Ask
 from exporter.calibration import read_samples
 from exporter.clean_room import load_processor
+from exporter.evaluation import tightest
 from exporter.model_card import card
 from exporter.modeling.modeling_routed import Budget, Route
 from exporter.route_pictures import as_seen, draw_route, grids, image_grids, show_routes, spread_out
+from exporter.rules import Rule
 
 
 def test_grids_of_places():
@@ -86,3 +90,12 @@ def test_images_are_shown_as_they_are_seen(folder, routed):  # noqa: F811
     image = Image.new("RGB", (60, 40))
     assert as_seen(image, load_processor(folder)).size == (40, 40)  # CLIP's crop
     assert as_seen(image, routed("llava_next").processor).size == (60, 40)
+
+
+def test_of_several_budgets_the_tightest_is_drawn():
+    """Of those under which the router chose."""
+    asks = [None, Ask(Budget(1.0)), Ask(Budget(0.25, 5)), Ask(Budget(0.5)), Ask(Budget(0.1), Rule("random", "all"))]
+    shares = [None, 1.01, 0.4, 0.6, 0.3]
+    results = [SimpleNamespace(decoder_flops_share=share) for share in shares]
+    assert tightest(asks, results) == Budget(0.25, 5)
+    assert tightest(asks[:1], results[:1]) is None
