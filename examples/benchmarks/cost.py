@@ -2,13 +2,15 @@
 
     python examples/benchmarks/cost.py            score and fold against a plain forward pass, hidden size 1024
     python examples/benchmarks/cost.py --write    writing a 3.3 GB checkpoint without a sixth of it, against cp
+    python examples/benchmarks/cost.py --route    a step of training a router, of the reference model with its questions
 
-Weights are random: cost does not depend on them. Every figure is a median of alternating runs.
+Elsewhere weights are random: cost does not depend on them. Every figure is a median of alternating runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import shutil
 import statistics
@@ -22,17 +24,23 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from exporter.calibration import Batch, spread
+from exporter.calibration import Batch, load_calibration, spread
 from exporter.capture import layer_statistics
 from exporter.checkpoint import write_weights
+from exporter.clean_room import load_processor
 from exporter.families import DECODERS
 from exporter.fold import FOLDS
 from exporter.fold.job import FoldJob
 from exporter.localize import LOCALIZERS, LocalizeJob
 from exporter.localize.tis import tis
+from exporter.modeling.modeling_routed import Router, RouterSettings
 from exporter.plan import make_plan
 from exporter.recipe import DEFAULT_FOLD, DEFAULT_LOCALIZER, DEFAULT_SAMPLES
-from exporter.source import open_source, text_decoder
+from exporter.relaxation import gated_attention
+from exporter.router_learner import Learner, Teacher
+from exporter.router_losses import LOSSES
+from exporter.routing import default_settings
+from exporter.source import load_model, open_source, text_decoder
 
 IMAGE_TOKEN = 0
 COPIES = """
@@ -158,6 +166,42 @@ def scoring(options: argparse.Namespace) -> None:
     )
 
 
+def routing(options: argparse.Namespace) -> None:
+    """A step with each loss, in forward passes over its questions and answers; and what answering them takes once."""
+    source = open_source("examples/digits/model")
+    source.config.router = default_settings(source.config)
+    settings = RouterSettings.of(source.config)
+    model, _ = load_model(source, options.device, torch.float32)
+    samples = load_calibration("examples/digits/data/calibration.jsonl", samples=16 * options.batches).samples
+    teacher = Teacher(model, load_processor(source.folder), samples)
+    starts = range(0, len(samples), 16)
+    router = Router(model.config.get_text_config().hidden_size, settings).to(options.device)
+
+    def answer() -> None:
+        teacher.ask(lambda items, what, total: items, 16)
+
+    answer()
+    asked = [teacher.question(range(start, start + 16))[1].batch.inputs for start in starts]
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for inputs in asked:
+                model.base_model(**inputs, use_cache=False)
+
+    with gated_attention(model) as attention:
+        learner = Learner(teacher, router, settings, attention)
+
+        def step(loss: Callable[..., torch.Tensor]) -> None:
+            for start in starts:
+                look = learner.look(range(start, start + 16))
+                loss(look, torch.Generator().manual_seed(start)).backward()
+
+        steps = {name: functools.partial(step, loss) for name, loss in LOSSES.items()}
+        seconds = medians(options.repeats, forward=forward, answer=answer, **steps)
+    ratios = (f"{name} {value / seconds['forward']:.2f} x" for name, value in seconds.items() if name != "forward")
+    print(f"forward {1000 * seconds['forward'] / len(starts):.0f} ms for 16 questions; {'; '.join(ratios)}")
+
+
 def writing(options: argparse.Namespace) -> None:
     """Drop a sixth of the layers of a 3.3 GB bfloat16 checkpoint in 1 GB shards."""
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="cost-") as name:
@@ -207,6 +251,7 @@ def peak_megabytes(folder: Path, layers: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--route", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
@@ -215,7 +260,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    (writing if options.write else scoring)(options)
+    (writing if options.write else routing if options.route else scoring)(options)
 
 
 if __name__ == "__main__":
