@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from loopback_hub import OWNER, READ_TOKEN, TOKEN, LoopbackHub, Repo
 from safetensors.torch import load_file, save_file
 from test_compress import recipe, snapshot
 
-from exporter import clean_room
+from exporter import clean_room, kinds
 from exporter.cli import main
 from exporter.errors import InputError
 from exporter.hub import push
@@ -30,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 PRIVATE_FILES = (".env", ".lock", "compression.partial", "__pycache__/modeling.cpython-311.pyc", "assets/.DS_Store")
 # The folder is verified for real in some tests; in the others it is known to be good.
 UNVERIFIED = (
-    "import sys; from exporter import cli, verification; verification.require = lambda *_: None; "
+    "import dataclasses, sys; from exporter import cli, kinds; "
+    "kinds.CHECKPOINT = dataclasses.replace(kinds.CHECKPOINT, require=lambda *_: None); "
     "sys.exit(cli.main(sys.argv[1:]))"
 )
 FROM_PRETRAINED = """
@@ -76,7 +78,7 @@ def here(hub, monkeypatch, tmp_path) -> LoopbackHub:
     for name, value in fresh.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("exporter.verification.require", lambda *_: None)
+    monkeypatch.setattr(kinds, "CHECKPOINT", replace(kinds.CHECKPOINT, require=lambda *_: None))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries
     return hub
 
