@@ -31,7 +31,7 @@ from .recipe import (
 )
 from .replay import Folded
 from .routed_checkpoint import unlabelled, with_router
-from .routing import check_routable
+from .routing import check_routable, default_settings
 from .scores import LayerScores
 from .source import (
     Source,
@@ -103,9 +103,15 @@ def router_data(router: RouterRecipe, calibration: CalibrationData) -> Calibrati
 
 def check_router(recipe: Recipe) -> None:
     """What is wrong with the router's part is said before the layers are looked at."""
-    assert recipe.router is not None
-    check_routable(open_source(recipe.model, recipe.revision).config)
-    unlabelled(router_data(recipe.router, recipe.calibration), recipe.router.seed)
+    from .router_losses import check_loss
+
+    router = recipe.router
+    assert router is not None
+    config = open_source(recipe.model, recipe.revision).config
+    check_routable(config)
+    check_loss(router.loss)
+    default_settings(config, router.drop_at, router.candidates)  # what does not fit all layers fits fewer still less
+    unlabelled(router_data(router, recipe.calibration), router.seed)
 
 
 def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress) -> Path:

@@ -14,7 +14,7 @@ from .calibration import Calibration, load_calibration
 from .errors import InputError
 from .model_card import card
 from .plan import PruningPlan
-from .recipe import CalibrationData, RouterRecipe, RunOptions, check_options
+from .recipe import CalibrationData, RouterRecipe, RunOptions
 from .routing import add_router, check_routable, default_settings, load_routed
 from .source import compute_dtype, file_hash, file_hashes, load_model, open_source, pick_device
 from .verification import require
@@ -33,14 +33,14 @@ def with_router(
     Raises: InputError for wrong input, CheckFailed where the result does not verify.
     """
     from .modeling.modeling_routed import ROUTER_FILE, RouterSettings
-    from .router_losses import LOSSES
+    from .router_losses import check_loss
     from .router_training import Training, train_router
 
     begin = time.monotonic()
     checkpoint.check_target(out)
     source = open_source(str(plain))
     check_routable(source.config)
-    check_options(LOSSES[router.loss.name], router.loss, "loss")
+    check_loss(router.loss)
     settings = default_settings(source.config, router.drop_at, router.candidates)
     source.config.router = settings
     questions = unlabelled(data, router.seed)

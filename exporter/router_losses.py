@@ -18,6 +18,7 @@ Shapes: B samples, S tokens, A answer tokens, N candidate layers, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import InputError
+from .recipe import Method, check_options
 from .relaxation import gumbel, straight_through
 from .router_learner import Look
 
@@ -84,8 +86,6 @@ def layer_risk(look: Look, generator: torch.Generator, sets: int) -> Tensor:
     softmax(- sum of the logits of the layers skipped): layers of the better sets sink, those of the worse ones rise.
     """
     logits, (number, free) = look.layer_logits, look.layer_logits.shape
-    if sets < 2:
-        raise InputError(f"sets={sets}: layers are learnt by comparing sets of them, give 2 or more.")
     if not free:
         return logits.sum() * 0
     kept = free - torch.randint(1, max(1, free // 2) + 1, (number,), generator=generator).to(logits.device)
@@ -101,8 +101,6 @@ def layer_risk(look: Look, generator: torch.Generator, sets: int) -> Tensor:
 
 def drawn_counts(visual: Tensor, least: float, most: float, generator: torch.Generator) -> Tensor:
     """How many visual tokens stay, a share of each row's drawn log-uniformly: [B, S] -> [B]."""
-    if not 0 < least <= most <= 1:
-        raise InputError(f"least={least}, most={most}: shares of the visual tokens, 0 < least <= most <= 1.")
     share = torch.empty(len(visual)).uniform_(math.log(least), math.log(most), generator=generator).exp()
     return (visual.sum(1) * share.to(visual.device)).round().long().clamp(min=1)
 
@@ -209,3 +207,17 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "relaxed": relaxed_loss,
     "preference": preference_loss,
 }
+
+
+def check_loss(loss: Method) -> None:
+    """Raise InputError where an option is not known or out of range, before the model is loaded."""
+    function = LOSSES[loss.name]
+    check_options(function, loss, "loss")
+    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    values = defaults | loss.options
+    least, most = values.get("least", 1), values.get("most", 1)
+    if not 0 < least <= most <= 1:
+        raise InputError(f"least={least}, most={most}: shares of the visual tokens, 0 < least <= most <= 1.")
+    for name, fewest in (("sets", 2), ("actions", 2), ("draws", 1)):  # sets and actions are compared with each other
+        if (value := values.get(name, fewest)) < fewest:
+            raise InputError(f"loss '{loss.name}': {name}={value}, {fewest} or more are needed.")

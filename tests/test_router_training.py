@@ -208,8 +208,6 @@ def test_no_layer_to_skip_teaches_nothing():
     logits = torch.zeros(2, 0, requires_grad=True)
     look = SimpleNamespace(layer_logits=logits)
     assert layer_risk(look, torch.Generator(), sets=3) == 0
-    with pytest.raises(InputError, match="sets=1: layers are learnt by comparing"):
-        layer_risk(look, torch.Generator(), sets=1)
 
 
 def test_a_router_soon_learns_which_tokens_matter(digits):
@@ -314,9 +312,10 @@ def test_wrong_router_recipes_are_refused(router, message):
         (["--drop-at", "40"], "before drop_at=40"),
         (["--candidates", "99"], "candidates=99 of"),
         (["--loss-option", "heat=2"], "loss 'importance' has no option 'heat'"),
-        (["--loss-option", "sets=1"], "sets=1: layers are learnt by comparing sets"),
+        (["--loss-option", "sets=1"], "sets=1, 2 or more are needed"),
         (["--loss-option", "sets=2.5"], "sets"),
         (["--loss-option", "least=0"], "least=0"),
+        (["--loss", "preference", "--loss-option", "actions=1"], "actions=1, 2 or more"),
         (["--samples", "3"], "holds 3 questions: a router needs 8"),
     ],
 )

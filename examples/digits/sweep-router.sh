@@ -11,15 +11,15 @@ run() {
 }
 mkdir -p work/sweep-router
 run after-2
+run open-gates --loss-option least=1.0
+run weight-1 --loss-option weight=1.0
+run preference --loss preference --learning-rate 0.0007
+run preference-without-noise --loss preference --learning-rate 0.0007 --loss-option noise=0.0
+run relaxed --loss relaxed --learning-rate 0.0007
 run after-0 --drop-at 0
 run after-1 --drop-at 1
 run after-3 --drop-at 3
 run power-1 --loss-option power=1.0
 run draws-3 --loss-option draws=3
-run open-gates --loss-option least=1.0
 run sets-6 --loss-option sets=6
-run weight-1 --loss-option weight=1.0
-run relaxed --loss relaxed --learning-rate 0.0007
 run relaxed-after-0 --loss relaxed --learning-rate 0.0007 --drop-at 0
-run preference --loss preference --learning-rate 0.0007
-run preference-without-noise --loss preference --learning-rate 0.0007 --loss-option noise=0.0
