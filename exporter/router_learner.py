@@ -111,7 +111,7 @@ class Look:
 
     def kl(self, gates: Gates) -> Tensor:
         """KL(original || routed) at each answer token, [A of all rows], differentiable in the gates."""
-        return (self.log_p.exp() * (self.log_p - self.log_q(gates))).sum(-1)
+        return self._divergence(self.log_q(gates))
 
     def log_q(self, gates: Gates) -> Tensor:
         """Log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
@@ -136,8 +136,12 @@ class Look:
         for candidates in tried:
             gates = self.gates(torch.ones_like(self.token_logits), candidates)
             log_q = self._said(gated_states(model, self.given, self.learner.attention, state, first, gates))
-            found.append(self.per_sample((self.log_p.exp() * (self.log_p - log_q)).sum(-1)))
+            found.append(self.per_sample(self._divergence(log_q)))
         return torch.stack(found)
+
+    def _divergence(self, log_q: Tensor) -> Tensor:
+        """KL(original || q) at each answer token, [A of all rows, V] -> [A of all rows]."""
+        return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
 
     def _said(self, output: Tensor) -> Tensor:
         """Log-probabilities at each answer token, [A of all rows, V], from the last layer's output [B, S, D]."""

@@ -53,7 +53,7 @@ def importance_loss(
     from the original's probabilities. (Where all gates are open that is close to the diagonal of the Fisher
     information, to second order the divergence that shutting one of them causes: Optimal Brain Damage, LeCun et al.,
     1990. But where many tokens say the same, none of them alone means anything, and a router that learnt from open
-    gates dropped them all.)
+    gates dropped too many of them.)
 
     The loss is the cross entropy of softmax(logits) against the shares of importance (ListNet, Cao et al., 2007).
 
@@ -84,6 +84,10 @@ def layer_risk(look: Look, generator: torch.Generator, sets: int) -> Tensor:
     For each question some sets of the same size are drawn, one candidate to half of them, by the router's logits and
     Gumbel noise, and the divergence of each is measured. The risk is the mean of its logarithm, weighed by
     softmax(- sum of the logits of the layers skipped): layers of the better sets sink, those of the worse ones rise.
+
+    Args:
+        sets: tried for each question; two or more, since they are compared with each other.
+    Returns: [], 0 where no layer may be skipped.
     """
     logits, (number, free) = look.layer_logits, look.layer_logits.shape
     if not free:
@@ -125,7 +129,6 @@ def relaxed_loss(
     least: float = 0.06,
     most: float = 0.7,
     skip: float = 0.5,
-    skipped: int = 0,
     noise: float = 0.3,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -133,8 +136,7 @@ def relaxed_loss(
 
     Args:
         least, most: share of the visual tokens that is kept, drawn log-uniformly between them.
-        skip: share of the questions for which layers are skipped.
-        skipped: how many then; 0: one to half of the candidates and one more, drawn for each question.
+        skip: share of the questions for which layers are skipped, one to half of the candidates and one more.
         noise: of Gumbel noise on the logits, so that near choices are tried both ways.
         temperature: of the sigmoid that gradients go through.
     """
@@ -142,13 +144,12 @@ def relaxed_loss(
     number, free = look.layer_logits.shape
     count = drawn_counts(visual, least, most, generator)
     skipping = torch.rand(number, generator=generator) < skip
-    least_skipped, most_skipped = (skipped, skipped) if skipped else (1, free // 2 + 1)
-    gone = torch.randint(least_skipped, most_skipped + 1, (number,), generator=generator).clamp(max=free) * skipping
+    skipped = torch.randint(1, free // 2 + 2, (number,), generator=generator).clamp(max=free) * skipping
     tokens = look.token_logits + noise * gumbel(look.token_logits.shape, generator).to(device)
     layers = look.layer_logits + noise * gumbel(look.layer_logits.shape, generator).to(device)
     gates = look.gates(
         straight_through(tokens, visual, count, temperature),
-        straight_through(layers, torch.ones_like(layers, dtype=torch.bool), free - gone.to(device), temperature),
+        straight_through(layers, torch.ones_like(layers, dtype=torch.bool), free - skipped.to(device), temperature),
     )
     return look.kl(gates).mean()
 

@@ -166,7 +166,7 @@ def test_ranking_loss_is_lowest_where_the_ranking_is_that_of_the_importance():
 
 
 @pytest.mark.parametrize("drop_at", [0, 2])
-def test_sets_of_layers_cost_what_the_routed_model_says(drop_at, opened, monkeypatch):
+def test_sets_of_layers_cost_what_the_routed_model_says(drop_at, opened):
     model, one = opened("llava")
     candidates, tried = (2, 3, 5), torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 1]])  # a row each
     layers = torch.ones(3, model.num_layers, dtype=torch.bool)
