@@ -163,8 +163,8 @@ def evaluation_table(done: Any) -> str:
 
 BENCHMARK_HEADER = ("model", "batch", "image ms", "prefill ms", "first token ms", "decode ms", "tokens/s", "GFLOPs",
                     "KV MB", "peak MB")  # fmt: skip
-RATIO_HEADER = ("model / reference", "batch", "prefill", "95 %", "decode", "95 %", "FLOPs", "KV", "bytes a step",
-                "peak", "of ideal: prefill", "decode")  # fmt: skip
+RATIO_HEADER = ("model / reference", "batch", "prefill", "95 %", "decode", "95 %", "FLOPs", "KV", "FLOPs a step",
+                "bytes a step", "peak", "of ideal: prefill", "decode")  # fmt: skip
 
 
 def benchmark_table(done: Any) -> str:
@@ -201,7 +201,7 @@ def _ratio_cells(ratio: dict[str, Any]) -> list[str]:
     for name in ("prefill_ms", "decode_ms"):
         low, high = ratio["intervals"][name]
         cells += [f"{ratio[name]:.3f}", f"{low:.3f}-{high:.3f}"]
-    cells += [_in(1, ratio[name], 3) for name in ("flops", "kv_bytes", "step_bytes", "peak_bytes")]
+    cells += [_in(1, ratio[name], 3) for name in ("flops", "kv_bytes", "decode_flops", "step_bytes", "peak_bytes")]
     return cells + [_in(1, ratio["achieved"][name], 2) for name in ("prefill", "decode")]
 
 

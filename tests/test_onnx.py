@@ -95,6 +95,13 @@ def test_graphs_say_what_torch_says(family, exported):
     assert np.array_equal(found, expected)
 
 
+def test_heads_are_not_split_and_put_together_again(exported):
+    _, folder = exported("llava")
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("GroupQueryAttention") > 1 and kinds.count("Reshape") <= 3  # the rotary embedding's
+
+
 def test_the_reference_model(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "validate", here)
     questions = ExportOptions(calibration=str(digits / "data" / "calibration.jsonl"), samples=4)
@@ -421,7 +428,7 @@ def spoil(folder: Path, how: str) -> None:
     [
         ("none", "has no onnx.json: it is no folder that `lvlm-exporter onnx` wrote"),
         ("damaged", "onnx.json is damaged"),
-        ("format", "has format 99, this version reads 2: export again"),
+        ("format", "has format 99, this version reads 3: export again"),
         ("short", r"decoder.onnx.data is 0 bytes instead of \d+ bytes: the folder is incomplete"),
         ("missing", r"vision.onnx is not there instead of \d+ bytes"),
     ],

@@ -77,7 +77,7 @@ def test_what_is_left_out_is_not_computed(routed):
 def test_a_skipped_layer_is_a_branch_not_taken(routed):
     _, folder = routed("llava", 1)
     assert {path.stem for path in folder.glob("*.onnx")} == {
-        "vision", "embeddings", "router", "decoder_front", "decoder"
+        "vision", "router", "decoder_front", "decoder"
     }  # fmt: skip
     graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
     conditions = [node for node in graph.node if node.op_type == "If"]
@@ -108,9 +108,10 @@ def test_branches_have_integer_weights_too(routed, tmp_path, monkeypatch):
     assert small.branches[0].bytes < 0.4 * large.branches[0].bytes
 
 
-def test_bench_counts_what_torch_counts(routed):
+@pytest.mark.parametrize("drop_at", [0, 1])
+def test_bench_counts_what_torch_counts(drop_at, routed):
     """Keys and values exactly; FLOPs but for the router's, of which its weights alone are counted."""
-    source, folder = routed("llava")
+    source, folder = routed("llava", drop_at)
     few = {"keep_visual_tokens": 5, "keep_layers": 3}
     options = BenchOptions(device="cpu", new_tokens=2, rounds=2, attention="sdpa")
     workload = Workload(visual_tokens=25, text_tokens=24)

@@ -73,8 +73,8 @@ def test_verify_knows_graphs(graphs, damaged, capsys):
     ("content", "message"),
     [
         ("[2]", "it is no JSON object"),
-        ('{"format": 2}', "it lists no files"),
-        ('{"format": 2, "files": {}}', "it has no 'sha256'"),
+        ('{"format": 3}', "it lists no files"),
+        ('{"format": 3, "files": {}}', "it has no 'sha256'"),
     ],
 )
 def test_a_manifest_with_gaps(content, message, here, tmp_path, capsys):

@@ -198,9 +198,8 @@ def routed(options: argparse.Namespace) -> None:
             Path(name).mkdir()
         job = Job(None, ExportOptions(), support_of(config), "float32", "shared", None)  # of no checkpoint
         write_graphs(model, job, Path("plain"))
-        for shared in ("vision", "embeddings"):
-            for path in Path("plain").glob(f"{shared}.onnx*"):
-                shutil.copyfile(path, Path("routed") / path.name)
+        for path in Path("plain").glob("vision.onnx*"):
+            shutil.copyfile(path, Path("routed") / path.name)
         router = Router(text.hidden_size, settings).eval().requires_grad_(False)
         write_routed(model, router, settings, job.support, Path("routed"), "cpu", job.opset)
         whole = Model(Path("plain"), plain, "cpu", options.threads)

@@ -157,7 +157,7 @@ def compare_parts(model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, 
     visual = ids == model.config.image_token_id
     embeds = model.get_input_embeddings()(ids.masked_fill(visual, 0))
     embeds = embeds.masked_scatter(visual[..., None], features)
-    runner_embeds = runner.embed(prompt.input_ids, runner_features).numpy()
+    runner_embeds = runner.embedded(prompt, runner_features).numpy()
     found["embeddings: inputs_embeds"].add(runner_embeds[prompt.real], embeds[inputs["attention_mask"].bool()])
 
 

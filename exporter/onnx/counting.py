@@ -1,4 +1,4 @@
-"""What a graph costs, read off its nodes: weights that every token is multiplied with, and the bytes they take.
+"""What a graph costs, read off its nodes: weights that every token is multiplied with, and the bytes that a pass reads.
 
 FLOPs are counted as torch's counter does: two for each weight and token, attention by its two matrix products over all
 pairs of tokens, nothing for anything else.
@@ -21,7 +21,8 @@ class GraphSize:
 
     weights: int  # elements of the matrices that all tokens meet
     head: int  # of the one that makes the logits, of each row's last token
-    bytes: int  # of all its initializers
+    bytes: int  # of its initializers
+    looked_up: int  # bytes of those that a token reads one row of: embeddings
     branches: tuple[GraphSize, ...] = ()  # what runs under a condition, in their order; not part of the figures above
 
 
@@ -40,8 +41,11 @@ def graph_size(path: Path) -> GraphSize:
         weights=sum(elements(node, shapes) for node in graph.node if node is not last),
         head=elements(last, shapes) if last is not None else 0,
         bytes=sum(sizes[name] for name in always),
+        looked_up=sum(
+            sizes[name] for name in always & {node.input[0] for node in graph.node if node.op_type == "Gather"}
+        ),
         branches=tuple(
-            GraphSize(sum(elements(node, shapes) for node in nodes), 0, sum(sizes[name] for name in names))
+            GraphSize(sum(elements(node, shapes) for node in nodes), 0, sum(sizes[name] for name in names), 0)
             for nodes, names in zip(branches, of_branches, strict=True)
         ),
     )

@@ -31,6 +31,7 @@ def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
     with quiet(), unsupported(path.stem):
         program = OnnxExporter().export(module, module.samples(), config).program
     name_inputs(program, getattr(module, "first_layer", 0))
+    drop_reshapes(program)
     onnx_ir.save(program, str(path), external_data=f"{path.name}.data")
 
 
@@ -40,6 +41,32 @@ def name_inputs(program: Any, first_layer: int) -> None:
         if match := re.fullmatch(r"past_key_values[._](\d+)", value.name):
             layer, part = divmod(int(match[1]), 2)
             value.name = f"past_key_values.{layer + first_layer}.{('key', 'value')[part]}"
+
+
+def drop_reshapes(program: Any) -> None:
+    """Leave out reshapes that end where they began: heads are split and put together again around every operator.
+
+    They copy nothing, yet in a small model they were nearly half of the nodes and a fifteenth of a token's time.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in program.graph:
+        if node.op_type != "Reshape" or node.outputs[0].is_graph_output():
+            continue
+        source = node.inputs[0]
+        while source.producer() is not None and source.producer().op_type == "Reshape":
+            source = source.producer().inputs[0]
+            if same_shape(source, node.outputs[0]):
+                node.outputs[0].replace_all_uses_with(source)
+    RemoveUnusedNodesPass()(program)
+
+
+def same_shape(one: Any, other: Any) -> bool:
+    """Known to have the same shape, sizes that change from run to run by their names."""
+    shapes = one.shape, other.shape
+    return (
+        None not in shapes and shapes[0] == shapes[1] and not any(map(shapes[0].is_unknown_dim, range(len(shapes[0]))))
+    )
 
 
 @contextlib.contextmanager

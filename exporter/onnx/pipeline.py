@@ -164,11 +164,11 @@ def questions(source: Source, options: ExportOptions) -> list[dict[str, Any]]:
 def write_graphs(model: Any, job: Job, folder: Path) -> None:
     device, support = job.options.device, job.support
     trace(vision_module(model, support.kind), folder / "vision.onnx", device, job.opset)
-    trace(Embeddings(model).eval(), folder / "embeddings.onnx", device, job.opset)
     if job.route is not None:
         router = load_router(job.source.folder, job.source.config, job.route, model.dtype)
         write_routed(model, router, job.route, support, folder, device, job.opset)
         return
+    trace(Embeddings(model).eval(), folder / "embeddings.onnx", device, job.opset)
     decoder = (SharedDecoder if job.cache == SHARED else GrowingDecoder)(model, support).eval()
     with group_query_attention(decoder) if job.cache == SHARED else contextlib.nullcontext():
         trace(decoder, folder / "decoder.onnx", device, job.opset)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..modeling.modeling_routed import ROUTER_FILE, Router, RouterSettings
-from .decoder import Samples, SharedDecoder, SharedStep, group_query_attention, last_tokens, named_cache
+from .decoder import Embeddings, Samples, SharedDecoder, SharedStep, group_query_attention, last_tokens, named_cache
 from .graph import trace
 from .joining import Piece, join
 from .runtime.routed import FRONT
@@ -223,6 +223,39 @@ class PartGraph(SharedDecoder):
         }
 
 
+class FrontGraph(PartGraph):
+    """The embeddings and the layers before the router. In one graph a token takes no more calls than a plain one."""
+
+    def __init__(self, model: Any, support: Support, part: Part) -> None:
+        super().__init__(model, support, part)
+        self.embeddings = Embeddings(model)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        image_features: Tensor,
+        position_ids: Tensor,
+        row_lengths: Tensor,
+        total_length: Tensor,
+        past_key_values: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """As PartGraph's and Embeddings'. What enters the first layer is an output too, for those who compare."""
+        entered = self.embeddings(input_ids, image_features)
+        return entered | super().forward(
+            entered["inputs_embeds"], position_ids, row_lengths, total_length, past_key_values
+        )
+
+    def samples(self) -> Samples:
+        layers = super().samples()
+        del layers["states"]
+        return self.embeddings.samples() | layers
+
+    def dynamic(self) -> Samples:
+        layers = super().dynamic()
+        batch = layers.pop("states")
+        return {"input_ids": batch, "image_features": {0: torch.export.Dim("features")}} | layers
+
+
 class HeadGraph(SharedDecoder):
     """The last norm and the head, on each row's last token."""
 
@@ -256,14 +289,16 @@ def load_router(folder: Path, config: Any, settings: RouterSettings, dtype: torc
 def write_routed(
     model: Any, router: Router, settings: RouterSettings, support: Support, folder: Path, target: str, opset: int
 ) -> None:
-    """The router's graph, that of the layers before it, and that of all behind it."""
+    """The router's graph, that of the embeddings and layers before it, and that of all behind it."""
     hidden = model.config.get_text_config().hidden_size
     trace(RouterGraph(router, hidden, support).eval(), folder / "router.onnx", target, opset)
+    if not settings.drop_at:
+        trace(Embeddings(model).eval(), folder / "embeddings.onnx", target, opset)
     pieces = []
     for part in parts(settings, model.config.get_text_config().num_hidden_layers):
         before = part.layers[0] < settings.drop_at
         path = folder / f"{FRONT if before else part.name}.onnx"
-        module = PartGraph(model, support, part).eval()
+        module = (FrontGraph if before else PartGraph)(model, support, part).eval()
         with group_query_attention(module):
             trace(module, path, target, opset)
         if not before:

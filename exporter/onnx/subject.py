@@ -99,7 +99,7 @@ class OnnxSubject:
             kv_bytes=sum(self._bytes_of(value) for value in state.cache.values()),
             kv_bytes_formula=rows * self._entry_bytes * sum(len(layers) * entries for _, layers, entries in passes),
             weight_bytes=sum(size.bytes for size in self._sizes.values()),
-            step_bytes=sum(self._sizes[name].bytes for name, _, _ in passes)
+            step_bytes=sum(self._sizes[name].bytes - self._sizes[name].looked_up for name, _, _ in passes)
             + rows * entries_of_a_step * self._entry_bytes,
         )
 

@@ -17,7 +17,7 @@ from .prepare import Array, InputError, Prompt, prepare
 from .sampling import Sampling
 
 MANIFEST = "onnx.json"
-FORMAT = 2  # 1 had a graph for every layer that may be skipped
+FORMAT = 3  # 2 had the embeddings of routed folders apart, 1 a graph for every layer that may be skipped
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -125,6 +125,7 @@ class State:
 
     prompt: Prompt
     cache: dict[str, Any]  # key and value of each layer on the device
+    logits: Any  # [B, V] on the host, where every pass writes
     lengths: Array  # [B] tokens in the cache, padding not counted
     real: Array  # [B, columns of a growing cache] False: padding
     binding: Any = None  # of a shared cache, whose buffers stay where they are
@@ -135,19 +136,20 @@ class Model:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: str, threads: int | None = None) -> None:
         self.folder, self.manifest, self.device, self.threads = folder, manifest, device, threads
-        self.vision, self.embeddings = self._open("vision"), self._open("embeddings")
+        self.vision = self._open("vision")
         self._open_decoder()
         path = folder / "generation_config.json"
         self.defaults: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         layers = range(manifest["layers"])
         self.cache_names = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
         self.cache_dtype = np.float16 if manifest["dtype"] == "float16" else np.float32
+        self.no_features = self._value(np.zeros((0, manifest["hidden_size"]), np.float32))
 
     def _open(self, name: str) -> Any:
         return open_session(self.folder / f"{name}.onnx", self.device, self.threads)
 
     def _open_decoder(self) -> None:
-        self.decoder = self._open("decoder")
+        self.embeddings, self.decoder = self._open("embeddings"), self._open("decoder")
 
     # --- answers ---
 
@@ -194,17 +196,21 @@ class Model:
             new_tokens: steps that there is to be room for in the cache.
             features: what `image_features` made of the prompt, where that is there already.
         """
-        embeds = self._embedded(prompt, features)
+        embeds = self.embed(prompt.input_ids, self._matching(prompt, features))
         rows, length = prompt.input_ids.shape
-        state = State(prompt, {}, prompt.lengths, prompt.real)
+        state = State(prompt, {}, self._logits(rows), prompt.lengths, prompt.real)
         shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
         if self.manifest["cache"] == "growing":
             shape = (*shape[:2], 0, shape[3])
         state.cache = {name: self._empty(shape, self.cache_dtype) for name in self.cache_names}
         return self._decode(state, embeds, prompt.positions, prompt.block_ids), state
 
-    def _embedded(self, prompt: Prompt, features: Any) -> Any:
-        """The prompt as it enters the decoder, features in their places: [B, S, D]"""
+    def embedded(self, prompt: Prompt, features: Any) -> Any:
+        """The prompt as it enters the decoder, features in their places: [B, S, D], on the device."""
+        return self.embed(prompt.input_ids, features)
+
+    def _matching(self, prompt: Prompt, features: Any) -> Any:
+        """The features of the prompt's images, made if they are not there: one for each of its image tokens."""
         features = self.image_features(prompt) if features is None else features
         wanted = int((prompt.input_ids == self.manifest["image_token_id"]).sum())
         if features.shape()[0] != wanted:
@@ -212,7 +218,7 @@ class Model:
                 f"the prompt has {wanted} image tokens, its images make {features.shape()[0]} features: was it "
                 "truncated, or are images missing?"
             )
-        return self.embed(prompt.input_ids, features)
+        return features
 
     def step(self, state: State, tokens: Array) -> Array:
         """Go on by one token a row: tokens [B] -> logits [B, V]"""
@@ -222,14 +228,14 @@ class Model:
         if self.manifest["mrope"]:
             positions = np.tile(positions, (3, 1, 1))
         state.real = np.concatenate([state.real, np.ones((len(tokens), 1), bool)], 1)
-        embeds = self.embed(tokens[:, None], self._no_features())
+        embeds = self.embed(tokens[:, None], self.no_features)
         return self._decode(state, embeds, positions, np.full((len(tokens), 1), -1))
 
     def image_features(self, prompt: Prompt) -> Any:
         """Features of all images [F, D], on the device."""
         runs = [self.vision.run_with_ort_values(None, self._values(feed))[0] for feed in prompt.images]
         if not runs:
-            return self._no_features()
+            return self.no_features
         return runs[0] if len(runs) == 1 else self._value(np.concatenate([run.numpy() for run in runs]))
 
     def embed(self, ids: Array, features: Any) -> Any:
@@ -238,7 +244,6 @@ class Model:
         return self.embeddings.run_with_ort_values(None, feed)[0]
 
     def _decode(self, state: State, embeds: Any, positions: Array, block_ids: Array) -> Array:
-        binding = state.binding or self.decoder.io_binding()
         feed = {"inputs_embeds": embeds, "position_ids": self._value(positions)}
         shared = self.manifest["cache"] == "shared"
         if shared:
@@ -247,26 +252,26 @@ class Model:
         else:
             feed["attention_mask"] = self._value(state.real.astype(np.int64))
             feed["block_ids"] = self._value(block_ids)
+        binding = state.binding or self._binding(state, shared)
         for name, value in feed.items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        if state.binding is None:
-            self._bind_cache(binding, state.cache, shared)
         self.decoder.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
         if shared:
             state.binding = binding
         else:
-            state.cache = dict(zip(self.cache_names, outputs[1:], strict=True))
-        return outputs[0].numpy()
+            state.cache = dict(zip(self.cache_names, binding.get_outputs()[1:], strict=True))
+        return state.logits.numpy().copy()  # the next pass writes there
 
-    def _bind_cache(self, binding: Any, cache: dict[str, Any], shared: bool) -> None:
-        for name, value in cache.items():
+    def _binding(self, state: State, shared: bool) -> Any:
+        binding = self.decoder.io_binding()
+        binding.bind_ortvalue_output("logits", state.logits)
+        for name, value in state.cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             if shared:  # one buffer for both: the operator writes where it reads
                 binding.bind_ortvalue_output(f"present.{name}", value)
             else:
                 binding.bind_output(f"present.{name}", self.device)
+        return binding
 
     # --- tensors on the device ---
 
@@ -279,12 +284,13 @@ class Model:
         floats = {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in feed.items()}
         return {name: self._value(array) for name, array in floats.items()}
 
+    def _logits(self, rows: int) -> Any:
+        vocabulary = next(output.shape[1] for output in self.decoder.get_outputs() if output.name == "logits")
+        return self._value(np.zeros((rows, vocabulary), np.float32), "cpu")
+
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         import onnxruntime
 
         if self.manifest["cache"] == "shared":  # what lies behind a row's tokens must be finite
             return self._value(np.zeros(shape, dtype))
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device)
-
-    def _no_features(self) -> Any:
-        return self._value(np.zeros((0, self.manifest["hidden_size"]), np.float32))

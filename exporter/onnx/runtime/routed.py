@@ -18,7 +18,7 @@ import numpy as np
 from .model import Model, State
 from .prepare import Array, InputError, Prompt, best_grid, images_of, padded, prepare, shrunk, unpadded
 
-FRONT = "decoder_front"  # the graph of the layers before the router, where there are any
+FRONT = "decoder_front"  # the graph of the embeddings and of the layers before the router, where there are any
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class RoutedState(State):
     runs: Array = None  # [B, N] False: the row skips that layer
     room: int = 0  # entries in the caches for tokens to come
     bindings: dict[str, Any] = field(default_factory=dict)  # by graph
+    states: Any = None  # [B, S, D] of the last pass, between the two graphs
     index: Array = None  # [B, K] which tokens of the prompt are there, in front those that stay; None: all
 
 
@@ -65,7 +66,10 @@ class RoutedModel(Model):
 
     def _open_decoder(self) -> None:
         self.router_facts = self.manifest["router"]
-        self.front = self._open(FRONT) if self.router_facts["drop_at"] else None
+        if self.router_facts["drop_at"]:
+            self.front = self._open(FRONT)
+        else:
+            self.front, self.embeddings = None, self._open("embeddings")
         self.router, self.decoder = self._open("router"), self._open("decoder")
         self.set_budget(self.router_facts["default"])
 
@@ -117,12 +121,11 @@ class RoutedModel(Model):
         return replace(prompt, places=padded(places(self.manifest, rows, inputs), False, 0))
 
     def prefill(self, prompt: Prompt, new_tokens: int, features: Any = None) -> tuple[Array, RoutedState]:
+        features = self._matching(prompt, features)
         visual = (prompt.input_ids == self.manifest["image_token_id"]) & prompt.real
         available = visual.sum(1)
         counts = self.budget.tokens_of(available)
-        kept = prompt.lengths - available + counts  # [B]
-        state = RoutedState(prompt, {}, prompt.lengths, prompt.real, kept=kept, room=new_tokens)
-        state.runs = np.ones((len(kept), len(self.router_facts["candidates"])), bool)
+        state = self._begin(prompt, prompt.lengths - available + counts, new_tokens)
         skipped = self.manifest["layers"] - (self.budget.keep_layers or self.manifest["layers"])
         router = None
         if visual.any() and (skipped or (counts < available).any()):
@@ -131,9 +134,14 @@ class RoutedModel(Model):
                 "places": prompt.places.astype(np.float32),
                 "keep_counts": counts,
                 "skip_count": np.array(skipped),
-                "slots": np.arange(int(kept.max())),
+                "slots": np.arange(int(state.kept.max())),
             }
-        return self._through(state, self._embedded(prompt, features), self._value(prompt.positions), router), state
+        return self._through(state, prompt.input_ids, features, prompt.positions, router), state
+
+    def _begin(self, prompt: Prompt, kept: Array, room: int) -> RoutedState:
+        runs = np.ones((len(kept), len(self.router_facts["candidates"])), bool)
+        logits = self._logits(len(kept))
+        return RoutedState(prompt, {}, logits, prompt.lengths, prompt.real, kept=kept, runs=runs, room=room)
 
     def step(self, state: State, tokens: Array) -> Array:
         assert isinstance(state, RoutedState)
@@ -142,17 +150,37 @@ class RoutedModel(Model):
         positions = (state.prompt.next_position + added)[:, None]  # [B, 1]
         if self.manifest["mrope"]:
             positions = np.tile(positions, (3, 1, 1))
-        return self._through(state, self.embed(tokens[:, None], self._no_features()), self._value(positions), None)
+        return self._through(state, tokens[:, None], self.no_features, positions, None)
 
-    def _through(self, state: RoutedState, states: Any, positions: Any, router: dict[str, Array] | None) -> Array:
-        """The layers before the router, the router, the layers behind it: states [B, S, D] -> logits [B, V]"""
-        if self.front is not None:
-            self._make_room(range(self.router_facts["drop_at"]), state, state.lengths)
-            states = self._run(state, self.front, states, self._given(positions, state.lengths))
+    def embedded(self, prompt: Prompt, features: Any) -> Any:
+        if self.front is None:
+            return super().embedded(prompt, features)
+        state = self._begin(prompt, prompt.lengths, 0)
+        return self._enter(state, prompt.input_ids, features, self._value(prompt.positions), "inputs_embeds")
+
+    def _through(
+        self, state: RoutedState, ids: Array, features: Any, positions: Array, router: dict[str, Array] | None
+    ) -> Array:
+        """The layers before the router, the router, the layers behind it: ids [B, S] -> logits [B, V]"""
+        places = self._value(positions)
+        states = self._enter(state, ids, features, places)
         if router is not None:
-            states, positions = self._route(state, states, positions, router)
-        self._make_room(self.running(state), state, state.kept)
-        return self._run(state, self.decoder, states, self._given(positions, state.kept)).numpy()
+            states, places = self._route(state, states, places, router)
+        self._run(state, "decoder", {"states": states, **self._given(places, state.kept)}, "logits", state.logits)
+        return state.logits.numpy().copy()  # the next pass writes there
+
+    def _enter(self, state: RoutedState, ids: Array, features: Any, positions: Any, output: str = "next_states") -> Any:
+        """What the router reads, and the layers behind it: [B, S, D]"""
+        import onnxruntime
+
+        if self.front is None:
+            return self.embed(ids, features)
+        shape = [*ids.shape, self.manifest["hidden_size"]]
+        if state.states is None or state.states.shape() != shape:
+            state.states = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.device)
+        feed = {"input_ids": self._value(ids), "image_features": features, **self._given(positions, state.lengths)}
+        self._run(state, FRONT, feed, output, state.states)
+        return state.states
 
     def running(self, state: RoutedState) -> list[int]:
         """The layers behind the router that any row runs."""
@@ -176,30 +204,29 @@ class RoutedModel(Model):
         return found[0], found[1]
 
     def _make_room(self, layers: Iterable[int], state: RoutedState, lengths: Array) -> None:
-        """Caches of layers that run, when they first do: none for those that all rows skip."""
+        """Caches of layers that run: none for those that all rows skip."""
         shape = (len(lengths), self.manifest["heads"], int(lengths.max()) + state.room, self.manifest["head_size"])
-        for name in (f"{layer}.{kind}" for layer in layers for kind in ("key", "value")):
-            if name not in state.cache:
-                state.cache[name] = self._empty(shape, self.cache_dtype)
+        for layer in layers:
+            state.cache |= {f"{layer}.{kind}": self._empty(shape, self.cache_dtype) for kind in ("key", "value")}
 
-    def _run(self, state: RoutedState, graph: Any, states: Any, given: dict[str, Any]) -> Any:
-        """One of the decoder's graphs: its states, or its logits on the host."""
-        behind = graph is self.decoder
-        output, place = ("logits", "cpu") if behind else ("next_states", self.device)
-        key = "decoder" if behind else FRONT
-        if key not in state.bindings:  # caches and routes stay what they are for the whole answer
-            state.bindings[key] = binding = graph.io_binding()
-            binding.bind_output(output, place)  # the first, by whose place it is found
-            self._bind_layers(binding, state, behind)
-        binding = state.bindings[key]
-        binding.bind_output(output, place)
-        for name, value in {"states": states, **given}.items():
-            binding.bind_ortvalue_input(name, value)
+    def _run(self, state: RoutedState, name: str, feed: dict[str, Any], output: str, buffer: Any) -> None:
+        """One of the decoder's two graphs, an output of it into a buffer."""
+        graph = self.front if name == FRONT else self.decoder
+        if name not in state.bindings:  # caches and routes stay what they are for the whole answer
+            state.bindings[name] = graph.io_binding()
+            self._bind_layers(state.bindings[name], state, graph is self.decoder)
+        binding = state.bindings[name]
+        binding.bind_ortvalue_output(output, buffer)
+        for entry, value in feed.items():
+            binding.bind_ortvalue_input(entry, value)
         graph.run_with_iobinding(binding)
-        return binding.get_outputs()[0]
 
     def _bind_layers(self, binding: Any, state: RoutedState, behind: bool) -> None:
         """Keys and values, written where they are read, and which rows run what."""
+        if behind:
+            self._make_room(self.running(state), state, state.kept)
+        else:
+            self._make_room(range(self.router_facts["drop_at"]), state, state.lengths)
         nothing = self._empty(
             (len(state.runs), self.manifest["heads"], 0, self.manifest["head_size"]), self.cache_dtype
         )
