@@ -222,3 +222,9 @@ def check_loss(loss: Method) -> None:
     for name, fewest in (("sets", 2), ("actions", 2), ("draws", 1)):  # sets and actions are compared with each other
         if (value := values.get(name, fewest)) < fewest:
             raise InputError(f"loss '{loss.name}': {name}={value}, {fewest} or more are needed.")
+    for name in ("skip", "tokens", "layers"):
+        if (value := values.get(name, 0)) > 1:
+            raise InputError(f"loss '{loss.name}': {name}={value} is a share, at most 1.")
+    for name, value in values.items():
+        if math.isinf(value) or (name == "temperature" and not value):
+            raise InputError(f"loss '{loss.name}': {name}={value} is out of range, a finite number above 0 is needed.")

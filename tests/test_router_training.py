@@ -316,6 +316,8 @@ def test_wrong_router_recipes_are_refused(router, message):
         (["--loss-option", "sets=2.5"], "sets"),
         (["--loss-option", "least=0"], "least=0"),
         (["--loss", "preference", "--loss-option", "actions=1"], "actions=1, 2 or more"),
+        (["--loss", "preference", "--loss-option", "layers=3"], "layers=3 is a share, at most 1"),
+        (["--loss", "relaxed", "--loss-option", "temperature=0"], "temperature=0 is out of range"),
         (["--samples", "3"], "holds 3 questions: a router needs 8"),
     ],
 )
