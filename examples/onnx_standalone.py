@@ -16,8 +16,8 @@ from transformers import AutoProcessor
 
 folder, image, question = sys.argv[1:]
 facts = json.loads(Path(folder, "onnx.json").read_text())
-if (facts["vision"]["kind"], facts["cache"]) != ("tiles", "shared"):
-    sys.exit(f"{facts['model_type']} needs exporter.onnx.load: its images or its mask are laid out there.")
+if (facts["vision"]["kind"], facts["cache"]) != ("tiles", "shared") or "router" in facts:
+    sys.exit(f"this {facts['model_type']} needs exporter.onnx.load: its images, mask or routes are laid out there.")
 vision, embeddings, decoder = (
     onnxruntime.InferenceSession(f"{folder}/{name}.onnx") for name in ("vision", "embeddings", "decoder")
 )
@@ -25,11 +25,11 @@ processor = AutoProcessor.from_pretrained(folder)
 question = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": question}]
 options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
 inputs = processor.apply_chat_template([{"role": "user", "content": question}], **options)
-features = vision.run(None, {"pixel_values": inputs["pixel_values"]})[0]
+kind = {"float32": np.float32, "float16": np.float16}[facts["dtype"]]
+features = vision.run(None, {"pixel_values": inputs["pixel_values"].astype(kind)})[0]
 
 ids, length, answer = inputs["input_ids"], inputs["input_ids"].shape[1], []
 end = json.loads(Path(folder, "generation_config.json").read_text()).get("eos_token_id")
-kind = {"float32": np.float32, "float16": np.float16}[facts["dtype"]]
 empty = np.zeros((1, facts["heads"], length + 64, facts["head_size"]), kind)
 cache = {f"{layer}.{part}": empty for layer in range(facts["layers"]) for part in ("key", "value")}
 while len(answer) < 64:

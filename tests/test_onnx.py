@@ -102,6 +102,46 @@ def test_heads_are_not_split_and_put_together_again(exported):
     assert kinds.count("GroupQueryAttention") > 1 and kinds.count("Reshape") <= 3  # the rotary embedding's
 
 
+def for_cuda(patch):
+    """Exports for CUDA are compared by ONNX Runtime's CPU kernels, without a GPU: what the graphs say, not how fast."""
+
+    def compared(folder, job, questions):
+        path = folder / "onnx.json"
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(manifest | {"device": "cpu"}))
+        report = here(folder, {**job, "device": "cpu"}, questions)
+        path.write_text(json.dumps(manifest))
+        return report
+
+    patch.setattr(pipeline, "check_provider", lambda device: None)
+    patch.setattr(pipeline, "validate", compared)
+    return ExportOptions(device="cuda")
+
+
+# One for each kind of images and cache.
+@pytest.mark.parametrize("family", ["llava", "llava_next", "mistral3", "smolvlm", "qwen2_5_vl", "gemma3"])
+def test_graphs_for_cuda_say_what_torch_says(family, exported, tmp_path, monkeypatch):
+    source, _ = exported(family)
+    folder = pipeline.export(source, tmp_path / "onnx", for_cuda(monkeypatch))
+    manifest = json.loads((folder / "onnx.json").read_text())
+    assert (manifest["device"], manifest["dtype"]) == ("cuda", "float16")
+    report = manifest["validation"]
+    assert report["equal_tokens"] >= 0.9 * report["tokens"] >= 0.9 * 32
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
+    floats = {value.type.tensor_type.elem_type for value in graph.input} & {1, 10}
+    assert floats == {onnx.TensorProto.FLOAT16}
+
+
+def test_values_that_half_precision_can_not_hold(exported, tmp_path, monkeypatch):
+    source = shutil.copytree(exported("llava")[0], tmp_path / "model")
+    model = torch_model(source)
+    model.get_decoder().layers[0].mlp.down_proj.weight.data *= 1e5
+    model.save_pretrained(source)
+    with pytest.raises(CheckFailed, match="its values don't fit into float16, export with --dtype float32"):
+        pipeline.export(source, tmp_path / "onnx", for_cuda(monkeypatch))
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_the_reference_model(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "validate", here)
     questions = ExportOptions(calibration=str(digits / "data" / "calibration.jsonl"), samples=4)
@@ -230,8 +270,14 @@ def test_export_from_the_command_line(exported, tmp_path, questions, capsys):
     assert main(["card", str(out)]) == 0 and (out / "README.md").read_text() == text
 
 
-def test_the_standalone_example(exported, tmp_path, capsys, monkeypatch):
-    _, folder = exported("llava")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_standalone_example(dtype, exported, tmp_path, capsys, monkeypatch):
+    source, folder = exported("llava")
+    if dtype != "float32":
+        monkeypatch.setattr(pipeline, "validate", here)
+        whole, folder = folder, pipeline.export(source, tmp_path / "onnx", ExportOptions(dtype=dtype))
+        sizes = [sum(path.stat().st_size for path in place.glob("*.data")) for place in (folder, whole)]
+        assert sizes[0] < 0.6 * sizes[1]
     from conftest import picture
     from PIL import Image
 

@@ -161,17 +161,24 @@ def compare_parts(model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, 
     found["embeddings: inputs_embeds"].add(runner_embeds[prompt.real], embeds[inputs["attention_mask"].bool()])
 
 
-def compare_decoder(runner: Any, inputs: dict[str, Any], prompt: Any, made: Any, found: dict[str, Difference]) -> int:
-    """Logits of the prompt and of each step along torch's own answer, and the cache at its end; equal best tokens."""
+def compare_decoder(
+    runner: Any, inputs: dict[str, Any], prompt: Any, made: Any, rows: Any, found: dict[str, Difference]
+) -> int:
+    """Logits of the prompt and of each step along torch's own answer, and the cache at its end; equal best tokens.
+
+    Args:
+        rows: [B] True: those that are compared.
+    """
     length = inputs["input_ids"].shape[1]
     answer = made.sequences[:, length:].numpy()  # [B, N]
     logits, state = runner.prefill(prompt, NEW_TOKENS)
     equal = 0
     for step in range(NEW_TOKENS):
-        expected = made.logits[step].float().numpy()  # [B, V]
+        expected = made.logits[step].float().numpy()[rows]  # [b, V]
+        chosen = logits[rows]
         name = "decoder (prompt): logits" if step == 0 else "decoder (step): logits"
-        found[name].add(logits, expected)
-        equal += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+        found[name].add(chosen, expected)
+        equal += int((chosen.argmax(-1) == expected.argmax(-1)).sum())
         if step + 1 < NEW_TOKENS:
             logits = runner.step(state, answer[:, step])
     if "router" not in runner.manifest:  # behind a router each side lays out what stays in its own way
@@ -196,8 +203,14 @@ def compare_cache(runner: Any, state: Any, inputs: dict[str, Any], made: Any, fo
             found[f"decoder: present.{layer_idx}.{part}"].add(mine.swapaxes(1, 2)[real], theirs)
 
 
-def compare_answers(clean_room: Any, model: Any, runner: Any, inputs: dict[str, Any], tolerance: float) -> list[str]:
-    """Whole answers by each side's own `generate`, with the folder's generation settings, greedily."""
+def compare_answers(
+    clean_room: Any, model: Any, runner: Any, inputs: dict[str, Any], rows: Any, tolerance: float
+) -> list[str]:
+    """Whole answers by each side's own `generate`, with the folder's generation settings, greedily.
+
+    Args:
+        rows: [B] True: those that are compared.
+    """
     import numpy as np
     import torch
 
@@ -215,12 +228,12 @@ def compare_answers(clean_room: Any, model: Any, runner: Any, inputs: dict[str, 
     if said.shape != expected.shape:
         return [f"{said.shape[1]} tokens instead of {expected.shape[1]}"]
     problems = []
-    for row in range(len(said)):
+    for row in np.flatnonzero(rows).tolist():
         rest = margins[row].nan_to_num(0).tolist()
         at = clean_room.first_difference(said[row].tolist(), expected[row].tolist(), rest, tolerance)
         if at is not None:
             problems.append(f"token {at + 1} of row {row + 1} is {said[row][at]}, not {expected[row][at]}")
-    return problems if not np.array_equal(said, expected) else []
+    return problems if not np.array_equal(said[rows], expected[rows]) else []
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -270,6 +283,8 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
     for what, inputs in [*questions(clean_room, processor), *given_questions(job["inputs"])]:
         compare_batch(clean_room, model, runner, (what, inputs), job, findings)
     problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems
+    if not findings.tokens and not problems:
+        problems.append("router: it can't choose among tokens or layers, so that no answer could be compared")
     outputs = {name: difference.to_data() for name, difference in findings.outputs.items()}
     counts = {"tokens": findings.tokens, "equal_tokens": findings.equal_tokens}
     return {"problems": problems, "outputs": outputs, **counts}
@@ -291,8 +306,10 @@ def compare_batch(
     findings: Findings,
 ) -> None:
     """One batch through all components. What breaks is a finding too, and says where."""
+    import numpy as np
+
     what, inputs = batch
-    part = "inputs"
+    part, tolerance = "inputs", TOLERANCE[job["dtype"]]
     try:
         prompt = runner.prompt({name: tensor.numpy() for name, tensor in inputs.items()})
         part = "vision and embeddings"
@@ -302,13 +319,15 @@ def compare_batch(
             if preset is not None:
                 model.set_budget(preset)
                 runner.set_budget(preset)
+            rows = np.ones(len(inputs["input_ids"]), bool)
+            if preset is not None and not job["quantize"]:
+                wrong, rows = compare_routes(model, runner, inputs, prompt, tolerance)
+                findings.problems += [f"router, {what}: {problem}" for problem in wrong]
             made = clean_room.generate(model, inputs, NEW_TOKENS)
-            findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, findings.outputs)
-            findings.tokens += NEW_TOKENS * len(inputs["input_ids"])
+            findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, rows, findings.outputs)
+            findings.tokens += NEW_TOKENS * int(rows.sum())
             if not job["quantize"]:
-                if preset is not None:
-                    findings.problems += [f"router, {what}: {p}" for p in compare_routes(model, runner, inputs, prompt)]
-                answers = compare_answers(clean_room, model, runner, inputs, TOLERANCE[job["dtype"]])
+                answers = compare_answers(clean_room, model, runner, inputs, rows, tolerance)
                 findings.problems += [f"generate, {what}: {problem}" for problem in answers]
     except Exception as error:
         findings.problems.append(f"{part}: fails for {what}: {type(error).__name__}: {_first_line(error)}")
@@ -319,23 +338,43 @@ def presets(runner: Any) -> list[str | None]:
     return ["off", *runner.manifest["router"]["presets"]] if "router" in runner.manifest else [None]
 
 
-def compare_routes(model: Any, runner: Any, inputs: dict[str, Any], prompt: Any) -> list[str]:
-    """Which visual tokens stay and which layers run, under the budget that both sides have now."""
+def compare_routes(
+    model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, tolerance: float
+) -> tuple[list[str], Any]:
+    """Which visual tokens stay and which layers run, under the budget that both sides have now.
+
+    Returns: problems, and in which rows both sides go the same way, [B]. Where they don't, and the router's logits say
+        that it is all the same within the tolerance, there is no problem, and nothing behind it can be compared.
+    """
     import numpy as np
 
     _, state = runner.prefill(prompt, 1)
     theirs = model.route(**inputs)
-    mask, problems = inputs["attention_mask"].bool(), []
+    mask, problems, same = inputs["attention_mask"].bool(), [], []
     for row, real in enumerate(mask):
-        places = np.flatnonzero(theirs.keep[row][real].numpy())
+        tokens, layers = (None if x is None else x[row] for x in (theirs.token_logits, theirs.layer_logits))
+        kept = theirs.keep[row][real].numpy()
         count = int(state.kept[row])
-        mine = np.arange(count) if state.index is None else np.sort(state.index[row, :count])
-        if not np.array_equal(places, mine):
-            problems.append(f"{len(set(places) ^ set(mine))} tokens of row {row + 1} are chosen by one side only")
+        mine = np.zeros_like(kept)
+        mine[np.arange(count) if state.index is None else state.index[row, :count]] = True
+        if not undecided(mine, kept, None if tokens is None else tokens[real], tolerance):
+            problems.append(f"{int((mine != kept).sum())} tokens of row {row + 1} are chosen by one side only")
         runs = theirs.layers[row][runner.manifest["router"]["candidates"]].numpy()
-        if not np.array_equal(runs, state.runs[row]):
+        if not undecided(state.runs[row], runs, layers, tolerance):
             problems.append(f"row {row + 1} runs other layers")
-    return problems
+        same.append(np.array_equal(mine, kept) and np.array_equal(runs, state.runs[row]))
+    return problems, np.array(same)
+
+
+def undecided(mine: Any, theirs: Any, logits: Any, tolerance: float) -> bool:
+    """Whether two choices are one, or differ only in what has the same logits within the tolerance."""
+    differs = mine != theirs
+    if not differs.any():
+        return True
+    if logits is None or mine.sum() != theirs.sum():
+        return False
+    level = logits.float().numpy()[differs]
+    return float(level.max() - level.min()) <= tolerance * max(1.0, float(abs(level).max()))
 
 
 def _first_line(error: Exception) -> str:
@@ -355,6 +394,8 @@ def out_of_tolerance(found: dict[str, Difference], dtype: str, quantized: str | 
                 f"{name} differs from torch by {difference.largest:.1e}, on average {difference.mean:.1e} "
                 f"(at most {limit:.1e})"
             )
+            if dtype == "float16" and difference.largest == float("inf"):
+                problems[-1] += ": its values don't fit into float16, export with --dtype float32"
     return problems
 
 

@@ -46,7 +46,7 @@ class Embeddings(nn.Module):
         spare = torch.zeros_like(image_features[:0].sum(0))[None]  # so that a prompt without images has a row to read
         table = torch.cat([image_features, spare])
         order = (visual.flatten().long().cumsum(0) - 1).clamp(min=0).view_as(input_ids)  # [B, S]
-        return {"inputs_embeds": torch.where(visual[..., None], F.embedding(order, table), states.float())}
+        return {"inputs_embeds": torch.where(visual[..., None], F.embedding(order, table), states)}
 
     def samples(self) -> Samples:
         ids = torch.full((2, 5), 1)
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
     def run(self, embeds: Tensor, position_ids: Tensor, step: Any, mask: Any) -> Tensor:
         output = self.language_model(
-            inputs_embeds=embeds.to(self.dtype),
+            inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=mask,
             past_key_values=step,

@@ -23,7 +23,10 @@ OLDEST_OPSET = 18  # what torch.onnx writes natively; older ones are down-conver
 
 
 def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
-    """Write a module's graph, fused for the target ("cpu" or "cuda"), weights beside it in FILE.data."""
+    """Write a module's graph, fused for the target ("cpu" or "cuda"), weights beside it in FILE.data.
+
+    Its floating inputs are of the module's precision: transformers' exporter casts the samples to it.
+    """
     import onnx_ir
     from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -32,6 +35,7 @@ def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
         program = OnnxExporter().export(module, module.samples(), config).program
     name_inputs(program, getattr(module, "first_layer", 0))
     drop_reshapes(program)
+    split_mixed_norms(program)
     onnx_ir.save(program, str(path), external_data=f"{path.name}.data")
 
 
@@ -59,6 +63,31 @@ def drop_reshapes(program: Any) -> None:
             if same_shape(source, node.outputs[0]):
                 node.outputs[0].replace_all_uses_with(source)
     RemoveUnusedNodesPass()(program)
+
+
+def split_mixed_norms(program: Any) -> None:
+    """Take apart norms with a residual whose scale has another precision, which ONNX Runtime refuses.
+
+    Gemma scales in float32. transformers 5.23 takes them apart as well, and then fuses some of them again.
+    """
+    import onnx_ir
+
+    for node in list(program.graph):
+        if node.op_type != "SkipSimplifiedLayerNormalization" or len({value.dtype for value in node.inputs[:3]}) == 1:
+            continue
+        added, skipped, scale = node.inputs[:3]
+        total = onnx_ir.Node("", "Add", [added, skipped])
+        attributes = [onnx_ir.AttrInt64("axis", -1), onnx_ir.AttrInt64("stash_type", 1), node.attributes["epsilon"]]
+        norm = onnx_ir.Node("", "SimplifiedLayerNormalization", [total.outputs[0], scale], attributes)
+        for name, made, old in (("sum", total, added), ("norm", norm, node.outputs[0])):
+            made.name = f"{node.name}/{name}"
+            made.outputs[0].name, made.outputs[0].shape = made.name, node.outputs[0].shape
+            made.outputs[0].dtype = old.dtype
+        program.graph.insert_before(node, [total, norm])
+        node.outputs[0].replace_all_uses_with(norm.outputs[0])
+        if len(node.outputs) > 3:
+            node.outputs[3].replace_all_uses_with(total.outputs[0])
+        program.graph.remove(node, safe=True)
 
 
 def same_shape(one: Any, other: Any) -> bool:

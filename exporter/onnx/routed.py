@@ -183,7 +183,6 @@ class PartGraph(SharedDecoder):
     ) -> dict[str, Tensor]:
         """As SharedDecoder's; states [B, S, D]; runs [B] False: the row skips the layer, its states stay."""
         step = SharedStep(past_key_values, (row_lengths - 1).to(torch.int32), total_length, self.first_layer)
-        states = states.to(self.dtype)
         before, positions = states, self.language_model.rotary_emb(states, position_ids)
         with step:
             for layer_idx in self.part.layers:
@@ -196,7 +195,7 @@ class PartGraph(SharedDecoder):
                 )
         if runs is not None:
             states = torch.where(runs[:, None, None], states, before)
-        return {"next_states": states.float(), **named_cache(step.present)}
+        return {"next_states": states, **named_cache(step.present)}
 
     def samples(self) -> Samples:
         samples = super().samples()
@@ -260,8 +259,7 @@ class HeadGraph(SharedDecoder):
     """The last norm and the head, on each row's last token."""
 
     def forward(self, states: Tensor, row_lengths: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        last = last_tokens(states, row_lengths).to(self.dtype)
-        return {"logits": self.logits(self.language_model.norm(last))}
+        return {"logits": self.logits(self.language_model.norm(last_tokens(states, row_lengths)))}
 
     def samples(self) -> Samples:
         samples = super().samples()

@@ -142,10 +142,10 @@ class OnnxSubject:
     def _entry_bytes(self) -> int:
         """Of one token in one layer."""
         made = self.model.manifest
-        return int(2 * made["heads"] * made["head_size"] * np.dtype(self.model.cache_dtype).itemsize)
+        return int(2 * made["heads"] * made["head_size"] * np.dtype(self.model.dtype).itemsize)
 
     def _bytes_of(self, value: Any) -> int:
-        return int(np.prod(value.shape())) * np.dtype(self.model.cache_dtype).itemsize
+        return int(np.prod(value.shape())) * np.dtype(self.model.dtype).itemsize
 
 
 class OnnxRuntime:

@@ -28,11 +28,10 @@ class Tiles(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model, self.config = model.model, model.config
-        self.dtype = model.dtype
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """[T, C, H, W] -> [F, D]"""
-        return named(self.features(pixel_values.to(self.dtype)).flatten(0, 1))
+        return named(self.features(pixel_values).flatten(0, 1))
 
     def features(self, pixels: Tensor) -> Tensor:
         """[T, C, H, W] -> [T, N, D]"""
@@ -71,10 +70,10 @@ class AnyResolution(Tiles):
         self, pixel_values: Tensor, feature_index: Tensor, feature_weight: Tensor
     ) -> dict[str, Tensor]:
         """[T, C, H, W], [F, 4], [F, 4] -> [F, D]"""
-        features = self.features(pixel_values.to(self.dtype)).flatten(0, 1)  # [T * N, D]
-        table = torch.cat([features, self.model.image_newline[None].to(features.dtype)]).float()
-        chosen = F.embedding(feature_index, table)  # [F, 4, D]
-        return named((chosen * feature_weight[..., None]).sum(1))
+        features = self.features(pixel_values).flatten(0, 1)  # [T * N, D]
+        table = torch.cat([features, self.model.image_newline[None].to(features.dtype)])
+        chosen = F.embedding(feature_index, table).float()  # [F, 4, D]
+        return named((chosen * feature_weight.float()[..., None]).sum(1).to(features.dtype))
 
     def samples(self) -> Samples:
         index = torch.zeros(7, 4, dtype=torch.long)
@@ -91,7 +90,7 @@ class Sized(Tiles):
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """[1, C, H, W] -> [F, D]"""
         tower, config = self.model.vision_tower, self.config
-        grid = tower.patch_conv(pixel_values.to(self.dtype))  # [1, D, rows, columns]
+        grid = tower.patch_conv(pixel_values)  # [1, D, rows, columns]
         rows, columns = grid.shape[-2:]
         states = tower.ln_pre(grid.flatten(2).transpose(1, 2))
         row = torch.arange(rows)[:, None].expand(rows, columns).flatten()
@@ -145,7 +144,7 @@ class Patches(Tiles):
     ) -> dict[str, Tensor]:
         """[P, C * pixels of a patch], [P, 2] row and column, [P] -> [F, D]"""
         tower = self.tower
-        states = tower.patch_embed(pixel_values.to(self.dtype))  # [P, D]
+        states = tower.patch_embed(pixel_values)  # [P, D]
         positions = tower.rotary_pos_emb(states, patch_positions)
         same_window = patch_window[:, None] == patch_window[None]  # [P, P]
         whole = getattr(tower, "fullatt_block_indexes", None)
@@ -176,7 +175,7 @@ VISION = {"tiles": Tiles, "real_tiles": RealTiles, "anyres": AnyResolution, "siz
 
 
 def named(features: Tensor) -> dict[str, Tensor]:
-    return {"image_features": features.float()}
+    return {"image_features": features}
 
 
 def selected_states(tower: Any, config: Any, pixels: Tensor) -> Tensor:

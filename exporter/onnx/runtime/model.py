@@ -142,8 +142,8 @@ class Model:
         self.defaults: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         layers = range(manifest["layers"])
         self.cache_names = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
-        self.cache_dtype = np.float16 if manifest["dtype"] == "float16" else np.float32
-        self.no_features = self._value(np.zeros((0, manifest["hidden_size"]), np.float32))
+        self.dtype = np.float16 if manifest["dtype"] == "float16" else np.float32
+        self.no_features = self._value(np.zeros((0, manifest["hidden_size"]), self.dtype))
 
     def _open(self, name: str) -> Any:
         return open_session(self.folder / f"{name}.onnx", self.device, self.threads)
@@ -202,7 +202,7 @@ class Model:
         shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
         if self.manifest["cache"] == "growing":
             shape = (*shape[:2], 0, shape[3])
-        state.cache = {name: self._empty(shape, self.cache_dtype) for name in self.cache_names}
+        state.cache = {name: self._empty(shape, self.dtype) for name in self.cache_names}
         return self._decode(state, embeds, prompt.positions, prompt.block_ids), state
 
     def embedded(self, prompt: Prompt, features: Any) -> Any:
@@ -281,7 +281,7 @@ class Model:
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device or self.device)
 
     def _values(self, feed: dict[str, Array]) -> dict[str, Any]:
-        floats = {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in feed.items()}
+        floats = {name: array.astype(self.dtype) if array.dtype.kind == "f" else array for name, array in feed.items()}
         return {name: self._value(array) for name, array in floats.items()}
 
     def _logits(self, rows: int) -> Any:

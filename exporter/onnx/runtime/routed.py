@@ -131,7 +131,7 @@ class RoutedModel(Model):
         if visual.any() and (skipped or (counts < available).any()):
             router = {
                 "is_visual": visual,
-                "places": prompt.places.astype(np.float32),
+                "places": prompt.places.astype(self.dtype),
                 "keep_counts": counts,
                 "skip_count": np.array(skipped),
                 "slots": np.arange(int(state.kept.max())),
@@ -177,7 +177,7 @@ class RoutedModel(Model):
             return self.embed(ids, features)
         shape = [*ids.shape, self.manifest["hidden_size"]]
         if state.states is None or state.states.shape() != shape:
-            state.states = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.device)
+            state.states = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype, self.device)
         feed = {"input_ids": self._value(ids), "image_features": features, **self._given(positions, state.lengths)}
         self._run(state, FRONT, feed, output, state.states)
         return state.states
@@ -207,7 +207,7 @@ class RoutedModel(Model):
         """Caches of layers that run: none for those that all rows skip."""
         shape = (len(lengths), self.manifest["heads"], int(lengths.max()) + state.room, self.manifest["head_size"])
         for layer in layers:
-            state.cache |= {f"{layer}.{kind}": self._empty(shape, self.cache_dtype) for kind in ("key", "value")}
+            state.cache |= {f"{layer}.{kind}": self._empty(shape, self.dtype) for kind in ("key", "value")}
 
     def _run(self, state: RoutedState, name: str, feed: dict[str, Any], output: str, buffer: Any) -> None:
         """One of the decoder's two graphs, an output of it into a buffer."""
@@ -227,9 +227,7 @@ class RoutedModel(Model):
             self._make_room(self.running(state), state, state.kept)
         else:
             self._make_room(range(self.router_facts["drop_at"]), state, state.lengths)
-        nothing = self._empty(
-            (len(state.runs), self.manifest["heads"], 0, self.manifest["head_size"]), self.cache_dtype
-        )
+        nothing = self._empty((len(state.runs), self.manifest["heads"], 0, self.manifest["head_size"]), self.dtype)
         for layer in self._behind if behind else range(self.router_facts["drop_at"]):
             for kind in ("key", "value"):
                 buffer = state.cache.get(f"{layer}.{kind}", nothing)
