@@ -233,7 +233,8 @@ class Model:
 
     def image_features(self, prompt: Prompt) -> Any:
         """Features of all images [F, D], on the device."""
-        runs = [self.vision.run_with_ort_values(None, self._values(feed))[0] for feed in prompt.images]
+        place = {"image_features": self.device}
+        runs = [self._bound(self.vision, self._values(feed), place)[0] for feed in prompt.images]
         if not runs:
             return self.no_features
         return runs[0] if len(runs) == 1 else self._value(np.concatenate([run.numpy() for run in runs]))
@@ -241,7 +242,7 @@ class Model:
     def embed(self, ids: Array, features: Any) -> Any:
         """Token ids [B, S] to what enters the decoder [B, S, D], on the device."""
         feed = {"input_ids": self._value(ids), "image_features": features}
-        return self.embeddings.run_with_ort_values(None, feed)[0]
+        return self._bound(self.embeddings, feed, {"inputs_embeds": self.device})[0]
 
     def _decode(self, state: State, embeds: Any, positions: Array, block_ids: Array) -> Array:
         feed = {"inputs_embeds": embeds, "position_ids": self._value(positions)}
@@ -274,6 +275,16 @@ class Model:
         return binding
 
     # --- tensors on the device ---
+
+    def _bound(self, session: Any, feed: dict[str, Any], places: dict[str, str]) -> list[Any]:
+        """Run a graph: its outputs, each on the device that is its place. (Without a binding all come to the host.)"""
+        binding = session.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, place in places.items():
+            binding.bind_output(name, place)
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()
 
     def _value(self, array: Array, device: str | None = None) -> Any:
         import onnxruntime

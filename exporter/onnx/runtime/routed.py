@@ -198,8 +198,8 @@ class RoutedModel(Model):
 
     def _route(self, state: RoutedState, states: Any, positions: Any, router: dict[str, Array]) -> tuple[Any, Any]:
         feed = {"states": states, "position_ids": positions, "row_lengths": self._value(state.lengths)}
-        names = ["kept_states", "kept_position_ids", "kept_index", "runs"]
-        found = self.router.run_with_ort_values(names, feed | {k: self._value(v) for k, v in router.items()})
+        places = {"kept_states": self.device, "kept_position_ids": self.device, "kept_index": "cpu", "runs": "cpu"}
+        found = self._bound(self.router, feed | {name: self._value(array) for name, array in router.items()}, places)
         state.index, state.runs = found[2].numpy(), found[3].numpy()
         return found[0], found[1]
 
