@@ -16,11 +16,11 @@ from tiny_models import build, inputs
 from transformers import AutoConfig
 
 import exporter
-from exporter import InputError
+from exporter import CheckFailed, InputError
 from exporter.benchmark import BenchOptions
 from exporter.clean_room import load_processor
 from exporter.modeling.modeling_routed import places_of
-from exporter.onnx import ExportOptions, pipeline
+from exporter.onnx import ExportOptions, comparison, pipeline
 from exporter.onnx.comparison import undecided
 from exporter.onnx.counting import branch_of, graph_size
 from exporter.onnx.manifest import vision_settings
@@ -75,6 +75,21 @@ def test_a_choice_among_equals_is_no_difference():
     assert not undecided(mine, theirs, None, 0.01)
     assert not undecided(mine, np.array([True, True, True, False]), torch.zeros(4), 0.01)  # not as many
     assert undecided(mine, mine, None, 0.01)
+
+
+def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed, tmp_path, monkeypatch):
+    source, _ = routed("llava")
+    compare_routes = comparison.compare_routes
+
+    def undecided_when_fast(model, runner, *others):
+        problems, same = compare_routes(model, runner, *others)
+        return problems, same & (runner.budget == runner.budget_for("off"))
+
+    monkeypatch.setattr(pipeline, "validate", here)
+    monkeypatch.setattr(comparison, "compare_routes", undecided_when_fast)
+    with pytest.raises(CheckFailed, match=r"decoder \(fast\): the router is undecided in every question"):
+        pipeline.export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_left_out_is_not_computed(routed):

@@ -262,8 +262,8 @@ class Findings:
 
     outputs: dict[str, Difference] = field(default_factory=lambda: defaultdict(Difference))
     problems: list[str] = field(default_factory=list)
-    tokens: int = 0
-    equal_tokens: int = 0  # of those, the runner's best is torch's best
+    tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # by budget
+    equal_tokens: int = 0  # of them all, the runner's best is torch's best
 
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:
@@ -283,10 +283,11 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
     for what, inputs in [*questions(clean_room, processor), *given_questions(job["inputs"])]:
         compare_batch(clean_room, model, runner, (what, inputs), job, findings)
     problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems
-    if not findings.tokens and not problems:
-        problems.append("router: it can't choose among tokens or layers, so that no answer could be compared")
+    for part, tokens in findings.tokens.items():
+        if not tokens:
+            problems.append(f"{part}: the router is undecided in every question, so that nothing was compared")
     outputs = {name: difference.to_data() for name, difference in findings.outputs.items()}
-    counts = {"tokens": findings.tokens, "equal_tokens": findings.equal_tokens}
+    counts = {"tokens": sum(findings.tokens.values()), "equal_tokens": findings.equal_tokens}
     return {"problems": problems, "outputs": outputs, **counts}
 
 
@@ -325,7 +326,7 @@ def compare_batch(
                 findings.problems += [f"router, {what}: {problem}" for problem in wrong]
             made = clean_room.generate(model, inputs, NEW_TOKENS)
             findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, rows, findings.outputs)
-            findings.tokens += NEW_TOKENS * int(rows.sum())
+            findings.tokens[part] += NEW_TOKENS * int(rows.sum())
             if not job["quantize"]:
                 answers = compare_answers(clean_room, model, runner, inputs, rows, tolerance)
                 findings.problems += [f"generate, {what}: {problem}" for problem in answers]

@@ -289,7 +289,10 @@ class Model:
     def _value(self, array: Array, device: str | None = None) -> Any:
         import onnxruntime
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device or self.device)
+        device = device or self.device
+        if not array.size:  # nothing that could be copied
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, device)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
 
     def _values(self, feed: dict[str, Array]) -> dict[str, Any]:
         floats = {name: array.astype(self.dtype) if array.dtype.kind == "f" else array for name, array in feed.items()}
