@@ -58,6 +58,7 @@ def test_routed_graphs_say_what_torch_says(family, drop_at, routed):
     logits = [found["max"] for name, found in report["outputs"].items() if "logits" in name]
     assert len(logits) == 2 and max(logits) <= 1e-4
     assert report["equal_tokens"] == report["tokens"] >= 32 * (1 + len(manifest["router"]["presets"]))
+    assert report["left_out"] == 0  # no choice was among equals
 
 
 def test_routed_graphs_for_cuda_say_what_torch_says(routed, tmp_path, monkeypatch):
@@ -66,6 +67,7 @@ def test_routed_graphs_for_cuda_say_what_torch_says(routed, tmp_path, monkeypatc
     folder = pipeline.export(source, tmp_path / "onnx", for_cuda(monkeypatch))
     report = json.loads((folder / "onnx.json").read_text())["validation"]
     assert report["equal_tokens"] >= 0.9 * report["tokens"] >= 0.9 * 32
+    assert report["left_out"] <= 0.1 * report["tokens"] / comparison.NEW_TOKENS
 
 
 def test_a_choice_among_equals_is_no_difference():

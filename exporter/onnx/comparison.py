@@ -225,8 +225,10 @@ def compare_answers(
     best = scores.topk(2).values
     largest = torch.where(scores.isfinite(), scores.abs(), 0).amax(-1)
     margins = (best[..., 0] - best[..., 1]) / largest
-    if said.shape != expected.shape:
+    if said.shape != expected.shape and rows.all():
         return [f"{said.shape[1]} tokens instead of {expected.shape[1]}"]
+    width = min(said.shape[1], expected.shape[1])  # rows that are not compared may go on for longer
+    said, expected = said[:, :width], expected[:, :width]
     problems = []
     for row in np.flatnonzero(rows).tolist():
         rest = margins[row].nan_to_num(0).tolist()
@@ -264,10 +266,11 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # by budget
     equal_tokens: int = 0  # of them all, the runner's best is torch's best
+    left_out: int = 0  # answers that were not compared, since the router was undecided between two routes
 
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:
-    """{"problems": [...], "outputs": {name: {max, mean, scale}}, "tokens": ..., "equal_tokens": ...}"""
+    """{"problems": [...], "outputs": {name: {max, mean, scale}}, and the counts of `Findings`}"""
     clean_room = module("clean_room", HERE.parent / "clean_room.py")
     runtime = module("runtime", HERE / "runtime" / "__init__.py")
     folder = Path(job["folder"])
@@ -287,7 +290,11 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
         if not tokens:
             problems.append(f"{part}: the router is undecided in every question, so that nothing was compared")
     outputs = {name: difference.to_data() for name, difference in findings.outputs.items()}
-    counts = {"tokens": sum(findings.tokens.values()), "equal_tokens": findings.equal_tokens}
+    counts = {
+        "tokens": sum(findings.tokens.values()),
+        "equal_tokens": findings.equal_tokens,
+        "left_out": findings.left_out,
+    }
     return {"problems": problems, "outputs": outputs, **counts}
 
 
@@ -327,6 +334,7 @@ def compare_batch(
             made = clean_room.generate(model, inputs, NEW_TOKENS)
             findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, rows, findings.outputs)
             findings.tokens[part] += NEW_TOKENS * int(rows.sum())
+            findings.left_out += int((~rows).sum())
             if not job["quantize"]:
                 answers = compare_answers(clean_room, model, runner, inputs, rows, tolerance)
                 findings.problems += [f"generate, {what}: {problem}" for problem in answers]
@@ -354,11 +362,13 @@ def compare_routes(
     mask, problems, same = inputs["attention_mask"].bool(), [], []
     for row, real in enumerate(mask):
         tokens, layers = (None if x is None else x[row] for x in (theirs.token_logits, theirs.layer_logits))
+        visual = theirs.visual[row][real].numpy()  # all others stay
         kept = theirs.keep[row][real].numpy()
         count = int(state.kept[row])
         mine = np.zeros_like(kept)
         mine[np.arange(count) if state.index is None else state.index[row, :count]] = True
-        if not undecided(mine, kept, None if tokens is None else tokens[real], tolerance):
+        among = None if tokens is None else tokens[real][visual]
+        if not mine[~visual].all() or not undecided(mine[visual], kept[visual], among, tolerance):
             problems.append(f"{int((mine != kept).sum())} tokens of row {row + 1} are chosen by one side only")
         runs = theirs.layers[row][runner.manifest["router"]["candidates"]].numpy()
         if not undecided(state.runs[row], runs, layers, tolerance):
@@ -368,14 +378,22 @@ def compare_routes(
 
 
 def undecided(mine: Any, theirs: Any, logits: Any, tolerance: float) -> bool:
-    """Whether two choices are one, or differ only in what has the same logits within the tolerance."""
+    """Whether two choices are one, or differ only in what has the same logits.
+
+    Args:
+        mine, theirs: [N] True: chosen.
+        logits: [N] that the choice was made by.
+        tolerance: a share of how far the logits lie apart.
+    """
+    import numpy as np
+
     differs = mine != theirs
     if not differs.any():
         return True
     if logits is None or mine.sum() != theirs.sum():
         return False
-    level = logits.float().numpy()[differs]
-    return float(level.max() - level.min()) <= tolerance * max(1.0, float(abs(level).max()))
+    values = logits.float().numpy()
+    return float(np.ptp(values[differs])) <= tolerance * float(np.ptp(values))
 
 
 def _first_line(error: Exception) -> str:

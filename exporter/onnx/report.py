@@ -27,4 +27,9 @@ def _rows(report: dict[str, Any]) -> list[str]:
         f"{name:38} {max(d['max'] for d in all_):9.1e} {sum(d['mean'] for d in all_) / len(all_):9.1e}"
         for name, all_ in grouped.items()
     ]
-    return [*rows, f"best token equal in {report['equal_tokens']} of {report['tokens']} cases"]
+    rows.append(f"best token equal in {report['equal_tokens']} of {report['tokens']} cases")
+    if report.get("left_out"):
+        rows.append(
+            f"{report['left_out']} answers not compared: two routes were level there, and each side took its own"
+        )
+    return rows
