@@ -29,6 +29,8 @@ import functools
 import inspect
 import math
 import os
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -37,27 +39,199 @@ import transformers
 from safetensors.torch import load_file, save_file  # transformers cannot do without it either
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.utils import cached_file, logging
-from transformers.utils.generic import is_flash_attention_requested
+
+TESTED = ("5.20.0", "5.23.0", "5.24.0")  # releases of transformers that all tests of these files have run on
+INSTALL = "pip install 'transformers>=5.20,<5.25'"
+
+
+def unsupported(reason: str) -> str:
+    """Say in one sentence why this transformers cannot run the checkpoint, and what to do."""
+    return (
+        f"This checkpoint's modeling files do not understand transformers {transformers.__version__}: {reason}. They "
+        f"were tested with transformers {', '.join(TESTED)}. Install one of these ({INSTALL}), or load the folder "
+        "without trust_remote_code=True, as the plain model."
+    )
+
+
+try:
+    from transformers.cache_utils import (
+        Cache,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        StaticCache,
+        StaticLayer,
+        StaticSlidingWindowLayer,
+    )
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.utils import cached_file, logging
+except ImportError as error:
+    raise ImportError(unsupported(str(error).split(" (")[0])) from None
 
 logger = logging.get_logger(__name__)
 ROUTER_FILE = "router/model.safetensors"
 ROUTER_FORMAT = 2  # of how the router computes: weights of another would run, and choose badly
 IGNORED_LABEL = -100
+END_OF_IMAGE = 2  # tokens that may follow an image and ask nothing: its end, a line break
 GRIDS = ("image_grid_thw", "video_grid_thw", "image_sizes")  # inputs that say how visual tokens lie in their images
+
+
+# --- what these files rest on in transformers beyond its documented interface, each with a probe ---------------------
+
+CACHE_NAMES = ("cache", "past_key_values")  # the cache's argument since 5.24, and before; of both, the first counts
+DECODER_TAKES = frozenset(
+    "input_ids attention_mask position_ids inputs_embeds use_cache visual_pos_masks deepstack_visual_embeds".split()
+).union(CACHE_NAMES)
+DECODER_NEEDS = frozenset({"attention_mask", "inputs_embeds", "use_cache"})
+LAYER_TAKES = frozenset("hidden_states attention_mask position_ids position_embeddings use_cache".split()).union(
+    CACHE_NAMES
+)
+LAYER_NEEDS = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")  # arguments that say where packed sequences end
+
+
+def _dynamic_caches_grow() -> bool:
+    """A dynamic cache has layers, whose keys and values [B, H, P, D] grow; the cache tells masks how long they are."""
+    cache, states = DynamicCache(), torch.zeros(2, 1, 3, 4)
+    keys, _ = cache.update(states, states, 0)
+    layer = cache.layers[0]
+    grown = type(layer) is DynamicLayer and layer.is_initialized and keys.shape == layer.keys.shape == states.shape
+    return grown and cache.get_seq_length() == 3 and tuple(cache.get_mask_sizes(2, 0)) == (5, 0)
+
+
+def _dynamic_layers_are_filled_by_hand() -> bool:
+    layer, states = DynamicLayer(), torch.zeros(2, 1, 3, 4)
+    layer.lazy_initialization(states, states)
+    layer.keys = layer.values = states
+    layer.crop(-1)
+    return layer.is_initialized and layer.keys.shape[2] == layer.get_seq_length() == 2
+
+
+def _sliding_layers_say_how_far() -> bool:
+    layer = DynamicSlidingWindowLayer(sliding_window=4)
+    return layer.sliding_window == 4 and layer.record_past is False and not layer.is_initialized
+
+
+def _static_layers_count() -> bool:
+    """A static layer is as long as it will ever be, and writes its next entry where it has counted to."""
+    layer, states = StaticLayer(8), torch.zeros(2, 1, 3, 4)
+    keys, _ = layer.update(states, states)
+    return layer.max_cache_len == keys.shape[2] == 8 and int(layer.get_seq_length()) == 3
+
+
+def _caches_are_asked_by_these_names() -> bool:
+    """What the routed caches answer in place of transformers' own."""
+    asked = {
+        "get_seq_length": ["layer_idx"],
+        "get_mask_sizes": ["query_length", "layer_idx"],
+        "reorder_cache": ["beam_idx"],
+        "batch_select_indices": ["indices"],
+        "batch_repeat_interleave": ["repeats"],
+        "activate_past_recording": [],
+        "crop": None,  # what it takes is a negative number of tokens, by position
+        "reset": [],
+    }
+    return all(
+        names in (None, [*inspect.signature(getattr(Cache, method)).parameters][1:]) for method, names in asked.items()
+    )
+
+
+def _hub_names_are_registered() -> bool:
+    parameters = [inspect.signature(register_checkpoint_conversion_mapping).parameters]
+    return "overwrite" in parameters[0] and callable(get_checkpoint_conversion_mapping)
+
+
+PROBES: dict[str, Callable[[], bool]] = {
+    "DynamicCache.layers and get_mask_sizes": _dynamic_caches_grow,
+    "DynamicLayer.lazy_initialization, keys, values and crop": _dynamic_layers_are_filled_by_hand,
+    "DynamicSlidingWindowLayer.sliding_window and record_past": _sliding_layers_say_how_far,
+    "StaticLayer.max_cache_len and update": _static_layers_count,
+    "the methods of Cache": _caches_are_asked_by_these_names,
+    "register_checkpoint_conversion_mapping": _hub_names_are_registered,
+}
+
+
+def check_transformers(decoder: Any) -> None:
+    """Refuse a transformers whose caches, decoder or decoder layers do not work as these files take them to.
+
+    Args:
+        decoder: a text model of transformers, not yet routable.
+
+    Raises:
+        ValueError: one sentence that names what is not understood.
+    """
+    with torch.device("cpu"):  # also while a model is made on meta
+        for name, probe in PROBES.items():
+            try:
+                reason = "" if probe() else f"{name} work in another way"
+            except Exception as error:
+                reason = f"{name} work in another way ({type(error).__name__}: {error})"
+            if reason:
+                raise ValueError(unsupported(reason))
+    check_forward(type(decoder), DECODER_TAKES, DECODER_NEEDS)
+    for layer_class in {type(layer): None for layer in decoder.layers}:
+        check_forward(layer_class, LAYER_TAKES, LAYER_NEEDS)
+
+
+def check_forward(module_class: Any, known: frozenset[str], needed: frozenset[str]) -> None:
+    """Refuse a forward with an argument that is not known, or without one that is needed."""
+    parameters = inspect.signature(module_class.forward).parameters
+    named = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD][1:]
+    where = f"{module_class.__name__}.forward"
+    if others := [name for name in named if name not in known]:
+        raise ValueError(unsupported(f"{where} takes an argument that they do not know, {others[0]!r}"))
+    if missing := sorted(needed - set(named)):
+        raise ValueError(unsupported(f"{where} has no argument {missing[0]!r}"))
+    if not any(name in named for name in CACHE_NAMES):
+        raise ValueError(unsupported(f"{where} takes no cache by the name of {' or '.join(CACHE_NAMES)}"))
+    if len(named) == len(parameters) - 1:
+        raise ValueError(unsupported(f"{where} hands on no further keywords"))
+
+
+def cache_name(forward: Any) -> str:
+    """Return the name by which a forward of the transformers that is installed takes its cache."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
+
+
+def cache_in(named: dict[str, Any]) -> Any:
+    """Return the cache among keyword arguments, whichever its name; None if there is none."""
+    return next((named[name] for name in CACHE_NAMES if name in named), None)
+
+
+def with_cache_as(name: str, named: dict[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments with the cache under one name: releases ignore it under the other, or warn."""
+    if not any(other in named for other in CACHE_NAMES if other != name):
+        return named
+    cache = cache_in(named)
+    return {key: value for key, value in named.items() if key not in CACHE_NAMES} | {name: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache that a model's output holds, whichever its name; None without one."""
+    return next((getattr(output, name) for name in CACHE_NAMES if getattr(output, name, None) is not None), None)
+
+
+@functools.cache
+def checkpointing_spares_caches() -> bool:
+    """Tell whether layers with gradient checkpointing keep their cache in passes without a gradient: since 5.24."""
+
+    class Probe(GradientCheckpointingLayer):
+        def forward(self, states: Any, **keywords: Any) -> dict[str, Any]:
+            return keywords
+
+    probe = Probe()
+    probe.gradient_checkpointing, probe._gradient_checkpointing_func = True, lambda run, *args: run(*args)
+    with torch.no_grad():
+        return all(probe(None, **{name: True})[name] for name in CACHE_NAMES)
+
+
+def uses_flash_attention(config: Any) -> bool:
+    return "flash" in str(getattr(config, "_attn_implementation", None))
 
 
 # --- what is asked for: budgets and settings --------------------------------------------------------------------------
@@ -69,6 +243,10 @@ class Budget:
 
     keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
     keep_layers: int | None = None  # a count, of all decoder layers
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, plain_number(getattr(self, one.name)))
 
     @property
     def is_off(self) -> bool:
@@ -102,6 +280,11 @@ class Budget:
         return torch.minimum(share.clamp(min=1), available)
 
 
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy or torch as one of Python, anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 OFF = Budget()
 
 
@@ -118,6 +301,7 @@ class RouterSettings:
     default: str = "off"  # the preset of a call that names no budget
     trained_for: dict[str, Any] = field(default_factory=dict)  # what the base model must be
     format: int = 1  # ROUTER_FORMAT of the file that it was trained with; settings of format 1 did not say so
+    image_floor: float = 0.0  # no image keeps less than this share of an even one, nor nothing; 0: no floor
 
     @classmethod
     def of(cls, config: Any) -> RouterSettings:
@@ -155,6 +339,8 @@ class RouterSettings:
                 f"router: candidates {list(self.candidates)} must lie from layer read_at={self.read_at} to "
                 f"{num_layers - 1}: a layer that has run cannot be skipped any more."
             )
+        if not 0 <= self.image_floor <= 1:
+            raise ValueError(f"router: image_floor={self.image_floor} is no share: give a number from 0 to 1.")
         if self.default not in {"off", *self.presets}:
             raise ValueError(f"router: the default preset {self.default!r} is not among {self.preset_names()}.")
 
@@ -322,15 +508,46 @@ def waves(coordinates: Tensor, octaves: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
-def best_tokens(logits: Tensor, visual: Tensor, budget: Budget) -> Tensor:
+def best_tokens(
+    logits: Tensor, visual: Tensor, budget: Budget, patches: Tensor | None = None, image_floor: float = 0.0
+) -> Tensor:
     """Keep each row's highest visual tokens, as many as the budget says, and all text: [B, S] bool.
 
     By logits, not by their sigmoids, which saturate to ties.
+
+    Args:
+        patches: [B, S, 3] image number, row and column of the visual tokens; needed for a floor only.
+        image_floor: `RouterSettings.image_floor`.
     """
     ranked = logits.masked_fill(~visual, -math.inf).argsort(dim=1, descending=True, stable=True)
     count = budget.tokens_of(visual.sum(1))  # [B]
+    if image_floor and patches is not None:
+        ranked = floors_first(ranked, visual, patches[..., 0].to(visual.device), count, image_floor)
     first = torch.arange(logits.shape[1], device=logits.device) < count[:, None]
     return torch.zeros_like(visual).scatter(1, ranked, first) | ~visual
+
+
+def floors_first(ranked: Tensor, visual: Tensor, images: Tensor, count: Tensor, image_floor: float) -> Tensor:
+    """Put the best tokens of each image before all others, so that no image of a row is starved.
+
+    Of `count` tokens, each of M images has a floor of `image_floor * count / M` tokens, rounded down, at least one.
+    Where there are more images than tokens, those with the highest best token get one.
+
+    Args:
+        ranked: [B, S] indices of the tokens, the best first, text last.
+        images: [B, S] number of each visual token's image, from 0.
+    """
+    images = torch.where(visual, images.long(), images.new_full((), -1, dtype=torch.long))
+    number = images.amax(1) + 1  # [B]
+    least = (count * image_floor / number.clamp(min=1)).floor().long().clamp(min=1)
+    place = torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
+    image = images.gather(1, ranked)
+    grouped = image.argsort(dim=1, stable=True)  # image by image, the best of each first
+    image = image.gather(1, grouped)
+    starts = F.pad(image[:, 1:] != image[:, :-1], (1, 0), value=True)
+    rank = place - torch.where(starts, place, 0).cummax(1).values  # within the image
+    floor = torch.zeros_like(visual).scatter(1, grouped, (rank < least[:, None]) & (image >= 0))  # in ranked order
+    return ranked.gather(1, (~floor).byte().argsort(dim=1, stable=True))
 
 
 def best_layers(logits: Tensor, settings: RouterSettings, keep_layers: int | None, num_layers: int) -> Tensor:
@@ -580,6 +797,23 @@ class _RoutedCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.select_rows(torch.arange(len(self.route.layers)).repeat_interleave(repeats))
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (a negative number); not those of a routed prompt, some of which are not there."""
+        count = -tokens_to_remove
+        for entries in self.entries.values():
+            last = torch.arange(self.seen - count, self.seen, device=entries.index.device)
+            if entries.index.shape[1] < count or bool(
+                (entries.index[:, entries.index.shape[1] - count :] != last).any()
+            ):
+                raise ValueError(
+                    f"the last {count} tokens are not all in the cache: a routed prompt cannot be cropped."
+                )
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.crop(tokens_to_remove)
+        self.seen -= count
+        self.entries = {group: entries.part(0, len(entries.newest) - count) for group, entries in self.entries.items()}
+
     def activate_past_recording(self) -> None:
         self.recording = True
 
@@ -613,21 +847,6 @@ class RoutedCache(_RoutedCache, DynamicCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.seen + query_length, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens (a negative number); not those of a routed prompt, some of which are not there."""
-        count = -tokens_to_remove
-        for entries in self.entries.values():
-            last = torch.arange(self.seen - count, self.seen, device=entries.index.device)
-            if entries.index.shape[1] < count or bool(
-                (entries.index[:, entries.index.shape[1] - count :] != last).any()
-            ):
-                raise ValueError(
-                    f"the last {count} tokens are not all in the cache: a routed prompt cannot be cropped."
-                )
-        super().crop(tokens_to_remove)
-        self.seen -= count
-        self.entries = {group: entries.part(0, len(entries.newest) - count) for group, entries in self.entries.items()}
 
 
 class RoutedStaticCache(_RoutedCache, StaticCache):
@@ -692,6 +911,11 @@ class Request:
     route: Any = None  # result: a Route
     router_inputs: Any = None  # result, if not run: RouterInputs
 
+    def check_reached(self) -> None:
+        """Refuse a model that has kept the request from its decoder, and so has run whole."""
+        if self.route is None:
+            raise RuntimeError(unsupported("the budget did not reach the decoder"))
+
 
 @dataclass(frozen=True)
 class RouterInputs:
@@ -726,6 +950,7 @@ class Pass:
             self.rows = list(self.cache.rows)
         self.stay: Any = None  # Entries: the tokens that stay; None: all of them
         self.settled = False
+        self.reached = 0  # layers that were called
         self._memo: dict[Any, Any] = {}
         if request.visual is None and request.imposed is None:  # text goes on with the route there is
             everything = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
@@ -749,7 +974,10 @@ class Pass:
             if not request.run:
                 request.router_inputs = inputs
             tokens, layers = (logits.to(states.device) for logits in request.router(*inputs))
-            keep = best_tokens(tokens, visual & self.real, request.budget)
+            shown = visual & self.real
+            keep = best_tokens(tokens, shown, request.budget, request.places, request.settings.image_floor)
+            if request.run and not request.budget.is_off:
+                warn_of_no_question(visible, shown)
             run = best_layers(layers, request.settings, request.budget.keep_layers, self.num_layers)
             run |= ~visual.any(1)[:, None]  # a row of text alone runs whole
             route = Route(keep, run, visual, request.places, tokens, layers)
@@ -803,6 +1031,9 @@ class Pass:
 
     def layer(self, layer_idx: int, forward: Any, states: Tensor, keywords: dict[str, Any]) -> Tensor:
         """Run a decoder layer on the tokens and rows that it is for: [B, S or K, D] -> [B, S or K, D]."""
+        self.reached += 1
+        if packed := [name for name in PACKED if keywords.get(name) is not None]:
+            raise ValueError(f"packed sequences ({packed[0]}) cannot be routed: pad them, or use preset='off'.")
         if not self.settled and layer_idx == self.request.settings.read_at:
             self._decide(states)
         if self.settled and not self.request.run:
@@ -827,6 +1058,10 @@ class Pass:
 
     def finish(self, output: Any) -> Any:
         """Spread the last hidden state out to the original length, zero where a token has left; note what is cached."""
+        if self.reached != self.num_layers:
+            raise RuntimeError(
+                unsupported(f"{self.reached} of {self.num_layers} decoder layers were told of the route")
+            )
         if self.cache is not None:
             groups = {self.cache.group(layer_idx, self.drop_at) for layer_idx in range(self.num_layers)}
             entries = {group: found for group in groups if (found := self._entries(group)) is not None}
@@ -932,7 +1167,7 @@ class Pass:
         """In place of a mask that transformers left out: without padding, a token sees all that come before it."""
         if entries.all_valid and not self.static:
             return None
-        if is_flash_attention_requested(self.config):
+        if uses_flash_attention(self.config):
             return entries.valid
         tokens = Entries.counted(0, self.num_tokens, self.num_rows, entries.index.device) if stay is None else stay
         before = entries.index[:, None, None, :] <= self.past + tokens.index[:, None, :, None]
@@ -973,7 +1208,7 @@ def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
 
 def check_windows(config: Any) -> None:
     kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) and "sliding_attention"]
-    if is_flash_attention_requested(config) and "sliding_attention" in kinds:
+    if uses_flash_attention(config) and "sliding_attention" in kinds:
         raise ValueError(
             "flash attention counts the entries in a sliding window, of which some are dropped here: load the model "
             "with attn_implementation='sdpa', or keep all visual tokens."
@@ -982,17 +1217,18 @@ def check_windows(config: Any) -> None:
 
 def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | RoutedStaticCache | None:
     """The pass's cache, able to hold a route, put into its inputs; a new one if a cache is wanted and there is none."""
-    cache = inputs.get("past_key_values")
+    name, cache = decoder.routed_cache_name, cache_in(inputs)
     wanted = inputs.get("use_cache")
     wanted = decoder.config.use_cache if wanted is None else wanted
-    if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
+    checkpointed = decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)
+    if checkpointed and (torch.is_grad_enabled() or not checkpointing_spares_caches()):
         wanted, cache = False, None  # transformers takes it away from the layers
-        inputs["past_key_values"], inputs["use_cache"] = None, False
+        inputs[name], inputs["use_cache"] = None, False
     if cache is None and wanted:
-        cache = inputs["past_key_values"] = DynamicCache(config=decoder.config)
+        cache = inputs[name] = DynamicCache(config=decoder.config)
     if cache is None:
         return None
-    if isinstance(cache, StaticCache) and is_flash_attention_requested(decoder.config):
+    if isinstance(cache, StaticCache) and uses_flash_attention(decoder.config):
         raise ValueError("flash attention reads a static cache to its end: use a dynamic one for a route, or sdpa.")
     return routed_cache(cache, decoder.config.num_hidden_layers)
 
@@ -1034,11 +1270,14 @@ def masked_value(mask: Tensor) -> bool | float:
 class _RoutedDecoder:
     """A text model of transformers that takes a request, `routing`, and hands its pass on to its layers."""
 
+    routed_cache_name: str
+
     def forward(self, *args: Any, routing: Request | None = None, **kwargs: Any) -> Any:
         if routing is None:
             return super().forward(*args, **kwargs)
         if args:
             raise TypeError("a routed text model takes its inputs by name.")
+        kwargs = with_cache_as(self.routed_cache_name, kwargs)
         run = Pass(self, routing, kwargs)
         return run.finish(super().forward(routing=run, **kwargs))
 
@@ -1065,6 +1304,8 @@ def _mixed(addition: Any, stock: Any) -> Any:
 
 def make_routable(decoder: Any) -> None:
     """Give a text model and its layers the classes above, in place: parameters and their names stay."""
+    check_transformers(decoder)
+    decoder.routed_cache_name = cache_name(type(decoder).forward)
     decoder.__class__ = _mixed(_RoutedDecoder, decoder.__class__)
     for layer_idx, layer in enumerate(decoder.layers):
         layer.__class__ = _mixed(_RoutedLayer, layer.__class__)
@@ -1072,6 +1313,31 @@ def make_routable(decoder: Any) -> None:
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Generation:
+    """A call of `generate` that is under way. Its passes read here what it was asked for beside the model's inputs.
+
+    transformers would hand such arguments to an assistant too, which need not know them.
+    """
+
+    model: Any
+    asked: dict[str, Any]  # by the names of ROUTING_ARGUMENTS
+    route: Any = None  # of its first routed pass
+
+    def arguments(self, num_rows: int) -> dict[str, Any]:
+        """What a pass is asked for: tensors with their rows repeated, as `generate` does for beams and samples."""
+        return {name: repeated(value, num_rows) for name, value in self.asked.items()}
+
+
+GENERATION: ContextVar[Generation | None] = ContextVar("generation", default=None)
+
+
+def repeated(value: Any, num_rows: int) -> Any:
+    if not isinstance(value, Tensor) or len(value) == num_rows or num_rows % len(value):
+        return value
+    return value.repeat_interleave(num_rows // len(value), 0)
 
 
 class RoutedModel:
@@ -1150,8 +1416,13 @@ class RoutedModel:
     ) -> Request | None:
         """What a pass with these inputs asks of the decoder; None: nothing, the plain model runs."""
         budget = self._budget(preset, keep_visual_tokens, keep_layers)
-        cache = named.get("past_key_values")
+        cache = cache_in(named)
         held = getattr(cache, "route", None)
+        if held is not None and preset == "off":
+            raise ValueError(
+                "preset='off' asks for the whole model, and this cache holds a route: tokens and layers are missing in "
+                "it. Begin with a new cache, or leave the preset out to go on with the route."
+            )
         if held is None and route is None and budget.is_off and run:
             return None
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
@@ -1212,32 +1483,45 @@ class RoutedModel:
         request = self._request(inputs, **given, run=False)
         inputs.pop("labels", None)
         if request is not None:
+            inputs = with_cache_as(cache_name(self._stock.forward), inputs)
             self._stock.forward(self, **{**inputs, "use_cache": False, "logits_to_keep": 1, "routing": request})
+            request.check_reached()
         return request
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`, which see; the outputs of `return_dict_in_generate` have `.route`."""
+        """`GenerationMixin.generate`, which see; the outputs of `return_dict_in_generate` have `.route`.
+
+        A draft for assisted decoding sees nothing of the budget: a routed one runs under its own (`set_budget`).
+        """
         settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
         if kwargs.get("prefill_chunk_size") or settings.prefill_chunk_size:
             raise ValueError(
                 "prefill_chunk_size would choose the route by the first chunk of the prompt: leave it out."
             )
-        kwargs.setdefault("prompt_length", prompt_length(inputs, kwargs))
-        if kwargs.get("places") is None and (places := self._places(inputs, kwargs)) is not None:
-            kwargs["places"] = places
+        kwargs = with_cache_as(cache_name(self._stock.forward), kwargs)
+        asked = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
+        self._budget(*(asked.get(name) for name in ("preset", "keep_visual_tokens", "keep_layers")))
+        asked.setdefault("prompt_length", prompt_length(inputs, kwargs))
+        if asked.get("places") is None:
+            asked["places"] = self._places(inputs, kwargs, asked["prompt_length"])
         kwargs.setdefault("disable_compile", True)  # of the whole pass, as transformers does with static caches
-        made = super().generate(inputs, *args, **kwargs)
+        generation = Generation(self, asked)
+        before = GENERATION.set(generation)
+        try:
+            made = super().generate(inputs, *args, **kwargs)
+        finally:
+            GENERATION.reset(before)
         if not isinstance(made, Tensor):
-            made.route = getattr(made.get("past_key_values"), "route", None)
+            held = getattr(cache_of(made), "route", None)
+            made.route = generation.route if held is None else held
         return made
 
-    def _places(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    def _places(self, inputs: Tensor | None, kwargs: dict[str, Any], total: int | None) -> Tensor | None:
         """Places for the whole text, [B, T, 3]: `generate` encodes images itself and hands no pass their grids."""
         tokens = kwargs.get("input_ids") if inputs is None else inputs
-        total = kwargs["prompt_length"]
         if tokens is None or total is None or all(kwargs.get(name) is None for name in GRIDS):
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         new = tokens if cache is None or tokens.shape[1] < total else tokens[:, cache.get_seq_length() :]
         visual = self._visual({"input_ids": new}, None)
         return (
@@ -1253,29 +1537,31 @@ class RoutedModel:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As for the stock class, the router beside: on the device of the embeddings, never offloaded (it is small)."""
+        """As for the stock class, the router beside: on the device of the embeddings, never offloaded (it is small).
+
+        Args:
+            kwargs: `preset="fast"` among them is the budget of all calls that name none, as by `set_budget`.
+        """
+        preset = kwargs.pop("preset", None)
         weights = load_file(cls._router_file(pretrained_model_name_or_path, kwargs))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, with_router=False)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._attach_router()
         model._load_router(weights)
+        if preset is not None:
+            model.set_budget(preset)
         return loaded
 
     @classmethod
     def _router_file(cls, name: Any, kwargs: dict[str, Any]) -> str:
-        hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        found = cached_file(
-            name,
-            ROUTER_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            **{key: kwargs[key] for key in hub if key in kwargs},
-        )
-        if found is None:
+        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, kwargs.get("subfolder") or "", ROUTER_FILE)):
             raise OSError(
                 f"{name} has no {ROUTER_FILE}: fetch the router's folder too, or load the plain model, without "
                 "trust_remote_code."
             )
-        return found
+        hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        path: str = cached_file(name, ROUTER_FILE, **{key: kwargs[key] for key in hub if key in kwargs})
+        return path
 
     def _load_router(self, weights: dict[str, Tensor]) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in self.router.state_dict().items()}
@@ -1320,7 +1606,7 @@ def prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int | None:
     tokens = next((t for t in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if t is not None), None)
     if tokens is None:
         return None
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
     if cache is None:
         return tokens.shape[1]
     return max(mask.shape[-1], tokens.shape[1]) if isinstance(mask, Tensor) else None  # the new ones only, or all
@@ -1330,6 +1616,18 @@ def warn_of_excess(budget: Budget, visual: Tensor) -> None:
     if isinstance(budget.keep_visual_tokens, int) and (most := int(visual.sum(1).max())) < budget.keep_visual_tokens:
         logger.warning_once(
             f"keep_visual_tokens={budget.keep_visual_tokens} is above the {most} visual tokens there are: all are kept."
+        )
+
+
+def warn_of_no_question(visible: Tensor, visual: Tensor) -> None:
+    """Warn where a picture is routed before its question: nothing but the end of an image follows it in this pass."""
+    order = torch.arange(visual.shape[1], device=visual.device)
+    last = torch.where(visual, order, -1).amax(1)  # [B]
+    follow = (visible & (order > last[:, None])).sum(1)
+    if bool(((last >= 0) & (follow <= END_OF_IMAGE)).any()):
+        logger.warning_once(
+            "a picture was routed before its question: no text follows it in this pass, and tokens that leave now are "
+            "gone for the whole conversation. Give the picture and its question in one pass."
         )
 
 
@@ -1362,22 +1660,33 @@ def class_name(model_type: str) -> str:
     return f"Routed{STOCK[model_type]}ForConditionalGeneration"
 
 
+def number_of_rows(named: dict[str, Any]) -> int:
+    tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+    return len(tokens)
+
+
 @functools.cache
 def routed(stock: Any) -> Any:
     """The routed class of a stock one: `forward` takes the arguments of both, the hub's names are kept."""
     signature = inspect.signature(stock.forward)
-    names = list(signature.parameters)[1:]
+    names, cache = list(signature.parameters)[1:], cache_name(stock.forward)
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        named = with_cache_as(cache, {**dict(zip(names, args, strict=False)), **kwargs})
         given = {name: named.pop(name) for name in ROUTING_ARGUMENTS if name in named}
+        generation = GENERATION.get()
+        if generation is not None and generation.model is self:
+            given = generation.arguments(number_of_rows(named)) | given
         request = self._request(named, **given)
         if request is None:
             return stock.forward(self, **named)
         if request.labels is not None:
             named["labels"] = request.labels
         output = stock.forward(self, **named, routing=request)
+        request.check_reached()
+        if generation is not None and generation.model is self and generation.route is None:
+            generation.route = request.route
         if not isinstance(output, tuple):
             output.route = request.route
         return output
