@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError
 from .families import FAMILIES, family_of
 from .source import Source, load_model
+from .trust import warn_of_foreign_code
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,7 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
     if "router" not in source.raw_config:
         return routable(load_model(source, device, dtype, memory)[0])
     check_routable(source.config)
+    warn_of_foreign_code(source.folder, source.name)
     cls = getattr(modeling_routed, modeling_routed.class_name(source.config.model_type))
     try:
         model = load_model(source, device, dtype, memory, cls)[0]
