@@ -84,6 +84,7 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     verify = _verb(verbs, "verify", "load a checkpoint in a clean process and check it", "verify small")
     verify.add_argument("folder", metavar="DIR", help="folder or hub id")
     verify.add_argument("--device", default="cpu")
+    _trust_argument(verify)
 
     again = _verb(
         verbs,
@@ -153,6 +154,8 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     onnx.add_argument("--calibration", metavar="FILE", help="questions to compare with torch on, beside the usual ones")
     onnx.add_argument("--samples", type=int, default=8, metavar="N", help="how many are drawn from it (8)")
 
+    _trust_argument(onnx)
+
     push = _verb(verbs, "push", "publish a checkpoint on the hub", "push small USER/NAME --private")
     push.add_argument("folder", type=Path, metavar="DIR")
     push.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it is not there")
@@ -162,6 +165,7 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     push.add_argument("--message", help="of the commit")
     push.add_argument("--dry-run", action="store_true", help="say what would be published, and stop; needs no token")
     push.add_argument("--device", default="cpu", help="that the checkpoint is verified on first")
+    _trust_argument(push)
     for verb in (verify, again, card, onnx, push):
         _json_argument(verb)
     for name, verb in verbs.choices.items():
@@ -253,6 +257,14 @@ def _run_arguments(verb: argparse.ArgumentParser, batch_size: int = 8) -> None:
     verb.add_argument("--memory", metavar="12GB", help="most that the device may hold; the rest is streamed from disk")
     verb.add_argument("--batch-size", type=int, default=batch_size, metavar="B")
     _json_argument(verb)
+
+
+def _trust_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python of the folder even where it is not a file that lvlm-exporter ships",
+    )
 
 
 def _json_argument(verb: argparse.ArgumentParser) -> None:

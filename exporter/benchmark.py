@@ -164,6 +164,8 @@ def bench(
     """
     names = [str(path) for path in (*paths, *([reference] if reference else []))]
     device = pick_device(options.device or onnx_device(names))
+    for path in paths if update_cards else ():
+        checkpoint.check_updatable(Path(path))
     runtimes = Runtimes.of(Setup(device, options.dtype, options.attention, options.compile), options.new_tokens)
     subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
     prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,15 +16,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+from .files import check_written, copy_companions, left_behind, replace_text, settled, umask, without_auto_map
 from .plan import PruningPlan, pruned_config
+from .record import RECORD, read_record
 from .source import LAYER_KEY, Source
 from .weights import INDEX, SINGLE, Piece, write_shard
 
 if TYPE_CHECKING:
     from .replay import Folded
 
+__all__ = [
+    "RECORD",
+    "check_space",
+    "check_target",
+    "check_updatable",
+    "read_record",
+    "room",
+    "staged",
+    "write_checkpoint",
+    "write_record",
+]
+
+logger = logging.getLogger(__name__)
 LOCK = ".lock"
-RECORD = "compression.json"
 SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 
@@ -31,11 +47,14 @@ SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A folder beside the target that becomes the target if the block ends well, and is removed if it does not."""
-    target = target.expanduser().absolute()
+    """A folder beside the target that becomes the target if the block ends well, and is removed if it does not.
+
+    A target that is a link is made where the link leads.
+    """
+    target = settled(target)
     with room(target) as stage:
         yield stage
-        stage.chmod(0o777 & ~_umask())
+        stage.chmod(0o777 & ~umask())
         check_target(target)
         stage.rename(target)
         (target / LOCK).unlink()  # only now: a stage without a lock is one to sweep
@@ -47,7 +66,7 @@ def room(target: Path) -> Iterator[Path]:
 
     What a killed run has left is removed by the next one: a live room is locked, a dead one is not.
     """
-    target = target.expanduser().absolute()
+    target = settled(target)
     check_target(target)
     _sweep(target)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -64,11 +83,19 @@ def room(target: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
+def stage_name(folder: Path) -> str:
+    """Return the name that a folder has, or will have when it is done: no message names a temporary folder."""
+    return re.sub(r"^\.(.+)\.partial-[^.]*$", r"\1", folder.absolute().name)
+
+
 def check_target(target: Path) -> None:
-    """Raise InputError if the folder can't be made. An empty folder may be there already."""
+    """Raise InputError if the folder can't be made. An empty folder may be there already, or a link to one."""
+    named, target = target, settled(target)
+    if os.path.ismount(target):
+        raise InputError(f"{named} is where a disk is mounted, which no folder can take the place of: name one in it.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} exists already: name another folder, or remove it.")
-    parent = target.absolute().parent
+        raise InputError(f"{named} exists already: name another folder, or remove it.")
+    parent = target.parent
     if not parent.is_dir():
         raise InputError(f"{parent} is no folder: make it first, {target.name} is to be written there.")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -76,11 +103,11 @@ def check_target(target: Path) -> None:
 
 
 def check_space(target: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(target.absolute().parent).free
+    free = shutil.disk_usage(settled(target).parent).free
     if free < num_bytes + SPARE_BYTES:
         raise InputError(
-            f"{target} needs {num_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free. Free some space, or name "
-            "another disk."
+            f"{target.name} needs {num_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free. Free some space, or "
+            "name another disk."
         )
 
 
@@ -94,12 +121,6 @@ def _sweep(target: Path) -> None:
             continue  # a run that is alive
         except FileNotFoundError:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # --- the contents -----------------------------------------------------------------------------------------------------
@@ -140,13 +161,21 @@ def write_checkpoint(
     folder: Path,
     advance: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Weights, configuration and everything that goes along, into an existing folder."""
+    """Weights, configuration and everything that goes along, into an existing folder; what stays behind is logged."""
     write_weights(source, plan, folded, folder, advance)
-    config = pruned_config(source.raw_config, source.config, plan)
+    # Without the mention of code, which stays behind: the plain class is what the checkpoint is verified with.
+    config = without_auto_map(pruned_config(source.raw_config, source.config, plan))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in source.companions():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.folder / path, folder / path)
+    carry_companions(source, folder)
+
+
+def carry_companions(source: Source, folder: Path) -> None:
+    """Copy processor, tokenizer, templates, generation settings and licence texts; say what stays behind."""
+    beside = source.beside_weights
+    copy_companions(source.folder, beside.kept, folder)
+    ours = "router" in source.raw_config  # then its modeling file is the package's, which a new router brings along
+    if line := left_behind(name for name in beside.left if not (ours and name.endswith(".py"))):
+        logger.warning("%s: %s", source.folder.name, line)
 
 
 def write_weights(
@@ -179,21 +208,13 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def replace_json(path: Path, data: dict[str, Any]) -> None:
     """Write a file in one step, so that a reader never meets half of it."""
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    part.replace(path)
+    replace_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
+def check_updatable(folder: Path) -> None:
+    """Raise InputError, before the work, where a folder's record and card could not be told what is measured."""
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}.")
-    if not path.exists():
-        raise InputError(f"{folder} has no {RECORD}: it is no checkpoint that lvlm-exporter wrote.")
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}).") from error
-    if not isinstance(record, dict) or "recipe" not in record:
-        raise InputError(f"{path} is no record of lvlm-exporter: it has no 'recipe'.")
-    return record
+        return  # a name on the hub: nothing is written there
+    if (folder / RECORD).exists():
+        read_record(folder)
+    check_written(folder)

@@ -32,7 +32,7 @@ def load_processor(folder: Path | str) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except ImportError:
-        processor = image_only(processor_class(Path(folder))).from_pretrained(folder)
+        processor = image_only(processor_class(Path(folder))).from_pretrained(folder, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"
     return processor
 
@@ -206,7 +206,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    record = json.loads((folder / "compression.json").read_text())
+    record = json.loads((folder / "compression.json").read_text(encoding="utf-8-sig"))
     report = verify_once(folder, device, record, record["reference"], trust=False)
     if "router" in record and not report["problems"]:
         routed = verify_once(folder, device, record, record["router"]["reference"], trust=True)

@@ -247,7 +247,7 @@ def verify_verb(options: argparse.Namespace) -> int:
     from .kinds import verify
     from .onnx.manifest import is_onnx
 
-    result = verify(options.folder, options.device)
+    result = verify(options.folder, options.device, options.trust_remote_code)
     _write_json(
         options, {"path": str(result.folder), "holds": result.holds, "problems": result.problems, **result.details}
     )
@@ -377,7 +377,7 @@ def onnx_verb(options: argparse.Namespace) -> None:
     from .onnx.report import differences_table
 
     _progress(options)
-    names = ("device", "dtype", "quantize", "opset", "calibration", "samples")
+    names = ("device", "dtype", "quantize", "opset", "calibration", "samples", "trust_remote_code")
     folder = export(options.folder, options.out, ExportOptions(**{name: getattr(options, name) for name in names}))
     manifest = read_manifest(folder)
     print(differences_table(manifest))
@@ -393,7 +393,7 @@ def push_verb(options: argparse.Namespace) -> int:
     _progress(options)
     # huggingface_hub warns of every retry, with the storage's signed addresses, which are as good as passwords.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    names = ("private", "revision", "create_pr", "dry_run", "message", "device")
+    names = ("private", "revision", "create_pr", "dry_run", "message", "device", "trust_remote_code")
     try:
         done = push(options.folder, options.repo_id, **{name: getattr(options, name) for name in names})
     except KeyboardInterrupt:

@@ -111,6 +111,8 @@ def evaluate(
         asked[names[0]].append(None)
     for name in map(str, paths):  # all that is wrong with any of them, before hours are spent on the first
         asked[name] += [ask for ask in budgets.of(open_source(name)) if ask not in asked[name]]
+        if update_cards:
+            checkpoint.check_updatable(Path(name))
     says: Reference | None = None
     results = []
     for name, asks in asked.items():

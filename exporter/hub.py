@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .kinds import CHECKPOINT, GRAPHS, Kind, kind_of
+from .files import CARD, is_published_document, listed, refuse_links_out
+from .kinds import CHECKPOINT, GRAPHS, Kind, kind_of, recorded
 from .source import hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-CARD = "README.md"
-NOT_PUBLISHED = ("__pycache__", "*.pyc", "*.partial", "*.lock")  # nor anything hidden: parts of names, as globs
 LOADING = re.compile(r'from_pretrained\("([^"]+)"')
 BRANCH = re.compile(r"\w[\w.-]*(?:/[\w.-]+)*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -43,6 +42,7 @@ class Pushed:
     files: dict[str, int]  # bytes of each
     removed: tuple[str, ...]  # weight files of an earlier push that this folder does not have
     own_card: bool  # README.md was edited by hand, and went as it is but for its name in the loading example
+    left: tuple[str, ...] = ()  # files of the folder that do not go: no part of what was made, no document
 
     @property
     def bytes(self) -> int:
@@ -62,6 +62,7 @@ def push(
     dry_run: bool = False,
     message: str | None = None,
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Pushed:
     """Verify a folder and publish it in one commit, with the card under the repository's name.
 
@@ -74,18 +75,21 @@ def push(
         dry_run: say what would be done, and do nothing. Needs no token.
         message: of the commit.
         device: that the folder is verified on.
+        trust_remote_code: run Python of the folder for that even where it is none that this package shipped.
     Raises: InputError for wrong input and for everything that goes wrong with the hub; CheckFailed if the folder does
         not verify. Nothing was published in either case.
     """
     folder = Path(folder)
     repo_id, branch = repository_name(repo_id), branch_name(revision)
     kind = kind_of(folder)
+    names = published(folder, kind)
+    refuse_links_out(folder, names)
     api = client(token_needed=not dry_run)
     existed, seen = look(api, repo_id, may_fail=dry_run)
     check_request(repo_id, seen, existed, private, create_pr)
     check_kind(repo_id, seen, kind)
-    kind.require(folder, device)
-    with contents(folder, repo_id, kind) as (paths, own_card):
+    kind.require(folder, device, trust_remote_code)
+    with contents(folder, repo_id, kind, names) as (paths, own_card):
         planned = Pushed(
             repo_id=repo_id,
             revision=branch,
@@ -98,6 +102,7 @@ def push(
             files={name: path.stat().st_size for name, path in sorted(paths.items())},
             removed=(),
             own_card=own_card,
+            left=tuple(name for name in listed(folder) if name not in names),
         )
         if dry_run:
             return planned
@@ -178,20 +183,17 @@ def check_kind(repo_id: str, seen: ModelInfo | None, kind: Kind) -> None:
 
 
 @contextmanager
-def contents(folder: Path, repo_id: str, kind: Kind) -> Iterator[tuple[dict[str, Path], bool]]:
+def contents(folder: Path, repo_id: str, kind: Kind, names: Iterable[str]) -> Iterator[tuple[dict[str, Path], bool]]:
     """Files to publish by their name in the repository, and whether the card is somebody's own."""
     with tempfile.TemporaryDirectory(prefix="lvlm-exporter-push-") as made:
         own_card = write_card(folder, repo_id, kind, Path(made))
-        yield published(folder) | published(Path(made)), own_card
+        yield {name: folder / name for name in names} | listed(Path(made)), own_card
 
 
-def published(folder: Path) -> dict[str, Path]:
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path for name, path in found.items() if not any(map(_is_private, name.split("/")))}
-
-
-def _is_private(part: str) -> bool:
-    return part.startswith(".") or any(fnmatch(part, pattern) for pattern in NOT_PUBLISHED)
+def published(folder: Path, kind: Kind) -> list[str]:
+    """What goes to the hub: the record, the files that it holds the hashes of, and documents; nothing hidden."""
+    made = recorded(folder, kind)
+    return [name for name in listed(folder) if name == kind.record or name in made or is_published_document(name)]
 
 
 def write_card(folder: Path, repo_id: str, kind: Kind, into: Path) -> bool:
@@ -298,6 +300,8 @@ def describe(pushed: Pushed) -> str:
         lines = [f"pushed {amount} in commit {pushed.commit[:10]}: {pushed.url} ({kind})"]
     if pushed.removed:
         lines.append(f"removed weights of an earlier push: {', '.join(pushed.removed)}")
+    if pushed.left:
+        lines.append(f"left here, since they are no part of what was made: {', '.join(pushed.left)}")
     if pushed.own_card:
         lines.append("README.md was edited by hand and goes as it is, but for the name in its loading example")
     return "\n".join(lines)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import model_card, verification
 from .checkpoint import RECORD, read_record
+from .files import check_written
 from .onnx import card as onnx_card
 from .onnx import verification as onnx_verification
 from .onnx.manifest import GRAPH_FILES, MANIFEST, is_onnx, read_manifest
-from .source import WEIGHT_FILES
+from .source import WEIGHT_FILES, resolve
 from .verification import Verification
 
 
@@ -21,35 +23,46 @@ class Kind:
 
     record: str  # the file that its card is made from
     weights: tuple[str, ...]  # globs of the files that a later push replaces
-    require: Callable[[Path, str], object]  # folder and device; raises CheckFailed
+    require: Callable[[Path, str, bool], object]  # folder, device, trust_remote_code; raises CheckFailed
+    hashes: Callable[[dict[str, Any]], dict[str, str]]  # of its record: SHA-256 of each file that makes it up
     card: Callable[[Path, str | None], Path]
 
 
-CHECKPOINT = Kind(RECORD, WEIGHT_FILES, verification.require, model_card.card)
-GRAPHS = Kind(MANIFEST, GRAPH_FILES, onnx_verification.require, onnx_card.card)
+CHECKPOINT = Kind(
+    RECORD, WEIGHT_FILES, verification.require, lambda record: record["measured"]["files"], model_card.card
+)
+GRAPHS = Kind(MANIFEST, GRAPH_FILES, onnx_verification.require, lambda record: record["sha256"], onnx_card.card)
 
 
 def kind_of(folder: Path) -> Kind:
-    """Raises InputError for a folder that is not ours."""
-    if is_onnx(folder):
-        read_manifest(folder)
-        return GRAPHS
-    read_record(folder)
-    return CHECKPOINT
+    """Return what kind of folder it is. Raises: InputError for one that is not ours, or has a damaged record."""
+    kind = GRAPHS if is_onnx(folder) else CHECKPOINT
+    recorded(folder, kind)
+    return kind
 
 
-def verify(folder: Path | str, device: str = "cpu") -> Verification:
-    """Is a folder what it says it is?
+def recorded(folder: Path, kind: Kind) -> dict[str, str]:
+    """Return the SHA-256 of each file that makes up a folder, by its record."""
+    return kind.hashes(read_manifest(folder) if kind is GRAPHS else read_record(folder))
 
-    A checkpoint is loaded in a clean process, with transformers alone: no key missing or unexpected, cached = uncached,
-    the tokens recorded at export. The graphs of an ONNX folder are those that were compared with torch.
+
+def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = False) -> Verification:
+    """Tell whether a folder is what was made.
+
+    Every file is the one whose SHA-256 its record holds, and none was added. A checkpoint is loaded then in a clean
+    process, with transformers alone: no key missing or unexpected, cached = uncached, the tokens recorded at export.
+    The graphs of an ONNX folder are those that were compared with torch, and its processor loads.
 
     Args:
-        folder: on disk; a checkpoint's name on the hub will do too.
+        folder: on disk, or a name on the hub.
         device: that a checkpoint runs on.
-    Raises: InputError where the folder is not one of ours or its weight files are damaged.
+        trust_remote_code: run Python of the folder even where it is none that this package shipped.
+    Raises: InputError where the folder is not one of ours or its record is damaged.
     """
-    return onnx_verification.verify(folder) if is_onnx(folder) else verification.verify(folder, device)
+    place, _ = resolve(str(folder), whole=True)
+    if is_onnx(place):
+        return onnx_verification.verify(place, trust_remote_code)
+    return verification.verify(place, device, trust_remote_code)
 
 
 def card(folder: Path | str, name: str | None = None) -> Path:
@@ -60,4 +73,5 @@ def card(folder: Path | str, name: str | None = None) -> Path:
     Raises: InputError where the folder is not one of ours.
     """
     folder = Path(folder)
+    check_written(folder)
     return (GRAPHS if is_onnx(folder) else CHECKPOINT).card(folder, name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, report
+from .files import replace_text
 from .scores import LayerScores
 from .scoring import describe
 from .source import read_json
@@ -59,7 +60,7 @@ def card(folder: Path, name: str | None = None) -> Path:
         (folder / "assets").mkdir(exist_ok=True)
         report.plot_training(record["router"]["curve"], folder / "assets" / "router_training.png")
     path = folder / "README.md"
-    path.write_text(f"---\n{metadata(record, name or folder.name)}---\n\n{body(record, name or folder.name)}")
+    replace_text(path, f"---\n{metadata(record, name or folder.name)}---\n\n{body(record, name or folder.name)}")
     return path
 
 
@@ -207,7 +208,7 @@ def _choice(record: dict[str, Any]) -> str:
     method, data = record["scores"]["method"], record["calibration"]
     if method in UNMEASURED:
         return UNMEASURED[method]
-    title, link = TITLES[method]
+    title, link = TITLES.get(method, (method, ""))
     tokens = data["tokens"]
     counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
     read, given = record["scores"]["details"].get("questions", data["samples"]), data["samples"]

@@ -14,6 +14,7 @@ from . import checkpoint, clean_room
 from .calibration import Batch, Calibration, by_size, load_calibration, make_batches, spread
 from .errors import InputError
 from .families import protected_layers
+from .files import hashes
 from .fold import FOLDS
 from .fold.job import FoldJob
 from .localize import LOCALIZERS, LocalizeJob, check_scores, explicit
@@ -36,7 +37,6 @@ from .scores import LayerScores
 from .source import (
     Source,
     compute_dtype,
-    file_hash,
     file_hashes,
     load_config,
     load_model,
@@ -347,7 +347,7 @@ def measure(folder: Path, record: dict[str, Any], seconds: float) -> dict[str, A
         "bytes": weights.num_bytes,
         "seconds": round(seconds, 2),
         "kv_bytes_per_token": kv_bytes_per_token(config, getattr(torch, record["run"]["dtype"])),
-        "files": {shard.path.name: file_hash(shard.path) for shard in weights.shards},
+        "files": hashes(folder),
     }
 
 

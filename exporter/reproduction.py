@@ -11,7 +11,7 @@ from . import checkpoint
 from .errors import InputError
 from .pipeline import compress, load_for, silent
 from .recipe import Recipe, RunOptions, recipe_from_data
-from .source import file_hashes, open_source, resolve
+from .source import file_hash, open_source, resolve
 from .weights import open_weights
 
 
@@ -19,7 +19,7 @@ from .weights import open_weights
 class Reproduction:
     folder: Path
     identical: bool
-    differing: tuple[str, ...]  # weight files that differ
+    differing: tuple[str, ...]  # files that differ; only weights where the record is of a version that hashed no others
     largest_difference: float  # over all tensors, absolute
 
 
@@ -52,21 +52,24 @@ def reproduce(
     run = record["run"]
     options = RunOptions(run["device"], run["dtype"], run["memory"], run["batch_size"])
     made = compress(recipe, out, options, progress)  # type: ignore[arg-type]
-    fresh = checkpoint.read_record(made)
-    differing = tuple(
-        name for name, digest in record["measured"]["files"].items() if fresh["measured"]["files"].get(name) != digest
-    )
+    fresh = checkpoint.read_record(made)["measured"]["files"]
+    before = {name: digest.lower() for name, digest in record["measured"]["files"].items()}
+    differing = tuple(name for name, digest in before.items() if fresh.get(name) != digest)
     return Reproduction(made, not differing, differing, _largest_difference(folder, made) if differing else 0.0)
 
 
 def _check_source(name: str, revision: str | None, expected: dict[str, str]) -> None:
-    found = file_hashes(open_source(name, revision))
-    changed = sorted(file for file in expected if found.get(file) != expected[file])
+    folder = open_source(name, revision).folder
+    changed = sorted(file for file, digest in expected.items() if _hash_of(folder / file) != digest.lower())
     if changed:
         raise InputError(
             f"{name} is not the source that the checkpoint was made from: {', '.join(changed[:3])}"
             f"{' and others' * (len(changed) > 3)} differ{'s' * (len(changed) == 1)}. Name the right one with --model."
         )
+
+
+def _hash_of(path: Path) -> str | None:
+    return file_hash(path) if path.is_file() else None
 
 
 def _check_data(recipe: Recipe, expected: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import checkpoint, report
 from .calibration import Sample, make_batch
+from .files import is_snapshot
 from .modeling.modeling_routed import Budget, Route
 from .rules import Rule, make_route
 
@@ -99,8 +100,9 @@ def draw_route(images: Sequence[Any], route: Route, row: int, question: str, ans
 
 def show_routes(folder: Path, model: Any, processor: Any, samples: Sequence[Sample], budget: Budget) -> bool:
     """Draw what the router keeps of a few questions, for a checkpoint's card. False: not ours, nothing is drawn."""
-    if not (folder / checkpoint.RECORD).exists():
+    if not (folder / checkpoint.RECORD).exists() or is_snapshot(folder):
         return False
+    checkpoint.check_updatable(folder)
     routes = draw_examples(model, processor, spread_out(samples), budget, folder)
     checkpoint.write_record(folder, checkpoint.read_record(folder) | {"routes": routes})
     return True

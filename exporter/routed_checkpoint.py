@@ -12,11 +12,12 @@ from typing import Any
 from . import checkpoint, clean_room
 from .calibration import Calibration, load_calibration
 from .errors import InputError
+from .files import hashes
 from .model_card import card
 from .plan import PruningPlan
 from .recipe import CalibrationData, RouterRecipe, RunOptions
 from .routing import add_router, check_routable, default_settings, load_routed
-from .source import compute_dtype, file_hash, file_hashes, load_model, open_source, pick_device
+from .source import compute_dtype, file_hashes, load_model, open_source, pick_device
 from .verification import require
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -32,7 +33,7 @@ def with_router(
 
     Raises: InputError for wrong input, CheckFailed where the result does not verify.
     """
-    from .modeling.modeling_routed import ROUTER_FILE, RouterSettings
+    from .modeling.modeling_routed import RouterSettings
     from .router_losses import check_loss
     from .router_training import Training, train_router
 
@@ -76,7 +77,7 @@ def with_router(
     with checkpoint.staged(out) as stage:
         checkpoint.write_checkpoint(source, PruningPlan(source.num_layers, ()), {}, stage)
         add_router(stage, settings, trained.weights)
-        record["measured"]["files"][ROUTER_FILE] = file_hash(stage / ROUTER_FILE)
+        record["measured"]["files"] = hashes(stage)
         record["router"]["reference"] = routed_reference(stage, device, dtype)
         checkpoint.write_record(stage, record)
         card(stage, out.name)

@@ -19,6 +19,7 @@ from .errors import InputError
 from .families import FAMILIES, family_of
 from .modeling.released import is_released, sha256_of
 from .source import Source, load_model
+from .trust import warn_of_foreign_code
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +94,7 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
     if "router" not in source.raw_config:
         return routable(load_model(source, device, dtype, memory)[0])
     check_routable(source.config)
+    warn_of_foreign_code(source.folder, source.name)
     try:
         from .modeling import modeling_routed
 

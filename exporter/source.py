@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .families import Decoder, Family, decoder_of, family_of
+from .files import Companions, companions, is_snapshot, sha256
 from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
@@ -89,11 +89,14 @@ class Source:
                 counts[layer] += entry.num_parameters
         return counts
 
+    @cached_property
+    def beside_weights(self) -> Companions:
+        """What lies beside the weights: what goes along, and what stays behind."""
+        return companions(self.folder)
+
     def companions(self) -> list[Path]:
-        """Files that go along unchanged, relative to the folder."""
-        skip = {"config.json", "model.safetensors.index.json", "compression.json"}
-        found = {path for pattern in COMPANION_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path.relative_to(self.folder) for path in found if path.name not in skip)
+        """Files that go along, relative to the folder."""
+        return [Path(name) for name in self.beside_weights.kept]
 
 
 def open_source(name: str, revision: str | None = None) -> Source:
@@ -120,8 +123,12 @@ def _difference(expected: set[int], found: set[int]) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def resolve(name: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """Folder and commit of what the user named. Hub ids are downloaded into the hub's own cache."""
+def resolve(name: str, revision: str | None = None, whole: bool = False) -> tuple[Path, str | None]:
+    """Folder and commit of what the user named. Hub ids are downloaded into the hub's own cache.
+
+    Args:
+        whole: download everything, code too, for comparing each file with a record; else what models are made of.
+    """
     path = Path(name).expanduser()
     if path.is_dir() and not name.startswith("hub:"):
         return path, None
@@ -132,9 +139,8 @@ def resolve(name: str, revision: str | None = None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
 
     with hub_errors(repo, revision):
-        folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=[*COMPANION_FILES, *WEIGHT_FILES, "README.md"])
-        )
+        wanted = None if whole else [*COMPANION_FILES, *WEIGHT_FILES, "README.md"]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     return folder, folder.name
 
 
@@ -346,11 +352,9 @@ def pick_device(name: str | None) -> str:
 
 def file_hash(path: Path) -> str:
     """SHA-256. A file of the hub's cache is named by it, which saves reading large ones."""
-    blob = Path(os.path.realpath(path)).name
-    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
-        return blob
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    blob = Path(os.path.realpath(path))
+    cached = path.is_symlink() and is_snapshot(path.parent) and blob.parent.name == "blobs"
+    return blob.name if cached and re.fullmatch(r"[0-9a-f]{64}", blob.name) else sha256(path)
 
 
 def file_hashes(source: Source) -> dict[str, str]:

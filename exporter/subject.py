@@ -21,6 +21,7 @@ from .clean_room import load_processor
 from .errors import InputError
 from .pipeline import kv_bytes_per_token
 from .source import Source, compute_dtype, load_model, open_source, text_decoder
+from .trust import warn_of_foreign_code
 
 PIXELS = ("pixel_values", "pixel_attention_mask")  # only the vision tower reads them
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
@@ -281,6 +282,7 @@ def _routed_class(source: Source) -> Any:
         return None
     from .modeling import modeling_routed
 
+    warn_of_foreign_code(source.folder, source.name)
     return getattr(modeling_routed, modeling_routed.class_name(source.config.model_type))
 
 

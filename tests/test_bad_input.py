@@ -311,7 +311,7 @@ def test_a_failed_verification_leaves_no_folder(capsys, model, questions, tmp_pa
     monkeypatch.setattr(checkpoint, "write_weights", damaged)
     arguments = ["--drop-layers", "1", "--calibration", str(questions), "--samples", "2"]
     assert main(["compress", str(model), "--out", str(tmp_path / "out"), *arguments]) == 1
-    assert "does not verify" in capsys.readouterr().err
+    assert "lvlm-exporter: out does not verify: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from loopback_hub import OWNER, READ_TOKEN, TOKEN, LoopbackHub, Repo
+from made_folders import rehash, routed_copy
 from safetensors.torch import load_file, save_file
 from test_compress import recipe, snapshot
 
-from exporter import clean_room, kinds
+from exporter import clean_room, kinds, verification
 from exporter.cli import main
 from exporter.errors import InputError
 from exporter.hub import push
@@ -195,6 +196,19 @@ def longer(small, tmp_path) -> Path:
     return folder
 
 
+def test_what_was_pushed_verifies_by_its_name(here, small, capsys, monkeypatch, tmp_path):
+    """Each file is downloaded to be compared, a routed checkpoint's modeling file among them."""
+    opened: list[Path] = []
+    monkeypatch.setattr(verification, "_in_clean_process", lambda folder, device: (opened.append(folder) or (), {}))
+    pushed(capsys, routed_copy(small, tmp_path / "routed"), NAME)
+    assert kinds.verify(NAME).holds and kinds.verify(f"hub:{NAME}@main").holds
+    assert (opened[0] / "modeling_routed.py").is_file() and (opened[0] / "router/model.safetensors").is_file()
+    files = here.repos[NAME].commits[here.repos[NAME].refs["main"]].files
+    here.repos[NAME].commit("main", files | {"custom_generate/generate.py": files["README.md"]}, "a stranger's")
+    problems = "; ".join(kinds.verify(NAME).problems)
+    assert "custom_generate/generate.py has no SHA-256 in the record" in problems and len(opened) == 2
+
+
 def test_a_branch_is_made_and_found_by_its_name(here, small, longer, capsys):
     pushed(capsys, small, NAME)
     repo = here.repos[NAME]
@@ -279,6 +293,7 @@ def test_weights_of_an_earlier_push_do_not_stay(here, small, capsys, tmp_path):
         shard.unlink()
     (folder / "model.safetensors.index.json").unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rehash(folder)
     pushed(capsys, small, NAME)
     assert "removed weights of an earlier push: model-00001-of-" in pushed(capsys, folder, NAME)
     assert {name for name in here.repos[NAME].files() if name.startswith("model")} == {"model.safetensors"}

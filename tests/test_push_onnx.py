@@ -45,6 +45,7 @@ def test_graphs_are_published_and_loaded_by_name(here, graphs, capsys):
     answers = [exporter.onnx.load(place).generate(**batch, max_new_tokens=4) for place in (graphs, NAME)]
     assert np.array_equal(*answers)
     assert "nothing to push" in pushed(capsys, graphs, NAME)
+    assert exporter.verify(NAME).holds
 
 
 def test_a_card_edited_by_hand_is_loaded_by_its_new_name(here, graphs, capsys, tmp_path):
@@ -56,7 +57,7 @@ def test_a_card_edited_by_hand_is_loaded_by_its_new_name(here, graphs, capsys, t
 
 
 def test_graphs_that_torch_was_not_compared_with(here, damaged, capsys):
-    assert "decoder.onnx.data is not the file that was compared" in refused(capsys, damaged, NAME, code=1)
+    assert "decoder.onnx.data is not the file that was made" in refused(capsys, damaged, NAME, code=1)
     assert NAME not in here.repos
 
 

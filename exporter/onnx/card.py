@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..files import replace_text
 from ..model_card import budget_name, hub_metadata, licence_sentence, ratio_cell, template
 from .manifest import read_manifest
 from .report import differences_table
@@ -34,5 +35,5 @@ def card(folder: Path, name: str | None = None) -> Path:
     tags = ["lvlm-exporter", "onnxruntime", *([manifest["quantize"]] if manifest["quantize"] else [])]
     metadata = hub_metadata(source, name, "onnx", tags, "quantized" if manifest["quantize"] else "finetune")
     path = folder / "README.md"
-    path.write_text(f"---\n{metadata}---\n\n{text}")
+    replace_text(path, f"---\n{metadata}---\n\n{text}")
     return path

@@ -254,7 +254,7 @@ def load_torch(clean_room: Any, job: dict[str, Any]) -> tuple[Any, Any]:
         modeling = module("modeling_routed", HERE.parent / "modeling" / "modeling_routed.py")  # not the source's copy
         model_type = json.loads((Path(job["source"]) / "config.json").read_text())["model_type"]
         auto = getattr(modeling, modeling.class_name(model_type))
-    model = auto.from_pretrained(job["source"], dtype=getattr(torch, job["dtype"]))
+    model = auto.from_pretrained(job["source"], dtype=getattr(torch, job["dtype"]), trust_remote_code=False)
     return model.float().eval().requires_grad_(False), clean_room.load_processor(job["folder"])
 
 

@@ -9,10 +9,15 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint import replace_json
+from ..errors import InputError
+from ..files import hashes
 from ..model_card import base_model_of, inherited_licence
-from ..source import Source, file_hash
+from ..record import BENCHMARK_HEAD, LICENCE, NOT_EMPTY, RATIOS, TIMES
+from ..shapes import ANYTHING, COUNT, HASHES, INNER_PATH, NUMBER, TEXT, ListOf, MapOf, Maybe, Misfit, check
+from ..source import Source
 from .decoder import cache_shape
-from .runtime.model import FORMAT, MANIFEST, read_manifest
+from .runtime import model as runner
+from .runtime.model import FORMAT, MANIFEST
 from .support import Support
 
 __all__ = [
@@ -27,11 +32,71 @@ __all__ = [
 ]
 
 GRAPH_FILES = ("*.onnx", "*.onnx.data")
+COMPARISON = {
+    "outputs": MapOf({"max": NUMBER, "mean": NUMBER}),
+    "tokens": COUNT,
+    "equal_tokens": COUNT,
+    "left_out?": COUNT,
+}
+SHAPE = {
+    "files": MapOf(COUNT, key=INNER_PATH),
+    "sha256": HASHES,
+    "model_type": TEXT,
+    "device": TEXT,
+    "dtype": TEXT,
+    "opset": COUNT,
+    "quantize": Maybe(TEXT),
+    "layers": COUNT,
+    "heads": COUNT,
+    "head_size": COUNT,
+    "hidden_size": COUNT,
+    "image_token_id": COUNT,
+    "pad_token_id": COUNT,
+    "first_position": COUNT,
+    "mrope": ANYTHING,
+    "blocks": ANYTHING,
+    "vision": {"kind": TEXT},
+    "source": {"name": TEXT, "revision": Maybe(TEXT), "base_model": Maybe(TEXT), "license": LICENCE},
+    "versions": dict.fromkeys(("lvlm-exporter", "torch", "transformers", "onnxruntime"), TEXT),
+    "validation": COMPARISON,
+    "quantized?": COMPARISON,
+    "router?": {"presets": MapOf(ANYTHING), "default": TEXT},
+    "benchmarks?": ListOf(BENCHMARK_HEAD),
+}
 
 
 def is_onnx(path: str | Path) -> bool:
     """The folder is one that `lvlm-exporter onnx` wrote."""
     return (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
+    """Return onnx.json, checked in full.
+
+    Args:
+        whole: raise where a graph file is missing or of another size, too.
+    Raises: InputError where it is no folder of `lvlm-exporter onnx`, or a part of it is not what it should be.
+    """
+    manifest = runner.read_manifest(folder, whole)
+    try:
+        check(manifest, SHAPE)
+        for name in {"validation", "quantized"} & manifest.keys():
+            if not manifest[name]["outputs"]:
+                raise Misfit(f"'{name}.outputs' is empty")
+        for index, entry in enumerate(manifest.get("benchmarks", [])):
+            _check_benchmark(entry, f"benchmarks[{index}]")
+    except Misfit as misfit:
+        raise InputError(f"{folder / MANIFEST} is damaged ({misfit}): export again.") from misfit
+    return manifest
+
+
+def _check_benchmark(entry: dict[str, Any], where: str) -> None:
+    check(entry.get("models"), NOT_EMPTY, f"{where}.models")
+    model = {"path": TEXT, "budget": Maybe(MapOf(ANYTHING)), "runtime": TEXT, "batches": NOT_EMPTY}
+    check(entry["models"], ListOf(model), f"{where}.models")
+    figures = {**TIMES, "vision_ms": NUMBER, "kv_bytes": COUNT, "ratio_to_reference": Maybe(RATIOS)}
+    for number, each in enumerate(entry["models"]):
+        check(each["batches"], ListOf(figures), f"{where}.models[{number}].batches")
 
 
 def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
@@ -101,11 +166,11 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], hashed: bool = False) -> None:
-    """With the size of every graph file, and their hashes at the end."""
+    """Write onnx.json with the size of every graph file; at the end with the SHA-256 of every file of the folder."""
     files = sorted(graph_files(folder))
     manifest["files"] = {path.name: path.stat().st_size for path in files}
     if hashed:
-        manifest["sha256"] = {path.name: file_hash(path) for path in files}
+        manifest["sha256"] = hashes(folder)
     write_record(folder, manifest)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..calibration import DEFAULT_PROMPT, load_calibration, make_batches
-from ..checkpoint import RECORD, check_space, check_target, staged
+from ..checkpoint import RECORD, carry_companions, check_space, check_target, staged
 from ..clean_room import load_processor
 from ..errors import InputError
+from ..files import without_auto_map
 from ..modeling.modeling_routed import RouterSettings
 from ..source import Source, compute_dtype, load_model, open_source
 from ..verification import verify
@@ -42,6 +42,7 @@ class ExportOptions:
     opset: int | None = None
     calibration: str | None = None  # questions to validate on, beside those that every export is validated on
     samples: int = 8
+    trust_remote_code: bool = False  # run Python of the checkpoint to verify it, where it is none that we shipped
 
 
 def export(model: str | Path, out: str | Path, options: ExportOptions | None = None) -> Path:
@@ -102,7 +103,7 @@ class Job:
 
 
 def prepare(model: str, options: ExportOptions) -> Job:
-    source = open_verified(model)
+    source = open_verified(model, options.trust_remote_code)
     dtype = chosen_dtype(options)
     cache = cache_kind(source.config, dtype, options.device)
     route = read_settings(source.config, cache) if "router" in source.raw_config else None
@@ -127,11 +128,11 @@ def check_environment(options: ExportOptions) -> None:
         raise InputError(f"dtype '{options.dtype}' is not exported to ONNX: auto, {', '.join(DTYPES)}.")
 
 
-def open_verified(model: str) -> Source:
+def open_verified(model: str, trust_remote_code: bool = False) -> Source:
     """The source; one of ours only if it verifies, so that a damaged checkpoint is not blamed on ONNX."""
     source = open_source(model)
     if (source.folder / RECORD).exists():
-        result = verify(source.folder)
+        result = verify(model, trust_remote_code=trust_remote_code)
         if not result.holds:
             raise InputError(f"{model} does not verify and is not exported: {'; '.join(result.problems)}.")
     return source
@@ -177,8 +178,5 @@ def write_graphs(model: Any, job: Job, folder: Path) -> None:
 def carry(source: Source, folder: Path) -> None:
     """Processor, tokenizer, generation settings, licence texts, and config.json, which processors are found by."""
     # Without the mention of a modeling file, which stays behind: AutoProcessor would ask whether it may be trusted.
-    config = {name: value for name, value in source.raw_config.items() if name != "auto_map"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in source.companions():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.folder / path, folder / path)
+    (folder / "config.json").write_text(json.dumps(without_auto_map(source.raw_config), indent=2) + "\n")
+    carry_companions(source, folder)

@@ -160,7 +160,7 @@ class OnnxRuntime:
 
         if path not in self._loaded:
             model = load(path, self.device.partition(":")[0], self.threads)
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self._loaded[path] = OnnxSubject(path, None, model, load_processor(path), config, self.new_tokens)
         whole = self._loaded[path]
         return replace(whole, budget=budget_of(whole.model, asked, path))

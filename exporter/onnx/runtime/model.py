@@ -65,7 +65,7 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
         raise InputError(f"{folder} has no {MANIFEST}: it is no folder that `lvlm-exporter onnx` wrote.")
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): export again.") from error
     if not isinstance(manifest, dict):
         raise InputError(f"{path} is damaged (it is no JSON object): export again.")
