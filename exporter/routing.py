@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MODELING_FILES = ("modeling_routed.py",)  # what travels with a routed checkpoint; the first is the one it names
+MODELING_FILES = (  # what travels with a routed checkpoint; config.json names the first, which imports the others
+    "modeling_routed.py",
+    "routed_api.py",
+    "routed_cache.py",
+    "routed_pass.py",
+    "routed_places.py",
+    "routed_request.py",
+    "routed_route.py",
+    "routed_router.py",
+)
 MODELING_FOLDER = Path(__file__).parent / "modeling"
 RECORD = "compression.json"
 AUTO_CLASS = "AutoModelForImageTextToText"

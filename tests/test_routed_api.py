@@ -51,8 +51,9 @@ def test_a_cache_is_taken_under_either_name(name, case):
     made = generated(case, batch, **BUDGET)
     length = batch["input_ids"].shape[1]
     cache = DynamicCache(config=case.model.config.get_text_config())
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # as `generate` counts
     with torch.no_grad():
-        first = case.model(**batch, **BUDGET, use_cache=True, **{name: cache})
+        first = case.model(**batch, **BUDGET, position_ids=positions, use_cache=True, **{name: cache})
         token = first.logits[:, -1:].argmax(-1)
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
         positions = mask.cumsum(1)[:, -1:] - 1
@@ -223,8 +224,7 @@ def test_a_budget_that_does_not_reach_the_decoder_is_no_answer(case, monkeypatch
 
 def test_layers_that_do_not_hear_of_the_route_are_no_answer(case):
     model = load(case)
-    layer = model.get_decoder().layers[3]
-    layer.__class__ = LlamaDecoderLayer
+    model.get_decoder().layers[0].__class__ = LlamaDecoderLayer
     with pytest.raises(RuntimeError, match="5 of 6 decoder layers were told of the route"):
         model(**case.prompts(), **BUDGET)
 
