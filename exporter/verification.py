@@ -14,7 +14,7 @@ from . import clean_room
 from .checkpoint import read_record
 from .errors import CheckFailed
 from .source import resolve
-from .weights import open_weights
+from .weight_files import open_weights
 
 
 @dataclass(frozen=True)
