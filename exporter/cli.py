@@ -67,6 +67,8 @@ def _out_of_resources(error: Exception) -> str | None:
 
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; nothing was kept."
+    if isinstance(error, ValueError) and "features and image tokens do not match" in str(error):
+        return f"processor and config.json do not fit each other, copy both from the base model: {error}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory: lower --batch-size, or give --memory so that the model is streamed from disk."
     return None

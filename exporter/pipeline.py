@@ -46,7 +46,7 @@ from .source import (
 )
 from .variants import Variant, assembled
 from .verification import require
-from .weights import open_weights
+from .weight_files import open_weights
 
 if TYPE_CHECKING:
     import torch

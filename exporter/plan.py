@@ -145,6 +145,7 @@ def pruned_config(raw: dict[str, Any], loaded: Any, plan: PruningPlan) -> dict[s
             changes[name] = sum(layer < limit for layer in plan.keep)
     _refuse_unknown_lists(text, plan)
     pruned = copy.deepcopy(raw)
+    pruned.pop("transformers_weights", None)  # the written weights have the usual names
     if pruned.pop("router", None) is not None:  # it chose among the layers of before, and its files stay behind
         pruned.pop("auto_map", None)
     if not plan.drop:

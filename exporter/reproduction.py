@@ -12,7 +12,7 @@ from .errors import InputError
 from .pipeline import compress, load_for, silent
 from .recipe import Recipe, RunOptions, recipe_from_data
 from .source import file_hash, open_source, resolve
-from .weights import open_weights
+from .weight_files import open_weights
 
 
 @dataclass(frozen=True)

@@ -2,56 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import copy
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config_file import ATTENTION_KEYS, check_raw_config, first_lines, places
+from .config_file import load_config as load_config
+from .config_file import read_json as read_json
 from .errors import InputError
 from .families import Decoder, Family, decoder_of, family_of
-from .files import Companions, companions, is_snapshot, sha256
-from .weights import Weights, open_weights
+from .files import Companions, companions, is_read, is_snapshot, sha256
+from .hub_access import WEIGHT_FILES as WEIGHT_FILES
+from .hub_access import hub_errors as hub_errors
+from .hub_access import refuse_without_weights
+from .hub_access import resolve as resolve
+from .processor_files import Repairs, check_tokens, class_repairs, setting_repairs
+from .processor_files import load_for as load_processor_for
+from .quantization import find_quantization
+from .source_view import make_decoded_view, make_view
+from .weight_files import NAMED_WEIGHTS, open_weights, refuse_adapter
+from .weights import Weights
 
 if TYPE_CHECKING:
     import torch
-    from huggingface_hub.errors import HfHubHTTPError
 
 logger = logging.getLogger(__name__)
 LAYER_KEY = re.compile(r"^((?:model\.|language_model\.|text_model\.)*layers\.)(\d+)\.(.+)$")
-HUB_ID = re.compile(r"^(?:hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
-# What a checkpoint needs beside its weights: configuration, processor, tokenizer, templates, licence texts.
-COMPANION_FILES = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "additional_chat_templates/*",
-)
-HUB_TIMEOUT_S = 60
-TOKEN = re.compile(r"\bhf_[\w.-]{8,}")
-HUB_STATUS = {
-    400: "it does not accept what was sent",
-    401: "your token is missing or invalid (`hf auth login`)",
-    402: "the account has to pay for this",
-    403: "your token lacks the right to do this",
-    404: "it does not exist there",
-    409: "it is in conflict with what is there",
-    412: "somebody else committed to it meanwhile, repeat the command",
-    413: "a file is too large for it",
-    429: "too many requests, wait a while",
-}
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "router/model.safetensors")
+ATTENTION_HERE = ("eager", "sdpa")
+RECORD = "compression.json"
 
 
 @dataclass(frozen=True)
@@ -66,6 +50,8 @@ class Source:
     weights: Weights
     family: Family
     decoder: Decoder
+    original: Path  # the folder itself, where `folder` is a view of it
+    stored: Weights  # as they lie there, where `weights` are decoded
 
     @property
     def num_layers(self) -> int:
@@ -91,8 +77,13 @@ class Source:
 
     @cached_property
     def beside_weights(self) -> Companions:
-        """What lies beside the weights: what goes along, and what stays behind."""
-        return companions(self.folder)
+        """Sort what lies beside the weights into what goes along, repaired or not, and what stays behind."""
+        beside = companions(self.original)
+        if self.folder == self.original:
+            return beside
+        repaired = {path.name for path in self.folder.iterdir() if not path.is_symlink() and is_read(path.name)}
+        kept = (name for name in {*beside.kept, *repaired} if (self.folder / name).is_file())
+        return Companions(tuple(sorted(kept)), beside.left)
 
     def companions(self) -> list[Path]:
         """Files that go along, relative to the folder."""
@@ -100,172 +91,159 @@ class Source:
 
 
 def open_source(name: str, revision: str | None = None) -> Source:
-    """Resolve, download where needed, and check. Raises InputError for everything that is wrong with the input."""
+    """Resolve, download where needed, and check. Raises InputError for everything that is wrong with the input.
+
+    What can be mended without a choice is mended in a view of the folder, which `Source.folder` is then: weights of
+    fewer bits are decoded, the processor is given what config.json says, attention that is not here is left out.
+    """
     folder, revision = resolve(name, revision)
+    state = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*")) if p.exists())
+    source = _checked(name, folder.absolute(), revision, state)
+    return replace(source, config=copy.deepcopy(source.config), raw_config=copy.deepcopy(source.raw_config))
+
+
+@functools.lru_cache(maxsize=16)
+def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ...]) -> Source:
+    """The checks of one folder, which need seconds for a large one, once as long as no file of it changes."""
     raw_config = read_json(folder / "config.json")
+    check_raw_config(name, raw_config)
     config = load_config(folder, raw_config)
-    family = family_of(config)
-    weights = open_weights(folder)
-    source = Source(name, folder, revision, config, raw_config, weights, family, decoder_of(config))
-    found = {layer for layer in map(source.layer_of, weights.entries) if layer is not None}
+    family, decoder = family_of(config), decoder_of(config)
+    refuse_adapter(folder, name)
+    if revision is not None:
+        refuse_without_weights(name, revision, folder)
+    weights = open_weights(folder, raw_config.get(NAMED_WEIGHTS))
+    found = find_quantization(raw_config, folder, weights)
+    if found is None:
+        source = Source(name, folder, revision, config, raw_config, weights, family, decoder, folder, weights)
+        check_layers(source)
+    else:
+        _refuse_own(name, folder, f"it is quantized by {found.method}")
+        view = make_decoded_view(name, folder, raw_config, found, weights)
+        logger.warning("%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, found.method)
+        raw_config = read_json(view / "config.json")
+        config, decoded = load_config(view, raw_config), open_weights(view)
+        source = Source(name, view, revision, config, raw_config, decoded, family, decoder, folder, weights)
+        check_layers(source)
+    source = _mended(source)
+    check_fit(source)
+    return source
+
+
+def check_layers(source: Source) -> None:
+    """Raise InputError where config.json and the weights differ in the number of decoder layers."""
+    found = {layer for layer in map(source.layer_of, source.weights.entries) if layer is not None}
     expected = set(range(source.num_layers))
     if found != expected:
         raise InputError(
-            f"{name}: config.json says {len(expected)} decoder layers, the weights hold {len(found)}"
+            f"{source.name}: config.json says {len(expected)} decoder layers, the weights hold {len(found)}"
             f"{_difference(expected, found)}. The checkpoint is incomplete, or its config is of another one."
         )
+
+
+def _mended(source: Source) -> Source:
+    """The source with a processor and a configuration that can be used here; itself where nothing is to be done."""
+    changes: Repairs = class_repairs(source.folder) | _attention_repairs(source)
+    if changes:
+        source = _viewed(source, changes)
+    processor = load_processor_for(source.name, source.folder, source.config)
+    if repairs := setting_repairs(source.name, source.folder, processor, source.config):
+        stated = ", ".join(f"{key}={value}" for entries in repairs.values() for key, value in entries.items())
+        logger.warning(
+            "%s: its processor lacks settings that config.json has, they are filled in: %s", source.name, stated
+        )
+        source = _viewed(source, repairs)
+        processor = load_processor_for(source.name, source.folder, source.config)
+    check_tokens(source.name, processor, source.config, source.raw_config, _embeddings(source))
     return source
+
+
+def _viewed(source: Source, changes: Repairs) -> Source:
+    _refuse_own(source.name, source.original, f"{', '.join(changes)} would have to be mended")
+    view = make_view(source.folder, changes)
+    raw_config = read_json(view / "config.json")
+    return replace(source, folder=view, raw_config=raw_config, config=load_config(view, raw_config))
+
+
+def _refuse_own(name: str, folder: Path, reason: str) -> None:
+    """Refuse to mend a checkpoint of ours: its record describes it as it was written."""
+    if (folder / RECORD).exists():
+        raise InputError(f"{name} is not as lvlm-exporter wrote it: {reason}. Make it again, or take {RECORD} out.")
+
+
+def _attention_repairs(source: Source) -> Repairs:
+    """config.json without an attention that needs a package or a GPU: it would not load elsewhere either."""
+    asked: set[str] = set()
+    entries: dict[str, Any] = {}
+    for settings in places(source.raw_config).values():
+        asked |= {str(settings[key]) for key in ATTENTION_KEYS if settings.get(key) not in (None, *ATTENTION_HERE)}
+    if not asked:
+        return {}
+    logger.warning(
+        "%s: config.json asks for the attention %s, which depends on the machine: sdpa is used, and the entry is left "
+        "out of what is written", source.name, ", ".join(sorted(asked)),
+    )  # fmt: skip
+    for key, value in source.raw_config.items():
+        if key in ATTENTION_KEYS:
+            entries[key] = None
+        elif isinstance(value, dict):
+            entries[key] = {k: v for k, v in value.items() if k not in ATTENTION_KEYS}
+    return {"config.json": entries}
+
+
+def _embeddings(source: Source) -> int:
+    """Rows of the input embeddings, as the weights have them."""
+    rows = [
+        entry.shape[0]
+        for name, entry in source.weights.entries.items()
+        if name.endswith("embed_tokens.weight") and "vision" not in name and entry.shape
+    ]
+    return rows[0] if rows else int(source.config.get_text_config().vocab_size)
+
+
+def check_fit(source: Source) -> None:
+    """Raise InputError where the weights are not those of config.json: a shape, a tensor too few.
+
+    transformers lays the model out without memory and compares names and shapes; no weight is read.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        _, report = AutoModelForImageTextToText.from_pretrained(
+            source.folder,
+            device_map="meta",
+            dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # whatever a model's class makes of sizes that do not go together
+        raise InputError(
+            f"{source.name}: transformers can't build a model from config.json and the weights: {first_lines(error)}"
+        ) from error
+    _refuse_report(source.name, report)
+
+
+def _refuse_report(name: str, report: dict[str, Any]) -> None:
+    """What transformers says of keys that are missing or of another shape, as an InputError."""
+    if shapes := sorted(report["mismatched_keys"], key=str):
+        key, held, wanted = shapes[0] if isinstance(shapes[0], tuple) else (shapes[0], "?", "?")
+        raise InputError(
+            f"{name}: {len(shapes)} tensors have another shape than config.json asks for, {key} {list(held)} instead "
+            f"of {list(wanted)} among them: weights and config.json do not belong together."
+        )
+    if names := sorted(map(str, report["missing_keys"])):
+        raise InputError(
+            f"{name}: {len(names)} missing keys when transformers loads it, {names[0]} among them: weights and "
+            "config.json do not belong together."
+        )
 
 
 def _difference(expected: set[int], found: set[int]) -> str:
     missing, extra = sorted(expected - found), sorted(found - expected)
     parts = [f"missing {missing}"] * bool(missing) + [f"too many {extra}"] * bool(extra)
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def resolve(name: str, revision: str | None = None, whole: bool = False) -> tuple[Path, str | None]:
-    """Folder and commit of what the user named. Hub ids are downloaded into the hub's own cache.
-
-    Args:
-        whole: download everything, code too, for comparing each file with a record; else what models are made of.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir() and not name.startswith("hub:"):
-        return path, None
-    match = HUB_ID.match(name)
-    if not match or name.startswith((".", "/", "~")) or path.exists():
-        raise InputError(f"'{name}' is neither a folder nor a hub id (USER/NAME or hub:USER/NAME@REVISION).")
-    repo, revision = match[1], match[2] or revision
-    from huggingface_hub import snapshot_download
-
-    with hub_errors(repo, revision):
-        wanted = None if whole else [*COMPANION_FILES, *WEIGHT_FILES, "README.md"]
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    return folder, folder.name
-
-
-@contextlib.contextmanager
-def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence each, and wait for no answer for ever.
-
-    The token is never part of a message. A server may quote it, hence 'from None': a traceback would show its words.
-    """
-    try:
-        with _limited_waiting():
-            yield
-    except Exception as error:
-        sentence = _hub_sentence(error, repo, revision)
-        if sentence is None:
-            raise
-        raise InputError(sentence) from None
-
-
-@contextlib.contextmanager
-def _limited_waiting() -> Iterator[None]:
-    """Give every request of huggingface_hub a time limit; most have none of their own."""
-    from huggingface_hub import get_session
-
-    limit = hub_timeout()
-
-    def set_limit(request: Any) -> None:
-        given = request.extensions.get("timeout", {})
-        kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: given.get(kind) or limit for kind in kinds}
-
-    client = get_session()
-    hooks = client.event_hooks
-    client.event_hooks = {**hooks, "request": [*hooks.get("request", []), set_limit]}
-    try:
-        yield
-    finally:
-        client.event_hooks = hooks
-
-
-def hub_timeout() -> float:
-    """Seconds that the hub may stay silent. The variable is huggingface_hub's own, which it applies to downloads."""
-    return float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or HUB_TIMEOUT_S)
-
-
-def _hub_sentence(error: BaseException, repo: str, revision: str | None) -> str | None:
-    """What a user is told of an error of huggingface_hub; None if it is not one."""
-    from huggingface_hub import errors
-
-    if type(error) in (RuntimeError, ValueError) and error.__cause__ is not None:  # as uploads report a failed step
-        return _hub_sentence(error.__cause__, repo, revision)
-    home = type(error).__module__.split(".")[0]
-    match error:
-        case errors.GatedRepoError():
-            return f"{repo} is gated: accept its terms on the hub and log in (`hf auth login`)."
-        case errors.RevisionNotFoundError():
-            return f"{repo} has no revision '{revision}'."
-        case errors.RepositoryNotFoundError():
-            return (
-                f"{repo} is neither a folder here nor a repository that you can see on the hub: check the name, or log "
-                "in (`hf auth login`) if it is private."
-            )
-        case errors.LocalEntryNotFoundError():
-            return f"{repo} is not in the local hub cache and the hub can't be reached."
-        case errors.HfHubHTTPError():
-            return f"the hub answered {error.response.status_code} for {repo}: {_refusal(error)}."
-        case errors.HFValidationError():
-            return f"'{repo}' is no valid repository name: {error}"
-        case errors.OfflineModeIsEnabled():
-            return f"{repo} is on the hub, and HF_HUB_OFFLINE is set: unset it."
-        case ValueError() if str(error).startswith("LFS batch API"):
-            return f"the hub takes no large file for {repo}: its storage may be used up."
-        case json.JSONDecodeError():
-            return f"what answers for {repo} is no hub, or a broken one: check HF_ENDPOINT, or try again later."
-    if "Timeout" in type(error).__name__ and home.startswith("httpx"):
-        return f"the hub does not answer for {repo}: try again later, or wait longer with HF_HUB_DOWNLOAD_TIMEOUT=300."
-    if home.startswith("httpx"):  # the hub client's transport, whatever its version
-        return f"the hub can't be reached for {repo} ({type(error).__name__}): try again later."
-    if home == "hf_xet" or type(error) is ConnectionError:  # as hf_xet reports that its storage fails
-        return f"the hub's Xet storage fails for {repo}: try again later, or set HF_HUB_DISABLE_XET=1 to do without."
-    if home == "huggingface_hub":
-        return f"the hub's client fails for {repo} ({type(error).__name__})."
-    return None
-
-
-def _refusal(error: HfHubHTTPError) -> str:
-    """Why the hub said no: what the status means, and the hub's own words without the token, should they quote it."""
-    status = error.response.status_code
-    meaning = HUB_STATUS.get(status, "it has a problem of its own, try again later" if status >= 500 else "it says no")
-    words = " ".join((error.server_message or "").split())
-    sent = error.response.request.headers.get("authorization", "").removeprefix("Bearer ")
-    words = re.sub(TOKEN, "...", words.replace(sent or "\0", "..."))
-    return meaning if not words or words.startswith("<") else f'{meaning} ("{words[:200]}")'
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent} has no {path.name}: it is no Hugging Face checkpoint.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a JSON object.")
-    return content
-
-
-def load_config(folder: Path, raw_config: dict[str, Any]) -> Any:
-    """transformers' configuration, from native code only."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    model_type = raw_config.get("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
-        from transformers import __version__
-
-        hint = " It needs remote code; look for a version that transformers loads natively ('...-hf')." * (
-            "auto_map" in raw_config
-        )
-        raise InputError(f"transformers {__version__} has no model_type '{model_type}' ({folder}/config.json).{hint}")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{folder}/config.json is not accepted by transformers: {first_line}") from error
 
 
 def load_model(
@@ -287,12 +265,7 @@ def load_model(
     model, report = (cls or AutoModelForImageTextToText).from_pretrained(
         source.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **placement
     )
-    for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise InputError(
-                f"{source.name}: {len(names)} {kind.replace('_', ' ')} when transformers loads it, {names[0]} among "
-                "them: weights and config.json do not belong together."
-            )
+    _refuse_report(source.name, report)
     if report["unexpected_keys"]:
         logger.warning("%s holds tensors that transformers ignores: %s", source.name, sorted(report["unexpected_keys"]))
     check_finite(model, source.name)
@@ -358,7 +331,8 @@ def file_hash(path: Path) -> str:
 
 
 def file_hashes(source: Source) -> dict[str, str]:
-    """SHA-256 of every file that the result depends on."""
-    paths = [source.folder / "config.json", *(shard.path for shard in source.weights.shards)]
-    paths += [source.folder / path for path in source.companions()]
-    return {str(path.relative_to(source.folder)): file_hash(path) for path in paths}
+    """SHA-256 of every file that the result depends on, as the source has it."""
+    folder = source.original
+    paths = [folder / "config.json", *(shard.path for shard in source.stored.shards)]
+    paths += [folder / path for path in source.companions() if (folder / path).exists()]
+    return {str(path.relative_to(folder)): file_hash(path) for path in paths}

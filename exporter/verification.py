@@ -23,7 +23,7 @@ from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
 from .record import read_record
 from .source import resolve
 from .trust import foreign_code, replaced_weights
-from .weights import open_weights
+from .weight_files import open_weights
 
 NAMED_AT_MOST = 5
 

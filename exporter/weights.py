@@ -6,6 +6,7 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COPY_CHUNK_BYTES = 64 << 20
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -79,69 +90,91 @@ class Weights:
 
 
 def read_shard(path: Path) -> Shard:
-    """Parse one file's header and check it against the file's length. Raises InputError where they disagree."""
+    """Parse one file's header and check it as strictly as safetensors does. Raises InputError for all that is wrong."""
+    header, start, size = read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its __metadata__ is no object of texts")
+    entries = sorted((_entry(path, name, spec, start) for name, spec in header.items()), key=lambda item: item[1].begin)
+    position = start
+    for name, entry in entries:
+        if entry.begin != position:
+            raise _damaged(path, f"'{name}' begins at byte {entry.begin:,}, where byte {position:,} is due")
+        position = entry.end
+    if size != position:
+        raise InputError(
+            f"{path} has {size:,} bytes, its header promises {position:,}: it is "
+            f"{'truncated' if size < position else 'damaged'}. Download it again."
+        )
+    return Shard(path, metadata, dict(entries))
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the JSON of a safetensors file's header, where its data begin, and the file's size in bytes."""
+    if not path.is_file():  # a pipe would be waited for without end
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, not a safetensors file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
+        if head == LFS_POINTER[:8]:
+            raise InputError(
+                f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder, or download it again."
+            )
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= size - 8:
             raise InputError(f"{path} is no safetensors file: its header would be {length} of its {size} bytes.")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = {
-                name: TensorEntry(
-                    path, spec["dtype"], tuple(spec["shape"]), *(8 + length + offset for offset in spec["data_offsets"])
-                )
-                for name, spec in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} has a damaged safetensors header ({error}). Download it again.") from error
-    expected = max((entry.end for entry in entries.values()), default=8 + length)
-    if size != expected:
-        raise InputError(
-            f"{path} has {size:,} bytes, its header promises {expected:,}: it is "
-            f"{'truncated' if size < expected else 'damaged'}. Download it again."
-        )
-    return Shard(path, metadata, entries)
-
-
-def open_weights(folder: Path) -> Weights:
-    """The checkpoint in a folder: `model.safetensors`, or the shards that its index names."""
-    index_path = folder / INDEX
-    if not index_path.exists():
-        single = folder / SINGLE
-        if single.exists():
-            return Weights((read_shard(single),))
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-            raise InputError(
-                f"{folder} holds pickled weights only (.bin/.pt), which can run code when read. Convert it once with "
-                "transformers: AutoModelForImageTextToText.from_pretrained(X).save_pretrained(Y)."
-            )
-        raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.")
+        if length > MAX_HEADER_BYTES:
+            raise _damaged(path, f"{length:,} bytes, more than the {MAX_HEADER_BYTES:,} that safetensors reads")
+        text = file.read(length)
     try:
-        weight_map: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{index_path} is no index of safetensors shards ({error!r}).") from error
-    names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise InputError(f"{folder} lacks {len(missing)} of its {len(names)} shards: {', '.join(missing)}.")
-    shards = tuple(read_shard(folder / name) for name in names)
-    held = {name: shard.path.name for shard in shards for name in shard.entries}
-    wrong = [name for name, file in weight_map.items() if held.get(name) != file]
-    if wrong:
-        raise InputError(
-            f"{index_path} is wrong about {len(wrong)} of {len(weight_map)} tensors: '{wrong[0]}' is not in "
-            f"{weight_map[wrong[0]]}. Write the index again, or download the checkpoint again."
+        header = json.loads(
+            text.decode(), object_pairs_hook=functools.partial(_unique, path), parse_constant=_no_number
         )
-    unlisted = [name for name in held if name not in weight_map]
-    if unlisted:
-        raise InputError(
-            f"{index_path} leaves out {len(unlisted)} tensors that the shards hold, '{unlisted[0]}' among them. "
-            "Write the index again, or download the checkpoint again."
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, f"a {type(header).__name__}, not an object")
+    return header, 8 + length, size
+
+
+def _entry(path: Path, name: str, spec: Any, start: int) -> tuple[str, TensorEntry]:
+    """One tensor of a header, whose bytes must be what its type and shape need."""
+    if not isinstance(spec, dict) or not {"dtype", "shape", "data_offsets"} <= set(spec):
+        raise _damaged(path, f"'{name}' has no dtype, shape and data_offsets")
+    dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _damaged(path, f"'{name}' has the dtype {dtype!r}, which safetensors does not know")
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(path, f"'{name}' has the shape {shape!r} at {offsets!r}")
+    needed = prod(shape) * DTYPE_BITS[dtype]
+    if needed != 8 * (offsets[1] - offsets[0]):
+        raise _damaged(
+            path, f"'{name}' ({dtype} {shape}) needs {needed // 8:,} bytes and has {offsets[1] - offsets[0]:,}"
         )
-    return Weights(shards)
+    return name, TensorEntry(path, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; a name that stands twice would hide a tensor."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _damaged(path, f"'{next(name for name in names if names.count(name) > 1)}' stands in it twice")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} in it")
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} has a damaged safetensors header ({reason}). Download it again.")
 
 
 def copy_range(source: int, target: int, begin: int, count: int, advance: Callable[[int], object]) -> None:
@@ -191,7 +224,7 @@ class Piece:
 
     name: str
     entry: TensorEntry
-    replacement: torch.Tensor | None = None
+    replacement: torch.Tensor | Callable[[], torch.Tensor] | None = None  # a function makes it when it is written
 
 
 def write_shard(path: Path, pieces: list[Piece], metadata: dict[str, str], advance: Callable[[int], object]) -> None:
@@ -213,8 +246,8 @@ def write_shard(path: Path, pieces: list[Piece], metadata: dict[str, str], advan
     with path.open("wb", buffering=0) as target:
         write_all(target.fileno(), struct.pack("<Q", len(text)) + text)
         for run in _adjacent(pieces):
-            if run[0].replacement is not None:
-                write_all(target.fileno(), tensor_bytes(run[0].replacement))
+            if (replacement := run[0].replacement) is not None:
+                write_all(target.fileno(), tensor_bytes(replacement() if callable(replacement) else replacement))
                 advance(run[0].entry.num_bytes)
                 continue
             begin, end = run[0].entry.begin, run[-1].entry.end

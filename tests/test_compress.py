@@ -19,7 +19,7 @@ from exporter.plan import Budget, make_plan
 from exporter.recipe import FOLD_NAMES, LOCALIZER_NAMES, CalibrationData, Method, Recipe, RunOptions
 from exporter.reproduction import reproduce
 from exporter.source import open_source, text_decoder
-from exporter.weights import open_weights
+from exporter.weight_files import open_weights
 
 
 def recipe(model: Path, questions: Path, **changes) -> Recipe:

@@ -46,7 +46,8 @@ IMAGE_TOKEN = 0
 COPIES = """
 import sys
 from pathlib import Path
-from exporter.weights import open_weights, Piece, write_shard
+from exporter.weight_files import open_weights
+from exporter.weights import Piece, write_shard
 weights, out = open_weights(Path(sys.argv[1])), Path(sys.argv[2])
 out.mkdir()
 for number, shard in enumerate(weights.shards):
