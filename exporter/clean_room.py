@@ -17,6 +17,7 @@ from typing import Any
 
 REFERENCE_QUESTION = "Describe this image."
 REFERENCE_TOKENS = 12
+GENERATION_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # all that greedy answers take from a folder
 ANSWER_TOKEN_TYPE = {"paligemma": 1}  # its prompt sees itself both ways, answers are causal; 0 is text elsewhere
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of logits, relative to the largest
 
@@ -143,17 +144,50 @@ def reference_answer(model: Any, processor: Any) -> dict[str, list[Any]]:
 
 def generate(model: Any, inputs: dict[str, Any], new_tokens: int = REFERENCE_TOKENS) -> Any:
     """Exactly `new_tokens` greedy tokens and their logits, whatever the checkpoint's generation config says."""
-    return model.generate(
-        **inputs,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        use_cache=True,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    exactly = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    with greedy(model, **exactly, return_dict_in_generate=True, output_logits=True) as settings:
+        return model.generate(**inputs, generation_config=settings)
+
+
+def greedy_answers(model: Any, inputs: dict[str, Any], max_new_tokens: int, **routing: Any) -> Any:
+    """Greedy answers [B, A] of at most `max_new_tokens`, whatever the checkpoint's generation config says.
+
+    Args:
+        routing: what a routed model's `generate` takes beside its inputs.
+    """
+    with greedy(model, max_new_tokens=max_new_tokens) as settings:
+        made = model.generate(**inputs, generation_config=settings, **routing)
+    return made[:, inputs["input_ids"].shape[1] :]
+
+
+@contextmanager
+def greedy(model: Any, **more: Any) -> Iterator[Any]:
+    """Give settings for `generate` that take nothing from the folder's generation_config.json but its token ids.
+
+    The model's own settings step aside meanwhile: `generate` fills in from them whatever it is not given, such as a
+    bias, a penalty, a time limit, or a number of answers.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ids = {name: _token_ids(own, name) for name in GENERATION_TOKENS}
+    settings = GenerationConfig(**ids, **more, do_sample=False, num_beams=1, use_cache=True)
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        yield settings
+    finally:
+        model.generation_config = own
+
+
+def _token_ids(settings: Any, name: str) -> int | list[int] | None:
+    """One entry of generation_config.json. Raises ValueError unless it is a token id, a list of them, or nothing."""
+    value = getattr(settings, name, None)
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in several):
+        if name != "pad_token_id":
+            raise ValueError(f"generation_config.json: {name} is {value!r}, which is no token id.")
+        return None  # -1 for none: some checkpoints have it, and `generate` then pads with the end token
+    return value
 
 
 def cache_difference(model: Any, processor: Any, **routing: Any) -> float:

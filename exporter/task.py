@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import clean_room
 from .calibration import Batch, Sample, load_calibration
 from .errors import InputError
 from .modeling.modeling_routed import Route
@@ -44,8 +45,6 @@ def load_task(task: str, samples: int | None, seed: int) -> Task:
 
 def greedy_answers(model: Any, batch: Batch, max_new_tokens: int, route: Route | None = None) -> Tensor:
     """Greedy answers [B, A], whatever sampling the generation config asks for."""
-    options = {} if route is None else {"route": route}
-    made = model.generate(
-        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, **options
-    )
-    return made[:, batch.inputs["input_ids"].shape[1] :]
+    routing = {} if route is None else {"route": route}
+    answers: Tensor = clean_room.greedy_answers(model, batch.inputs, max_new_tokens, **routing)
+    return answers
