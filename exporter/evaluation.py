@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import checkpoint
 from .budgets import Ask, Flops, Wanted, few_prompts, flops_of
-from .calibration import Batch, by_size, load_calibration, make_batch, make_batches
+from .calibration import Batch, by_size, check_prompt, load_calibration, make_batch, make_batches
 from .clean_room import load_processor
 from .errors import InputError
 from .fidelity import AnsweredBatch, with_answers
@@ -211,6 +211,8 @@ def load(
     source = open_source(path)
     dtype = compute_dtype(options.dtype, source.config, device)
     processor = load_processor(source.folder)
+    if task is not None:
+        check_prompt(task.samples, processor, source.config)
     if not any(asks):
         return Loaded(path, source, load_model(source, device, dtype, options.memory)[0], processor)
     model = load_routed(source, device, dtype, options.memory)

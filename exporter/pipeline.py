@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, clean_room
-from .calibration import Batch, Calibration, by_size, load_calibration, make_batches, spread
+from .calibration import Batch, Calibration, by_size, check_prompt, load_calibration, make_batches, spread
 from .errors import InputError
 from .families import protected_layers
 from .fold import FOLDS
@@ -201,6 +201,7 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
     processor = clean_room.load_processor(source.folder)
+    check_prompt(calibration.samples, processor, source.config)
     return Job(recipe, options, source, calibration, processor, device, dtype, tuple(protect), count, progress)
 
 

@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 from exporter import clean_room
 from exporter.calibration import load_calibration, make_batch
 from exporter.clean_room import load_processor
-from exporter.errors import InputError
 from exporter.evaluation import evaluate
 from exporter.fidelity import answered
 from exporter.source import load_model, open_source
@@ -74,7 +73,12 @@ def subject(tiny, questions):
     model, _ = load_model(source, "cpu", torch.float32)
     samples = load_calibration(str(questions), samples=3).samples
     batch = make_batch(samples, load_processor(source.folder), model.config)
-    return model, batch, greedy_answers(model, batch, 6), clean_room.reference_answer(model, load_processor(source.folder))
+    return (
+        model,
+        batch,
+        greedy_answers(model, batch, 6),
+        clean_room.reference_answer(model, load_processor(source.folder)),
+    )
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -102,7 +106,10 @@ def test_token_ids_do_count(subject):
     stop = int(answers[0, 1])
     model.generation_config = GenerationConfig(eos_token_id=[stop, 9999], pad_token_id=0, bos_token_id=1)
     try:
-        assert greedy_answers(model, batch, 6)[0].tolist()[:3] in ([*answers[0, :2].tolist(), 0], answers[0, :2].tolist())
+        assert greedy_answers(model, batch, 6)[0].tolist()[:3] in (
+            [*answers[0, :2].tolist(), 0],
+            answers[0, :2].tolist(),
+        )
     finally:
         model.generation_config = own
 
@@ -127,7 +134,8 @@ def test_evaluation_of_a_folder_with_such_a_file(entry, tiny, questions, tmp_pat
     lines = [json.loads(line) for line in questions.read_text().splitlines()[:3]]
     task.write_text(
         "".join(
-            json.dumps(line | {"image": str(questions.parent / line["image"]), "answer": "red"}) + "\n" for line in lines
+            json.dumps(line | {"image": str(questions.parent / line["image"]), "answer": "red"}) + "\n"
+            for line in lines
         )
     )
     path = folder / "generation_config.json"
