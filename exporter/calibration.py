@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import InputError
 from .images import open_bytes, short
 from .records import read_records
-from .samples import Sample, sample_from
+from .samples import Sample as Sample
+from .samples import sample_from
 from .tables import is_saved, open_table
 
 if TYPE_CHECKING:

@@ -209,7 +209,14 @@ def load_for(recipe: Recipe) -> Calibration:
     """The recipe's calibration questions."""
     data = recipe.calibration
     return load_calibration(
-        data.data, samples=data.samples, seed=recipe.seed, columns=data.columns, split=data.split, prompt=data.prompt
+        data.data,
+        samples=data.samples,
+        seed=recipe.seed,
+        columns=data.columns,
+        split=data.split,
+        prompt=data.prompt,
+        config=data.config,
+        allow_urls=data.allow_urls,
     )
 
 

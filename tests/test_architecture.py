@@ -21,8 +21,8 @@ ORDER = (
     "records tables calibration replay capture fidelity localize plan "
     "recipe moments fold variants modeling routing rules budgets oracle relaxation router_learner router_losses "
     "router_training checkpoint verification report route_pictures model_card routed_checkpoint pipeline estimate "
-    "reproduction task evaluation comparison route_comparison timing workload subject onnx kinds hub runtimes "
-    "benchmark arguments cli plugins __main__"
+    "reproduction task resumable evaluation comparison route_comparison timing workload subject onnx kinds hub "
+    "runtimes benchmark arguments cli plugins __main__"
 ).split()
 
 

@@ -404,7 +404,7 @@ def test_splits_configurations_and_parquet(saved, tmp_path):
     table = datasets.load_from_disk(str(saved({"image": paths, "question": list("abcd")}, image=datasets.Image())))
     datasets.DatasetDict({"test": table, "dev": table.select(range(2))}).save_to_disk(tmp_path / "both")
     assert len(load_calibration(str(tmp_path / "both"), samples=None, split="dev").samples) == 2
-    with pytest.raises(InputError, match="has several splits: test, dev. Say which with --split"):
+    with pytest.raises(InputError, match=r"has several splits: test, dev\. Say which with --split"):
         load_calibration(str(tmp_path / "both"), samples=None, split=None)
     with pytest.raises(InputError, match="has no split 'train'; it has: test, dev"):
         load_calibration(str(tmp_path / "both"), samples=None)
