@@ -190,8 +190,8 @@ def test_kept_answers_are_of_the_same_run(monkeypatch, tiny, task, tmp_path):
         line["answer"] = said
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run().models[0].accuracy == 1.0
-    template = model / "chat_template.jinja"
-    template.write_text(template.read_text() + "answer shortly")
+    template = model / "chat_template.json"
+    template.write_text(template.read_text().replace("USER: ", "USER:"))
     assert answered_again(monkeypatch, run) == 12
     assert answered_again(monkeypatch, run) == 0
 

@@ -36,7 +36,7 @@ def test_a_family_s_template_may_not_be_missing(family, tiny, questions, tmp_pat
     samples = load_calibration(str(questions), samples=1).samples
     if family == "paligemma":  # has none, on the hub either
         assert make_batch(samples, processor, config).is_visual.any()
-        with pytest.raises(clean_room.PromptError, match="takes one question: .* tell 3 turns apart"):
+        with pytest.raises(clean_room.PromptError, match=r"takes one question: .* tell 3 turns apart"):
             clean_room.render(processor, TURNS)
         return
     message = r"line \d+: .* has no chat template.*copy chat_template.jinja .* from the model.*, for one\)"
