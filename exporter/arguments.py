@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from .errors import InputError
 from .recipe import (
     DEFAULT_FOLD,
     DEFAULT_LOCALIZER,
@@ -18,6 +21,7 @@ from .recipe import (
     RouterRecipe,
 )
 
+LARGEST = 10**12  # of a whole number behind a flag: more is a slip of the hand, and overflows further in
 MODEL, DATA = "examples/digits/model", "examples/digits/data"
 
 
@@ -25,7 +29,7 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     """The parser of all verbs; `functions` has what each verb calls."""
     from . import __version__
 
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="lvlm-exporter",
         description="Turn a large vision-language model into a smaller, faster standalone checkpoint.",
     )
@@ -73,10 +77,10 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     route.add_argument("model", metavar="MODEL", help="folder or hub id, pruned or not")
     route.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     _calibration_arguments(route, required=True, samples=ROUTER_SAMPLES)
-    route.add_argument("--steps", type=int, metavar="N", help=f"of training ({RouterRecipe.steps})")
-    route.add_argument("--candidates", type=int, metavar="N", help="last layers that may be skipped (half of them)")
-    route.add_argument("--drop-at", type=int, metavar="D", help="layer before which visual tokens leave (2)")
-    route.add_argument("--learning-rate", type=float, metavar="R", help=f"({RouterRecipe.learning_rate})")
+    route.add_argument("--steps", type=_positive, metavar="N", help=f"of training ({RouterRecipe.steps})")
+    route.add_argument("--candidates", type=_whole, metavar="N", help="last layers that may be skipped (half of them)")
+    route.add_argument("--drop-at", type=_whole, metavar="D", help="layer before which visual tokens leave (2)")
+    route.add_argument("--learning-rate", type=_number, metavar="R", help=f"({RouterRecipe.learning_rate})")
     route.add_argument("--loss", choices=LOSS_NAMES, help="what is learnt from (importance); preference is the paper's")
     route.add_argument("--loss-option", action="append", default=[], metavar="NAME=VALUE")
     _run_arguments(route, batch_size=RouterRecipe.batch_size)
@@ -107,9 +111,10 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     evaluate.add_argument("--task", required=True, metavar="FILE.jsonl", help="questions with answers")
     evaluate.add_argument("--reference", metavar="MODEL", help="the model they were made from")
     _route_arguments(evaluate)
-    evaluate.add_argument("--samples", type=int, metavar="N", help="only N of the questions, drawn with --seed")
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    evaluate.add_argument("--samples", type=_positive, metavar="N", help="only N of the questions, drawn with --seed")
+    evaluate.add_argument("--seed", type=_seed, default=0)
+    _data_arguments(evaluate, "(the only one)")
+    evaluate.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
     evaluate.add_argument(
         "--predictions", type=Path, metavar="FILE.jsonl", help="keep every answer; a broken-off run goes on from there"
     )
@@ -150,9 +155,9 @@ def build(functions: Mapping[str, Callable[[argparse.Namespace], int | None]]) -
     onnx.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="what the graphs are fused for (cpu)")
     onnx.add_argument("--dtype", default="auto", help="float32, float16 (auto: float32 for the CPU, float16 for CUDA)")
     onnx.add_argument("--quantize", metavar="int8", help="integer weights in the decoder: int8, int4")
-    onnx.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators (20)")
+    onnx.add_argument("--opset", type=_positive, metavar="N", help="version of ONNX's operators (20)")
     onnx.add_argument("--calibration", metavar="FILE", help="questions to compare with torch on, beside the usual ones")
-    onnx.add_argument("--samples", type=int, default=8, metavar="N", help="how many are drawn from it (8)")
+    onnx.add_argument("--samples", type=_positive, default=8, metavar="N", help="how many are drawn from it (8)")
 
     _trust_argument(onnx)
 
@@ -191,13 +196,24 @@ def _calibration_arguments(verb: argparse.ArgumentParser, required: bool, sample
         metavar="FILE",
         help="images with questions: a JSONL file, a folder of images, or datasets:ID",
     )
-    verb.add_argument("--samples", type=int, metavar="N", help=f"how many are drawn from it ({samples})")
-    verb.add_argument(
-        "--columns", action="append", default=[], metavar="ROLE=NAME", help="of a data set: image=NAME, question=NAME"
-    )
-    verb.add_argument("--split", help="of a data set (train)")
+    verb.add_argument("--samples", type=_positive, metavar="N", help=f"how many are drawn from it ({samples})")
+    _data_arguments(verb, "(train)")
     verb.add_argument("--prompt", help="question put to the images of a folder")
-    verb.add_argument("--seed", type=int, help="of every random draw (0)")
+    verb.add_argument("--seed", type=_seed, help="of every random draw (0)")
+
+
+def _data_arguments(verb: Any, split: str) -> None:
+    """How a data source is read: of a parser, or of a group of one."""
+    verb.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="ROLE=NAME",
+        help="of a data set: image, question, messages, answer, type, choices",
+    )
+    verb.add_argument("--split", metavar="S", help=f"of a data set {split}")
+    verb.add_argument("--config", metavar="NAME", help="of a data set that has several configurations")
+    verb.add_argument("--allow-urls", action="store_true", help="fetch images that stand as http(s) addresses")
 
 
 def _localizer_arguments(verb: argparse.ArgumentParser) -> None:
@@ -208,8 +224,8 @@ def _localizer_arguments(verb: argparse.ArgumentParser) -> None:
 
 def _budget_arguments(verb: argparse.ArgumentParser) -> None:
     budget = verb.add_mutually_exclusive_group()
-    budget.add_argument("--drop-layers", type=int, metavar="N", help="how many layers go")
-    budget.add_argument("--drop-ratio", type=float, metavar="R", help="share of the layers that goes, 0.25")
+    budget.add_argument("--drop-layers", type=_whole, metavar="N", help="how many layers go")
+    budget.add_argument("--drop-ratio", type=_number, metavar="R", help="share of the layers that goes, 0.25")
     budget.add_argument("--target-params", type=_count, metavar="P", help="parameters that may be left, 5.2B")
     budget.add_argument("--layers", type=_layer_list, metavar="8,9,10", help="exactly these go")
 
@@ -220,17 +236,20 @@ def _bench_arguments(verb: argparse.ArgumentParser) -> None:
     budget.add_argument("--keep-layers", type=_layer_counts, default=(), metavar="L", help="28,24")
     budget.add_argument("--preset", type=_names, default=(), metavar="NAME", help="of the checkpoint; off: all of it")
     prompt = verb.add_argument_group("prompts", "random images and words, or those of a task")
-    prompt.add_argument("--visual-tokens", type=int, metavar="N", help="visual tokens of a prompt (one image's)")
-    prompt.add_argument("--text-tokens", type=int, metavar="N", help="its other tokens, the template's too")
+    prompt.add_argument("--visual-tokens", type=_positive, metavar="N", help="visual tokens of a prompt (one image's)")
+    prompt.add_argument("--text-tokens", type=_positive, metavar="N", help="its other tokens, the template's too")
     prompt.add_argument("--task", metavar="FILE.jsonl", help="its first lines, in place of random prompts")
-    prompt.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoding steps of an answer (32)")
-    verb.add_argument("--batch", type=_layer_list, default=(1,), metavar="1,8", help="rows, one size after the other")
-    verb.add_argument("--rounds", type=int, default=10, metavar="N", help="runs of each model, even (10)")
+    _data_arguments(prompt, "(the only one)")
+    prompt.add_argument(
+        "--new-tokens", type=_positive, default=32, metavar="N", help="decoding steps of an answer (32)"
+    )
+    verb.add_argument("--batch", type=_row_counts, default=(1,), metavar="1,8", help="rows, one size after the other")
+    verb.add_argument("--rounds", type=_whole, default=10, metavar="N", help="runs of each model, even (10)")
     verb.add_argument("--attention", metavar="NAME", help="eager, sdpa, flash_attention_2 (the checkpoint's own)")
     verb.add_argument("--compile", action="store_true", help="torch.compile of the layers' norms and MLPs")
     verb.add_argument("--device", help="cpu, cuda, cuda:1 (the first GPU, else the CPU)")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--seed", type=_seed, default=0)
     verb.add_argument("--no-card", action="store_true", help="leave the checkpoints' records and cards alone")
     _json_argument(verb)
 
@@ -246,7 +265,7 @@ def _route_arguments(verb: argparse.ArgumentParser) -> None:
         "--rule", default="router", help="who chooses: router, random, fastv, shortgpt, fastv+shortgpt ... (router)"
     )
     budget.add_argument(
-        "--drop-at", type=int, metavar="D", help="layer before which tokens leave (the router's; 2 for fastv)"
+        "--drop-at", type=_whole, metavar="D", help="layer before which tokens leave (the router's; 2 for fastv)"
     )
     budget.add_argument("--calibration", metavar="FILE", help="images with questions, for the rule shortgpt")
 
@@ -254,8 +273,10 @@ def _route_arguments(verb: argparse.ArgumentParser) -> None:
 def _run_arguments(verb: argparse.ArgumentParser, batch_size: int = 8) -> None:
     verb.add_argument("--device", help="cpu, cuda, cuda:1, auto (the first GPU, else the CPU)")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
-    verb.add_argument("--memory", metavar="12GB", help="most that the device may hold; the rest is streamed from disk")
-    verb.add_argument("--batch-size", type=int, default=batch_size, metavar="B")
+    verb.add_argument(
+        "--memory", type=_memory, metavar="12GB", help="most that the device may hold; the rest is streamed from disk"
+    )
+    verb.add_argument("--batch-size", type=_positive, default=batch_size, metavar="B")
     _json_argument(verb)
 
 
@@ -272,11 +293,74 @@ def _json_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _layer_list(text: str) -> tuple[int, ...]:
+# --- what stands behind a flag ----------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one sentence, like all others, in place of the usage and a sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.rstrip('.')}. See `{self.prog} --help`.")
+
+
+def _whole(text: str) -> int:
+    """A whole number. What may stand there is checked where it is used: it depends on the model."""
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        number = int(text)
+    except ValueError as error:  # no number, or one of thousands of digits
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is no whole number") from error
+    if abs(number) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: at most {LARGEST:,} is needed")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = _whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1 is needed")
+    return number
+
+
+def _seed(text: str) -> int:
+    """A seed that every generator takes: 32 bits, without a sign."""
+    try:
+        number = int(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of layers like 8,9,10") from error
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is no whole number") from error
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"a number from 0 to {2**32 - 1} is needed")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is no number") from error
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"'{text}' is no finite number")
+    return number
+
+
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", text.strip(), re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is no size like 12GB or 800MiB")
+    return text.strip()
+
+
+def _whole_numbers(text: str, what: str) -> tuple[int, ...]:
+    try:
+        return tuple(_whole(part) for part in text.split(",") if part.strip())
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is no list of {what}") from error
+
+
+def _layer_list(text: str) -> tuple[int, ...]:
+    return _whole_numbers(text, "layers like 8,9,10")
+
+
+def _row_counts(text: str) -> tuple[int, ...]:
+    return _whole_numbers(text, "numbers of rows like 1,8")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -302,5 +386,27 @@ def _count(text: str) -> int:
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
     try:
         return int(float(text.rstrip("KMBkmb")) * units.get(text[-1:].upper(), 1))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of parameters like 5.2B") from error
+    except (ValueError, OverflowError) as error:  # NaN and infinity among them
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is no number of parameters like 5.2B") from error
+
+
+# --- from flags to what the library takes -----------------------------------------------------------------------------
+
+
+def columns_of(values: Sequence[str]) -> dict[str, str]:
+    """ROLE=NAME, where a name is text whatever it looks like."""
+    columns = {}
+    for value in values:
+        role, equals, name = value.partition("=")
+        if not equals or not role.strip() or not name.strip():
+            raise InputError(f"--columns {value}: ROLE=NAME is needed, image=photo for one.")
+        if role.strip() in columns:
+            raise InputError(f"--columns {value}: the column for '{role.strip()}' is named twice.")
+        columns[role.strip()] = name.strip()
+    return columns
+
+
+def data_of(options: argparse.Namespace) -> dict[str, Any]:
+    """How the flags say that a task is read."""
+    read = {name: getattr(options, name) for name in ("split", "config", "allow_urls")}
+    return {"columns": columns_of(options.columns), **read}

@@ -17,6 +17,8 @@ from typing import Any
 
 REFERENCE_QUESTION = "Describe this image."
 REFERENCE_TOKENS = 12
+WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)  # families whose processors put one question as it stands
+GENERATION_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # all that greedy answers take from a folder
 ANSWER_TOKEN_TYPE = {"paligemma": 1}  # its prompt sees itself both ways, answers are causal; 0 is text elsewhere
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of logits, relative to the largest
 
@@ -104,12 +106,52 @@ def encode(processor: Any, chats: list[list[dict[str, Any]]], images: list[list[
     return inputs
 
 
+class PromptError(ValueError):
+    """A checkpoint's chat template is missing, fails, or does not place the images."""
+
+
 def render(processor: Any, chat: list[dict[str, Any]]) -> str:
-    """The chat template's text; for processors without one (PaliGemma) image tokens and the plain text."""
-    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
-        return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    """Put a chat as the chat template writes it; for processors without one (PaliGemma) image tokens and the text.
+
+    Raises: PromptError where a template is missing, as after fine-tuning: the bare text would be another prompt than
+    the one that the model was trained with; where it fails; and where it does not place every image once.
+    """
+    own = getattr(processor, "chat_template", None)
+    if template := own or getattr(processor.tokenizer, "chat_template", None):  # the tokenizer's is not looked for
+        chosen = {} if own else {"chat_template": template}
+        try:
+            text: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **chosen)
+        except Exception as error:  # jinja2's own, and whatever an expression of the template raises
+            raise PromptError(f"the chat template fails ({type(error).__name__}: {_one_line(error)})") from error
+        _check_places(processor, text, chat)
+        return text
+    name = type(processor).__name__.removeprefix("ImageOnly")
+    if name not in WITHOUT_TEMPLATE:
+        raise PromptError(
+            f"{processor.tokenizer.name_or_path} has no chat template, without which questions would be put to it "
+            "without roles: copy chat_template.jinja (in older checkpoints chat_template.json, or the entry "
+            "'chat_template' of tokenizer_config.json) from the model that it was made from"
+        )
+    if len(chat) > 1:
+        raise PromptError(f"{name} takes one question: it has no chat template that would tell {len(chat)} turns apart")
     parts = [part for turn in chat for part in turn["content"]]
     return "".join(processor.image_token if part["type"] == "image" else part["text"] for part in parts)
+
+
+def _check_places(processor: Any, text: str, chat: list[dict[str, Any]]) -> None:
+    """Raise PromptError unless the image token stands once for each image of the chat."""
+    shown = sum(part["type"] == "image" for turn in chat for part in turn["content"])
+    marks = {getattr(processor, name, None) for name in ("image_token", "boi_token")}  # Gemma 3 writes the latter
+    placed = max((text.count(mark) for mark in marks if isinstance(mark, str) and mark), default=shown)
+    if placed != shown:
+        raise PromptError(
+            f"the prompt has {placed} places for {shown} images: the chat template does not place them, or the text "
+            "holds the image token itself"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def reference_inputs(processor: Any) -> dict[str, Any]:
@@ -143,17 +185,50 @@ def reference_answer(model: Any, processor: Any) -> dict[str, list[Any]]:
 
 def generate(model: Any, inputs: dict[str, Any], new_tokens: int = REFERENCE_TOKENS) -> Any:
     """Exactly `new_tokens` greedy tokens and their logits, whatever the checkpoint's generation config says."""
-    return model.generate(
-        **inputs,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        use_cache=True,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    exactly = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    with greedy(model, **exactly, return_dict_in_generate=True, output_logits=True) as settings:
+        return model.generate(**inputs, generation_config=settings)
+
+
+def greedy_answers(model: Any, inputs: dict[str, Any], max_new_tokens: int, **routing: Any) -> Any:
+    """Greedy answers [B, A] of at most `max_new_tokens`, whatever the checkpoint's generation config says.
+
+    Args:
+        routing: what a routed model's `generate` takes beside its inputs.
+    """
+    with greedy(model, max_new_tokens=max_new_tokens) as settings:
+        made = model.generate(**inputs, generation_config=settings, **routing)
+    return made[:, inputs["input_ids"].shape[1] :]
+
+
+@contextmanager
+def greedy(model: Any, **more: Any) -> Iterator[Any]:
+    """Give settings for `generate` that take nothing from the folder's generation_config.json but its token ids.
+
+    The model's own settings step aside meanwhile: `generate` fills in from them whatever it is not given, such as a
+    bias, a penalty, a time limit, or a number of answers.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ids = {name: _token_ids(own, name) for name in GENERATION_TOKENS}
+    settings = GenerationConfig(**ids, **more, do_sample=False, num_beams=1, use_cache=True)
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        yield settings
+    finally:
+        model.generation_config = own
+
+
+def _token_ids(settings: Any, name: str) -> int | list[int] | None:
+    """One entry of generation_config.json. Raises ValueError unless it is a token id, a list of them, or nothing."""
+    value = getattr(settings, name, None)
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in several):
+        if name != "pad_token_id":
+            raise ValueError(f"generation_config.json: {name} is {value!r}, which is no token id.")
+        return None  # -1 for none: some checkpoints have it, and `generate` then pads with the end token
+    return value
 
 
 def cache_difference(model: Any, processor: Any, **routing: Any) -> float:

@@ -30,8 +30,8 @@ from .recipe import (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupted)
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         return int(options.verb(options) or 0)
     except InputError as error:
         return _complain(str(error), 2)
@@ -85,7 +85,10 @@ def _pairs(values: Sequence[str], flag: str) -> dict[str, Any]:
         name, equals, content = value.partition("=")
         if not equals:
             raise InputError(f"{flag} {value}: NAME=VALUE is needed.")
-        pairs[name] = yaml.safe_load(content)
+        try:
+            pairs[name] = yaml.safe_load(content)
+        except yaml.YAMLError as error:
+            raise InputError(f"{flag} {value}: what follows the equals sign is no YAML value.") from error
     return pairs
 
 
@@ -126,7 +129,9 @@ def _calibration(options: argparse.Namespace) -> dict[str, Any]:
         "samples": options.samples,
         "split": options.split,
         "prompt": options.prompt,
-        "columns": _pairs(options.columns, "--columns") or None,
+        "columns": command_line.columns_of(options.columns) or None,
+        "config": options.config,
+        "allow_urls": options.allow_urls or None,
     }
     return {k: v for k, v in said.items() if v is not None}
 
@@ -303,6 +308,7 @@ def evaluate_verb(options: argparse.Namespace) -> None:
         options=run,
         samples=options.samples,
         seed=options.seed,
+        **command_line.data_of(options),
         max_new_tokens=options.max_new_tokens,
         predictions=options.predictions,
         update_cards=not options.no_card,
@@ -322,7 +328,9 @@ def bench_verb(options: argparse.Namespace) -> int:
         options.folders,
         reference=options.reference,
         budgets=_budgets(options),
-        workload=Workload(options.task, options.visual_tokens, options.text_tokens, options.seed),
+        workload=Workload(
+            options.task, options.visual_tokens, options.text_tokens, options.seed, **command_line.data_of(options)
+        ),
         options=BenchOptions(batches=options.batch, **{name: getattr(options, name) for name in how}),
         update_cards=not options.no_card,
         progress=_progress(options),

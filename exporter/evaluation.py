@@ -5,9 +5,10 @@ Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a batch,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 
 from . import checkpoint
 from .budgets import Ask, Flops, Wanted, few_prompts, flops_of
-from .calibration import Batch, by_size, load_calibration, make_batch, make_batches
+from .calibration import Batch, by_size, check_prompt, load_calibration, make_batch, make_batches
+from .chats import text_of
 from .clean_room import load_processor
 from .errors import InputError
 from .fidelity import AnsweredBatch, with_answers
-from .modeling.modeling_routed import ROUTER_FILE, Budget, Route
+from .modeling.modeling_routed import Budget, Route
 from .recipe import DEFAULT_SAMPLES, RunOptions
+from .resumable import ResumableLines, files_key
 from .route_pictures import show_routes
 from .routing import load_routed
 from .rules import block_influences, make_route
@@ -86,6 +89,10 @@ def evaluate(
     options: RunOptions = RunOptions(batch_size=32),
     samples: int | None = None,
     seed: int = 0,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    config: str | None = None,
+    allow_urls: bool = False,
     max_new_tokens: int | None = None,
     predictions: Path | None = None,
     update_cards: bool = True,
@@ -98,12 +105,15 @@ def evaluate(
         budgets: under which routed checkpoints run, one after the other; none: as plain models.
         calibration: questions for rules that measure layers.
         samples: how many of the task's questions, seeded; None: all.
+        columns, split, config, allow_urls: of the task, as `load_calibration` takes them.
         predictions: JSONL file that keeps every answer; a run that is broken off and repeated goes on from it.
         update_cards: put the figures into the record and the card of checkpoints that are ours.
     Raises: InputError for a task without answers, images that can't be read, folders that are no checkpoints.
     """
-    questions = load_task(str(task), samples, seed)
-    ledger = Ledger(predictions, questions.fingerprint)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: at least 1 is needed.")
+    questions = load_task(str(task), samples, seed, columns=columns, split=split, config=config, allow_urls=allow_urls)
+    kept = ResumableLines(predictions, ROW_FIELDS, "answer of an evaluation")
     names = [str(path) for path in ([] if reference is None else [reference]) + list(paths)]
     asked: dict[str, list[Ask | None]] = {name: [] for name in names}
     if reference is not None:
@@ -121,10 +131,10 @@ def evaluate(
             longest = max_new_tokens or questions.longest(loaded.processor)
             judge = Judge(replace(loaded, ask=ask, seed=seed), questions, options.batch_size, longest)
             if reference is not None and name == str(reference) and ask is None:
-                says = judge.remember = Reference.of(loaded)
+                says = judge.remember = Reference.of(loaded, files_key(loaded.source))
             elif says is not None:
                 judge.compare_with(says)
-            results.append(judge.run(ledger, progress))
+            results.append(judge.run(kept, progress))
         if update_cards and (budget := tightest(asks, results[-len(asks) :])):
             show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget)
         del loaded, judge
@@ -173,6 +183,11 @@ class Loaded:
     seed: int = 0
     ask: Ask | None = None
 
+    @property
+    def influence_key(self) -> list[float] | None:
+        """The influence of layers, as a fingerprint takes it."""
+        return None if self.influence is None else self.influence.tolist()
+
     def route(self, batch: Batch) -> Route | None:
         """The route of questions, None for the model as it is."""
         if self.ask is None:
@@ -213,6 +228,8 @@ def load(
     source = open_source(path)
     dtype = compute_dtype(options.dtype, source.config, device)
     processor = load_processor(source.folder)
+    if task is not None:
+        check_prompt(task.samples, processor, source.config)
     if not any(asks):
         return Loaded(path, source, load_model(source, device, dtype, options.memory)[0], processor)
     model = load_routed(source, device, dtype, options.memory)
@@ -243,11 +260,12 @@ class Reference:
     vocabulary: dict[str, int]
     head: Tensor  # [vocabulary, D]
     bias: Tensor  # [vocabulary]
+    key: str = ""  # of the folder's files
     answers: dict[int, Tensor] = field(default_factory=dict)  # sample index -> [A] tokens up to and with the end
     states: dict[int, Tensor] = field(default_factory=dict)  # sample index -> [A, D]
 
     @classmethod
-    def of(cls, loaded: Loaded) -> Reference:
+    def of(cls, loaded: Loaded, key: str = "") -> Reference:
         head = loaded.model.get_output_embeddings()
         probe = torch.eye(head.in_features, dtype=loaded.model.dtype, device=loaded.model.device)
         with torch.inference_mode():  # by what it puts out, since its own tensors may lie on disk
@@ -297,18 +315,19 @@ class Judge:
         else:
             self.no_kl_because = "its tokenizer is not the reference's"
 
-    def run(self, ledger: Ledger, progress: Callable[..., Iterable[Any]]) -> ModelResult:
+    def run(self, kept: ResumableLines, progress: Callable[..., Iterable[Any]]) -> ModelResult:
         begin = time.monotonic()
-        rows = ledger.rows(self.loaded)
+        fingerprint = run_fingerprint(self, str(self.loaded.model.device))
+        rows = kept.rows(fingerprint)
         todo = [i for i in range(len(self.task.samples)) if self._is_open(rows.get(i))]
         samples = self.task.samples
-        todo.sort(key=lambda i: (samples[i].pixels, len(samples[i].messages[-1]["content"])))  # less padding
+        todo.sort(key=lambda i: (samples[i].pixels, len(text_of(samples[i].messages[-1]))))  # less padding
         batches = [todo[i : i + self.batch_size] for i in range(0, len(todo), self.batch_size)]
         name = Path(self.loaded.path).name + (f" ({self.loaded.ask})" if self.loaded.ask else "")
         for indices in progress(batches, f"evaluate {name}", len(batches)):
             fresh = dict(zip(indices, self._batch(indices), strict=True))
             rows |= fresh
-            ledger.write(self.loaded, fresh)
+            kept.add(fingerprint, fresh)
         return self._result(rows, time.monotonic() - begin)
 
     def _is_open(self, row: Row | None) -> bool:
@@ -364,45 +383,23 @@ class Judge:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class Ledger:
-    """Answers on disk, appended batch by batch, so that a broken-off run loses one batch at most."""
+ROW_FIELDS = {"answer": str, "correct": bool}  # of a line of --predictions, beside what a reference adds
 
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
-        self.known: dict[str, dict[int, Row]] = {}
-        if path is None:
-            return
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"{path.absolute().parent} is no folder: {path.name} can't be written there.")
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-            try:
-                row = json.loads(line)
-                task, model, index = row.pop("task"), row.pop("model"), row.pop("index")
-            except (ValueError, KeyError, AttributeError) as error:
-                raise InputError(f"{path} line {number} is no answer of an evaluation: name another file.") from error
-            if task == fingerprint:
-                self.known.setdefault(model, {})[index] = row
 
-    def rows(self, loaded: Loaded) -> dict[int, Row]:
-        return dict(self.known.get(self._key(loaded), {}))
+def run_fingerprint(judge: Judge, device: str) -> str:
+    """SHA-256 over everything that a row depends on: weights, prompt, answers, budget, precision, reference."""
+    import transformers
 
-    def write(self, loaded: Loaded, rows: dict[int, Row]) -> None:
-        if self.path is None:
-            return
-        head = {"task": self.fingerprint, "model": self._key(loaded)}
-        text = "".join(json.dumps(head | {"index": i} | row) + "\n" for i, row in rows.items())
-        with self.path.open("a") as file:
-            file.write(text)
-
-    @staticmethod
-    def _key(loaded: Loaded) -> str:
-        source, router = loaded.source, loaded.source.folder / ROUTER_FILE
-        files = [shard.path for shard in source.weights.shards] + [router] * (
-            loaded.ask is not None and router.exists()
-        )
-        stats = [path.stat() for path in files]
-        key = f"{source.name}:{sum(s.st_size for s in stats)}:{max(s.st_mtime_ns for s in stats)}"
-        return key if loaded.ask is None else f"{key}:{json.dumps(loaded.ask.to_data())}"
+    loaded = judge.loaded
+    parts = {
+        "task": [judge.task.fingerprint, judge.task.answers_fingerprint],
+        "model": files_key(loaded.source),
+        "budget": None if loaded.ask is None else [loaded.ask.to_data(), loaded.seed, loaded.influence_key],
+        "run": [str(loaded.model.dtype), device, judge.max_new_tokens],
+        "reference": judge.remember is not None or (judge.against.key if judge.against else None),
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def record_evaluation(folder: Path, done: Evaluation) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .calibration import Batch
-from .clean_room import extend
+from .clean_room import extend, greedy_answers
 from .replay import last_output, last_outputs, logits, trace, walk
 from .source import text_decoder
 
@@ -33,11 +33,7 @@ class AnsweredBatch:
 def answered(model: Any, batch: Batch, max_new_tokens: int = 32) -> AnsweredBatch:
     """Let the model answer, and append what it says, up to and with its end token."""
     batch = batch.to(model.device)
-    length = batch.inputs["input_ids"].shape[1]
-    made = model.generate(
-        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0
-    )[:, length:]  # [B, A]
-    return with_answers(model, batch, made)
+    return with_answers(model, batch, greedy_answers(model, batch.inputs, max_new_tokens))
 
 
 def with_answers(model: Any, batch: Batch, answers: Tensor, real: Tensor | None = None) -> AnsweredBatch:

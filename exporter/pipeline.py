@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, clean_room
-from .calibration import Batch, Calibration, by_size, load_calibration, make_batches, spread
+from .calibration import Batch, Calibration, by_size, check_prompt, load_calibration, make_batches, spread
 from .errors import InputError
 from .families import protected_layers
 from .files import hashes
@@ -201,6 +201,7 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
     processor = clean_room.load_processor(source.folder)
+    check_prompt(calibration.samples, processor, source.config)
     return Job(recipe, options, source, calibration, processor, device, dtype, tuple(protect), count, progress)
 
 
@@ -208,7 +209,14 @@ def load_for(recipe: Recipe) -> Calibration:
     """The recipe's calibration questions."""
     data = recipe.calibration
     return load_calibration(
-        data.data, samples=data.samples, seed=recipe.seed, columns=data.columns, split=data.split, prompt=data.prompt
+        data.data,
+        samples=data.samples,
+        seed=recipe.seed,
+        columns=data.columns,
+        split=data.split,
+        prompt=data.prompt,
+        config=data.config,
+        allow_urls=data.allow_urls,
     )
 
 

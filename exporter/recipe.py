@@ -43,6 +43,8 @@ class CalibrationData:
     columns: dict[str, str] = field(default_factory=dict)  # of a data set
     split: str = "train"
     prompt: str = "Describe this image."  # put to the images of a folder
+    config: str | None = None  # of a data set that has several configurations
+    allow_urls: bool = False  # fetch images that stand as web addresses
 
     def to_data(self) -> Any:
         """The place alone, where everything else is left to defaults."""
@@ -138,6 +140,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
+KIND_NAMES = {str: "text", Mapping: "mapping", bool: "yes or no"}
 BUDGET_KEYS = tuple(f.name for f in dataclasses.fields(Budget))
 RECIPE_KEYS = (*(f.name for f in dataclasses.fields(Recipe) if f.name != "budget"), *BUDGET_KEYS)
 
@@ -196,6 +199,14 @@ def calibration_from_data(data: Any) -> CalibrationData:
     check_keys(data, [f.name for f in dataclasses.fields(CalibrationData)], "calibration")
     if "data" not in data:
         raise InputError("calibration needs 'data': a JSONL file, a folder of images or datasets:ID.")
+    hints = {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}
+    for name, value in data.items():
+        if name == "config" and value is not None and not isinstance(value, str):
+            raise InputError(f"calibration: config must be a text, not {value!r}.")
+        if name == "samples" and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InputError(f"calibration: samples must be a whole number or null, not {value!r}.")
+        if name in hints and not isinstance(value, hints[name]):
+            raise InputError(f"calibration: {name} must be a {KIND_NAMES[hints[name]]}, not {value!r}.")
     return CalibrationData(**data)
 
 

@@ -24,11 +24,12 @@ from . import checkpoint, report
 from .budgets import Ask, few_prompts, flops_of, router_settings
 from .calibration import Batch, make_batch, size_order
 from .errors import InputError
-from .evaluation import Judge, Ledger, Loaded, ModelResult, Reference, influence_of, load
+from .evaluation import Judge, Loaded, ModelResult, Reference, influence_of, load
 from .modeling.modeling_routed import Budget, Route
 from .oracle import Search, images_seen_once, search
 from .pipeline import Progress, silent
 from .recipe import RunOptions, check_keys
+from .resumable import ResumableLines
 from .routing import load_routed, routable
 from .rules import Rule, make_route
 from .scoring import Rate, describe, is_right
@@ -198,7 +199,7 @@ class Runner:
         reference = Reference.of(unrouted)
         longest = task.longest(unrouted.processor)
         judge = Judge(unrouted, task, options.batch_size, longest, remember=reference)
-        original = judge.run(Ledger(None, task.fingerprint), progress)
+        original = judge.run(ResumableLines(None), progress)
         folder = next((row.folder for row in tables.rows if row.folder), None)
         settings = None if folder is None else open_source(folder).raw_config["router"]
         routable(unrouted.model, settings and {**settings, "presets": {}})

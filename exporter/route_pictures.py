@@ -18,12 +18,14 @@ from torch import Tensor
 
 from . import checkpoint, report
 from .calibration import Sample, make_batch
+from .clean_room import greedy_answers
 from .files import is_snapshot
 from .modeling.modeling_routed import Budget, Route
 from .rules import Rule, make_route
 
 FADED, GRAY = 0.25, 0.6  # what was left out: that much of the picture, the rest gray, which neither night nor snow is
 PICTURES = 4  # of a checkpoint, in its card
+ANSWER_TOKENS = 32  # of the answer over a picture
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def draw_examples(
     for number, sample in enumerate(samples[:PICTURES]):
         batch = make_batch([sample], processor, model.config).to(model.device)
         route = make_route(model, batch, budget, rule or Rule("router", "router"))
-        said = model.generate(**batch.inputs, route=route, max_new_tokens=32, do_sample=False, num_beams=1)
-        answer = processor.tokenizer.decode(said[0, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        said = greedy_answers(model, batch.inputs, ANSWER_TOKENS, route=route)
+        answer = processor.tokenizer.decode(said[0], skip_special_tokens=True)
         images = [as_seen(image, processor) for image in sample.open_images()]
         file = Path("assets") / f"route_{number}.png"
         question = question_of(sample)

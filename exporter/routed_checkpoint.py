@@ -97,7 +97,14 @@ def forget_router(record: dict[str, Any]) -> None:
 def unlabelled(data: CalibrationData, seed: int) -> Calibration:
     """The questions to train on, with every image looked at."""
     found = load_calibration(
-        data.data, samples=data.samples, seed=seed, columns=data.columns, split=data.split, prompt=data.prompt
+        data.data,
+        samples=data.samples,
+        seed=seed,
+        columns=data.columns,
+        split=data.split,
+        prompt=data.prompt,
+        config=data.config,
+        allow_urls=data.allow_urls,
     )
     if len(found.samples) < 8:
         raise InputError(

@@ -5,11 +5,15 @@ Shapes: B samples, S prompt tokens, A answer tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from . import clean_room
 from .calibration import Batch, Sample, load_calibration
 from .errors import InputError
 from .modeling.modeling_routed import Route
@@ -22,7 +26,7 @@ class Task:
     """Questions with answers."""
 
     samples: tuple[Sample, ...]
-    fingerprint: str
+    fingerprint: str  # of questions and images, not of answers
 
     def longest(self, processor: Any) -> int:
         """Tokens that an answer may take."""
@@ -30,9 +34,27 @@ class Task:
         lengths = [len(encode(a, add_special_tokens=False)) for sample in self.samples for a in sample.answers]
         return max(lengths) + SPARE_TOKENS
 
+    @property
+    def answers_fingerprint(self) -> str:
+        """SHA-256 over what is right."""
+        right = [[sample.answers, sample.choices] for sample in self.samples]
+        return hashlib.sha256(json.dumps(right).encode()).hexdigest()
 
-def load_task(task: str, samples: int | None, seed: int) -> Task:
-    data = load_calibration(task, samples=samples, seed=seed)
+
+def load_task(
+    task: str,
+    samples: int | None,
+    seed: int,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    config: str | None = None,
+    allow_urls: bool = False,
+) -> Task:
+    """Read a task, as `load_calibration` reads questions. Raises InputError for questions without an answer."""
+    data = load_calibration(
+        task, samples=samples, seed=seed, columns=columns, split=split, config=config, allow_urls=allow_urls
+    )
     unlabelled = [sample for sample in data.samples if not sample.answers]
     if unlabelled:
         raise InputError(
@@ -44,8 +66,6 @@ def load_task(task: str, samples: int | None, seed: int) -> Task:
 
 def greedy_answers(model: Any, batch: Batch, max_new_tokens: int, route: Route | None = None) -> Tensor:
     """Greedy answers [B, A], whatever sampling the generation config asks for."""
-    options = {} if route is None else {"route": route}
-    made = model.generate(
-        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, **options
-    )
-    return made[:, batch.inputs["input_ids"].shape[1] :]
+    routing = {} if route is None else {"route": route}
+    answers: Tensor = clean_room.greedy_answers(model, batch.inputs, max_new_tokens, **routing)
+    return answers

@@ -6,11 +6,11 @@ Shapes: B rows.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .calibration import Batch, Sample, load_calibration, make_batch
+from .calibration import Batch, Sample, make_batch, read_samples
 from .clean_room import REFERENCE_QUESTION
 from .errors import InputError
 
@@ -34,6 +34,10 @@ class Workload:
     visual_tokens: int | None = None
     text_tokens: int | None = None
     seed: int = 0
+    columns: Mapping[str, str] | None = None  # of the task, as `load_calibration` takes them
+    split: str | None = None
+    config: str | None = None
+    allow_urls: bool = False
 
     def __post_init__(self) -> None:
         if self.task is not None and (self.visual_tokens is not None or self.text_tokens is not None):
@@ -45,7 +49,9 @@ class Workload:
     def batch(self, processor: Any, config: Any, rows: int) -> Batch:
         """Model inputs of `rows` prompts, as this processor makes them."""
         if self.task is not None:
-            lines = load_calibration(self.task, samples=None).samples
+            lines = read_samples(
+                self.task, columns=self.columns, split=self.split, config=self.config, allow_urls=self.allow_urls
+            )
             return make_batch([lines[row % len(lines)] for row in range(rows)], processor, config)
         asked = self.visual_tokens
         side, count = (DEFAULT_SIDE, 1) if asked is None else image_shape(processor, config, asked)

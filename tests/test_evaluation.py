@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from tiny_models import build
@@ -154,3 +155,64 @@ def test_tiny_models_differ_by_seed(tmp_path, tiny, task):
     other = build("llava", tmp_path / "other", seed=1)
     done = evaluate([other], task, reference=tiny("llava"), max_new_tokens=4)
     assert done.models[1].agreement < 0.9
+
+
+def answered_again(monkeypatch, run, **changed) -> int:
+    """How many answers a repeated evaluation computes rather than reads."""
+    seen = []
+
+    def count(items, *_):
+        for item in items:
+            seen.extend(item)
+            yield item
+
+    run(progress=count, **changed)
+    return len(seen)
+
+
+def test_kept_answers_are_of_the_same_run(monkeypatch, tiny, task, tmp_path):
+    """What changes a result makes the kept rows another run's: lengths, precision, answers, the folder's files."""
+    model = shutil.copytree(tiny("llava"), tmp_path / "model")
+    data = tmp_path / "task.jsonl"
+    lines = [json.loads(line) for line in task.read_text().splitlines()]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = tmp_path / "kept.jsonl"
+
+    def run(max_new_tokens=2, dtype="float32", progress=lambda items, *_: items):
+        return evaluate([model], data, max_new_tokens=max_new_tokens, predictions=kept, progress=progress,
+                        options=RunOptions(batch_size=12, dtype=dtype), update_cards=False)  # fmt: skip
+
+    first = run().models[0]
+    assert answered_again(monkeypatch, run) == 0
+    assert answered_again(monkeypatch, run, max_new_tokens=4) == 12
+    assert answered_again(monkeypatch, run, dtype="bfloat16") == 12
+    for line, said in zip(lines, first.answers, strict=True):
+        line["answer"] = said
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run().models[0].accuracy == 1.0
+    template = model / "chat_template.json"
+    template.write_text(template.read_text().replace("USER: ", "USER:"))
+    assert answered_again(monkeypatch, run) == 12
+    assert answered_again(monkeypatch, run) == 0
+
+
+def test_a_line_cut_off_in_the_middle_is_answered_again(monkeypatch, tiny, task, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+
+    def run(progress=lambda items, *_: items):
+        return evaluate([tiny("llava")], task, max_new_tokens=2, predictions=kept, progress=progress)
+
+    run()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-9])
+    assert answered_again(monkeypatch, run) == 1
+    assert kept.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", ["3\n", '{"index": 1}\n', '{"index": 0, "answer": 3, "correct": true}\n', "[]\n"])
+def test_a_file_of_something_else(content, tiny, task, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text(content)
+    with pytest.raises(InputError, match="line 1 is no answer of an evaluation: name another file"):
+        evaluate([tiny("llava")], task, predictions=kept)
+    assert kept.read_text() == content
