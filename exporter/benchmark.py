@@ -21,6 +21,7 @@ import torch
 
 from . import checkpoint, model_card
 from .calibration import Batch
+from .card_file import results_first
 from .errors import CheckFailed, InputError
 from .onnx import card as onnx_card
 from .onnx.manifest import is_onnx, read_manifest, write_record
@@ -177,7 +178,8 @@ def bench(
     )
     if update_cards:
         for model in done.models:
-            record_benchmark(Path(model.path), done, model)
+            with results_first(Path(model.path)):
+                record_benchmark(Path(model.path), done, model)
     return done
 
 
@@ -376,6 +378,7 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
         "hardware": done.hardware,
         "budget": model.budget,
         "runtime": model.runtime,
+        "reference_name": model_card.model_name(base.path),
     }
     entry = same | {"date": done.date, "versions": done.versions}
     if is_onnx(folder):
@@ -388,7 +391,11 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
         entry["reference"] = [asdict(figures) for figures in base.batches]
     else:
         return False
-    others = [e for e in record.get("benchmarks", []) if any(e[key] != value for key, value in _plain(same).items())]
+    others = [
+        e
+        for e in record.get("benchmarks", [])
+        if any(e.get(key, value) != value for key, value in _plain(same).items())
+    ]
     record |= {"benchmarks": [*others, _plain(entry)]}
     if is_onnx(folder):
         write_record(folder, record)

@@ -6,6 +6,7 @@ Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a batch,
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from . import checkpoint
 from .budgets import Ask, Flops, Wanted, few_prompts, flops_of
 from .calibration import Batch, by_size, load_calibration, make_batch, make_batches
+from .card_file import results_first
 from .clean_room import load_processor
 from .errors import InputError
 from .fidelity import AnsweredBatch, with_answers
@@ -31,6 +33,7 @@ from .scoring import PairedTest, Rate, describe, is_right, mcnemar
 from .source import Source, compute_dtype, load_model, open_source, pick_device
 from .task import Task, greedy_answers, load_task
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]  # what is known of one answer: answer, correct, and where there is a reference: kl, same, tokens
 
 
@@ -124,7 +127,8 @@ def evaluate(
                 judge.compare_with(says)
             results.append(judge.run(ledger, progress))
         if update_cards and (budget := tightest(asks, results[-len(asks) :])):
-            show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget)
+            with results_first(loaded.source.folder):
+                show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget)
         del loaded, judge
     pairs = [
         PairedTest(a.label, b.label, *mcnemar(a.correct, b.correct))
@@ -140,7 +144,8 @@ def evaluate(
     )
     if update_cards:
         for path in paths:
-            record_evaluation(Path(path), done)
+            with results_first(Path(path)):
+                record_evaluation(Path(path), done)
     return done
 
 
@@ -389,8 +394,12 @@ class Ledger:
             return
         head = {"task": self.fingerprint, "model": self._key(loaded)}
         text = "".join(json.dumps(head | {"index": i} | row) + "\n" for i, row in rows.items())
-        with self.path.open("a") as file:
-            file.write(text)
+        try:
+            with self.path.open("a") as file:
+                file.write(text)
+        except OSError as error:  # the answers are judged all the same
+            logger.warning("%s can't be written (%s): answers are no longer kept.", self.path, error.strerror)
+            self.path = None
 
     @staticmethod
     def _key(loaded: Loaded) -> str:
@@ -410,15 +419,20 @@ def record_evaluation(folder: Path, done: Evaluation) -> bool:
     """
     if not (folder / checkpoint.RECORD).exists():
         return False
-    from .model_card import card
+    from .model_card import card, model_name
 
     record = checkpoint.read_record(folder)
     base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
     head = {"task": done.task, "fingerprint": done.fingerprint}
-    reference = None if base is None else figures(base)
-    entries = [head | figures(model) | {"reference": reference} for model in done.models if Path(model.path) == folder]
+    name = None if done.reference is None else model_name(done.reference)
+    tail = {"reference": None if base is None else figures(base), "reference_name": name}
+    entries = [head | figures(model) | tail for model in done.models if Path(model.path) == folder]
     new = [(done.fingerprint, entry["budget"]) for entry in entries]
-    others = [e for e in record["evaluations"] if (e["fingerprint"], e.get("budget")) not in new]
+    others = [
+        e
+        for e in record["evaluations"]
+        if (e["fingerprint"], e.get("budget")) not in new or e.get("reference_name", name) not in (None, name)
+    ]
     checkpoint.write_record(folder, record | {"evaluations": [*others, *entries]})
     card(folder)
     return True

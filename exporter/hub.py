@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .kinds import CHECKPOINT, GRAPHS, Kind, kind_of
+from .model_card import loading_name
 from .source import hub_errors
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 NOT_PUBLISHED = ("__pycache__", "*.pyc", "*.partial", "*.lock")  # nor anything hidden: parts of names, as globs
-LOADING = re.compile(r'from_pretrained\("([^"]+)"')
 BRANCH = re.compile(r"\w[\w.-]*(?:/[\w.-]+)*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -42,7 +42,7 @@ class Pushed:
     private: bool | None  # None: as the account's default says
     files: dict[str, int]  # bytes of each
     removed: tuple[str, ...]  # weight files of an earlier push that this folder does not have
-    own_card: bool  # README.md was edited by hand, and went as it is but for its name in the loading example
+    own_card: bool  # README.md was edited by hand, and what was written there went along
 
     @property
     def bytes(self) -> int:
@@ -195,20 +195,17 @@ def _is_private(part: str) -> bool:
 
 
 def write_card(folder: Path, repo_id: str, kind: Kind, into: Path) -> bool:
-    """The card under the repository's name, with its pictures. True: README.md was edited by hand, and stays so.
-
-    It was not edited if it is what the record gives under the name that it shows.
-    """
+    """The card under the repository's name, with its pictures. True: somebody wrote into README.md, and that stays."""
     shutil.copyfile(folder / kind.record, into / kind.record)
-    theirs = (folder / CARD).read_text() if (folder / CARD).exists() else ""
-    shown = LOADING.search(theirs)
-    name = shown[1] if shown else folder.name
-    edited = bool(theirs) and kind.card(into, name).read_text() != theirs
-    if edited:
-        (into / CARD).write_text(theirs.replace(f'("{name}"', f'("{repo_id}"'))  # of from_pretrained and load
-    else:
-        kind.card(into, repo_id)
-    return edited
+    pure = kind.card(into, repo_id).read_bytes()
+    if not (folder / CARD).exists():
+        return False
+    name = loading_name(folder) or folder.name
+    (into / CARD).write_bytes((folder / CARD).read_bytes())
+    kind.card(into, repo_id)
+    merged = (into / CARD).read_bytes()
+    (into / CARD).write_bytes(merged.replace(f'("{name}"'.encode(), f'("{repo_id}"'.encode()))  # in edited examples
+    return merged != pure
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -299,5 +296,5 @@ def describe(pushed: Pushed) -> str:
     if pushed.removed:
         lines.append(f"removed weights of an earlier push: {', '.join(pushed.removed)}")
     if pushed.own_card:
-        lines.append("README.md was edited by hand and goes as it is, but for the name in its loading example")
+        lines.append("README.md was edited by hand: what you wrote goes along, the rest is under the repository's name")
     return "\n".join(lines)

@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint import replace_json
-from ..model_card import base_model_of, inherited_licence
+from ..licence import inherited_licence
+from ..model_card import base_model_of
 from ..source import Source, file_hash
 from .decoder import cache_shape
 from .runtime.model import FORMAT, MANIFEST, read_manifest
@@ -37,6 +38,7 @@ def is_onnx(path: str | Path) -> bool:
 def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
     """The manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
     layers, heads, head_size = cache_shape(model)
+    base_model = base_model_of(source.name, source.folder, None)
     text = source.config.get_text_config()
     pad = getattr(text, "pad_token_id", None)
     return {
@@ -56,8 +58,8 @@ def describe(model: Any, source: Source, support: Support, settings: dict[str, A
         "source": {
             "name": source.name,
             "revision": source.revision,
-            "base_model": base_model_of(source.name, source.folder, None),
-            "license": inherited_licence(source.folder),
+            "base_model": base_model,
+            "license": inherited_licence(source.folder, base_model),
         },
         "versions": versions(),
     }
