@@ -69,7 +69,7 @@ def licence_of_file(folder: Path) -> dict[str, Any]:
     if not files:
         return {}
     lines = files[0].read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    title = next((line.strip() for line in lines if re.search(r"[^\W_]", line)), files[0].stem)
+    title = next((line.strip() for line in lines if re.search(r"[A-Za-z0-9]", line)), files[0].stem)
     name = re.sub(r"[^a-z0-9.]+", "-", title[:LONGEST_NAME].lower()).strip("-.") or "license"
     return {"license": "other", "license_name": name, "license_link": files[0].name}
 
