@@ -145,7 +145,7 @@ class Benchmark:
 
 
 def bench(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     reference: str | Path | None = None,
     budgets: Sequence[Asked] = (),
@@ -163,6 +163,7 @@ def bench(
         update_cards: put the figures into the record and the card of checkpoints that are ours.
     Raises: InputError for a budget without a routed checkpoint, or one that a router can't keep to.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     names = [str(path) for path in (*paths, *([reference] if reference else []))]
     device = pick_device(options.device or onnx_device(names))
     runtimes = Runtimes.of(Setup(device, options.dtype, options.attention, options.compile), options.new_tokens)

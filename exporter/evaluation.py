@@ -80,17 +80,17 @@ class Evaluation:
 
 
 def evaluate(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     task: str | Path,
     *,
     reference: str | Path | None = None,
     budgets: Wanted = Wanted(),
-    calibration: str | None = None,
+    calibration: str | Path | None = None,
     options: RunOptions = RunOptions(batch_size=32),
     samples: int | None = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
-    predictions: Path | None = None,
+    predictions: str | Path | None = None,
     update_cards: bool = True,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> Evaluation:
@@ -105,8 +105,10 @@ def evaluate(
         update_cards: put the figures into the record and the card of checkpoints that are ours.
     Raises: InputError for a task without answers, images that can't be read, folders that are no checkpoints.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     questions = load_task(str(task), samples, seed)
-    ledger = Ledger(predictions, questions.fingerprint)
+    calibration = None if calibration is None else str(calibration)
+    ledger = Ledger(None if predictions is None else Path(predictions), questions.fingerprint)
     names = [str(path) for path in ([] if reference is None else [reference]) + list(paths)]
     asked: dict[str, list[Ask | None]] = {name: [] for name in names}
     if reference is not None:

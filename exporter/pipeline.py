@@ -79,7 +79,11 @@ def compress(recipe: Recipe, out: Path | str, options: RunOptions = RunOptions()
 
 
 def route(
-    model: str, router: RouterRecipe, out: Path | str, options: RunOptions = RunOptions(), progress: Progress = silent
+    model: str | Path,
+    router: RouterRecipe,
+    out: Path | str,
+    options: RunOptions = RunOptions(),
+    progress: Progress = silent,
 ) -> Path:
     """Train a router for a checkpoint, pruned by us or as its authors made it; write a copy of it with the router.
 
@@ -88,7 +92,7 @@ def route(
         router: its `calibration` names the unlabelled questions.
     Returns: the folder. Raises: InputError, CheckFailed, as `compress`.
     """
-    out = Path(out)
+    model, out = str(model), Path(out)
     checkpoint.check_target(out)
     if router.calibration is None:
         raise InputError("a router is trained on questions about images: name them with --calibration FILE.")

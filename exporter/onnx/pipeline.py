@@ -14,6 +14,7 @@ from ..checkpoint import RECORD, check_space, check_target, staged
 from ..clean_room import load_processor
 from ..errors import InputError
 from ..modeling.modeling_routed import RouterSettings
+from ..recipe import paths_as_text
 from ..source import Source, compute_dtype, load_model, open_source
 from ..verification import verify
 from .card import card
@@ -42,6 +43,9 @@ class ExportOptions:
     opset: int | None = None
     calibration: str | None = None  # questions to validate on, beside those that every export is validated on
     samples: int = 8
+
+    def __post_init__(self) -> None:
+        paths_as_text(self, "calibration")
 
 
 def export(model: str | Path, out: str | Path, options: ExportOptions | None = None) -> Path:
