@@ -25,7 +25,7 @@ FEW = {  # what makes a command quick
     "compress": "--samples 4 --localizer block_influence --fold none",
     "evaluate": "--samples 4",
     "route": "--samples 16 --steps 1 --batch-size 2",
-    "bench": "--rounds 2 --new-tokens 1",
+    "bench": "--rounds 2 --new-tokens 1 --batch 1",
     "push": "--dry-run",  # nothing is published
 }
 
