@@ -24,7 +24,7 @@ FEW = {  # what makes a command quick
     "score": "--samples 4 --localizer block_influence",
     "compress": "--samples 4 --localizer block_influence --fold none",
     "evaluate": "--samples 4",
-    "route": "--samples 16 --steps 1 --batch-size 2",
+    "route": "--samples 8 --steps 1 --batch-size 2",
     "bench": "--rounds 2 --new-tokens 1 --batch 1",
     "push": "--dry-run",  # nothing is published
 }
