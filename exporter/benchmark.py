@@ -21,6 +21,7 @@ import torch
 
 from . import checkpoint, model_card
 from .calibration import Batch
+from .card_file import results_first
 from .errors import CheckFailed, InputError
 from .onnx import card as onnx_card
 from .onnx.manifest import is_onnx, read_manifest, write_record
@@ -144,7 +145,7 @@ class Benchmark:
 
 
 def bench(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     reference: str | Path | None = None,
     budgets: Sequence[Asked] = (),
@@ -162,6 +163,7 @@ def bench(
         update_cards: put the figures into the record and the card of checkpoints that are ours.
     Raises: InputError for a budget without a routed checkpoint, or one that a router can't keep to.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     names = [str(path) for path in (*paths, *([reference] if reference else []))]
     device = pick_device(options.device or onnx_device(names))
     for path in paths if update_cards else ():
@@ -179,7 +181,8 @@ def bench(
     )
     if update_cards:
         for model in done.models:
-            record_benchmark(Path(model.path), done, model)
+            with results_first(Path(model.path)):
+                record_benchmark(Path(model.path), done, model)
     return done
 
 
@@ -378,6 +381,7 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
         "hardware": done.hardware,
         "budget": model.budget,
         "runtime": model.runtime,
+        "reference_name": model_card.model_name(base.path),
     }
     entry = same | {"date": done.date, "versions": done.versions}
     if is_onnx(folder):
@@ -390,7 +394,11 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
         entry["reference"] = [asdict(figures) for figures in base.batches]
     else:
         return False
-    others = [e for e in record.get("benchmarks", []) if any(e[key] != value for key, value in _plain(same).items())]
+    others = [
+        e
+        for e in record.get("benchmarks", [])
+        if any(e.get(key, value) != value for key, value in _plain(same).items())
+    ]
     record |= {"benchmarks": [*others, _plain(entry)]}
     if is_onnx(folder):
         write_record(folder, record)

@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 a check ran and did not hold; 2 wrong input; 130 interrupt
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from . import arguments as command_line
 from .errors import CheckFailed, InputError
+from .outputs import check_outputs, save, save_json
 from .recipe import (
     DEFAULT_FOLD,
     DEFAULT_LOCALIZER,
@@ -32,19 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupted)
     try:
         options = parser().parse_args(arguments)
-        return int(options.verb(options) or 0)
+        check_outputs(options)
+        code = int(options.verb(options) or 0)
+        return code or (2 if getattr(options, "unsaved", False) else 0)
     except InputError as error:
         return _complain(str(error), 2)
     except CheckFailed as error:
         return _complain(str(error), 1)
     except KeyboardInterrupt as error:
         return _complain(str(error) or "interrupted; nothing was left behind.", 130)
-    except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        return _complain(f"{error.filename}: {error.strerror}.", 2)
     except BrokenPipeError:
         return 0
     except Exception as error:
-        if reason := _out_of_resources(error):
+        if reason := _reason(error):
             return _complain(reason, 2)
         raise
 
@@ -62,13 +62,15 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
-def _out_of_resources(error: Exception) -> str | None:
+def _reason(error: Exception) -> str | None:
     import errno
 
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; nothing was kept."
     if isinstance(error, ValueError) and "features and image tokens do not match" in str(error):
         return f"processor and config.json do not fit each other, copy both from the base model: {error}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory: lower --batch-size, or give --memory so that the model is streamed from disk."
     return None
@@ -169,8 +171,8 @@ def _progress(options: argparse.Namespace) -> Any:
 
 
 def _write_json(options: argparse.Namespace, data: dict[str, Any]) -> None:
-    if options.json is not None:
-        options.json.write_text(json.dumps(data, indent=2, default=str) + "\n")
+    if options.json is not None and not save_json(options.json, data):
+        options.unsaved = True
 
 
 # --- verbs ------------------------------------------------------------------------------------------------------------
@@ -183,11 +185,13 @@ def score_verb(options: argparse.Namespace) -> None:
     from . import pipeline, report
 
     job, scores = pipeline.score(recipe, run, _progress(options))
+    _write_json(options, asdict(scores) | {"protect": job.protect, "num_layers": job.source.num_layers})
     print(report.scores_table(scores, job.source.parameters_per_layer, job.protect))
     if options.plot:
-        report.plot_scores(scores, options.plot, job.protect)
-        print(f"drawn: {options.plot}")
-    _write_json(options, asdict(scores) | {"protect": job.protect, "num_layers": job.source.num_layers})
+        if save(options.plot, lambda path: report.plot_scores(scores, path, job.protect)):
+            print(f"drawn: {options.plot}")
+        else:
+            options.unsaved = True
 
 
 def compress_verb(options: argparse.Namespace) -> None:
@@ -200,32 +204,35 @@ def compress_verb(options: argparse.Namespace) -> None:
     folder = pipeline.compress(recipe, options.out, run, _progress(options))
     record = checkpoint.read_record(folder)
     plan, measured, source = record["plan"], record["measured"], record["source"]
+    _write_json(options, {"path": str(folder), **{k: record[k] for k in ("plan", "measured", "scores", "fold")}})
     print(
         f"dropped layers {', '.join(map(str, plan['drop'])) or 'none'} of {plan['num_layers']}; "
         f"{source['parameters']:,} -> {measured['parameters']:,} parameters, "
         f"{source['bytes'] / 1e6:,.1f} -> {measured['bytes'] / 1e6:,.1f} MB, {measured['seconds']:.0f} s"
     )
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
-    _write_json(options, {"path": str(folder), **{k: record[k] for k in ("plan", "measured", "scores", "fold")}})
 
 
 def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> None:
     from . import checkpoint, pipeline
     from .estimate import estimate
+    from .plan import may_break_period
 
     checkpoint.check_target(options.out)
     job = pipeline.prepare(recipe, run, _progress(options))
     guess = estimate(job)
     checkpoint.check_space(options.out, guess.bytes_after)
+    _write_json(options, asdict(guess))
     print(f"would drop {guess.drop} of {guess.layers} layers by {recipe.localizer.name}, fold by {job.fold.name}")
     print(
         f"parameters {guess.parameters:,} -> {guess.parameters_after:,}, weights {guess.bytes / 1e6:,.1f} -> "
         f"{guess.bytes_after / 1e6:,.1f} MB"
     )
+    if broken := may_break_period(job.source.config, guess.drop, recipe.budget.layers):
+        print(f"lvlm-exporter: {options.out.name}: {broken}", file=sys.stderr)
     print(
         f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
     )
-    _write_json(options, asdict(guess))
 
 
 def route_verb(options: argparse.Namespace) -> None:
@@ -238,6 +245,7 @@ def route_verb(options: argparse.Namespace) -> None:
         raise KeyboardInterrupt("interrupted; the same command goes on from the last saved step.") from None
     record = checkpoint.read_record(folder)
     made = record["router"]
+    _write_json(options, {"path": str(folder), **{k: made[k] for k in made if k != "reference"}})
     print(
         f"trained a router of {made['parameters']:,} parameters on {made['questions']} questions in "
         f"{made['seconds']:.0f} s, {made['held_out']} held out"
@@ -247,7 +255,6 @@ def route_verb(options: argparse.Namespace) -> None:
     probes = {k: v for step in made["curve"] for k, v in step.items() if k.startswith("KL")}
     print("\n".join(f"  {name}: {value:.4f}" for name, value in probes.items()))
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
-    _write_json(options, {"path": str(folder), **{k: made[k] for k in made if k != "reference"}})
 
 
 def verify_verb(options: argparse.Namespace) -> int:
@@ -314,8 +321,8 @@ def evaluate_verb(options: argparse.Namespace) -> None:
         update_cards=not options.no_card,
         progress=_progress(options),
     )
-    print(report.evaluation_table(done))
     _write_json(options, done.to_data())
+    print(report.evaluation_table(done))
 
 
 def bench_verb(options: argparse.Namespace) -> int:
@@ -335,8 +342,8 @@ def bench_verb(options: argparse.Namespace) -> int:
         update_cards=not options.no_card,
         progress=_progress(options),
     )
-    print(report.benchmark_table(done))
     _write_json(options, done.to_data())
+    print(report.benchmark_table(done))
     done.check_caches()
     return 0
 
@@ -365,20 +372,21 @@ def compare_verb(options: argparse.Namespace) -> None:
     done: Any
     if isinstance(wanted, RouteTables):
         done = compare_routes(wanted, options.out, run, _progress(options))
-        print(table_text(done))
+        text = table_text(done)
     else:
         done = compare(wanted, options.out, run, _progress(options))
-        print(report.comparison_table(done))
-    print(f"written: {options.out / 'table.md'}, {options.out / 'accuracy.png'}, {options.out / 'results.json'}")
+        text = report.comparison_table(done)
     _write_json(options, done.to_data())
+    print(text)
+    print(f"written: {options.out / 'table.md'}, {options.out / 'accuracy.png'}, {options.out / 'results.json'}")
 
 
 def card_verb(options: argparse.Namespace) -> None:
     from .kinds import card
 
     path = card(options.folder)
-    print(path)
     _write_json(options, {"path": str(path)})
+    print(path)
 
 
 def onnx_verb(options: argparse.Namespace) -> None:
@@ -390,9 +398,9 @@ def onnx_verb(options: argparse.Namespace) -> None:
     names = ("device", "dtype", "quantize", "opset", "calibration", "samples", "trust_remote_code")
     folder = export(options.folder, options.out, ExportOptions(**{name: getattr(options, name) for name in names}))
     manifest = read_manifest(folder)
+    _write_json(options, {"path": str(folder), **manifest})
     print(differences_table(manifest))
     print(f"validated in a clean process. ONNX folder: {folder}")
-    _write_json(options, {"path": str(folder), **manifest})
 
 
 def push_verb(options: argparse.Namespace) -> int:
@@ -408,8 +416,8 @@ def push_verb(options: argparse.Namespace) -> int:
         done = push(options.folder, options.repo_id, **{name: getattr(options, name) for name in names})
     except KeyboardInterrupt:
         return _complain("interrupted; nothing was committed. The same command goes on from there.", 130)
-    print(describe(done))
     _write_json(options, done.to_data())
+    print(describe(done))
     return 0
 
 

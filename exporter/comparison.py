@@ -44,6 +44,7 @@ from .recipe import (
     check_options,
     from_yaml,
     integers,
+    paths_as_text,
     read_method,
 )
 from .replay import Folded
@@ -73,13 +74,16 @@ class Grid:
     protect: tuple[int, ...] | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        paths_as_text(self, "model", "task")
+
     def recipe(self, count: int) -> Recipe:
         return Recipe(
             self.model, self.calibration, Budget(drop_layers=count), self.revision, protect=self.protect, seed=self.seed
         )
 
 
-def load_grid(path: Path) -> Grid:
+def load_grid(path: Path | str) -> Grid:
     """Read a grid's YAML: keys of a recipe with lists of localizers, folds and drop_layers, and a task."""
     return from_yaml(path, grid_from_data)
 

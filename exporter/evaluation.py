@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from . import checkpoint
 from .budgets import Ask, Flops, Wanted, few_prompts, flops_of
 from .calibration import Batch, by_size, check_prompt, load_calibration, make_batch, make_batches
+from .card_file import results_first
 from .chats import text_of
 from .clean_room import load_processor
 from .errors import InputError
@@ -34,6 +36,7 @@ from .scoring import PairedTest, Rate, describe, is_right, mcnemar
 from .source import Source, compute_dtype, load_model, open_source, pick_device
 from .task import Task, greedy_answers, load_task
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]  # what is known of one answer: answer, correct, and where there is a reference: kl, same, tokens
 
 
@@ -80,12 +83,12 @@ class Evaluation:
 
 
 def evaluate(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     task: str | Path,
     *,
     reference: str | Path | None = None,
     budgets: Wanted = Wanted(),
-    calibration: str | None = None,
+    calibration: str | Path | None = None,
     options: RunOptions = RunOptions(batch_size=32),
     samples: int | None = None,
     seed: int = 0,
@@ -94,7 +97,7 @@ def evaluate(
     config: str | None = None,
     allow_urls: bool = False,
     max_new_tokens: int | None = None,
-    predictions: Path | None = None,
+    predictions: str | Path | None = None,
     update_cards: bool = True,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> Evaluation:
@@ -110,10 +113,12 @@ def evaluate(
         update_cards: put the figures into the record and the card of checkpoints that are ours.
     Raises: InputError for a task without answers, images that can't be read, folders that are no checkpoints.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    calibration = None if calibration is None else str(calibration)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: at least 1 is needed.")
     questions = load_task(str(task), samples, seed, columns=columns, split=split, config=config, allow_urls=allow_urls)
-    kept = ResumableLines(predictions, ROW_FIELDS, "answer of an evaluation")
+    kept = ResumableLines(None if predictions is None else Path(predictions), ROW_FIELDS, "answer of an evaluation")
     names = [str(path) for path in ([] if reference is None else [reference]) + list(paths)]
     asked: dict[str, list[Ask | None]] = {name: [] for name in names}
     if reference is not None:
@@ -136,7 +141,8 @@ def evaluate(
                 judge.compare_with(says)
             results.append(judge.run(kept, progress))
         if update_cards and (budget := tightest(asks, results[-len(asks) :])):
-            show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget)
+            with results_first(loaded.source.folder):
+                show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget)
         del loaded, judge
     pairs = [
         PairedTest(a.label, b.label, *mcnemar(a.correct, b.correct))
@@ -152,7 +158,8 @@ def evaluate(
     )
     if update_cards:
         for path in paths:
-            record_evaluation(Path(path), done)
+            with results_first(Path(path)):
+                record_evaluation(Path(path), done)
     return done
 
 
@@ -409,15 +416,20 @@ def record_evaluation(folder: Path, done: Evaluation) -> bool:
     """
     if not (folder / checkpoint.RECORD).exists():
         return False
-    from .model_card import card
+    from .model_card import card, model_name
 
     record = checkpoint.read_record(folder)
     base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
     head = {"task": done.task, "fingerprint": done.fingerprint}
-    reference = None if base is None else figures(base)
-    entries = [head | figures(model) | {"reference": reference} for model in done.models if Path(model.path) == folder]
+    name = None if done.reference is None else model_name(done.reference)
+    tail = {"reference": None if base is None else figures(base), "reference_name": name}
+    entries = [head | figures(model) | tail for model in done.models if Path(model.path) == folder]
     new = [(done.fingerprint, entry["budget"]) for entry in entries]
-    others = [e for e in record["evaluations"] if (e["fingerprint"], e.get("budget")) not in new]
+    others = [
+        e
+        for e in record["evaluations"]
+        if (e["fingerprint"], e.get("budget")) not in new or e.get("reference_name", name) not in (None, name)
+    ]
     checkpoint.write_record(folder, record | {"evaluations": [*others, *entries]})
     card(folder)
     return True

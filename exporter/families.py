@@ -72,6 +72,7 @@ PER_LAYER_LISTS = (  # one entry a layer: keep the entries of the kept layers
     "attention_types",
     "activation_sparsity_pattern",
 )
+PERIODIC_LISTS = ("layer_types", "no_rope_layers", "attention_types")  # those that other programs may take for periodic
 LAYER_INDEX_LISTS = ("moe_layers", "mlp_only_layers", "cross_attention_layers")  # indices of layers: renumber
 LAYER_COUNTS = ("max_window_layers", "first_k_dense_replace")  # "the first n layers": count the kept among them
 MEANINGLESS_IF = {  # periodic or shared structure that a gap would shift: refused unless trivial

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError
 from .files import CARD, is_published_document, listed, refuse_links_out
 from .kinds import CHECKPOINT, GRAPHS, Kind, kind_of, recorded
+from .model_card import loading_name
 from .source import hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-LOADING = re.compile(r'from_pretrained\("([^"]+)"')
 BRANCH = re.compile(r"\w[\w.-]*(?:/[\w.-]+)*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -41,7 +41,7 @@ class Pushed:
     private: bool | None  # None: as the account's default says
     files: dict[str, int]  # bytes of each
     removed: tuple[str, ...]  # weight files of an earlier push that this folder does not have
-    own_card: bool  # README.md was edited by hand, and went as it is but for its name in the loading example
+    own_card: bool  # README.md was edited by hand, and what was written there went along
     left: tuple[str, ...] = ()  # files of the folder that do not go: no part of what was made, no document
 
     @property
@@ -197,20 +197,17 @@ def published(folder: Path, kind: Kind) -> list[str]:
 
 
 def write_card(folder: Path, repo_id: str, kind: Kind, into: Path) -> bool:
-    """The card under the repository's name, with its pictures. True: README.md was edited by hand, and stays so.
-
-    It was not edited if it is what the record gives under the name that it shows.
-    """
+    """The card under the repository's name, with its pictures. True: somebody wrote into README.md, and that stays."""
     shutil.copyfile(folder / kind.record, into / kind.record)
-    theirs = (folder / CARD).read_text() if (folder / CARD).exists() else ""
-    shown = LOADING.search(theirs)
-    name = shown[1] if shown else folder.name
-    edited = bool(theirs) and kind.card(into, name).read_text() != theirs
-    if edited:
-        (into / CARD).write_text(theirs.replace(f'("{name}"', f'("{repo_id}"'))  # of from_pretrained and load
-    else:
-        kind.card(into, repo_id)
-    return edited
+    pure = kind.card(into, repo_id).read_bytes()
+    if not (folder / CARD).exists():
+        return False
+    name = loading_name(folder) or folder.name
+    (into / CARD).write_bytes((folder / CARD).read_bytes())
+    kind.card(into, repo_id)
+    merged = (into / CARD).read_bytes()
+    (into / CARD).write_bytes(merged.replace(f'("{name}"'.encode(), f'("{repo_id}"'.encode()))  # in edited examples
+    return merged != pure
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -303,5 +300,5 @@ def describe(pushed: Pushed) -> str:
     if pushed.left:
         lines.append(f"left here, since they are no part of what was made: {', '.join(pushed.left)}")
     if pushed.own_card:
-        lines.append("README.md was edited by hand and goes as it is, but for the name in its loading example")
+        lines.append("README.md was edited by hand: what you wrote goes along, the rest is under the repository's name")
     return "\n".join(lines)

@@ -1,15 +1,18 @@
-"""The model card: README.md of a compressed checkpoint, rendered from its record and nothing else.
+"""Renders the model card, README.md of a compressed checkpoint, from its record; a person's own text in it stays.
 
-Every number in it was measured on that checkpoint and stands in compression.json.
+Every figure in it was measured on that checkpoint and stands in compression.json.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, report
-from .files import replace_text
+from .card_file import CARD, OUR_METRIC, write_card
+from .errors import InputError
+from .licence import card_text, licence_sentence
 from .scores import LayerScores
 from .scoring import describe
 from .source import read_json
@@ -32,6 +35,7 @@ TITLES = {  # methods that measure something, and where they come from
     "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
 }
 
+LOADING = re.compile(r'from_pretrained\("([^"]+)"')
 UNMEASURED = {
     "random": "They were drawn at random, as a control.",
     "first": "They are the first ones, taken as a control.",
@@ -41,13 +45,28 @@ UNMEASURED = {
 
 
 def card(folder: Path, name: str | None = None) -> Path:
-    """Render README.md and the pictures of a compressed folder from its compression.json.
+    """Render README.md and the pictures of a compressed folder from its compression.json; own text in it stays.
 
     Args:
-        name: hub id under which it is or will be loaded; the folder's name where there is none.
-    Raises: InputError where the folder is not one of ours.
+        name: hub id that it is or will be loaded by; None: the one that its card shows, or the folder's name.
+    Raises: InputError where the folder is not one of ours, or its record is damaged.
     """
+    from jinja2 import UndefinedError
+
     record = checkpoint.read_record(folder)
+    name = name or shown_name(folder)
+    try:
+        data, text = metadata(record, name), body(record, name)
+        draw(record, folder)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, UndefinedError) as error:
+        raise InputError(
+            f"{folder / checkpoint.RECORD} is damaged: a card can't be made from it ({type(error).__name__}: {error})."
+        ) from error
+    return write_card(folder, data, text)
+
+
+def draw(record: dict[str, Any], folder: Path) -> None:
+    """Draw the layer scores and the router's training curve, where the record holds them, into `folder`/assets."""
     scores = record["scores"]
     if scores["method"] not in UNMEASURED and record["plan"]["drop"]:
         (folder / "assets").mkdir(exist_ok=True)
@@ -59,13 +78,22 @@ def card(folder: Path, name: str | None = None) -> Path:
     if "router" in record:
         (folder / "assets").mkdir(exist_ok=True)
         report.plot_training(record["router"]["curve"], folder / "assets" / "router_training.png")
-    path = folder / "README.md"
-    replace_text(path, f"---\n{metadata(record, name or folder.name)}---\n\n{body(record, name or folder.name)}")
-    return path
+
+
+def shown_name(folder: Path) -> str:
+    """Return the name that a card loads its model by: the hub id that it shows already, else the folder's name."""
+    shown = loading_name(folder)
+    return shown if shown and shown.count("/") == 1 and shown[0] not in "./~" else folder.absolute().name
+
+
+def loading_name(folder: Path) -> str | None:
+    """Return the name in a card's loading example, None where there is none."""
+    shown = LOADING.search(card_text(folder / CARD))
+    return shown[1] if shown else None
 
 
 def template(name: str) -> Any:
-    """Of `model_cards/`."""
+    """Return a template of `model_cards/`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -80,6 +108,7 @@ def template(name: str) -> Any:
 
 
 def body(record: dict[str, Any], name: str) -> str:
+    """Render the card's text from a record, under the name that the model is loaded by."""
     import yaml
 
     fold = dict(record["fold"])
@@ -91,6 +120,7 @@ def body(record: dict[str, Any], name: str) -> str:
         evaluations=[e for e in record["evaluations"] if not e.get("budget")],
         budgets=[e for e in record["evaluations"] if e.get("budget")],
         routes=record.get("routes", []),
+        several_references=len({e.get("reference_name") for e in record["evaluations"] if e.get("reference")}) > 1,
         describe=describe,
         title=name.split("/")[-1],
         load_name=name,
@@ -109,10 +139,16 @@ def body(record: dict[str, Any], name: str) -> str:
 
 
 def _base_sentence(record: dict[str, Any]) -> str:
-    base = record["source"]["base_model"]
-    what = ["with fewer layers"] * bool(record["plan"]["drop"]) + ["with a router"] * ("router" in record)
-    named = f"[{base}](https://huggingface.co/{base})" if base else "a base model"
-    return f"This is {named} {' and '.join(what) or 'as it was'}."
+    """Return what it is, and what of: 'This is [a/b](https://huggingface.co/a/b) with fewer layers.'"""
+    source = record["source"]
+    base = source["base_model"]
+    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source['name']).split('@')[0]}`"
+    changes = []
+    if record["plan"]["drop"]:
+        changes.append("with fewer layers")
+    if "router" in record:
+        changes.append("with a router")
+    return f"This is {named} {' and '.join(changes) or 'unchanged'}."
 
 
 def template_folder() -> Path:
@@ -123,27 +159,30 @@ def template_folder() -> Path:
 
 
 def metadata(record: dict[str, Any], name: str) -> str:
-    """The hub's YAML: base model and relation, licence, tags, and the measured results as model-index."""
+    """Return the YAML that the hub reads: base model and relation, licence, tags, measured results as model-index."""
     from huggingface_hub import EvalResult
 
-    results = [
-        EvalResult(
+    results = {
+        (e["fingerprint"], str(e.get("budget"))): EvalResult(
             task_type="image-text-to-text",
             dataset_type=e["task"],
             dataset_name=e["task"] + (f" ({describe(e['budget'])})" if e.get("budget") else ""),
+            # The hub puts results of equal type, config, split and revision together, whatever their names.
+            dataset_config=describe(e["budget"]) if e.get("budget") else None,
+            dataset_revision=e["fingerprint"],
             metric_type="exact_match",
             metric_value=round(e["accuracy"], 4),
-            metric_name=f"exact match, n={e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
+            metric_name=f"{OUR_METRIC}{e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
         )
-        for e in record["evaluations"]
-    ]
-    return hub_metadata(record["source"], name, "transformers", _tags(record), "finetune", results or None)
+        for e in record["evaluations"]  # against another reference the same answers are as right: the last one counts
+    }
+    return hub_metadata(record["source"], name, "transformers", _tags(record), "finetune", [*results.values()])
 
 
 def hub_metadata(
-    source: dict[str, Any], name: str, library: str, tags: list[str], relation: str, results: Any = None
+    source: dict[str, Any], name: str, library: str, tags: list[str], relation: str, results: Any = ()
 ) -> str:
-    """What the hub reads in a card.
+    """Return what the hub reads in a card, as YAML.
 
     Args:
         source: of a record: its base_model and license.
@@ -161,7 +200,7 @@ def hub_metadata(
         library_name=library,
         pipeline_tag="image-text-to-text",
         tags=tags,
-        eval_results=results,
+        eval_results=list(results) or None,
     )
     if source["base_model"]:
         data["base_model_relation"] = relation
@@ -174,24 +213,6 @@ def _tags(record: dict[str, Any]) -> list[str]:
     return ["lvlm-exporter", *pruned, *routed]
 
 
-def inherited_licence(folder: Path) -> dict[str, str]:
-    """What the source's README.md says of its licence, {} where it says nothing."""
-    import yaml
-
-    path = folder / "README.md"
-    if not path.exists():
-        return {}
-    text = path.read_text(errors="replace")
-    if not text.startswith("---"):
-        return {}
-    try:
-        data = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
-        return {}
-    keys = ("license", "license_name", "license_link")
-    return {key: str(data[key]) for key in keys if isinstance(data, dict) and data.get(key)}
-
-
 def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
     """The hub id of the source: stated in the recipe, or the source itself, or what its own record says."""
     if stated:
@@ -201,6 +222,11 @@ def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
     if (folder / checkpoint.RECORD).exists():
         return read_json(folder / checkpoint.RECORD).get("source", {}).get("base_model")
     return None
+
+
+def model_name(name: str) -> str:
+    """Return what a card calls a model: its hub id, or its folder's name without the way to it."""
+    return Path(name).absolute().name if Path(name).expanduser().is_dir() else name.removeprefix("hub:")
 
 
 def _choice(record: dict[str, Any]) -> str:
@@ -237,10 +263,3 @@ def budget_name(budget: dict[str, Any] | None) -> str:
 def _percent(measured: dict[str, Any]) -> str:
     low, high = measured["interval"]
     return f"{100 * measured['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
-
-
-def licence_sentence(source: dict[str, Any]) -> str:
-    licence = source["license"].get("license_name") or source["license"].get("license")
-    return (
-        f"Licence: {licence}, inherited." if licence else "The base model's folder states no licence: ask its authors."
-    )

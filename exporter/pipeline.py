@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from .families import protected_layers
 from .files import hashes
 from .fold import FOLDS
 from .fold.job import FoldJob
+from .licence import inherited_licence
 from .localize import LOCALIZERS, LocalizeJob, check_scores, explicit
-from .model_card import base_model_of, card, inherited_licence
-from .plan import Budget, PruningPlan, make_plan
+from .model_card import base_model_of, card
+from .plan import Budget, PruningPlan, breaks_period, make_plan
 from .recipe import (
     DEFAULT_FOLD,
     ROUTER_SAMPLES,
@@ -51,6 +53,7 @@ from .weight_files import open_weights
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # items, what is done, how many -> the same items
 
 
@@ -76,7 +79,11 @@ def compress(recipe: Recipe, out: Path | str, options: RunOptions = RunOptions()
 
 
 def route(
-    model: str, router: RouterRecipe, out: Path | str, options: RunOptions = RunOptions(), progress: Progress = silent
+    model: str | Path,
+    router: RouterRecipe,
+    out: Path | str,
+    options: RunOptions = RunOptions(),
+    progress: Progress = silent,
 ) -> Path:
     """Train a router for a checkpoint, pruned by us or as its authors made it; write a copy of it with the router.
 
@@ -85,7 +92,7 @@ def route(
         router: its `calibration` names the unlabelled questions.
     Returns: the folder. Raises: InputError, CheckFailed, as `compress`.
     """
-    out = Path(out)
+    model, out = str(model), Path(out)
     checkpoint.check_target(out)
     if router.calibration is None:
         raise InputError("a router is trained on questions about images: name them with --calibration FILE.")
@@ -121,6 +128,8 @@ def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress
     model, ignored = job.load_model()
     scores = localize(job, model)
     plan = make_plan(job.source.num_layers, scores.drop)
+    if broken := breaks_period(job.source.config, plan.keep):
+        logger.warning("%s: %s", out.name, broken)
     folded, fold = fold_gaps(job, model, plan)
     with assembled(model, Variant(plan, folded)):
         reference = clean_room.reference_answer(model, job.processor)
@@ -302,6 +311,7 @@ def describe(
 ) -> dict[str, Any]:
     """compression.json: everything that is needed to understand the checkpoint and to make it again."""
     source, dtype = job.source, str(job.dtype).removeprefix("torch.")
+    base_model = base_model_of(source.name, source.folder, job.recipe.base_model)
     return {
         "format": 1,
         "recipe": job.recipe.to_data(),
@@ -315,8 +325,8 @@ def describe(
             "name": source.name,
             "revision": source.revision,
             "model_type": source.config.model_type,
-            "base_model": base_model_of(source.name, source.folder, job.recipe.base_model),
-            "license": inherited_licence(source.folder),
+            "base_model": base_model,
+            "license": inherited_licence(source.folder, base_model),
             "parameters": source.weights.num_parameters,
             "bytes": source.weights.num_bytes,
             "kv_bytes_per_token": kv_bytes_per_token(source.config, job.dtype),
@@ -336,7 +346,12 @@ def describe(
             "drop": list(scores.drop),
             "details": scores.details,
         },
-        "plan": {"num_layers": plan.num_layers, "drop": list(plan.drop), "keep": list(plan.keep)},
+        "plan": {
+            "num_layers": plan.num_layers,
+            "drop": list(plan.drop),
+            "keep": list(plan.keep),
+            "broken_period": breaks_period(source.config, plan.keep),
+        },
         "fold": fold,
         "reference": {**reference, "question": clean_room.REFERENCE_QUESTION, "dtype": dtype},
         "evaluations": [],

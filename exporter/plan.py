@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import InputError
-from .families import LAYER_COUNTS, LAYER_INDEX_LISTS, MEANINGLESS_IF, PER_LAYER_LISTS
+from .families import LAYER_COUNTS, LAYER_INDEX_LISTS, MEANINGLESS_IF, PER_LAYER_LISTS, PERIODIC_LISTS
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,79 @@ class Budget:
 
 def make_plan(num_layers: int, drop: Collection[int]) -> PruningPlan:
     return PruningPlan(num_layers, tuple(sorted(drop)))
+
+
+# --- layers of different kinds that take turns ------------------------------------------------------------------------
+
+
+def attention_period(config: Any) -> tuple[str, int] | None:
+    """Return the per-layer list of a configuration that repeats itself, by name, and after how many layers it does.
+
+    Args:
+        config: a loaded configuration of transformers, or config.json as a mapping.
+    Returns: None where all layers are of one kind, or no period can be told.
+    """
+    text = _text_config(config)
+    stated = [text.get(name) for name in ("sliding_window_pattern", "_sliding_window_pattern")]
+    for name in PERIODIC_LISTS:
+        values = text.get(name)
+        if not isinstance(values, list | tuple) or len(set(values)) < 2:
+            continue
+        whole = len(values) // 2  # a period that is not seen twice is one only if the configuration says so
+        for period in [*range(2, whole + 1), *(one for one in stated if isinstance(one, int) and one > 1)]:
+            if all(value == values[layer % period] for layer, value in enumerate(values)):
+                return name, period
+    return None
+
+
+def breaks_period(config: Any, keep: Sequence[int]) -> str | None:
+    """Return a warning where the kept layers no longer take turns as the whole model's do, None where they do.
+
+    transformers reads the kind of each layer from config.json. Programs that work it out from a period instead run
+    layers of the wrong kind and say nothing: llama.cpp's converter and mlx-vlm do so for Gemma 3.
+    """
+    found = attention_period(config)
+    if found is None:
+        return None
+    name, period = found
+    values = _text_config(config)[name]
+    for new, old in enumerate(keep):
+        if values[old] != values[new % period]:
+            return (
+                f"the kept layers break the period of {period} layers in {name}: layer {new} (layer {old} of the base "
+                f"model) is {values[old]!r}, where the period has {values[new % period]!r}. transformers reads each "
+                "layer's kind from config.json, but programs that assume the period, as llama.cpp and mlx-vlm do for "
+                f"Gemma 3, compute something else without an error. Drop whole periods of {period} layers, or the last "
+                "layers, where such programs are to run it."
+            )
+    return None
+
+
+def may_break_period(config: Any, count: int, layers: Sequence[int] | None) -> str | None:
+    """Return the warning of `breaks_period` before it is known which layers go.
+
+    Args:
+        count: how many layers go.
+        layers: those that go, where they are named: the warning is certain then.
+    """
+    found = attention_period(config)
+    if found is None or not count:
+        return None
+    name, period = found
+    if layers is not None:
+        return breaks_period(config, make_plan(len(_text_config(config)[name]), layers).keep)
+    return (
+        f"{name} has a period of {period} layers, which the kept layers will break unless whole periods or the last "
+        "layers go. transformers runs such a checkpoint as it should; llama.cpp and mlx-vlm assume the period for "
+        "Gemma 3 and compute something else without an error."
+    )
+
+
+def _text_config(config: Any) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config.get("text_config") or config)
+    text = config.get_text_config()
+    return {name: getattr(text, name, None) for name in (*PERIODIC_LISTS, *vars(text))}
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

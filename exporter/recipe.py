@@ -23,6 +23,13 @@ LOSS_NAMES = ("importance", "relaxed", "preference")
 ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
 
 
+def paths_as_text(data: Any, *names: str) -> None:
+    """Turn fields of a frozen dataclass that were given as paths into text, which is what is kept of them."""
+    for name in names:
+        if isinstance(value := getattr(data, name), Path):
+            object.__setattr__(data, name, str(value))
+
+
 @dataclass(frozen=True)
 class Method:
     """A localizer or a fold with its options."""
@@ -45,6 +52,9 @@ class CalibrationData:
     prompt: str = "Describe this image."  # put to the images of a folder
     config: str | None = None  # of a data set that has several configurations
     allow_urls: bool = False  # fetch images that stand as web addresses
+
+    def __post_init__(self) -> None:
+        paths_as_text(self, "data")
 
     def to_data(self) -> Any:
         """The place alone, where everything else is left to defaults."""
@@ -104,6 +114,9 @@ class Recipe:
     base_model: str | None = None  # hub id that the card names where `model` is a local folder
     router: RouterRecipe | None = None  # trained for the result; None: the result is a plain checkpoint
 
+    def __post_init__(self) -> None:
+        paths_as_text(self, "model")
+
     def to_data(self) -> dict[str, Any]:
         """Plain data, as YAML and compression.json hold it; what is left to defaults stays out."""
         data: dict[str, Any] = {"model": self.model}
@@ -145,15 +158,16 @@ BUDGET_KEYS = tuple(f.name for f in dataclasses.fields(Budget))
 RECIPE_KEYS = (*(f.name for f in dataclasses.fields(Recipe) if f.name != "budget"), *BUDGET_KEYS)
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe's YAML. Unknown keys are errors that name the nearest known one."""
     return from_yaml(path, recipe_from_data)
 
 
-def from_yaml(path: Path, parse: Callable[[Any], T]) -> T:
+def from_yaml(path: Path | str, parse: Callable[[Any], T]) -> T:
     """What `parse` makes of a YAML file; errors name the file."""
     import yaml
 
+    path = Path(path).expanduser()
     try:
         data = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:

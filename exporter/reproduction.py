@@ -27,8 +27,8 @@ def reproduce(
     folder: Path | str,
     out: Path | str,
     *,
-    model: str | None = None,
-    calibration: str | None = None,
+    model: str | Path | None = None,
+    calibration: str | Path | None = None,
     progress: Callable[..., object] = silent,
 ) -> Reproduction:
     """Run a checkpoint's recipe again on the source it was made from.
@@ -42,11 +42,11 @@ def reproduce(
     checkpoint.check_target(Path(out))
     recipe = recipe_from_data(record["recipe"])
     if model is not None:
-        recipe = dataclasses.replace(recipe, model=model)
+        recipe = dataclasses.replace(recipe, model=str(model))
     elif record["source"]["revision"]:
         recipe = dataclasses.replace(recipe, revision=record["source"]["revision"])
     if calibration is not None:
-        recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, data=calibration))
+        recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, data=str(calibration)))
     _check_source(recipe.model, recipe.revision, record["source"]["files"])
     _check_data(recipe, record["calibration"]["fingerprint"])
     run = record["run"]

@@ -28,7 +28,7 @@ from .evaluation import Judge, Loaded, ModelResult, Reference, influence_of, loa
 from .modeling.modeling_routed import Budget, Route
 from .oracle import Search, images_seen_once, search
 from .pipeline import Progress, silent
-from .recipe import RunOptions, check_keys
+from .recipe import RunOptions, check_keys, paths_as_text
 from .resumable import ResumableLines
 from .routing import load_routed, routable
 from .rules import Rule, make_route
@@ -77,6 +77,9 @@ class RouteTables:
     equal: str = "flops"  # or "budget": every row has the column's counts, as far as it uses them
     oracle: Search = field(default_factory=Search)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        paths_as_text(self, "model", "task", "calibration")
 
 
 def tables_from_data(data: Any) -> RouteTables:

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import checkpoint, clean_room
 from .calibration import Calibration, load_calibration
+from .card_file import carry_card
 from .errors import InputError
 from .files import hashes
 from .model_card import card
@@ -80,6 +81,7 @@ def with_router(
         record["measured"]["files"] = hashes(stage)
         record["router"]["reference"] = routed_reference(stage, device, dtype)
         checkpoint.write_record(stage, record)
+        carry_card(plain, stage)
         card(stage, out.name)
         require(stage, device)
     state_file.unlink(missing_ok=True)

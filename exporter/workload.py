@@ -13,6 +13,7 @@ from typing import Any
 from .calibration import Batch, Sample, make_batch, read_samples
 from .clean_room import REFERENCE_QUESTION
 from .errors import InputError
+from .recipe import paths_as_text
 
 DEFAULT_SIDE = 336  # pixels, of the image that is shown where no number of visual tokens is asked for
 LARGEST_SIDE = 4096
@@ -40,6 +41,7 @@ class Workload:
     allow_urls: bool = False
 
     def __post_init__(self) -> None:
+        paths_as_text(self, "task")
         if self.task is not None and (self.visual_tokens is not None or self.text_tokens is not None):
             raise InputError("a task has prompts of its own: give either it or numbers of visual and text tokens.")
         for name in ("visual_tokens", "text_tokens"):

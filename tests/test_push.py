@@ -307,7 +307,11 @@ def test_a_card_edited_by_hand_stays(here, small, capsys, tmp_path):
     card.write_text(card.read_text() + "\nThanks to everybody.\n")
     assert "README.md was edited by hand" in pushed(capsys, folder, NAME)
     published = here.repos[NAME].files()["README.md"].decode()
-    assert published == card.read_text().replace('from_pretrained("small"', f'from_pretrained("{NAME}"')
+    assert published.endswith("\nThanks to everybody.\n") and f'from_pretrained("{NAME}"' in published
+    assert 'from_pretrained("small"' in card.read_text()  # the folder's own stays as it is
+    pure = published.removesuffix("\nThanks to everybody.\n")
+    assert "edited" not in pushed(capsys, small, NAME)  # a card that nobody wrote into, under the same name
+    assert here.repos[NAME].files()["README.md"].decode() == pure
 
 
 def test_large_files_go_in_parts(here, small, capsys):

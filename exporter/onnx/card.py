@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..files import replace_text
-from ..model_card import budget_name, hub_metadata, licence_sentence, ratio_cell, template
+from ..card_file import write_card
+from ..licence import licence_sentence
+from ..model_card import budget_name, hub_metadata, ratio_cell, shown_name, template
 from .manifest import read_manifest
 from .report import differences_table
 
 
 def card(folder: Path, name: str | None = None) -> Path:
-    """Render README.md.
+    """Render README.md; what a person wrote into it stays.
 
     Args:
         name: under which the folder is or will be loaded; its own where there is none.
     Raises: InputError where it is no folder of `lvlm-exporter onnx`.
     """
     manifest = read_manifest(folder, whole=False)
-    name = name or folder.absolute().name
+    name = name or shown_name(folder)
     source = manifest["source"]
     text = template("onnx.md.jinja").render(
         manifest,
@@ -34,6 +35,4 @@ def card(folder: Path, name: str | None = None) -> Path:
     )
     tags = ["lvlm-exporter", "onnxruntime", *([manifest["quantize"]] if manifest["quantize"] else [])]
     metadata = hub_metadata(source, name, "onnx", tags, "quantized" if manifest["quantize"] else "finetune")
-    path = folder / "README.md"
-    replace_text(path, f"---\n{metadata}---\n\n{text}")
-    return path
+    return write_card(folder, metadata, text)

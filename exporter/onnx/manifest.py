@@ -11,7 +11,8 @@ from .. import __version__
 from ..checkpoint import replace_json
 from ..errors import InputError
 from ..files import hashes
-from ..model_card import base_model_of, inherited_licence
+from ..licence import inherited_licence
+from ..model_card import base_model_of
 from ..record import BENCHMARK_HEAD, LICENCE, NOT_EMPTY, RATIOS, TIMES
 from ..shapes import ANYTHING, COUNT, HASHES, INNER_PATH, NUMBER, TEXT, ListOf, MapOf, Maybe, Misfit, check
 from ..source import Source
@@ -102,6 +103,7 @@ def _check_benchmark(entry: dict[str, Any], where: str) -> None:
 def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
     """The manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
     layers, heads, head_size = cache_shape(model)
+    base_model = base_model_of(source.name, source.folder, None)
     text = source.config.get_text_config()
     pad = getattr(text, "pad_token_id", None)
     return {
@@ -121,8 +123,8 @@ def describe(model: Any, source: Source, support: Support, settings: dict[str, A
         "source": {
             "name": source.name,
             "revision": source.revision,
-            "base_model": base_model_of(source.name, source.folder, None),
-            "license": inherited_licence(source.folder),
+            "base_model": base_model,
+            "license": inherited_licence(source.folder, base_model),
         },
         "versions": versions(),
     }

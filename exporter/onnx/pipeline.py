@@ -14,6 +14,7 @@ from ..clean_room import load_processor
 from ..errors import InputError
 from ..files import without_auto_map
 from ..modeling.modeling_routed import RouterSettings
+from ..recipe import paths_as_text
 from ..source import Source, compute_dtype, load_model, open_source
 from ..verification import verify
 from .card import card
@@ -43,6 +44,9 @@ class ExportOptions:
     calibration: str | None = None  # questions to validate on, beside those that every export is validated on
     samples: int = 8
     trust_remote_code: bool = False  # run Python of the checkpoint to verify it, where it is none that we shipped
+
+    def __post_init__(self) -> None:
+        paths_as_text(self, "calibration")
 
 
 def export(model: str | Path, out: str | Path, options: ExportOptions | None = None) -> Path:

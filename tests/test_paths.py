@@ -1,0 +1,66 @@
+"""Paths may be text or Path in every entry point of the Python API."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+import exporter
+from exporter.comparison import load_grid
+from exporter.plan import Budget
+from exporter.recipe import CalibrationData, Method
+
+QUICK = exporter.BenchOptions(device="cpu", new_tokens=1, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def task(questions, tmp_path_factory) -> Path:
+    lines = [json.loads(line) | {"answer": "red"} for line in questions.read_text().splitlines()]
+    path = tmp_path_factory.mktemp("task") / "task.jsonl"
+    lines = [line | {"image": str(questions.parent / line["image"])} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_every_entry_point_takes_text_and_paths(kind, tiny, questions, task, tmp_path, unverified, monkeypatch):
+    monkeypatch.setattr("exporter.routed_checkpoint.require", lambda *_: None)
+    model = shutil.copytree(tiny("llava"), tmp_path / "model")
+    data = CalibrationData(kind(questions), samples=2)
+    recipe = exporter.Recipe(kind(model), data, Budget(layers=(1,)), fold=Method("none"))
+    assert recipe.model == str(model) and recipe.calibration.data == str(questions)
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe.to_data()))
+    assert exporter.load_recipe(kind(tmp_path / "my.yaml")) == recipe
+
+    small = exporter.compress(recipe, kind(tmp_path / "small"))
+    assert exporter.score(recipe)[1].drop == (1,)
+    again = exporter.reproduce(kind(small), kind(tmp_path / "again"), model=kind(model), calibration=kind(questions))
+    assert again.identical
+    assert exporter.card(kind(small)).name == "README.md"
+    verified = exporter.verify(kind(small))
+    assert verified.folder == small
+
+    router = exporter.RouterRecipe(CalibrationData(kind(questions), samples=None), steps=1, batch_size=2)
+    monkeypatch.setattr("exporter.routed_checkpoint.routed_reference", lambda *_: {})
+    assert exporter.route(kind(small), router, kind(tmp_path / "routed")) == tmp_path / "routed"
+
+    options = exporter.RunOptions(batch_size=4)
+    kept = kind(tmp_path / "kept.jsonl")
+    done = exporter.evaluate(
+        kind(small), kind(task), reference=kind(model), samples=4, max_new_tokens=2, predictions=kept, options=options
+    )  # fmt: skip
+    assert len(done.models) == 2 and Path(kept).exists()
+    done = exporter.bench(kind(small), reference=kind(model), workload=exporter.Workload(kind(task)), options=QUICK)
+    assert len(done.models) == 2
+
+    grid = {"model": str(model), "calibration": {"data": str(questions), "samples": 2}, "task": str(task),
+            "task_samples": 2, "localizers": ["last"], "folds": ["none"], "drop_layers": [1]}  # fmt: skip
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    grid = load_grid(kind(tmp_path / "grid.yaml"))
+    assert grid.task == str(task)
+    assert exporter.compare(grid, kind(tmp_path / "comparison"), options).out == tmp_path / "comparison"
+    assert exporter.onnx.ExportOptions(calibration=kind(questions)).calibration == str(questions)
