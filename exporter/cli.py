@@ -217,6 +217,7 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
     )
     print(
         f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
+        f", as much as {guess.forward_passes:.1f} forward passes over them"
     )
     _write_json(options, asdict(guess))
 

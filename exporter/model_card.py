@@ -27,6 +27,7 @@ TITLES = {  # methods that measure something, and where they come from
     ),
     "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
     "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
+    "scp_both": ("Short-LVLM's Subspace-Compensated Pruning, in both matrices", "https://arxiv.org/abs/2507.23362"),
     "reconstruction": ("layer-wise reconstruction", "https://arxiv.org/abs/2301.00774"),
     "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
 }
