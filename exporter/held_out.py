@@ -33,4 +33,13 @@ class HeldOut:
         asked = self.questions.answered("judge on held-out questions", "held_out", number)
         agreements = judge(self.model, variants, asked)
         pictures = tuple(self.questions.split.pictures[i] for i in self.questions.indices("held_out", number))
-        return [Divergence(tuple(one.kl_of), tuple(one.tokens_of), pictures, tuple(one.follows)) for one in agreements]
+        return [
+            Divergence(
+                tuple(one.kl_of),
+                tuple(one.tokens_of),
+                pictures,
+                tuple(one.follows),
+                one.state_error / max(1, one.states),
+            )
+            for one in agreements
+        ]

@@ -97,8 +97,8 @@ def test_token_weights_share_out_what_is_asked():
     text = torch.tensor([[False, False, False, True, True]])
     answer = torch.tensor([[False, False, False, False, True]])
     batch = Batch({}, visual, text, (), answer)
-    assert token_weights(batch, Fit()).tolist() == [[1, 1, 1, 1, 1]]
-    weights = token_weights(batch, Fit(share_of_text=0.8))
+    assert token_weights(batch, Fit(answer_weight=1.0)).tolist() == [[1, 1, 1, 1, 1]]
+    weights = token_weights(batch, Fit(share_of_text=0.8, answer_weight=1.0))
     assert weights.sum() == pytest.approx(5)
     assert float(weights[text].sum()) == pytest.approx(4)
     weights = token_weights(batch, Fit(answer_weight=6.0))

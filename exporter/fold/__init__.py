@@ -89,7 +89,7 @@ def fold_reconstruction(
     ridge: float | Literal["auto"] = 0.1,
     share: float | None = None,
     text_share: float | None = None,
-    answer_weight: float = 1.0,
+    answer_weight: float = 4.0,
     tokens: Literal["all", "prompt"] = "all",
     weights: tuple[Matrix, ...] = ("o_proj", "down_proj"),
 ) -> Folded:

@@ -54,7 +54,7 @@ class Fit:
 
     ridge: float | Literal["auto"] = 0.1
     share_of_text: float | None = None
-    answer_weight: float = 1.0
+    answer_weight: float = 4.0
     tokens: str = "all"
 
 

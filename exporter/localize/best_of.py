@@ -4,8 +4,8 @@ questions.
 Cosines look at one layer at a time: they misrank layers in ways that differ from model to model, and take two that make
 up for each other. What leaving a set out does to the last states, of all tokens, ranks sets better, and says which few
 are worth folding. These are folded and judged on growing numbers of held-out questions (successive halving; K. Jamieson
-and A. Talwalkar, 2016), by the same error unless the divergence clearly speaks against it: that error is a mean over all
-tokens, the divergence hangs on the few answers that go wrong.
+and A. Talwalkar, 2016), by the same error unless the divergence clearly speaks against it: the error is a mean over all
+tokens, where the divergence hangs on the few answers that go wrong.
 
 Shapes: L layers.
 """
