@@ -86,7 +86,7 @@ def _apply(
 def fold_reconstruction(
     job: FoldJob,
     *,
-    ridge: float | Literal["auto"] = 0.1,
+    ridge: float | Literal["auto"] = 0.03,
     share: float | None = None,
     text_share: float | None = None,
     answer_weight: float = 4.0,

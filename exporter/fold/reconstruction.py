@@ -52,7 +52,7 @@ class Stream:
 class Fit:
     """How the regressions are weighted and held back."""
 
-    ridge: float | Literal["auto"] = 0.1
+    ridge: float | Literal["auto"] = 0.03
     share_of_text: float | None = None
     answer_weight: float = 4.0
     tokens: str = "all"
