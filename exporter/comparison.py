@@ -139,6 +139,7 @@ class Comparison:
     seconds: float
     naive_seconds: float  # of the loop that does each cell from scratch, from the times measured in this run
     best: dict[int, Cell] = field(default_factory=dict)  # by number of dropped layers
+    num_layers: int = 0
 
     def p_value(self, cell: Cell) -> float:
         """Whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
@@ -183,7 +184,14 @@ def compare(
         for count in grid.drop_layers
     }
     done = Comparison(
-        out, runner.original, job.source.weights.num_parameters, ordered, seconds, runner.naive_seconds(len(todo)), best
+        out,
+        runner.original,
+        job.source.weights.num_parameters,
+        ordered,
+        seconds,
+        runner.naive_seconds(len(todo)),
+        best,
+        job.source.num_layers,
     )
     write_results(done)
     return done

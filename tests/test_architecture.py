@@ -20,8 +20,8 @@ ORDER = (
     "errors families scores scoring weights source clean_room calibration pictures divergence replay capture fidelity "
     "questions localize plan recipe moments variants held_out fold modeling routing rules budgets oracle relaxation "
     "router_learner router_losses router_training checkpoint verification report route_pictures model_card "
-    "routed_checkpoint pipeline estimate reproduction task evaluation comparison route_comparison timing workload "
-    "subject onnx kinds hub runtimes benchmark arguments cli plugins __main__"
+    "routed_checkpoint pipeline estimate reproduction task evaluation comparison zoo_comparison route_comparison "
+    "timing workload subject onnx kinds hub runtimes benchmark arguments cli plugins __main__"
 ).split()
 
 

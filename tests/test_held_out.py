@@ -132,7 +132,7 @@ def test_with_too_few_tokens_the_refit_falls_back_and_says_so(tiny, many):
 
 
 def test_answers_are_read_with_their_questions(tiny, many):
-    _, model, questions = opened(tiny("llava"), many)
+    _, _, questions = opened(tiny("llava"), many)
     batch = next(iter(questions.batches("read")))
     assert batch.is_answer is not None
     assert (batch.is_answer & ~batch.is_text).sum() == 0
