@@ -92,13 +92,20 @@ class Questions:
         """
         if number is None and share < 1:
             number = max(1, round(share * len(self.indices(part))))
-        for one in self.answered(what, part, number):
-            yield one.batch
+        answered = self.answered(what, part, number)
+        return (one.batch for one in answered)
 
     def answered(self, what: str, part: Part = "all", number: int | None = None) -> Iterator[AnsweredBatch]:
-        """The same, with what divergence needs to know of the answers."""
+        """The same, with what divergence needs to know of the answers.
+
+        The model answers when this is called, not when the first batch is taken: what reads batches may have changed it
+        by then.
+        """
         chosen = self.indices(part, number)
         self.answer(self.indices(part, max(len(chosen), self.portion("fit")) if part == "fit" else None))
+        return self._answered(what, chosen)
+
+    def _answered(self, what: str, chosen: list[int]) -> Iterator[AnsweredBatch]:
         starts = range(0, len(chosen), self.batch_size)
         visual = text = 0
         for start in self.progress(starts, what, len(starts)):

@@ -124,8 +124,9 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
     wanted = {kept: run for kept, run in job.gaps.items() if key(kept) not in job.memo}
     sums: dict[int, GapMoments] = {}
     if wanted:
+        batches = job.batches()  # before attention is changed: the model may have to answer them first
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            for batch in job.batches():
+            for batch in batches:
                 batch = batch.to(job.model.device)
                 if reducer is not None:
                     reducer.is_visual, reducer.is_text = batch.is_visual, batch.is_text
