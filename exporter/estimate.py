@@ -53,6 +53,7 @@ def estimate(job: Job) -> Estimate:
         weights.num_parameters * job.dtype.itemsize
         + ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
         + 6 * width * width * 8
+        + _streams(job, tokens) * width * job.dtype.itemsize
     )
     return Estimate(
         len(per_layer),
@@ -81,6 +82,13 @@ def forward_passes(job: Job, prompt_tokens: float) -> float:
     localizing, ranked = _localizing(job, questions, layers, count)
     folding, fitted = _folding(job, questions, plan) if count else (0.0, 0.0)
     return longer * (max(ranked, fitted) + localizing + folding)
+
+
+def _streams(job: Job, tokens: int) -> float:
+    """States that a refit holds: the original and the smaller model's, of all questions that it is fitted on."""
+    if job.fold.name not in ("auto", "reconstruction") or job.source.decoder.post_norm:
+        return 0.0
+    return 2 * tokens * _share("fit", len(job.calibration.samples))
 
 
 def _share(name: str, questions: int) -> float:

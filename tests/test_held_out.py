@@ -20,6 +20,7 @@ from exporter.pictures import pictures_of, split_by_picture
 from exporter.pipeline import fold_gaps, fold_job, localize, prepare
 from exporter.plan import Budget, make_plan
 from exporter.recipe import CalibrationData, Recipe, RunOptions
+from exporter.router_training import parted
 from exporter.source import text_decoder
 from exporter.variants import Variant
 
@@ -50,6 +51,15 @@ def test_no_picture_is_on_both_sides_and_types_keep_their_share(seed):
     assert len({pictures[i] for i in split.fit[:20]}) == 20, "the first ones drawn are about as many pictures"
     assert split_by_picture(samples, 48, seed) == split
     assert split_by_picture(samples, 48, seed + 1) != split
+
+
+def test_a_router_is_judged_by_other_pictures_than_it_is_trained_on():
+    samples = [sample(n, n // 3, type="abcdef"[n % 6]) for n in range(240)]
+    trained_on, held_out = parted(samples, seed=0)
+    pictures = pictures_of(samples)
+    assert not {pictures[i] for i in trained_on} & {pictures[i] for i in held_out}
+    assert {samples[i].type for i in held_out} == set("abcdef"), "every eighth row would hold three of six"
+    assert parted(samples[:12], seed=0) == (list(range(12)), [])
 
 
 def test_too_few_pictures_are_said():
