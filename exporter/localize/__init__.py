@@ -96,7 +96,13 @@ def by_best_of(
     batches = list(job.asked.batches("score layers", part="fit", number=samples))
     statistics = list(layer_statistics(job.model, batches))
     loss = StateError.of(job.model, job.asked.batches("score layers", part="fit", number=judged_by))
-    return _from(batches, best_of(statistics, count, tuple(protect), loss, exchanges, job.folded if folded else None))
+    judge = job.folded if folded else None
+    scores = best_of(statistics, count, tuple(protect), loss, exchanges, judge)
+    read = len(job.asked.indices("fit", max(samples, judged_by)))
+    if judge is not None:
+        fitted_on = job.asked.indices("fit", max(samples, judged_by, job.asked.portion("fold_sets")))
+        read = len(fitted_on) + len(job.asked.indices("held_out", job.asked.portion("judge_few_sets")))
+    return replace(scores, details=scores.details | {"questions": read})
 
 
 def _from(few: Sequence[Batch | AnsweredBatch], scores: LayerScores) -> LayerScores:
