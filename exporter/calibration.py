@@ -38,10 +38,12 @@ class Batch:
     is_visual: torch.Tensor  # [B, S] image and video placeholders
     is_text: torch.Tensor  # [B, S] neither visual, nor special, nor padding
     samples: tuple[Sample, ...]
+    is_answer: torch.Tensor | None = None  # [B, S] text of the model's own answer; None: prompts only
 
     def to(self, device: Any) -> Batch:
         moved = {name: value.to(device) for name, value in self.inputs.items()}
-        return Batch(moved, self.is_visual.to(device), self.is_text.to(device), self.samples)
+        is_answer = None if self.is_answer is None else self.is_answer.to(device)
+        return Batch(moved, self.is_visual.to(device), self.is_text.to(device), self.samples, is_answer)
 
 
 @dataclass(frozen=True)

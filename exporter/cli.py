@@ -232,6 +232,7 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
         print(f"lvlm-exporter: {options.out.name}: {broken}", file=sys.stderr)
     print(
         f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
+        f", as much as {guess.forward_passes:.1f} forward passes over them"
     )
 
 
@@ -364,12 +365,21 @@ def compare_verb(options: argparse.Namespace) -> None:
     from .comparison import compare, grid_from_data
     from .recipe import from_yaml
     from .route_comparison import RouteTables, compare_routes, table_text, tables_from_data
+    from .zoo_comparison import compare_zoo, zoo_from_data, zoo_text
 
     def parse(data: Any) -> Any:
+        if isinstance(data, dict) and "models" in data:
+            return zoo_from_data(data)
         return tables_from_data(data) if isinstance(data, dict) and "rows" in data else grid_from_data(data)
 
     wanted = from_yaml(options.recipe, parse)
     done: Any
+    if isinstance(wanted, tuple):
+        tables = compare_zoo(wanted, options.out, run, _progress(options))
+        print(zoo_text(tables))
+        print(f"written: {options.out / 'table.md'}, {options.out / 'results.json'}, and a folder for each model")
+        _write_json(options, {name: [asdict(row) for row in rows] for name, rows in tables.items()})
+        return
     if isinstance(wanted, RouteTables):
         done = compare_routes(wanted, options.out, run, _progress(options))
         text = table_text(done)

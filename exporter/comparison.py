@@ -17,21 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from . import checkpoint, report
-from .calibration import Batch, Sample, by_size, make_batch, make_batches
+from .calibration import Sample, by_size, make_batch, make_batches
 from .capture import BatchStatistics, layer_statistics
 from .errors import InputError
-from .fidelity import AnswerDivergence, AnsweredBatch, answer_all, with_answers
+from .fidelity import AnswerDivergence, AnsweredBatch, with_answers
 from .fold import FOLDS
-from .fold.job import FoldJob
-from .localize import FEW_SAMPLES, LOCALIZERS, STATISTICS, LocalizeJob
-from .localize.best_of import EXCHANGES, best_of
-from .localize.fisher import fisher, information
+from .localize import LOCALIZERS, STATISTICS
 from .localize.greedy import greedy
-from .pipeline import Job, Progress, prepare, reader, silent
+from .pipeline import Job, Progress, fold_job, localize, prepare, silent
 from .plan import Budget, PruningPlan, make_plan
+from .questions import Questions
 from .recipe import (
     FOLD_NAMES,
     LOCALIZER_NAMES,
@@ -147,6 +143,7 @@ class Comparison:
     seconds: float
     naive_seconds: float  # of the loop that does each cell from scratch, from the times measured in this run
     best: dict[int, Cell] = field(default_factory=dict)  # by number of dropped layers
+    num_layers: int = 0
 
     def p_value(self, cell: Cell) -> float:
         """Whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
@@ -191,7 +188,14 @@ def compare(
         for count in grid.drop_layers
     }
     done = Comparison(
-        out, runner.original, job.source.weights.num_parameters, ordered, seconds, runner.naive_seconds(len(todo)), best
+        out,
+        runner.original,
+        job.source.weights.num_parameters,
+        ordered,
+        seconds,
+        runner.naive_seconds(len(todo)),
+        best,
+        job.source.num_layers,
     )
     write_results(done)
     return done
@@ -236,52 +240,35 @@ class Runner:
 
     def _choose(self, method: Method, count: int) -> LayerScores:
         if method.name == "greedy":
-            order = self._greedy_order(method.options.get("answer_tokens", 32))
-            return dataclasses.replace(order, drop=order.drop[:count])
-        if method.name in ("fisher", "best_of"):
-            few = method.options.get("samples", FEW_SAMPLES), method.options.get("answer_tokens", 32)
-            if method.name == "fisher":
-                return fisher(self._information(*few, method.options.get("draws", 2)), count, self.job.protect)
-            exchanges = method.options.get("exchanges", EXCHANGES)
-            return best_of(self._few_statistics(few[0]), count, self.job.protect, self._loss(*few), exchanges)
+            return dataclasses.replace(self._greedy_order, drop=self._greedy_order.drop[:count])
         if method.name in STATISTICS:
             return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
-        blank = LocalizeJob(self.model, self.job.source.num_layers, lambda: (), self.job.recipe.seed)
-        return LOCALIZERS[method.name](blank, count, self.job.protect, **method.options)
+        options = tuple(sorted(method.options.items()))
+        return self._choice(method.name, options, count)
+
+    @functools.cache  # noqa: B019 - one runner a run
+    def _choice(self, name: str, options: tuple[tuple[str, Any], ...], count: int) -> LayerScores:
+        recipe = dataclasses.replace(self.job.recipe, localizer=Method(name, dict(options)))
+        return localize(dataclasses.replace(self.job, recipe=recipe, count=count), self.model, self.questions)
+
+    @functools.cached_property
+    def questions(self) -> Questions:
+        return self.job.questions(self.model)
 
     @functools.cached_property
     def statistics(self) -> list[BatchStatistics]:
         begin = time.monotonic()
-        measured = list(layer_statistics(self.model, self.job.batches("score layers")))
+        measured = list(layer_statistics(self.model, self.questions.batches("score layers")))
         self.timed("statistics", begin)
         return measured
 
-    @functools.cache  # noqa: B019 - one runner a run
-    def _greedy_order(self, answer_tokens: int) -> LayerScores:
+    @functools.cached_property
+    def _greedy_order(self) -> LayerScores:
         begin = time.monotonic()
-        answered = answer_all(self.model, self.job.batches("greedy: answer"), answer_tokens)
+        answered = list(self.questions.answered("score layers"))
         order = greedy(AnswerDivergence.of(self.model, answered), max(self.grid.drop_layers), self.job.protect)
         self.timed("greedy", begin)
         return order
-
-    def _few_batches(self, samples: int, what: str) -> Iterator[Batch]:
-        return self.job.batches(what, samples / len(self.job.calibration.samples))
-
-    @functools.cache  # noqa: B019 - one runner a run
-    def _few_statistics(self, samples: int) -> list[BatchStatistics]:
-        return list(layer_statistics(self.model, self._few_batches(samples, "score layers on a few")))
-
-    @functools.cache  # noqa: B019 - one runner a run
-    def _few(self, samples: int, answer_tokens: int) -> list[AnsweredBatch]:
-        return answer_all(self.model, self._few_batches(samples, "answer a few"), answer_tokens)
-
-    @functools.cache  # noqa: B019 - one runner a run
-    def _loss(self, samples: int, answer_tokens: int) -> AnswerDivergence:
-        return AnswerDivergence.of(self.model, self._few(samples, answer_tokens))
-
-    @functools.cache  # noqa: B019 - one runner a run
-    def _information(self, samples: int, answer_tokens: int, draws: int) -> Tensor:
-        return information(self.model, self._few(samples, answer_tokens), draws, self.job.recipe.seed)
 
     def __hash__(self) -> int:
         return id(self)
@@ -311,12 +298,7 @@ class Runner:
         if not plan.drop:
             return {}
         begin = time.monotonic()
-        text = self.job.source.config.get_text_config()
-        multiplier = getattr(text, self.job.source.decoder.residual_multiplier or "", 1.0)
-        batches = functools.partial(self.job.batches, f"fold ({method.name})")
-        given = FoldJob(
-            self.model, batches, plan, reader(self.job.source), self.job.source.decoder, multiplier, self._measured
-        )
+        given = fold_job(self.job, self.model, self.questions, plan, self._measured)
         folded = FOLDS[method.name](given, **method.options)
         self.timed("fold", begin)
         return folded

@@ -6,12 +6,16 @@ import time
 from dataclasses import dataclass
 
 from .calibration import by_size, make_batches, spread
-from .localize import FEW_SAMPLES
+from .fold.reconstruction import refitted_share
+from .localize.best_of import EXCHANGES, PROPOSERS, ROUNDS, SPARE
 from .pipeline import Job, kv_bytes_per_token
+from .plan import PruningPlan, make_plan
+from .questions import portion
 
 LOOKED_AT = 16  # questions that are processed to learn how long they are
-PASSES = {"tis": 1.15, "block_influence": 1.0, "angular": 1.0, "random": 0.0, "first": 0.0, "last": 0.0}
-FEW_PASSES = {"best_of": 8.0, "fisher": 5.0}  # over the few questions that they read, answering included
+ANSWER_GUESS = 16  # tokens of an answer: how long they are is not known before the model is run
+PASSES = {"tis": 1.15, "block_influence": 1.0, "angular": 1.0}
+SUFFIX = 0.5  # share of the layers that a variant does not share with the original, roughly
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 
@@ -25,6 +29,7 @@ class Estimate:
     bytes_after: int
     kv_bytes_per_token: int
     tokens: int
+    forward_passes: float
     seconds: float
     memory_bytes: int
 
@@ -41,14 +46,14 @@ def estimate(job: Job) -> Estimate:
     )
     tokens, longest = _tokens(job)
     width = job.source.config.get_text_config().hidden_size
-    folds = 0.0 if job.fold.name == "none" else 1.0
-    passes = _localizer_passes(job) + folds
+    passes = forward_passes(job, tokens / len(job.calibration.samples))
     flops = passes * 2 * tokens * sum(per_layer)
     seconds = flops / _flops_per_second(job) + 2 * weights.num_bytes / 1e9
     memory = (
         weights.num_parameters * job.dtype.itemsize
         + ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
         + 6 * width * width * 8
+        + _streams(job, tokens) * width * job.dtype.itemsize
     )
     return Estimate(
         len(per_layer),
@@ -59,18 +64,73 @@ def estimate(job: Job) -> Estimate:
         weights.num_bytes - gone_bytes,
         kv_bytes_per_token(job.source.config, job.dtype),
         tokens,
+        passes,
         seconds,
         memory,
     )
 
 
-def _localizer_passes(job: Job) -> float:
-    """Forward passes over all calibration questions."""
+def forward_passes(job: Job, prompt_tokens: float) -> float:
+    """What localizing and folding cost, in passes of all prompts through all decoder layers, answering included.
+
+    Args:
+        prompt_tokens: of a question, on average.
+    """
+    questions, layers, count = len(job.calibration.samples), job.source.num_layers, job.count
+    plan = make_plan(layers, range(layers - max(count, 1) - 1, layers - 1)[-layers + 1 :])  # where most choices lie
+    longer = 1 + min(ANSWER_GUESS, job.recipe.calibration.answer_tokens) / prompt_tokens  # with its answer
+    localizing, ranked = _localizing(job, questions, layers, count)
+    folding, fitted = _folding(job, questions, plan) if count else (0.0, 0.0)
+    return longer * (max(ranked, fitted) + localizing + folding)
+
+
+def _streams(job: Job, tokens: int) -> float:
+    """States that a refit holds: the original and the smaller model's, of all questions that it is fitted on."""
+    if job.fold.name not in ("auto", "reconstruction") or job.source.decoder.post_norm:
+        return 0.0
+    return 2 * tokens * _share("fit", len(job.calibration.samples))
+
+
+def _share(name: str, questions: int) -> float:
+    return portion(name, questions) / questions
+
+
+def _localizing(job: Job, questions: int, layers: int, count: int) -> tuple[float, float]:
+    """Passes of the localizer, and the share of the questions that it needs answers to."""
     method = job.recipe.localizer
-    if method.name in FEW_PASSES:
-        few = method.options.get("samples", FEW_SAMPLES) / len(job.calibration.samples)
-        return FEW_PASSES[method.name] * min(1.0, few)
-    return PASSES.get(method.name, job.source.num_layers / 2 * max(job.count, 1))
+    if job.recipe.budget.layers is not None or method.name in ("random", "first", "last"):
+        return 0.0, 0.0
+    if method.name == "fisher":
+        few = min(1.0, method.options.get("samples", 64) / questions)
+        return 4 * few, 1.0
+    if method.name != "best_of":
+        return PASSES.get(method.name, layers / 2 * max(count, 1)), 1.0
+    used = _share("fit", questions) + _share("held_out", questions)
+    exchanges = method.options.get("exchanges", EXCHANGES)
+    sets = len(PROPOSERS) + 1 + exchanges * (2 * count + SPARE)
+    passes = 1.15 * _share("rank", questions) + _share("sets", questions) * (1 + sets * SUFFIX)
+    if method.options.get("folded", True):
+        first, few = (number for number, _ in ROUNDS)
+        passes += _share("fold_sets", questions) * (1 + first * 2 * SUFFIX)
+        passes += _share("judge_sets", questions) * (1 + first * SUFFIX)
+        passes += _share("judge_few_sets", questions) * (1 + few * SUFFIX)
+    return passes, used
+
+
+def _folding(job: Job, questions: int, plan: PruningPlan) -> tuple[float, float]:
+    """Passes of the fold, and the share of the questions that it needs answers to."""
+    name = job.fold.name
+    if name == "none":
+        return 0.0, 0.0
+    refitted = 1 + 3 * SUFFIX  # a question in all layers, and three times in those that are refitted
+    if name == "reconstruction":
+        return refitted_share(plan) * refitted, 1.0
+    if name != "auto":
+        return 1.0, 1.0
+    fit = job.fold.options.get("fitted_on") or portion("fit", questions)
+    used = fit / questions + _share("held_out", questions)
+    judging = _share("judge_sets", questions) * (1 + 4 * SUFFIX) + _share("held_out", questions) * (1 + 3 * SUFFIX)
+    return fit / questions * (0.5 + refitted) + judging, used
 
 
 def _tokens(job: Job) -> tuple[int, int]:

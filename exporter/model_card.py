@@ -31,6 +31,7 @@ TITLES = {  # methods that measure something, and where they come from
     ),
     "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
     "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
+    "scp_both": ("Short-LVLM's Subspace-Compensated Pruning, in both matrices", "https://arxiv.org/abs/2507.23362"),
     "reconstruction": ("layer-wise reconstruction", "https://arxiv.org/abs/2301.00774"),
     "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
 }
@@ -114,6 +115,7 @@ def body(record: dict[str, Any], name: str) -> str:
     fold = dict(record["fold"])
     fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
     fold["places"] = _places(fold["tensors"])
+    fold["sure"] = _sure(record["fold"])
     method = record["scores"]["method"]
     rendered: str = template("compressed.md.jinja").render(
         record,
@@ -240,6 +242,24 @@ def _choice(record: dict[str, Any]) -> str:
     read, given = record["scores"]["details"].get("questions", data["samples"]), data["samples"]
     questions = f"{given}" if read == given else f"{read} of {given}"
     return f"They were chosen by [{title}]({link}) from {questions} unlabelled questions about images{counted}."
+
+
+def _sure(fold: dict[str, Any]) -> str:
+    """How sure the choice of the fold is, in a paragraph; empty where nothing was held out."""
+    if "held_out" not in fold:
+        return ""
+    chosen, without, other = fold["held_out"], fold["without"], fold.get("runner_up")
+    low, high = chosen["interval"]
+    text = (
+        f"This was chosen on {chosen['questions']} held-out questions about pictures that nothing was fitted on: there "
+        f"the divergence from the base model's own answers is {chosen['kl']:.4f} nats a token (95 % interval {low:.4f} "
+        f"to {high:.4f})"
+    )
+    if fold["name"] != "none":
+        text += f", without a fold it would be {without['kl']:.4f}"
+    if other and other["name"] != "none":
+        text += f", with the runner-up, `{other['name']}`, {other['kl']:.4f}"
+    return text + "."
 
 
 def _places(tensors: list[str]) -> str:

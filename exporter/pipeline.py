@@ -6,22 +6,25 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, clean_room
-from .calibration import Batch, Calibration, by_size, check_prompt, load_calibration, make_batches, spread
+from .calibration import Calibration, check_prompt, load_calibration
 from .errors import InputError
 from .families import protected_layers
 from .files import hashes
 from .fold import FOLDS
 from .fold.job import FoldJob
+from .fold.sets import FoldedSets
+from .held_out import HeldOut
 from .licence import inherited_licence
 from .localize import LOCALIZERS, LocalizeJob, check_scores, explicit
 from .model_card import base_model_of, card
 from .plan import Budget, PruningPlan, breaks_period, make_plan
+from .questions import Questions
 from .recipe import (
     DEFAULT_FOLD,
     ROUTER_SAMPLES,
@@ -126,15 +129,16 @@ def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress
     job = prepare(recipe, options, progress)
     checkpoint.check_space(out, job.source.weights.num_bytes)
     model, ignored = job.load_model()
-    scores = localize(job, model)
+    questions = job.questions(model)
+    scores = localize(job, model, questions)
     plan = make_plan(job.source.num_layers, scores.drop)
     if broken := breaks_period(job.source.config, plan.keep):
         logger.warning("%s: %s", out.name, broken)
-    folded, fold = fold_gaps(job, model, plan)
+    folded, fold = fold_gaps(job, model, questions, plan)
     with assembled(model, Variant(plan, folded)):
         reference = clean_room.reference_answer(model, job.processor)
-    del model  # verification loads the checkpoint again: there is memory for one
-    record = describe(job, scores, plan, fold, reference)
+    del model, questions.model  # verification loads the checkpoint again: there is memory for one
+    record = describe(job, questions, scores, plan, fold, reference)
     record["source"]["unexpected_keys"] = ignored
     with checkpoint.staged(out) as stage:
         kept = sum(
@@ -165,27 +169,28 @@ class Job:
     protect: tuple[int, ...]
     count: int  # layers that are to go
     progress: Progress
-    tokens: dict[str, int] = field(default_factory=dict)  # visual and text, of the pass that read most
 
-    def batches(self, what: str, share: float = 1.0) -> Iterator[Batch]:
-        """The calibration questions or a share of them, the same in the same order every time.
+    def questions(self, model: Any) -> Questions:
+        """The calibration questions, to be answered by the model when they are first read."""
+        return Questions(
+            model,
+            self.processor,
+            self.calibration.samples,
+            self.options.batch_size,
+            self.recipe.seed,
+            self.progress,
+            self.recipe.calibration.answer_tokens,
+        )
 
-        They come by the size of their images, and a share is spread over all sizes.
-        """
-        samples = list(spread(by_size(self.calibration.samples), share))
-        batches = make_batches(samples, self.processor, self.source.config, self.options.batch_size)
-        number = -(-len(samples) // self.options.batch_size)
-        visual = text = 0
-        for batch in self.progress(batches, what, number):
-            visual, text = visual + int(batch.is_visual.sum()), text + int(batch.is_text.sum())
-            yield batch
-        if visual + text > sum(self.tokens.values()):
-            self.tokens.update(visual=visual, text=text)
+    @property
+    def multiplier(self) -> float:
+        """Of what a block adds to the residual stream."""
+        return float(getattr(self.source.config.get_text_config(), self.source.decoder.residual_multiplier or "", 1.0))
 
     @property
     def fold(self) -> Method:
-        """The recipe's fold; where it names none the default, or none at all where none is exact."""
-        return self.recipe.fold or Method("none" if self.source.decoder.post_norm else DEFAULT_FOLD)
+        """The recipe's fold, the default where it names none."""
+        return self.recipe.fold or Method(DEFAULT_FOLD)
 
     def load_model(self) -> tuple[Any, list[str]]:
         """The model, and names of tensors that transformers ignores."""
@@ -229,43 +234,47 @@ def load_for(recipe: Recipe) -> Calibration:
     )
 
 
-def localize(job: Job, model: Any) -> LayerScores:
+def localize(job: Job, model: Any, questions: Questions) -> LayerScores:
     """The layers to drop, by the recipe's localizer or as the recipe names them."""
     if job.recipe.budget.layers is not None:
         return explicit(job.source.num_layers, job.recipe.budget.layers)
     method = job.recipe.localizer
+    folded = FoldedSets(model, HeldOut(model, questions), reader(job.source), job.source.decoder, job.multiplier)
     measured_from = LocalizeJob(
-        model,
-        job.source.num_layers,
-        functools.partial(job.batches, "score layers"),
-        job.recipe.seed,
-        len(job.calibration.samples),
+        model, job.source.num_layers, questions, job.recipe.seed, None if questions.split.too_few else folded
     )
     return check_scores(LOCALIZERS[method.name](measured_from, job.count, job.protect, **method.options), job.count)
 
 
-def fold_gaps(job: Job, model: Any, plan: PruningPlan) -> tuple[Folded, dict[str, Any]]:
+def fold_gaps(job: Job, model: Any, questions: Questions, plan: PruningPlan) -> tuple[Folded, dict[str, Any]]:
     """New weights for the layers that stay, and what the record says of them."""
-    method, reason = job.fold, ""
-    if job.recipe.fold is None and method.name == "none":
-        reason = ": in this family a norm follows the MLP inside each layer, so that no fold is exact"
-    fold = FOLDS[method.name]
-    folded: Folded = {}
-    if plan.drop:
-        multiplier = getattr(job.source.config.get_text_config(), job.source.decoder.residual_multiplier or "", 1.0)
-        folded = fold(
-            FoldJob(
-                model,
-                functools.partial(job.batches, f"fold ({method.name})"),
-                plan,
-                reader(job.source),
-                job.source.decoder,
-                multiplier,
-            ),
-            **method.options,
-        )
+    method = job.fold
+    made = fold_job(job, model, questions, plan)
+    folded = FOLDS[method.name](made, **method.options) if plan.drop else {}
     tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
-    return folded, {"name": method.name, "options": method.options, "reason": reason, "tensors": tensors}
+    told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **made.report}
+    return folded, {**told, "tensors": tensors}
+
+
+def fold_job(
+    job: Job, model: Any, questions: Questions, plan: PruningPlan, memo: dict[Any, Any] | None = None
+) -> FoldJob:
+    """What a fold of the plan works from.
+
+    Args:
+        memo: where gaps are kept that several folds of one model share.
+    """
+    return FoldJob(
+        model,
+        functools.partial(questions.batches, f"fold ({job.fold.name})"),
+        plan,
+        reader(job.source),
+        job.source.decoder,
+        job.multiplier,
+        {} if memo is None else memo,
+        HeldOut(model, questions),
+        half_of=questions.half_of,
+    )
 
 
 def reader(source: Source) -> Callable[[int, str], Any]:
@@ -300,14 +309,20 @@ def write_with_progress(
 def score(recipe: Recipe, options: RunOptions = RunOptions(), progress: Progress = silent) -> tuple[Job, LayerScores]:
     """Only localize; writes nothing. Returns what was opened, and the scores."""
     job = prepare(recipe, options, progress)
-    return job, localize(job, job.load_model()[0])
+    model = job.load_model()[0]
+    return job, localize(job, model, job.questions(model))
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
 def describe(
-    job: Job, scores: LayerScores, plan: PruningPlan, fold: dict[str, Any], reference: dict[str, Any]
+    job: Job,
+    questions: Questions,
+    scores: LayerScores,
+    plan: PruningPlan,
+    fold: dict[str, Any],
+    reference: dict[str, Any],
 ) -> dict[str, Any]:
     """compression.json: everything that is needed to understand the checkpoint and to make it again."""
     source, dtype = job.source, str(job.dtype).removeprefix("torch.")
@@ -337,7 +352,10 @@ def describe(
             "samples": len(job.calibration.samples),
             "of": job.calibration.total,
             "fingerprint": job.calibration.fingerprint,
-            "tokens": job.tokens,
+            "tokens": questions.tokens,
+            "answer_tokens": sum(len(tokens) for tokens in questions.answers.values()),
+            "pictures": questions.split.num_pictures,
+            "held_out": len(questions.split.held_out),
         },
         "protect": list(job.protect),
         "scores": {

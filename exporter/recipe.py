@@ -16,8 +16,8 @@ from .plan import Budget
 
 T = TypeVar("T")
 LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "fisher", "greedy", "random", "first", "last")
-FOLD_NAMES = ("reconstruction", "scp", "least_squares", "none")
-DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "reconstruction"
+FOLD_NAMES = ("auto", "reconstruction", "scp", "scp_both", "least_squares", "none")
+DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "auto"
 DEFAULT_SAMPLES = 512
 LOSS_NAMES = ("importance", "relaxed", "preference")
 ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
@@ -52,9 +52,12 @@ class CalibrationData:
     prompt: str = "Describe this image."  # put to the images of a folder
     config: str | None = None  # of a data set that has several configurations
     allow_urls: bool = False  # fetch images that stand as web addresses
+    answer_tokens: int = 128  # that the model's own answer to a question may take
 
     def __post_init__(self) -> None:
         paths_as_text(self, "data")
+        if isinstance(self.answer_tokens, bool) or not isinstance(self.answer_tokens, int) or self.answer_tokens < 1:
+            raise InputError(f"calibration: answer_tokens={self.answer_tokens!r}: a whole number from 1 up is needed.")
 
     def to_data(self) -> Any:
         """The place alone, where everything else is left to defaults."""
@@ -108,7 +111,7 @@ class Recipe:
     budget: Budget
     revision: str | None = None
     localizer: Method = Method(DEFAULT_LOCALIZER)
-    fold: Method | None = None  # None: the default, or 'none' for a family that can't be folded exactly
+    fold: Method | None = None  # None: the default
     protect: tuple[int, ...] | None = None  # None: what the family needs
     seed: int = 0
     base_model: str | None = None  # hub id that the card names where `model` is a local folder

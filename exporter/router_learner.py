@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .calibration import Batch, Sample, make_batch, size_order
-from .fidelity import AnsweredBatch, answered, with_answers
+from .fidelity import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
 from .modeling.modeling_routed import Router, RouterSettings, places_of
 from .relaxation import GatedAttention, Gates, gated_states, straight_through
 from .replay import Trace, trace
@@ -52,7 +52,7 @@ class Teacher:
     samples: tuple[Sample, ...]
     said: dict[int, Said] = field(default_factory=dict)
 
-    def ask(self, progress: Progress, batch_size: int, answer_tokens: int = 32) -> None:
+    def ask(self, progress: Progress, batch_size: int, answer_tokens: int = ANSWER_TOKENS) -> None:
         """Let it answer every question, once."""
         order = size_order(self.samples)
         starts = range(0, len(order), batch_size)

@@ -21,11 +21,12 @@ from torch import Tensor
 from .calibration import Sample
 from .errors import InputError
 from .modeling.modeling_routed import Router, RouterSettings
+from .pictures import split_by_picture
 from .relaxation import gated_attention
 from .router_learner import Learner, Progress, Teacher
 from .router_losses import LOSSES
 
-HELD_OUT = 8  # one in so many questions is not trained on but judged by, 64 at most
+HELD_OUT, MOST_HELD_OUT = 8, 128  # one in so many questions is not trained on but judged by, so many at most
 SAVE_EVERY = 50  # steps
 POOL = 4  # batches whose questions are drawn together
 
@@ -72,8 +73,7 @@ def train_router(
         fingerprint: of everything that the result depends on; a state of another one is not gone on from.
     """
     teacher = Teacher(model, processor, tuple(samples))
-    held_out = list(range(0, len(samples), HELD_OUT))[:64] if len(samples) >= 2 * HELD_OUT else []
-    trained_on = [i for i in range(len(samples)) if i not in set(held_out)]
+    trained_on, held_out = parted(samples, training.seed)
     sizes = [sample.pixels for sample in samples]
     teacher.ask(progress, training.batch_size)
     torch.manual_seed(training.seed)
@@ -101,6 +101,14 @@ def train_router(
                 state.save(state_file, step + 1)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in router.state_dict().items()}
     return Trained(weights, state.curve, len(trained_on), len(held_out))
+
+
+def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:
+    """Questions to train on and questions to judge by, about other pictures; none of these where there are too few."""
+    if len(samples) < 2 * HELD_OUT:
+        return list(range(len(samples))), []
+    split = split_by_picture(samples, min(MOST_HELD_OUT, len(samples) // HELD_OUT), seed)
+    return sorted(split.fit), sorted(split.held_out)
 
 
 def rate(step: int, steps: int) -> float:

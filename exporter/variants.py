@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .calibration import Batch
 from .fidelity import AnsweredBatch
 from .plan import PruningPlan
 from .replay import Folded, Trace, last_output, logits, replaced, trace, walk
@@ -41,6 +43,10 @@ class Agreement:
     same: int = 0  # answer tokens that the variant ranks first
     tokens: int = 0
     follows: list[bool] = field(default_factory=list)  # per sample: it would say the very same answer
+    kl_of: list[float] = field(default_factory=list)  # per sample: KL summed over its answer
+    tokens_of: list[int] = field(default_factory=list)  # per sample
+    state_error: float = 0.0  # relative squared error of the states that the head reads, summed over all tokens
+    states: int = 0  # that it is summed over
 
 
 @contextlib.contextmanager
@@ -88,8 +94,19 @@ def judge(
         for variant, result in zip(variants, results, strict=True):
             changed = _run(model, variant, given, states)
             _add(result, one, log_p, log_p if changed is None else logits(model, changed[one.predicts]).float())
+            result.states += int((one.batch.is_visual | one.batch.is_text).sum())
+            if changed is not None:
+                result.state_error += state_error(model, one.batch, output, changed)
             done(1)
     return results
+
+
+def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> float:
+    """Relative squared error of what the head reads, summed over visual and text tokens; outputs are [B, S, D]."""
+    counted = (batch.is_visual | batch.is_text).to(original.device)
+    with torch.inference_mode():
+        before, after = (text_decoder(model).norm(output[counted]).float() for output in (original, changed))  # [N, D]
+        return float(((after - before).square().sum(-1) / before.square().sum(-1)).sum())
 
 
 def _original(model: Any, given: Trace, starts: set[int]) -> tuple[dict[int, Tensor], Tensor]:
@@ -117,9 +134,12 @@ def _run(model: Any, variant: Variant, given: Trace, states: dict[int, Tensor]) 
 def _add(result: Agreement, one: AnsweredBatch, log_p: Tensor, own: Tensor) -> None:
     log_q = own.log_softmax(-1)
     result.nll -= float(log_q.gather(1, one.targets[:, None]).sum())
-    result.kl += float((log_p.exp() * (log_p - log_q)).sum())
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [N]
+    result.kl += float(kl.sum())
     right = log_q.argmax(-1) == one.targets
     result.same += int(right.sum())
     result.tokens += len(right)
     lengths = one.predicts.sum(1).tolist()
     result.follows += [bool(part.all()) for part in right.split(lengths)]
+    result.kl_of += [float(part.double().sum()) for part in kl.split(lengths)]
+    result.tokens_of += lengths

@@ -8,13 +8,15 @@ import pytest
 import yaml
 from test_evaluation import task  # noqa: F401 - a fixture
 
-from exporter.comparison import compare, grid_from_data, load_grid
+from exporter.comparison import Cell, Comparison, compare, grid_from_data, load_grid
 from exporter.errors import InputError
 from exporter.evaluation import evaluate
 from exporter.pipeline import compress
 from exporter.plan import Budget
 from exporter.recipe import CalibrationData, Method, Recipe, RunOptions
 from exporter.report import pareto_front
+from exporter.scoring import Rate
+from exporter.zoo_comparison import compare_zoo, zoo_from_data
 
 
 @pytest.fixture
@@ -88,3 +90,33 @@ def test_mistakes_in_a_grid(grid, tmp_path):
 def test_pareto_front():
     points = [(10, 0.9), (8, 0.9), (8, 0.7), (6, 0.95), (4, 0.1), (5, 0.05)]
     assert pareto_front(points) == [(4, 0.1), (6, 0.95)]
+
+
+def test_a_zoo_is_one_table_with_means_worst_cases_and_what_was_left_out(grid, tmp_path):
+    shared = {key: grid[key] for key in ("localizers", "folds", "drop_layers")}
+    own = {key: grid[key] for key in ("model", "calibration", "task")}
+    zoo = zoo_from_data(
+        {**shared, "models": [own | {"name": "a", "in_view": True}, own | {"name": "b"}, own | {"name": "c"}]}
+    )
+    kept = {"a": (1.0, 0.9), "b": (0.8, 0.95), "c": (0.9, 0.9)}
+
+    def one(asked, out, options, progress):
+        out.mkdir()
+        cells = tuple(
+            Cell(name, "none", (1, 2), 10, 10, share, (0, 1), share, {}, 0.0, 1.0, ())
+            for name, share in zip(("tis", "greedy"), kept[out.name], strict=True)
+        )
+        return Comparison(out, Rate.of([True]), 10, cells, 1.0, 1.0, {}, 6)
+
+    tables = compare_zoo(zoo, tmp_path / "zoo", compare_one=one)
+    first, second = tables["all"]
+    assert (first.localizer, first.models, first.worst, first.worst_model) == ("greedy", 3, 0.9, "a")
+    assert first.below_best == pytest.approx(10)
+    assert (second.worst, second.worst_model, second.below_best) == (0.8, "b", pytest.approx(15))
+    assert second.mean == pytest.approx(0.9)
+    assert {row.models for row in tables["left out"]} == {2}
+    assert "below the best" in (tmp_path / "zoo" / "table.md").read_text()
+    with pytest.raises(InputError, match="two models are called 'a'"):
+        zoo_from_data({**shared, "models": [own | {"name": "a"}, own | {"name": "a"}]})
+    with pytest.raises(InputError, match="did you mean 'calibration'"):
+        zoo_from_data({**shared, "models": [own | {"calibraton": "x"}]})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exporter.calibration import load_calibration, make_batches, spread
+from exporter.calibration import Batch, load_calibration, make_batches, spread
 from exporter.clean_room import load_processor
 from exporter.fidelity import answer_all
 from exporter.fold import fold_reconstruction
 from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
-from exporter.fold.reconstruction import solve, token_weights
+from exporter.fold.reconstruction import Fit, solve, token_weights
 from exporter.fold.scp import scp, top_directions
 from exporter.moments import Moments
 from exporter.pipeline import reader
@@ -94,12 +94,19 @@ def test_the_ridge_that_is_chosen_is_the_one_that_generalises(noise):
 
 def test_token_weights_share_out_what_is_asked():
     visual = torch.tensor([[True, True, True, False, False]])
-    text = torch.tensor([[False, False, False, True, False]])
-    assert token_weights(visual, text, None).tolist() == [[1, 1, 1, 1, 0]]
-    weights = token_weights(visual, text, 0.8)
-    assert weights.sum() == pytest.approx(4)
-    assert float(weights[text]) == pytest.approx(3.2)
-    assert token_weights(torch.zeros_like(visual), text, 0.8).tolist() == [[0, 0, 0, 1, 0]]
+    text = torch.tensor([[False, False, False, True, True]])
+    answer = torch.tensor([[False, False, False, False, True]])
+    batch = Batch({}, visual, text, (), answer)
+    assert token_weights(batch, Fit(answer_weight=1.0)).tolist() == [[1, 1, 1, 1, 1]]
+    weights = token_weights(batch, Fit(share_of_text=0.8, answer_weight=1.0))
+    assert weights.sum() == pytest.approx(5)
+    assert float(weights[text].sum()) == pytest.approx(4)
+    weights = token_weights(batch, Fit(answer_weight=6.0))
+    assert weights.sum() == pytest.approx(5)
+    assert float(weights[answer]) == pytest.approx(3)
+    assert token_weights(batch, Fit(tokens="prompt")).tolist() == [[1, 1, 1, 1, 0]]
+    prompts = Batch({}, torch.zeros_like(visual), text, ())
+    assert token_weights(prompts, Fit(share_of_text=0.8)).tolist() == [[0, 0, 0, 1, 1]]
 
 
 def test_a_share_of_the_questions_is_spread_over_all_of_them():

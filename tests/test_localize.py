@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -11,14 +12,16 @@ import torch
 from exporter.calibration import load_calibration, make_batch
 from exporter.capture import BatchStatistics
 from exporter.clean_room import load_processor
+from exporter.divergence import Divergence
 from exporter.errors import InputError
-from exporter.fidelity import answered
+from exporter.fidelity import StateError, answered
 from exporter.localize import LOCALIZERS, LocalizeJob, explicit
 from exporter.localize.angular import angular
 from exporter.localize.best_of import best_of
 from exporter.localize.block_influence import block_influence
 from exporter.localize.fisher import _gated_log_p, cheapest_set, fisher, information, set_cost
 from exporter.localize.greedy import greedy
+from exporter.localize.spacing import spaced
 from exporter.localize.tis import important, tis
 from exporter.scores import most_redundant
 from exporter.source import load_model, open_source
@@ -108,7 +111,7 @@ def test_most_redundant_prefers_the_deeper_of_equals_and_spares_the_protected():
 
 def test_controls_are_seeded_and_spare_the_protected():
     def drop(name: str, seed: int = 0) -> tuple[int, ...]:
-        return LOCALIZERS[name](LocalizeJob(None, 12, lambda: (), seed), 4, (0,)).drop
+        return LOCALIZERS[name](LocalizeJob(None, 12, None, seed), 4, (0,)).drop
 
     assert drop("first") == (1, 2, 3, 4)
     assert drop("last") == (11, 10, 9, 8)
@@ -132,7 +135,7 @@ def test_best_of_takes_the_proposal_that_costs_least():
 
         def of_sets(self, sets):
             asked.extend(sets)
-            return [{0: 2.0, 2: 1.0}[min(layers)] for layers in sets]
+            return [{0: 2.0, 1: 3.0, 2: 1.0}[min(layers)] for layers in sets]
 
     best = best_of([batch], 1, (), Loss(), exchanges=0)
     assert best.drop == (2,)
@@ -152,7 +155,7 @@ def test_best_of_does_without_a_block_where_none_fits():
 
     best = best_of([batch], 2, (1,), Loss())
     assert best.drop == (0, 2)
-    assert set(best.details["proposals"]) == {"tis", "block_influence"}
+    assert set(best.details["proposals"]) == {"tis", "block_influence", "spacing"}
 
 
 def test_best_of_exchanges_a_layer_that_others_make_up_for():
@@ -167,12 +170,67 @@ def test_best_of_exchanges_a_layer_that_others_make_up_for():
             judged.append(len(sets))
             return [0.1 * sum(s) + 5.0 * ({0, 1} <= s) + ({0, 2} <= s) + 9.0 * (4 in s) for s in sets]
 
-    assert best_of([batch], 2, (), Loss(), exchanges=0).drop == (0, 1)
-    assert judged == [2], "two of the three propose the same"
+    best = best_of([batch], 2, (), Loss(), exchanges=0)
+    assert best.drop == (2, 3), "what spacing proposes"
+    assert judged == [3], "two of the four propose the same"
     best = best_of([batch], 2, (), Loss())
-    assert best.drop == (0, 3), "the cheapest pair of the four that are named"
-    assert best.details["exchanges"] == [{"back": 1, "instead": 3, "loss": pytest.approx(0.3)}]
-    assert set(best_of([batch], 2, (3,), Loss()).drop) == {1, 2}, "what is protected is not drawn in"
+    assert best.drop == (1, 2), "the cheapest pair of the four that are named"
+    assert best.details["exchanges"] == [{"back": 3, "instead": 1, "loss": pytest.approx(0.3)}]
+    assert 1 not in best_of([batch], 2, (1,), Loss()).drop, "what is protected is not drawn in"
+
+
+class FoldedSums:
+    """Held-out questions about ten pictures, on which a fold makes up for all but what `cost` says."""
+
+    def __init__(self, cost):
+        self.cost, self.asked = cost, []
+
+    def of_folded(self, sets, judged_by):
+        self.asked.append((len(sets), judged_by))
+        return [
+            Divergence(tuple(self.cost(layers) + 0.01 * i for i in range(10)), (1,) * 10, tuple(range(10)))
+            for layers in sets
+        ]
+
+
+def test_best_of_takes_the_set_that_folds_best_of_the_cheapest():
+    cosines = [0.9, 0.8, 0.7, 0.6, 0.1]
+    batch = statistics([[c, c] for c in cosines], [[1.0, 0.0]] * 5, [[0.0, 1.0]] * 5)
+
+    class Loss:
+        num_layers = 5
+
+        def of_sets(self, sets):
+            return [0.1 * sum(s) for s in sets]
+
+    folded = FoldedSums(lambda layers: 0.0 if layers == {0, 2} else 1.0)
+    best = best_of([batch], 2, (), Loss(), folded=folded)
+    assert set(best.drop) == {0, 2}
+    assert [number for number, _ in folded.asked] == [4, 2], "growing numbers of questions, fewer sets"
+    assert best.details["rounds"][-1]["chosen"] == [0, 2]
+    level = best_of([batch], 2, (), Loss(), folded=FoldedSums(lambda layers: 0.5))
+    assert set(level.drop) == {0, 1}, "what held-out questions can't tell apart goes by the error without a fold"
+
+
+@pytest.mark.parametrize("protect", [(), (3, 9)])
+@pytest.mark.parametrize("count", [1, 3, 4, 6, 9])
+def test_spaced_layers_lie_apart_and_spare_the_protected(count, protect):
+    layers = spaced(12, count, protect)
+    assert len(set(layers)) == count
+    assert not set(layers) & set(protect)
+    if count <= 4 and not protect:
+        assert min(layers) >= 3
+        assert min(b - a for a, b in itertools.pairwise(layers)) >= 2 if count > 1 else True
+
+
+def test_the_error_of_the_last_states_is_none_where_nothing_goes(tiny, questions):
+    source = open_source(str(tiny("llava")))
+    model, _ = load_model(source, "cpu", torch.float32)
+    samples = load_calibration(str(questions), samples=4).samples
+    loss = StateError.of(model, [make_batch(samples, load_processor(source.folder), model.config)])
+    nothing, one, two = loss.of_sets([frozenset(), frozenset({4}), frozenset({1, 4})])
+    assert nothing == 0
+    assert 0 < one < two
 
 
 def test_fisher_counts_interactions():

@@ -1,6 +1,7 @@
 """What compressing costs, in units of what can't be avoided: a forward pass over the data, and copying the bytes.
 
     python examples/benchmarks/cost.py            score and fold against a plain forward pass, hidden size 1024
+    python examples/benchmarks/cost.py --default  all that compressing by default computes, of the reference model
     python examples/benchmarks/cost.py --write    writing a 3.3 GB checkpoint without a sixth of it, against cp
     python examples/benchmarks/cost.py --route    a step of training a router, of the reference model with its questions
 
@@ -10,32 +11,34 @@ Elsewhere weights are random: cost does not depend on them. Every figure is a me
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import inspect
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from exporter.calibration import Batch, load_calibration, spread
+from exporter.calibration import Batch, by_size, load_calibration, make_batches, spread
 from exporter.capture import layer_statistics
 from exporter.checkpoint import write_weights
 from exporter.clean_room import load_processor
+from exporter.estimate import estimate
 from exporter.families import DECODERS
 from exporter.fold import FOLDS
 from exporter.fold.job import FoldJob
-from exporter.localize import LOCALIZERS, LocalizeJob
 from exporter.localize.tis import tis
 from exporter.modeling.modeling_routed import Router, RouterSettings
-from exporter.plan import make_plan
-from exporter.recipe import DEFAULT_FOLD, DEFAULT_LOCALIZER, DEFAULT_SAMPLES
+from exporter.pipeline import fold_gaps, localize, prepare
+from exporter.plan import Budget, make_plan
+from exporter.recipe import DEFAULT_SAMPLES, CalibrationData, Recipe, RunOptions
 from exporter.relaxation import gated_attention
 from exporter.router_learner import Learner, Teacher
 from exporter.router_losses import LOSSES
@@ -114,12 +117,8 @@ def questions(model: LlavaForConditionalGeneration, batches: int, rows: int, tex
     return made
 
 
-def default_samples() -> int:
-    """Questions that the default localizer reads and judges by."""
-    return int(inspect.signature(LOCALIZERS[DEFAULT_LOCALIZER]).parameters["samples"].default)
-
-
 def scoring(options: argparse.Namespace) -> None:
+    """TIS and one fold over the same questions, in forward passes over them."""
     model = llava(options.hidden, options.layers, options.hidden * 8 // 3, torch.float32)
     model.to(options.device)
     batches = [batch.to(options.device) for batch in questions(model, options.batches, options.rows)]
@@ -143,28 +142,68 @@ def scoring(options: argparse.Namespace) -> None:
         tis(layer_statistics(model, batches), 2)
         wait()
 
-    def fold() -> None:
+    def fold(name: str) -> None:
         job = FoldJob(model, some, plan, lambda layer, name: weights.get(f"{layer}.{name}"), DECODERS["llama"])
-        FOLDS[DEFAULT_FOLD](job)
+        FOLDS[name](job)
         wait()
 
-    total = options.batches * options.rows
-    few = max(1, round(total / DEFAULT_SAMPLES * default_samples()))  # the share of them that it is of the default
-
-    def localize() -> None:
-        job = LocalizeJob(model, options.layers, some, 0, total)
-        LOCALIZERS[DEFAULT_LOCALIZER](job, 2, (), samples=few)
-        wait()
-
-    seconds = medians(options.repeats, forward=forward, score=score, localize=localize, fold=fold)
-    ratio = {name: value / seconds["forward"] for name, value in seconds.items()}
+    folds = {name: functools.partial(fold, name) for name in ("scp", "least_squares", "reconstruction")}
+    seconds = medians(options.repeats, forward=forward, score=score, **folds)
     size = f"{options.batches} x {options.rows} x 640 tokens"
     print(f"hidden {options.hidden}, {options.layers} layers, {size}, {options.device}")
+    ratios = (f"{name} {value / seconds['forward']:.2f} x" for name, value in seconds.items() if name != "forward")
+    print(f"forward {seconds['forward']:.2f} s; {'; '.join(ratios)}")
+
+
+def default(options: argparse.Namespace) -> None:
+    """All that compressing by default computes, answering included, in forward passes over all calibration questions.
+
+    Counted are tokens through decoder layers, padding too; and timed.
+    """
+    data = CalibrationData(options.calibration, samples=options.samples)
+    recipe = Recipe(options.model, data, Budget(drop_ratio=options.drop_ratio))
+    job = prepare(recipe, RunOptions(options.device, batch_size=8))
+    model, _ = job.load_model()
+    samples = by_size(job.calibration.samples)
+    with counted(model) as plain:
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            for batch in make_batches(samples, job.processor, job.source.config, 8):
+                model.base_model(**batch.to(model.device).inputs, use_cache=False)
+        seconds = time.perf_counter() - begin
+    asked = job.questions(model)
+    with counted(model) as localizing:
+        begin = time.perf_counter()
+        scores = localize(job, model, asked)
+        localized = time.perf_counter() - begin
+    with counted(model) as folding:
+        begin = time.perf_counter()
+        _, fold = fold_gaps(job, model, asked, make_plan(job.source.num_layers, scores.drop))
+        folded = time.perf_counter() - begin
+    counts = [sum(each) / sum(plain) for each in (localizing, folding)]
+    print(f"{len(samples)} questions; forward {seconds:.1f} s; layers {sorted(scores.drop)}, fold {fold['name']}")
     print(
-        f"forward {seconds['forward']:.2f} s; score (tis) {ratio['score']:.2f} x; localize ({DEFAULT_LOCALIZER}, {few} "
-        f"of {total} questions) {ratio['localize']:.2f} x; fold ({DEFAULT_FOLD}) {ratio['fold']:.2f} x; "
-        f"compress by default {ratio['localize'] + ratio['fold']:.2f} x"
+        f"localize {counts[0]:.2f} passes ({localized / seconds:.2f} x the time), fold {counts[1]:.2f} "
+        f"({folded / seconds:.2f}), together {sum(counts):.2f} ({(localized + folded) / seconds:.2f}); estimated "
+        f"{estimate(job).forward_passes:.2f}"
     )
+
+
+@contextlib.contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """Tokens, padding included, of every call of a decoder layer."""
+    tokens: list[int] = []
+
+    def count(layer: Any, arguments: tuple[Any, ...]) -> None:
+        if getattr(layer.forward, "__name__", "") != "identity":  # switched off, to see what layers are called with
+            tokens.append(arguments[0].shape[:2].numel())
+
+    handles = [layer.register_forward_pre_hook(count) for layer in text_decoder(model).layers]
+    try:
+        yield tokens
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def routing(options: argparse.Namespace) -> None:
@@ -253,6 +292,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--route", action="store_true")
+    parser.add_argument("--default", action="store_true")
+    parser.add_argument("--model", default="examples/digits/model", help="for --default")
+    parser.add_argument("--calibration", default="examples/digits/data/calibration.jsonl", help="for --default")
+    parser.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help="for --default")
+    parser.add_argument("--drop-ratio", type=float, default=0.25, help="for --default")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
@@ -261,7 +305,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    (writing if options.write else routing if options.route else scoring)(options)
+    (writing if options.write else routing if options.route else default if options.default else scoring)(options)
 
 
 if __name__ == "__main__":

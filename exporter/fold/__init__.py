@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from ..replay import Folded
+from .auto import CANDIDATES, choose
 from .job import FoldJob, GapMoments, measure_gaps
 from .least_squares import least_squares, linear_map
-from .reconstruction import reconstruct
+from .reconstruction import Fit, reconstruct, refitted_share
 from .scp import scp
 
-Tokens = Literal["all", "important"]
+Tokens = Literal["all", "prompt", "important"]
 Matrix = Literal["o_proj", "down_proj"]
 
 
@@ -28,15 +29,15 @@ def fold_scp(
     k: int | float = 0.125,
     tokens: Tokens = "all",
     per: Literal["run", "layer"] = "run",
-    weights: tuple[Matrix, ...] = ("down_proj", "o_proj"),
+    weights: tuple[Matrix, ...] = ("down_proj",),
 ) -> Folded:
-    """Short-LVLM's subspace compensation.
+    """Short-LVLM's subspace compensation, into `down_proj` as in the paper's figure.
 
     Args:
         k: directions, a number or a share of the hidden size.
-        tokens: 'all' or 'important'.
+        tokens: 'all', those of the 'prompt', or the 'important' ones.
         per: one difference per 'run' of dropped layers or one per dropped 'layer', applied one after the other.
-        weights: 'down_proj', 'o_proj' or both; the paper leaves open which, and both measured best.
+        weights: 'down_proj', 'o_proj' or both.
     """
     job.refuse_post_norm("scp")
 
@@ -46,6 +47,13 @@ def fold_scp(
         return tensor
 
     return _apply(job, measure_gaps(job, tokens=tokens, each=per == "layer"), change, weights)
+
+
+def fold_scp_both(
+    job: FoldJob, *, k: int | float = 0.125, tokens: Tokens = "all", per: Literal["run", "layer"] = "run"
+) -> Folded:
+    """The same into `o_proj` as well: a variant of ours."""
+    return fold_scp(job, k=k, tokens=tokens, per=per, weights=("down_proj", "o_proj"))
 
 
 def fold_least_squares(job: FoldJob, *, ridge: float = 1e-2, tokens: Tokens = "all") -> Folded:
@@ -78,27 +86,43 @@ def _apply(
 def fold_reconstruction(
     job: FoldJob,
     *,
-    ridge: float | Literal["auto"] = 0.1,
+    ridge: float | Literal["auto"] = 0.03,
     share: float | None = None,
     text_share: float | None = None,
+    answer_weight: float = 4.0,
+    tokens: Literal["all", "prompt"] = "all",
     weights: tuple[Matrix, ...] = ("o_proj", "down_proj"),
 ) -> Folded:
     """Layer-wise refit of everything that stays behind the first gap.
 
     Args:
-        ridge: pull towards the old weights; 'auto' is chosen per matrix by two-fold cross-validation.
-        share: of the calibration batches that is used; None: as many as make it cost about one forward pass over all.
+        ridge: pull towards the old weights; 'auto' is chosen per matrix by two-fold cross-validation over pictures.
+        share: of the calibration questions that is used; None: as many as make it cost about one forward pass over all.
         text_share: share of the regression's weight that text tokens have together; None: every token alike.
+        answer_weight: of a token of an answer, beside 1 for one of the prompt.
+        tokens: 'all', or those of the 'prompt' only.
         weights: which output matrices of a layer are refitted: 'o_proj', 'down_proj' or both.
     """
     job.refuse_post_norm("reconstruction")
     modules = {"o_proj": job.decoder.o_proj, "down_proj": job.decoder.down_proj}
-    return reconstruct(job, ridge, share, text_share, [module for name, module in modules.items() if name in weights])
+    batches = job.batches(refitted_share(job.plan) if share is None else share)
+    fit = Fit(ridge, text_share, answer_weight, tokens)
+    return reconstruct(job, fit, batches, [module for name, module in modules.items() if name in weights])
+
+
+def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
+    """The fold that departs least from the original on held-out questions; nothing where none helps.
+
+    Args: fitted_on: questions that the candidates are fitted on, at most; None: a quarter.
+    """
+    return choose(job, {name: FOLDS[name] for name in CANDIDATES}, fitted_on)
 
 
 FOLDS: dict[str, Callable[..., Folded]] = {
+    "auto": fold_auto,
     "none": fold_none,
     "scp": fold_scp,
+    "scp_both": fold_scp_both,
     "least_squares": fold_least_squares,
     "reconstruction": fold_reconstruction,
 }

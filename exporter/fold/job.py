@@ -13,15 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Batch
+from ..calibration import Batch, Sample
 from ..capture import AttentionMeans, AttentionReducer, attention_means, on_module
 from ..errors import InputError
 from ..families import Decoder
+from ..held_out import HeldOut
 from ..localize.tis import important
 from ..moments import Moments
 from ..plan import PruningPlan
-from ..replay import trace, walk
+from ..replay import Trace, trace, walk
 from ..source import text_decoder
+
+ORIGINALS_BYTES = 2 << 30
+
+
+@dataclass
+class Originals:
+    """The original model's states between layers for the same few batches, computed once for many folds."""
+
+    traces: dict[int, Trace] = field(default_factory=dict)  # by the batch's number
+    states: dict[tuple[int, int], Tensor] = field(
+        default_factory=dict
+    )  # [B, S, D] input of a layer, by batch and layer
+    room: int = ORIGINALS_BYTES  # bytes that may still be kept
+
+    def keep(self, number: int, layer_idx: int, state: Tensor) -> None:
+        size = state.numel() * state.element_size()
+        if (number, layer_idx) not in self.states and size <= self.room:
+            self.states[number, layer_idx] = state
+            self.room -= size
 
 
 @dataclass(frozen=True)
@@ -35,11 +55,23 @@ class FoldJob:
     decoder: Decoder
     multiplier: float = 1.0  # of what a block adds to the residual stream
     memo: dict[Any, GapMoments] = field(default_factory=dict)  # gaps measured before, for folds that share a model
+    held_out: HeldOut | None = None  # questions to choose a fold by; None: there are none
+    originals: Originals | None = None  # states of the original model that several folds share
+    half_of: Callable[[Sample], bool] = lambda sample: False  # which half of the pictures a question belongs to
+    report: dict[str, Any] = field(default_factory=dict)  # what a fold has to say of itself, for the record
 
     @property
     def gaps(self) -> dict[int, tuple[int, ...]]:
         """The kept layer before each run of dropped ones, and the run. A run that begins at layer 0 has none."""
         return {run[0] - 1: run for run in self.plan.runs if run[0] > 0}
+
+    def trace(self, number: int, batch: Batch) -> Trace:
+        """What the layers are given for the batch of that number, with what is kept of it if anything is."""
+        if self.originals is None:
+            return trace(self.model, batch)
+        if number not in self.originals.traces:
+            self.originals.traces[number] = trace(self.model, batch)
+        return self.originals.traces[number]
 
     def refuse_post_norm(self, fold: str) -> None:
         if self.decoder.post_norm:
@@ -71,11 +103,18 @@ class GapMoments:
         self.mlp.add(mlp, mlp + difference / multiplier)
 
 
+def counted_tokens(batch: Batch, tokens: str) -> Tensor:
+    """[B, S] 'all' tokens but padding and special ones, or those of the 'prompt' only."""
+    counted = batch.is_visual | batch.is_text
+    return counted & ~batch.is_answer if tokens == "prompt" and batch.is_answer is not None else counted
+
+
 def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: bool = False) -> dict[int, GapMoments]:
     """One pass over the data, up to the last dropped layer; none for gaps that were measured before.
 
     Args:
-        tokens: which are counted: 'all' but padding and special ones, or the 'important' ones of the dropped layer.
+        tokens: which are counted: 'all' but padding and special ones, those of the 'prompt', or the 'important' ones of
+            the dropped layer.
         each: differences after every dropped layer of a run, not only after its last.
     """
 
@@ -85,15 +124,16 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
     wanted = {kept: run for kept, run in job.gaps.items() if key(kept) not in job.memo}
     sums: dict[int, GapMoments] = {}
     if wanted:
+        batches = job.batches()  # before attention is changed: the model may have to answer them first
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            for batch in job.batches():
+            for batch in batches:
                 batch = batch.to(job.model.device)
                 if reducer is not None:
                     reducer.is_visual, reducer.is_text = batch.is_visual, batch.is_text
                 for kept, gap in _gaps_of(job, wanted, batch, reducer, each).items():
                     if kept not in sums:
                         sums[kept] = GapMoments.empty(gap)
-                    sums[kept].add(gap, gap.counted(batch, p), job.multiplier)
+                    sums[kept].add(gap, gap.counted(batch, tokens, p), job.multiplier)
     job.memo.update({key(kept): moments for kept, moments in sums.items()})
     return {kept: job.memo[key(kept)] for kept in job.gaps}
 
@@ -106,10 +146,10 @@ class Gap:
     added: tuple[Tensor, ...]  # [B, S, D] what dropped layers added, H: up to each one of them, or up to the last
     means: AttentionMeans | None  # of the last dropped layer
 
-    def counted(self, batch: Batch, p: float) -> Tensor:
+    def counted(self, batch: Batch, tokens: str, p: float) -> Tensor:
         """[B, S] the tokens to learn from."""
         if self.means is None:
-            return batch.is_visual | batch.is_text
+            return counted_tokens(batch, tokens)
         visual = important(self.means.visual_from_visual + self.means.visual_from_text, batch.is_visual, p)
         return visual | important(self.means.text_to_visual + self.means.text_to_text, batch.is_text, p)
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,87 +22,165 @@ from torch import Tensor
 from ..calibration import Batch
 from ..capture import on_module
 from ..moments import Moments
-from ..replay import Folded, Trace, replaced, trace, walk
+from ..plan import PruningPlan
+from ..replay import Folded, Trace, replaced, walk
 from ..source import text_decoder
-from .job import FoldJob
+from .job import FoldJob, counted_tokens
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
+INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
+TOKENS_PER_INPUT = 1.0  # that a regression needs at least; with fewer tokens its solution is the ridge's doing
 
 
 @dataclass
 class Stream:
     """One batch at the boundary between two layers, in the original and in the smaller model."""
 
+    number: int
     given: Trace
     weights: Tensor  # [B, S] of the tokens in the regressions; 0 for those that don't count
+    half: Tensor  # [B] bool: the half of the pictures that each question belongs to
     original: Tensor  # [B, S, D]
     smaller: Tensor  # [B, S, D]
+    of: int = 1  # batches that there are
+    output: Tensor | None = None  # [B, S, D] of the layer that is refitted, with its old down_proj
+    inner: Tensor | None = None  # [B, S, I] input of that down_proj
 
 
-def reconstruct(
-    job: FoldJob, ridge: float | str, share: float | None, share_of_text: float | None, modules: Sequence[str]
-) -> Folded:
+@dataclass(frozen=True)
+class Fit:
+    """How the regressions are weighted and held back."""
+
+    ridge: float | Literal["auto"] = 0.03
+    share_of_text: float | None = None
+    answer_weight: float = 4.0
+    tokens: str = "all"
+
+
+def reconstruct(job: FoldJob, fit: Fit, batches: Iterable[Batch], modules: Sequence[str]) -> Folded:
     """Walk both models through the calibration data together, refitting `modules` of each kept layer on the way."""
-    layers = text_decoder(job.model).layers
     reached = max(0, min(job.plan.drop) - 1)  # the first layer that changes: up to its input both models are one
     refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
-    if share is None:
-        share = 1 / (1 + LAYER_COST * len(refitted) / job.plan.num_layers)
-    streams = [_stream(job, batch.to(job.model.device), reached, share_of_text) for batch in job.batches(share)]
+    streams = [_stream(job, number, batch.to(job.model.device), reached, fit) for number, batch in enumerate(batches)]
+    for stream in streams:
+        stream.of = len(streams)
+    modules = affordable(job, refitted[0], modules, sum(int((stream.weights > 0).sum()) for stream in streams))
+    if not modules:
+        return {}
     folded: Folded = {}
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
         for stream in streams:
-            stream.original = _run(job, stream.given, stream.original, reached, following)
+            stream.original = _run(job, stream, stream.original, reached, following)
         reached = following
         for number, module in enumerate(modules):  # fitted together with those after it, which then adapt to it
             key = (kept, f"{module}.weight")
-            folded[key] = _refit(job, kept, modules[number:], streams, folded, ridge)[key]
-        if following == job.plan.num_layers:  # nothing comes behind it
-            break
-        with replaced(job.model, _of_layer(folded, kept)), torch.inference_mode():
-            for stream in streams:
-                output = stream.given.step(layers[kept], kept, stream.smaller)
-                stream.smaller = stream.given.after(kept, output)
+            folded[key] = _refit(job, kept, modules[number:], streams, folded, fit.ridge)[key]
+        if following < job.plan.num_layers:  # something comes behind it
+            _advance(job, kept, streams, folded)
     return folded
 
 
-def _stream(job: FoldJob, batch: Batch, first: int, share_of_text: float | None) -> Stream:
+def _advance(job: FoldJob, kept: int, streams: Sequence[Stream], folded: Folded) -> None:
+    """Bring the smaller model's states behind the refitted layer.
+
+    Where the inputs of `down_proj` were kept, what its new weights change is added to what the layer put out with the
+    old ones; else the layer is run again.
+    """
+    layer = text_decoder(job.model).layers[kept]
+    name = f"{job.decoder.down_proj}.weight"
+    with replaced(job.model, _of_layer(folded, kept)), torch.inference_mode():
+        for stream in streams:
+            if stream.output is None or stream.inner is None:
+                output = stream.given.step(layer, kept, stream.smaller)
+            else:
+                change = folded[kept, name].double() - _weight(job, kept, job.decoder.down_proj).double()
+                output = stream.output + job.multiplier * (stream.inner @ change.T.to(stream.inner))
+            stream.smaller = stream.given.after(kept, output)
+            stream.output = stream.inner = None
+
+
+def refitted_share(plan: PruningPlan) -> float:
+    """The share of the questions that makes reconstruction cost about one forward pass over all of them."""
+    reached = max(0, min(plan.drop, default=0) - 1)
+    refitted = sum(layer_idx >= reached for layer_idx in plan.keep)
+    return 1 / (1 + LAYER_COST * refitted / plan.num_layers)
+
+
+def affordable(job: FoldJob, layer_idx: int, modules: Sequence[str], tokens: int) -> list[str]:
+    """The modules that so many tokens suffice for: all, the last, the first, or none; the job's report says which."""
+    widths = {module: _weight(job, layer_idx, module).shape[1] for module in modules}
+    for some in (list(modules), list(modules[-1:]), list(modules[:1])):
+        needed = TOKENS_PER_INPUT * sum(widths[module] for module in some)
+        if tokens >= needed:
+            break
+    else:
+        some = []
+    job.report["tokens"] = tokens
+    job.report["inputs"] = sum(widths.values())
+    if len(some) < len(modules):
+        job.report["fell_back"] = (
+            f"{tokens:,} tokens are too few to refit {' and '.join(modules)} with {sum(widths.values()):,} inputs; "
+            + (f"only {some[0]} was" if some else "nothing was")
+        )
+    return some
+
+
+def _stream(job: FoldJob, number: int, batch: Batch, first: int, fit: Fit) -> Stream:
     """A batch at the input of the first layer that changes."""
-    given = trace(job.model, batch)
-    state = _run(job, given, given.entry, 0, first)
-    return Stream(given, token_weights(batch.is_visual, batch.is_text, share_of_text), state, state)
+    given = job.trace(number, batch)
+    half = torch.tensor([job.half_of(sample) for sample in batch.samples], device=job.model.device)
+    stream = Stream(number, given, token_weights(batch, fit), half, given.entry, given.entry)
+    stream.original = stream.smaller = _run(job, stream, given.entry, 0, first)
+    return stream
 
 
-def _run(job: FoldJob, given: Trace, state: Tensor, start: int, stop: int) -> Tensor:
+def _run(job: FoldJob, stream: Stream, state: Tensor, start: int, stop: int) -> Tensor:
     """The original model's state at the input of layer `stop`, from that at the input of layer `start`."""
-    for layer_idx, _, output in walk(text_decoder(job.model).layers[:stop], given, start=start, state=state):
-        state = given.after(layer_idx, output)
+    known = job.originals.states if job.originals is not None else {}
+    for layer_idx in range(stop, start, -1):  # the last one that is known
+        if (stream.number, layer_idx) in known:
+            state, start = known[stream.number, layer_idx], layer_idx
+            break
+    for layer_idx, _, output in walk(text_decoder(job.model).layers[:stop], stream.given, start=start, state=state):
+        state = stream.given.after(layer_idx, output)
+        if job.originals is not None:
+            job.originals.keep(stream.number, layer_idx + 1, state)
     return state
 
 
-def token_weights(is_visual: Tensor, is_text: Tensor, share_of_text: float | None) -> Tensor:
-    """Weights [B, S] of mean 1 over the counted tokens: all alike, or text with a given share of the total."""
-    counted = (is_visual | is_text).float()
-    if share_of_text is None or not is_visual.any() or not is_text.any():
-        return counted
-    visual = is_visual * ((1 - share_of_text) / is_visual.sum())
-    return (visual + is_text * (share_of_text / is_text.sum())) * counted.sum()
+def token_weights(batch: Batch, fit: Fit) -> Tensor:
+    """Weights [B, S] of mean 1 over the counted tokens: all alike, or text and answers with a weight of their own."""
+    counted = counted_tokens(batch, fit.tokens).float()
+    weights = counted
+    if fit.share_of_text is not None and batch.is_visual.any() and batch.is_text.any():
+        visual = batch.is_visual * ((1 - fit.share_of_text) / batch.is_visual.sum())
+        weights = counted * (visual + batch.is_text * (fit.share_of_text / batch.is_text.sum()))
+    if batch.is_answer is not None and fit.answer_weight != 1:
+        weights = torch.where(batch.is_answer, weights * fit.answer_weight, weights)
+    return weights * (counted.sum() / weights.sum().clamp(min=1e-12))
 
 
 def _refit(
-    job: FoldJob, layer_idx: int, modules: Sequence[str], streams: Sequence[Stream], folded: Folded, ridge: float | str
+    job: FoldJob,
+    layer_idx: int,
+    modules: Sequence[str],
+    streams: Sequence[Stream],
+    folded: Folded,
+    ridge: float | str,
 ) -> Folded:
     """The modules' weights, fitted together, that bring the layer's output closest to the original's state after it."""
     halves: list[Moments] = []
     biases = [job.read(layer_idx, f"{module}.bias") for module in modules]  # these stay what they are
+    by_half = ridge == "auto"
     with replaced(job.model, _of_layer(folded, layer_idx)):
-        for number, stream in enumerate(streams):
-            inputs, wanted, weights = _regression(job, layer_idx, modules, stream)
+        for stream in streams:
+            inputs, wanted, weights, half = _regression(job, layer_idx, modules, stream)
             wanted = wanted - sum(bias.to(wanted) for bias in biases if bias is not None)
             if not halves:
-                halves = [Moments.empty(inputs.shape[-1], wanted.shape[-1]) for _ in range(2)]
-            halves[number % 2].add(inputs * weights, wanted * weights)
+                halves = [Moments.empty(inputs.shape[-1], wanted.shape[-1]) for _ in range(1 + by_half)]
+            for moments, rows in zip(halves, (~half, half) if by_half else (half | ~half,), strict=True):
+                moments.add((inputs * weights)[rows], (wanted * weights)[rows])
     old = [_weight(job, layer_idx, module) for module in modules]
     device = job.model.device if job.model.device.type == "cuda" else "cpu"  # others have no float64, or gain nothing
     new = solve(halves, torch.cat(old, dim=1), ridge, device).split([weight.shape[1] for weight in old], dim=1)
@@ -112,18 +190,26 @@ def _refit(
     }
 
 
-def _regression(job: FoldJob, layer_idx: int, modules: Sequence[str], stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of the modules side by side [N, P], what they should add up to [N, D], roots of the weights [N, 1]."""
+def _regression(
+    job: FoldJob, layer_idx: int, modules: Sequence[str], stream: Stream
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs of the modules side by side [N, P], what they should add up to [N, D], roots of the weights [N, 1], the
+    half that each token's picture belongs to [N]."""
     layer = text_decoder(job.model).layers[layer_idx]
     seen: list[tuple[Tensor, Tensor]] = []
     with contextlib.ExitStack() as taps, torch.inference_mode():
         for module in modules:
             taps.enter_context(on_module(layer.get_submodule(module), lambda x, y: seen.append((x, y))))
         output = stream.given.step(layer, layer_idx, stream.smaller)
+    inner = seen[-1][0]
+    if list(modules) == [job.decoder.down_proj] and inner.numel() * inner.element_size() * stream.of <= INNER_BYTES:
+        stream.output, stream.inner = output, inner
     counted = stream.weights > 0  # [B, S]
     missing = (stream.original - stream.given.after(layer_idx, output)) / job.multiplier
     wanted = sum((put for _, put in seen), missing)
-    return torch.cat([x[counted] for x, _ in seen], -1), wanted[counted], stream.weights[counted].sqrt()[:, None]
+    half = stream.half[:, None].expand_as(counted)[counted]
+    inputs = torch.cat([x[counted] for x, _ in seen], -1)
+    return inputs, wanted[counted], stream.weights[counted].sqrt()[:, None], half
 
 
 def _weight(job: FoldJob, layer_idx: int, module: str) -> Tensor:
@@ -133,14 +219,16 @@ def _weight(job: FoldJob, layer_idx: int, module: str) -> Tensor:
 
 
 def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str, device: Any = "cpu") -> Tensor:
-    """Refit on both halves of the data; ridge 'auto' is the one that serves each half best when fitted on the other."""
+    """Refit on all of the data; ridge 'auto' is the one that serves each half best when fitted on the other."""
 
     def loss(ridge: float) -> float:
         return sum(a.error(b.refit(weight, ridge, device)) for a, b in (halves, halves[::-1]))
 
+    whole = halves[0] if len(halves) == 1 else halves[0] + halves[1]
     if ridge == "auto":
-        ridge = min(RIDGES, key=loss) if all(half.count for half in halves) else RIDGES[-1]
-    return (halves[0] + halves[1]).refit(weight, float(ridge), device)
+        two = len(halves) == 2 and all(half.count for half in halves)
+        ridge = min(RIDGES, key=loss) if two else RIDGES[-1]
+    return whole.refit(weight, float(ridge), device)
 
 
 def _of_layer(folded: Folded, layer_idx: int) -> Folded:

@@ -6,23 +6,22 @@ A localizer takes what it is measured from, how many layers are to go and which 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..calibration import Batch
 from ..capture import layer_statistics
 from ..errors import InputError
-from ..fidelity import AnswerDivergence, AnsweredBatch, answer_all
+from ..fidelity import AnswerDivergence, AnsweredBatch, StateError
+from ..questions import Questions
 from ..scores import LayerScores, most_redundant
 from .angular import angular
-from .best_of import EXCHANGES, best_of
+from .best_of import EXCHANGES, FoldedLoss, best_of
 from .block_influence import block_influence
 from .fisher import fisher, information
 from .greedy import greedy
 from .tis import tis
-
-FEW_SAMPLES = 64  # questions that are answered to learn what removing layers does
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,14 @@ class LocalizeJob:
 
     model: Any
     num_layers: int
-    batches: Callable[..., Iterable[Batch]]  # of a share of the questions; of all of them if none is given
+    questions: Questions | None  # None only for those that look at nothing
     seed: int = 0
-    num_samples: int = 1  # that the batches hold together
+    folded: FoldedLoss | None = None  # judges sets of layers with a fold; None where nothing can be held out
+
+    @property
+    def asked(self) -> Questions:
+        assert self.questions is not None
+        return self.questions
 
 
 def by_tis(
@@ -45,35 +49,30 @@ def by_tis(
     tokens: Literal["per_layer", "all_layers"] = "per_layer",
     text: Literal["rows", "columns"] = "rows",
 ) -> LayerScores:
-    statistics = layer_statistics(job.model, job.batches())
+    statistics = layer_statistics(job.model, job.asked.batches("score layers"))
     return tis(statistics, count, tuple(protect), p=p, tokens=tokens, text=text)
 
 
 def by_block_influence(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
-    return block_influence(layer_statistics(job.model, job.batches(), attention=False), count, tuple(protect))
+    statistics = layer_statistics(job.model, job.asked.batches("score layers"), attention=False)
+    return block_influence(statistics, count, tuple(protect))
 
 
 def by_angular(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
-    return angular(layer_statistics(job.model, job.batches(), attention=False), count, tuple(protect))
+    statistics = layer_statistics(job.model, job.asked.batches("score layers"), attention=False)
+    return angular(statistics, count, tuple(protect))
 
 
-def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int], *, answer_tokens: int = 32) -> LayerScores:
-    return greedy(
-        AnswerDivergence.of(job.model, answer_all(job.model, job.batches(), answer_tokens)), count, tuple(protect)
-    )
+def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
+    loss = AnswerDivergence.of(job.model, list(job.asked.answered("score layers")))
+    return greedy(loss, count, tuple(protect))
 
 
 def by_fisher(
-    job: LocalizeJob,
-    count: int,
-    protect: Sequence[int],
-    *,
-    samples: int = FEW_SAMPLES,
-    answer_tokens: int = 32,
-    draws: int = 2,
+    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = 64, draws: int = 2
 ) -> LayerScores:
     """Args: samples: questions that are read; draws: answers drawn at each token."""
-    few = answer_all(job.model, job.batches(samples / job.num_samples), answer_tokens)
+    few = list(job.asked.answered("score layers", number=samples))
     return _from(few, fisher(information(job.model, few, draws, job.seed), count, protect))
 
 
@@ -82,20 +81,34 @@ def by_best_of(
     count: int,
     protect: Sequence[int],
     *,
-    samples: int = FEW_SAMPLES,
-    answer_tokens: int = 32,
+    samples: int | None = None,
+    judged_by: int | None = None,
     exchanges: int = EXCHANGES,
+    folded: bool = True,
 ) -> LayerScores:
-    """Args: samples: questions that are read and judged by; answer_tokens: longest answer; exchanges: at most."""
-    batches = list(job.batches(samples / job.num_samples))
-    few = answer_all(job.model, batches, answer_tokens)
-    statistics, loss = list(layer_statistics(job.model, batches)), AnswerDivergence.of(job.model, few)
-    return _from(few, best_of(statistics, count, tuple(protect), loss, exchanges))
+    """Args:
+    samples: questions that rankings are read from; None: a sixteenth.
+    judged_by: questions that sets are judged by without a fold; None: one in 32.
+    exchanges: at most.
+    folded: whether the last few sets are judged with a fold, on held-out questions.
+    """
+    samples, judged_by = samples or job.asked.portion("rank"), judged_by or job.asked.portion("sets")
+    batches = list(job.asked.batches("score layers", part="fit", number=samples))
+    statistics = list(layer_statistics(job.model, batches))
+    loss = StateError.of(job.model, job.asked.batches("score layers", part="fit", number=judged_by))
+    judge = job.folded if folded else None
+    scores = best_of(statistics, count, tuple(protect), loss, exchanges, judge)
+    read = len(job.asked.indices("fit", max(samples, judged_by)))
+    if judge is not None:
+        fitted_on = job.asked.indices("fit", max(samples, judged_by, job.asked.portion("fold_sets")))
+        read = len(fitted_on) + len(job.asked.indices("held_out", job.asked.portion("judge_few_sets")))
+    return replace(scores, details=scores.details | {"questions": read})
 
 
-def _from(few: Sequence[AnsweredBatch], scores: LayerScores) -> LayerScores:
+def _from(few: Sequence[Batch | AnsweredBatch], scores: LayerScores) -> LayerScores:
     """The scores, saying how many of the questions they come from."""
-    return replace(scores, details=scores.details | {"questions": sum(len(one.batch.samples) for one in few)})
+    batches = [one.batch if isinstance(one, AnsweredBatch) else one for one in few]
+    return replace(scores, details=scores.details | {"questions": sum(len(batch.samples) for batch in batches)})
 
 
 def by_order(name: str) -> Callable[..., LayerScores]:

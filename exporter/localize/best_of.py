@@ -1,26 +1,41 @@
-"""Best of: what three localizers propose, judged by the divergence that leaving those layers out really causes, then
-improved by exchanges.
+"""Best of: what several localizers propose, improved by exchanges, and judged as it will be used: folded, on held-out
+questions.
 
 Cosines look at one layer at a time: they misrank layers in ways that differ from model to model, and take two that make
-up for each other. A few questions, answered by the model, tell. Shapes: L layers.
+up for each other. What leaving a set out does to the last states, of all tokens, ranks sets better, and says which few
+are worth folding. These are folded and judged on growing numbers of held-out questions (successive halving; K. Jamieson
+and A. Talwalkar, 2016), by the same error unless the divergence clearly speaks against it: the error is a mean over all
+tokens, where the divergence hangs on the few answers that go wrong.
+
+Shapes: L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ..capture import BatchStatistics
+from ..divergence import Divergence, simplest
 from ..errors import InputError
 from ..scores import LayerScores, most_redundant
 from .angular import angular
 from .block_influence import block_influence
 from .greedy import SetLoss
+from .spacing import spaced, spacing_wanted
 from .tis import tis
 
 PROPOSERS = {"tis": tis, "block_influence": block_influence, "angular": angular}
 EXCHANGES = 2  # at most
 SPARE = 2  # layers that each ranking names beyond those that are to go: what may be exchanged for others
+ROUNDS = ((4, "judge_sets"), (2, "judge_few_sets"))  # sets that are judged with a fold, and by which questions
+ERRORS = 2.0  # standard errors by which the divergence has to speak against the error of the states
+
+
+class FoldedLoss(Protocol):
+    """How far the model departs from the original on held-out questions without some layers, but with a fold."""
+
+    def of_folded(self, sets: Sequence[frozenset[int]], judged_by: str) -> list[Divergence]: ...
 
 
 def best_of(
@@ -29,15 +44,39 @@ def best_of(
     protect: tuple[int, ...],
     loss: SetLoss,
     exchanges: int = EXCHANGES,
+    folded: FoldedLoss | None = None,
 ) -> LayerScores:
-    """The proposal of the lowest loss (of equal ones the first, in the order of PROPOSERS), improved by exchanges.
+    """The set that folds best; without a fold to judge by, that of the lowest loss.
 
-    Values are those of the localizer whose proposal it was.
+    Values are those of the localizer whose proposal had the lowest loss.
 
     Args:
-        loss: divergence from the original's answers without each of some sets of layers.
+        loss: how far the model's last states are from the original's without each of some sets of layers.
         exchanges: at most so many, each for as many sets judged as layers are named by any ranking.
+        folded: judges sets with a fold; None: the loss decides.
     """
+    proposed = _proposals(statistics, count, protect)
+    sets = {name: frozenset(scores.drop) for name, scores in proposed.items()}
+    if spacing_wanted(count, loss.num_layers):
+        sets["spacing"] = frozenset(spaced(loss.num_layers, count, protect))
+    known: dict[frozenset[int], float] = {}
+    _judge(known, loss, list(sets.values()))
+    shown = min(proposed.values(), key=lambda scores: known[frozenset(scores.drop)])
+    named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}
+    start = min(sets.values(), key=lambda layers: known[layers])
+    drop, made = exchanged(start, named, known, loss, exchanges)
+    details: dict[str, Any] = {
+        "chosen": shown.method,
+        "proposals": {name: {"drop": sorted(layers), "loss": known[layers]} for name, layers in sets.items()},
+        "exchanges": made,
+    }
+    if folded is not None and count:
+        drop, details["rounds"] = halved([drop, *sets.values()], known, folded, count)
+    in_order = tuple(sorted(drop, key=lambda layer: (-shown.values[layer], -layer)))
+    return LayerScores("best_of", shown.values, in_order, details)
+
+
+def _proposals(statistics: Sequence[BatchStatistics], count: int, protect: tuple[int, ...]) -> dict[str, LayerScores]:
     proposed: dict[str, LayerScores] = {}
     for name, propose in PROPOSERS.items():
         try:
@@ -45,16 +84,14 @@ def best_of(
         except InputError:  # no block between protected layers is long enough: the others need none
             if name != "angular":
                 raise
-    distinct = list(dict.fromkeys(frozenset(scores.drop) for scores in proposed.values()))
-    losses = dict(zip(distinct, loss.of_sets(distinct), strict=True))
-    winner = min(proposed.values(), key=lambda scores: losses[frozenset(scores.drop)])
-    named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}
-    drop, made = exchanged(frozenset(winner.drop), named, losses[frozenset(winner.drop)], loss, exchanges)
-    details = {name: {"drop": sorted(s.drop), "loss": losses[frozenset(s.drop)]} for name, s in proposed.items()}
-    in_order = tuple(sorted(drop, key=lambda layer: (-winner.values[layer], -layer)))
-    return LayerScores(
-        "best_of", winner.values, in_order, {"chosen": winner.method, "proposals": details, "exchanges": made}
-    )
+    return proposed
+
+
+def _judge(known: dict[frozenset[int], float], loss: SetLoss, sets: Sequence[frozenset[int]]) -> None:
+    """Add the losses of the sets that are not known yet."""
+    fresh = list(dict.fromkeys(layers for layers in sets if layers not in known))
+    if fresh:
+        known.update(zip(fresh, loss.of_sets(fresh), strict=True))
 
 
 def candidates(scores: LayerScores, count: int, protect: tuple[int, ...]) -> set[int]:
@@ -65,23 +102,50 @@ def candidates(scores: LayerScores, count: int, protect: tuple[int, ...]) -> set
 
 
 def exchanged(
-    dropped: frozenset[int], named: set[int], current: float, loss: SetLoss, exchanges: int
+    dropped: frozenset[int],
+    named: set[int],
+    known: dict[frozenset[int], float],
+    loss: SetLoss,
+    exchanges: int,
 ) -> tuple[frozenset[int], list[dict[str, Any]]]:
-    """Put back the layer that is missed most and drop the one that is missed least in its place, while that helps."""
+    """Put back the layer that is missed most and drop the one that is missed least in its place, while that helps.
+
+    Args:
+        known: losses of sets judged so far; those that are judged here are added.
+    """
     made: list[dict[str, Any]] = []
     while dropped and named - dropped and len(made) < exchanges:
-        back = _cheapest(loss, {layer: dropped - {layer} for layer in sorted(dropped)})[0]
-        fewer = dropped - {back}
-        instead, least = _cheapest(loss, {layer: fewer | {layer} for layer in sorted(named - dropped)})
-        if least >= current:
+        fewer_sets = {layer: dropped - {layer} for layer in sorted(dropped)}
+        _judge(known, loss, list(fewer_sets.values()))
+        back = min(fewer_sets, key=lambda layer: known[fewer_sets[layer]])
+        fewer = fewer_sets[back]
+        sets = {layer: fewer | {layer} for layer in sorted(named - dropped)}
+        _judge(known, loss, list(sets.values()))
+        instead = min(sets, key=lambda layer: known[sets[layer]])
+        if known[sets[instead]] >= known[dropped]:
             break
-        dropped, current = fewer | {instead}, least
-        made.append({"back": back, "instead": instead, "loss": least})
+        dropped = sets[instead]
+        made.append({"back": back, "instead": instead, "loss": known[dropped]})
     return dropped, made
 
 
-def _cheapest(loss: SetLoss, sets: dict[int, frozenset[int]]) -> tuple[int, float]:
-    """Of sets by the layer that makes the difference: the layer of the one with the lowest loss, and that loss."""
-    losses = dict(zip(sets, loss.of_sets(list(sets.values())), strict=True))
-    best = min(losses, key=lambda layer: losses[layer])
-    return best, losses[best]
+def halved(
+    first: Sequence[frozenset[int]], known: dict[frozenset[int], float], folded: FoldedLoss, count: int
+) -> tuple[frozenset[int], list[dict[str, Any]]]:
+    """Of the first sets and the cheapest others that are known, the one that folds best on held-out questions."""
+    others = sorted((layers for layers in known if len(layers) == count), key=lambda layers: known[layers])
+    remaining = list(dict.fromkeys([others[0], *first, *others]))
+    remaining.sort(key=lambda layers: known[layers])
+    rounds: list[dict[str, Any]] = []
+    for number, judged_by in ROUNDS:
+        remaining = remaining[:number]
+        judged = dict(zip(remaining, folded.of_folded(remaining, judged_by), strict=True))
+        remaining.sort(key=lambda layers: judged[layers].state_error)
+        chosen = remaining[simplest([judged[layers] for layers in remaining], ERRORS)]
+        sets = [
+            {"drop": sorted(layers), "state_error": judged[layers].state_error, **judged[layers].to_data()}
+            for layers in remaining
+        ]
+        rounds.append({"chosen": sorted(chosen), "sets": sets})
+        remaining.sort(key=lambda layers: (layers != chosen, judged[layers].state_error))
+    return remaining[0], rounds

@@ -1,0 +1,77 @@
+"""How far a variant departs from the original on held-out questions, and how sure that is. Pure.
+
+Questions about one picture say much the same: the picture is what varies independently, so that standard errors are
+taken over pictures (a ratio of sums, clustered; W. G. Cochran, Sampling Techniques, 1977, section 6.4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Z = 1.959964  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(original || variant) at the tokens of the original's answers, question by question."""
+
+    kl: tuple[float, ...]  # summed over each answer, in nats
+    tokens: tuple[int, ...]  # of each answer
+    pictures: tuple[int, ...]  # the number of each question's picture
+    follows: tuple[bool, ...] = ()  # the variant would give the very same answer
+    state_error: float = 0.0  # relative squared error of the last states, over all tokens: little noise, but no answer
+
+    @property
+    def mean(self) -> float:
+        """Per answer token."""
+        return sum(self.kl) / max(1, sum(self.tokens))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return self._error(self.kl)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %; a divergence is never below 0."""
+        return (max(0.0, self.mean - Z * self.error), self.mean + Z * self.error)
+
+    def more_than(self, other: Divergence) -> tuple[float, float]:
+        """How much larger it is than another one on the same questions, and the standard error of that."""
+        differences = [mine - its for mine, its in zip(self.kl, other.kl, strict=True)]
+        return self.mean - other.mean, self._error(differences)
+
+    def _error(self, sums: Sequence[float]) -> float:
+        """Of the ratio of the sums' total to the tokens', over pictures."""
+        total = max(1, sum(self.tokens))
+        ratio = sum(sums) / total
+        residuals: dict[int, float] = {}
+        for value, tokens, picture in zip(sums, self.tokens, self.pictures, strict=True):
+            residuals[picture] = residuals.get(picture, 0.0) + value - ratio * tokens
+        n = len(residuals)
+        if n < 2:
+            return math.inf
+        return math.sqrt(n / (n - 1) * sum(value * value for value in residuals.values())) / total
+
+    def to_data(self) -> dict[str, Any]:
+        low, high = self.interval
+        data: dict[str, Any] = {"kl": self.mean, "interval": [low, high], "questions": len(self.kl)}
+        if self.follows:
+            data["same_answers"] = sum(self.follows) / len(self.follows)
+        return data
+
+
+def simplest(divergences: Sequence[Divergence], errors: float = 1.0) -> int:
+    """The first, in order of simplicity, that is not worse than the best one by more than some standard errors.
+
+    What is more complicated has to show that it helps: a difference below its noise does not.
+    """
+    best = min(range(len(divergences)), key=lambda number: divergences[number].mean)
+    for number, divergence in enumerate(divergences):
+        more, error = divergence.more_than(divergences[best])
+        if number == best or (math.isfinite(error) and more <= errors * error):
+            return number
+    return best

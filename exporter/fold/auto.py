@@ -1,0 +1,95 @@
+"""Auto: the fold that helps, chosen on held-out questions of the very run; none where none does.
+
+Every candidate is fitted on the same questions and judged by the divergence at the original's answers to others,
+about other pictures. What is no better than something simpler beyond the noise of that difference is not taken, and
+what makes the divergence worse than no fold at all never is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..calibration import Batch
+from ..divergence import Divergence, simplest
+from ..held_out import HeldOut
+from ..replay import Folded
+from ..variants import Variant
+from .job import FoldJob, GapMoments
+
+CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their options
+    "none": {},
+    "scp": {},
+    "scp_both": {},
+    "least_squares": {},
+    "reconstruction": {"share": 1.0},
+}
+SHARE = {"scp": 0.25, "scp_both": 0.25, "least_squares": 0.25}  # of these questions, where a part suffices
+
+
+def choose(job: FoldJob, folds: dict[str, Callable[..., Folded]], fitted_on: int | None) -> Folded:
+    """Fit the candidates, judge them, and say in the job's report how they did."""
+    held_out = job.held_out
+    if job.decoder.post_norm:
+        job.report["reason"] = ": in this family a norm follows the MLP inside each layer, so that no fold is exact"
+    if held_out is None or held_out.too_few:
+        job.report["reason"] = f": {held_out.too_few if held_out else 'no questions were held out'}"
+    if "reason" in job.report or held_out is None:
+        job.report["name"] = "none"
+        return {}
+    memo: dict[Any, GapMoments] = {}
+    variants: dict[str, Variant] = {}
+    notes: dict[str, dict[str, Any]] = {}
+    for name, options in CANDIDATES.items():
+        number = round(SHARE.get(name, 1.0) * (fitted_on or held_out.questions.portion("fit")))
+        inner = dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
+        folded = folds[name](inner, **options)
+        if folded or name == "none":  # one that had to do nothing is no candidate
+            variants[name] = Variant(job.plan, folded)
+            notes[name] = inner.report
+    judged, first = _judged(held_out, variants)
+    name = _winner(judged)
+    job.report.update(_report(name, judged, first, notes))
+    return variants[name].folded
+
+
+def _asking(held_out: HeldOut, fold: str, number: int) -> Callable[..., Iterable[Batch]]:
+    return lambda share=1.0: held_out.fit(f"fold ({fold})", max(1, round(share * number)))
+
+
+def _judged(held_out: HeldOut, variants: dict[str, Variant]) -> tuple[dict[str, Divergence], dict[str, Divergence]]:
+    """On all held-out questions those that do best on a few; and all of them on these few."""
+    few = held_out.questions.portion("judge_sets")
+    first = dict(zip(variants, held_out.judge(list(variants.values()), few), strict=True))
+    better = sorted(first, key=lambda name: first[name].mean)[: max(2, len(first) // 2)]
+    kept = [name for name in variants if name in better or name == "none"]
+    if len(held_out.questions.split.held_out) <= few:
+        return first, first
+    return dict(zip(kept, held_out.judge([variants[name] for name in kept]), strict=True)), first
+
+
+def _winner(judged: dict[str, Divergence]) -> str:
+    """The simplest that is as good as the best one within noise, of those that are no worse than no fold."""
+    names = [name for name in judged if judged[name].mean <= judged["none"].mean]
+    return names[simplest([judged[name] for name in names])]
+
+
+def _report(
+    name: str, judged: dict[str, Divergence], first: dict[str, Divergence], notes: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What the record says of the choice."""
+    others = sorted((other for other in judged if other != name), key=lambda other: judged[other].mean)
+    more, error = judged[others[0]].more_than(judged[name]) if others else (0.0, 0.0)
+    runner_up = None
+    if others:
+        runner_up = {"name": others[0], "more": more, "error": error, **judged[others[0]].to_data()}
+    return {
+        "name": name,
+        "options": dict(CANDIDATES[name]),
+        "chosen_by": "held-out divergence",
+        "held_out": judged[name].to_data(),
+        "without": judged["none"].to_data(),
+        "runner_up": runner_up,
+        "candidates": {other: {**(judged.get(other) or first[other]).to_data(), **notes[other]} for other in first},
+    }
