@@ -36,6 +36,7 @@ def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
     name_inputs(program, getattr(module, "first_layer", 0))
     drop_reshapes(program)
     split_mixed_norms(program)
+    drop_origins(program)
     onnx_ir.save(program, str(path), external_data=f"{path.name}.data")
 
 
@@ -63,6 +64,23 @@ def drop_reshapes(program: Any) -> None:
             if same_shape(source, node.outputs[0]):
                 node.outputs[0].replace_all_uses_with(source)
     RemoveUnusedNodesPass()(program)
+
+
+def drop_origins(program: Any) -> None:
+    """Leave out where in the source code each node comes from: it names folders of the machine that exports."""
+    graphs = [program.graph, *(function.graph for function in program.functions.values())]
+    for graph in graphs:
+        graph.metadata_props.clear()
+        values = [*graph.inputs, *graph.initializers.values()]
+        for node in graph.all_nodes():  # those of branches, too
+            node.metadata_props.clear()
+            values += node.outputs
+            for attribute in node.attributes.values():
+                if attribute.type.name == "GRAPH":
+                    attribute.as_graph().metadata_props.clear()
+                    values += [*attribute.as_graph().inputs, *attribute.as_graph().initializers.values()]
+        for value in values:
+            value.metadata_props.clear()
 
 
 def split_mixed_norms(program: Any) -> None:
