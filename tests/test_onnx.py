@@ -69,6 +69,13 @@ def here(folder, job, questions):
     return report
 
 
+def test_graphs_do_not_tell_where_they_were_exported(exported):
+    """torch writes a stack trace into every node, with the folders of the machine."""
+    _, folder = exported("llava")
+    for path in folder.glob("*.onnx"):
+        assert not [origin for origin in (b".py", str(ROOT).encode(), b"stack_trace") if origin in path.read_bytes()]
+
+
 def torch_model(folder):
     from transformers import AutoModelForImageTextToText
 
