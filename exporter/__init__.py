@@ -31,6 +31,7 @@ __all__ = [
     "reproduce",
     "route",
     "score",
+    "set_default",
     "verify",
 ]
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe, RouterRecipe, RunOptions, load_recipe
     from .reproduction import reproduce
     from .route_comparison import compare_routes
+    from .routing import set_default
     from .workload import Workload
 
 _HOMES = {
@@ -69,6 +71,7 @@ _HOMES = {
     "Grid": "comparison",
     "load_grid": "comparison",
     "reproduce": "reproduction",
+    "set_default": "routing",
     "verify": "kinds",
     "card": "kinds",
     "push": "hub",

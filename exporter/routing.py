@@ -6,22 +6,38 @@ router's weights lie in a folder of their own, which neither transformers nor se
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .families import FAMILIES, family_of
+from .modeling.released import is_released, sha256_of
 from .source import Source, load_model
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MODELING_FILE = "modeling_routed.py"
+MODELING_FILES = (  # what travels with a routed checkpoint; config.json names the first, which imports the others
+    "modeling_routed.py",
+    "routed_api.py",
+    "routed_cache.py",
+    "routed_pass.py",
+    "routed_places.py",
+    "routed_request.py",
+    "routed_route.py",
+    "routed_router.py",
+)
+MODELING_FOLDER = Path(__file__).parent / "modeling"
+RECORD = "compression.json"
 AUTO_CLASS = "AutoModelForImageTextToText"
+IMAGE_FLOOR = 0.25  # of an even share of the tokens that stay: what each image of a row keeps at least
 DROP_AT = 2  # measured: dropped before layer 0, tokens take with them what the first layers would have passed on
 
 
@@ -70,6 +86,7 @@ def default_settings(config: Any, drop_at: int | None = None, candidates: int | 
         "default": "balanced",
         "trained_for": {"model_type": config.model_type, "hidden_size": hidden, "num_hidden_layers": num_layers},
         "format": ROUTER_FORMAT,
+        "image_floor": IMAGE_FLOOR,
     }
 
 
@@ -82,15 +99,15 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
 
     It runs whole until it is given a budget. The class is this package's own: nothing in the folder is trusted to run.
     """
-    from .modeling import modeling_routed
-
     if "router" not in source.raw_config:
         return routable(load_model(source, device, dtype, memory)[0])
     check_routable(source.config)
-    cls = getattr(modeling_routed, modeling_routed.class_name(source.config.model_type))
     try:
+        from .modeling import modeling_routed
+
+        cls = getattr(modeling_routed, modeling_routed.class_name(source.config.model_type))
         model = load_model(source, device, dtype, memory, cls)[0]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source.name}: {error}") from error
@@ -107,7 +124,10 @@ def routable(model: Any, settings: Mapping[str, Any] | None = None) -> Any:
     stock: Any = type(model)
     model.__class__ = routed(stock)
     model.router_settings, model.budget = RouterSettings.of(model.config), OFF
-    make_routable(model._text_model())
+    try:
+        make_routable(model._text_model())
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return model
 
 
@@ -123,11 +143,155 @@ def add_router(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, 
     path = folder / ROUTER_FILE
     path.parent.mkdir(exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
-    shutil.copyfile(Path(__file__).parent / "modeling" / MODELING_FILE, folder / MODELING_FILE)
+    for name in MODELING_FILES:
+        shutil.copyfile(MODELING_FOLDER / name, folder / name)
     raw = json.loads((folder / "config.json").read_text())
-    module = MODELING_FILE.removesuffix(".py")
+    module = MODELING_FILES[0].removesuffix(".py")
     raw["auto_map"] = {**raw.get("auto_map", {}), AUTO_CLASS: f"{module}.{class_name(config.model_type)}"}
     raw["router"] = dict(settings)
-    part = folder / "config.json.partial"
-    part.write_text(json.dumps(raw, indent=2) + "\n")
-    part.replace(folder / "config.json")
+    _replace_text(folder / "config.json", _as_json(raw))
+
+
+# --- folders that were published ----------------------------------------------------------------------------------
+
+
+def set_default(folder: Path | str, preset: str) -> None:
+    """Set the preset of a routed folder that calls without a budget run under, for clients that pass none.
+
+    config.json is replaced in one step; where compression.json records its SHA-256, that follows.
+
+    Args:
+        folder: on disk.
+        preset: one of the router's presets, or "off".
+
+    Raises:
+        InputError: the folder has no router, the preset is not one of its, or config.json is not the recorded file.
+    """
+    folder = Path(folder)
+    raw = _read_json(folder, "config.json")
+    router = raw.get("router")
+    if not isinstance(router, dict) or not isinstance(router.get("presets"), dict):
+        raise InputError(f"{folder} has no router, so that it has no preset to run under.")
+    if preset not in {"off", *router["presets"]}:
+        names = ", ".join(["off", *router["presets"]])
+        raise InputError(f"preset {preset!r} is not known: {folder} has {names}.")
+    before = router.get("default", "off")
+    text = _as_json({**raw, "router": {**router, "default": preset}})
+    record = _read_json(folder, RECORD) if (folder / RECORD).exists() else {}
+    routed_record = record.get("router")
+    if isinstance(routed_record, dict):
+        if isinstance(reference := routed_record.get("reference"), dict):
+            reference.setdefault("preset", before)  # under which the recorded answer was given
+        if isinstance(settings := routed_record.get("settings"), dict):
+            settings["default"] = preset
+    _replace(folder, {"config.json": text.encode()}, record)
+
+
+def update_modeling_files(folder: Path | str) -> list[str]:
+    """Put the modeling files of this release into a routed folder in place of those of an earlier one.
+
+    Folders that an earlier release published answer wrongly under a transformers that is newer than their files. Only
+    files that a release shipped are replaced; router and settings stay as they are.
+
+    Returns:
+        The names of the files that were written; none if the folder is up to date.
+
+    Raises:
+        InputError: the folder has no router, or a modeling file that no release shipped.
+    """
+    folder = Path(folder)
+    if "router" not in _read_json(folder, "config.json"):
+        raise InputError(f"{folder} has no router, so that it has no modeling files.")
+    foreign = [name for name in MODELING_FILES if (folder / name).exists() and not is_released(folder / name)]
+    if foreign:
+        raise InputError(f"{folder / foreign[0]} is no file that a release shipped: it was edited, and is left alone.")
+    files = {name: (MODELING_FOLDER / name).read_bytes() for name in MODELING_FILES}
+    files = {n: data for n, data in files.items() if not (folder / n).exists() or (folder / n).read_bytes() != data}
+    if files:
+        _replace(folder, files, _read_json(folder, RECORD) if (folder / RECORD).exists() else {})
+    return list(files)
+
+
+def has_earlier_code(folder: Path) -> bool:
+    """Tell whether a routed folder's modeling file is one that an earlier release shipped, byte for byte."""
+    main = folder / MODELING_FILES[0]
+    return is_released(main) and main.read_bytes() != (MODELING_FOLDER / main.name).read_bytes()
+
+
+@contextlib.contextmanager
+def with_current_code(folder: Path) -> Iterator[Path]:
+    """Give a view of a folder as it would be with this release's modeling files: links to its other files.
+
+    The folder itself is given where its modeling files are none of an earlier release.
+    """
+    if not has_earlier_code(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-view-") as made:
+        view = Path(made) / folder.name
+        view.mkdir()
+        for path in folder.iterdir():
+            if path.name not in MODELING_FILES and path.name != "__pycache__":
+                (view / path.name).symlink_to(path.absolute())
+        for name in MODELING_FILES:
+            shutil.copyfile(MODELING_FOLDER / name, view / name)
+        yield view
+
+
+def _replace(folder: Path, files: Mapping[str, bytes], record: dict[str, Any]) -> None:
+    """Replace files of a folder, and their hashes in its record wherever those are named."""
+    for name, data in files.items():
+        old = sha256_of(folder / name) if (folder / name).exists() else None
+        new = hashlib.sha256(data).hexdigest()
+        for hashes in _hashes(record):
+            is_beside_modeling_file = old is None and MODELING_FILES[0] in hashes
+            if is_beside_modeling_file or (old is not None and str(hashes.get(name)).lower() == old):
+                hashes[name] = new
+            elif hashes is record.get("measured", {}).get("files") and name in hashes:
+                raise InputError(
+                    f"{folder / name} is not the file that {RECORD} records: it was edited since, and is left alone."
+                )
+    for name, data in files.items():
+        _replace_bytes(folder / name, data)
+    if record:
+        _replace_text(folder / RECORD, _as_json(record))
+
+
+def _hashes(data: Any) -> Iterator[dict[str, Any]]:
+    """Yield every dict of file names to hashes in a record."""
+    if isinstance(data, dict):
+        if "config.json" in data or MODELING_FILES[0] in data:
+            yield data
+        data = list(data.values())
+    if isinstance(data, list):
+        for item in data:
+            yield from _hashes(item)
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}.")
+    try:
+        data = json.loads((folder / name).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {name}: it is no checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / name} can't be read ({error}).") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{folder / name} is no JSON object.")
+    return data
+
+
+def _as_json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _replace_text(path: Path, text: str) -> None:
+    _replace_bytes(path, text.encode())
+
+
+def _replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file in one step, so that a reader never meets half of it."""
+    part = path.with_name(f"{path.name}.partial")
+    part.write_bytes(data)
+    part.replace(path)

@@ -199,7 +199,7 @@ def assemble(model: Any, batch: Batch, budget: Budget, tokens: Tensor, layers: T
     settings, visual = model.router_settings, batch.is_visual
     run = best_layers(layers, settings, budget.keep_layers, model.num_layers) | ~visual.any(1)[:, None]
     places = places_of(model.config, visual, batch.inputs)
-    keep = best_tokens(tokens, visual, budget)
+    keep = best_tokens(tokens, visual, budget, places, settings.image_floor)
     return Route(keep, run, visual, places, tokens, layers, rule.drops_at(settings))
 
 

@@ -4,10 +4,27 @@
     model.generate(**inputs, keep_visual_tokens=144, keep_layers=28)
     model.generate(**inputs, preset="fast")  # or once for all: model.set_budget("fast")
 
-The classes that this file makes are those of transformers with three additions, in the order of the file: a router
+The classes that this file makes are those of transformers with three additions, each in a file of its own: a router
 that scores visual tokens and layers (after "PAR", Pruning All-Rounder, ICCV 2025), a key-value cache that stores less
 than it speaks of, and decoder layers that run on what is left. The weights of the LVLM lie where they always lie, those
-of the router in router/model.safetensors: loaded without this file, the folder is the plain model.
+of the router in router/model.safetensors: loaded without these files, the folder is the plain model.
+
+A question's way from `generate` to the next token:
+
+    call                                        file
+    RoutedModel.generate, .forward              modeling_routed   arguments to a request: budget, visual tokens, cache
+    places_of                                   routed_places     where the visual tokens lie in their images
+    _RoutedDecoder.forward -> RoutedForward     routed_pass       takes over the cache, knows padding and drop layer
+    prepared_cache -> RoutedCache.take_over     routed_cache      a cache that can hold a route
+    _RoutedLayer.forward -> RoutedForward.layer routed_pass       for each decoder layer; at layer `read_at`:
+    RoutedForward._decide -> Router.forward     routed_router     scores of visual tokens and layers
+    best_tokens, best_layers -> Route           routed_router     what the budget keeps
+    RoutedForward._keywords -> narrowed_mask    routed_cache      positions and masks of what is left
+    RoutedForward.finish -> RoutedCache.extend  routed_pass       states spread out again; what the cache holds now
+    the stock head, the stock generate loop     transformers      the next token; its pass follows the cache's route
+
+`routed_route` has what all of them speak of (Budget, RouterSettings, Route), `routed_request` what a call asks of its
+passes, `routed_api` what of transformers they rest on, with its probes.
 
 How a question runs. The router reads the states that enter layer `read_at`: visual tokens, text, and one embedding for
 each layer that may be skipped. Its scores and the budget make a route, which holds for the whole answer. From layer
@@ -27,1051 +44,68 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import os
-from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file  # transformers cannot do without it either
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
-from transformers.conversion_mapping import (
+
+from .routed_api import (
+    CACHE_NAMES,
+    cache_in,
+    cache_name,
+    cache_of,
+    cached_file,
+    checkpointing_spares_caches,
     get_checkpoint_conversion_mapping,
+    logger,
     register_checkpoint_conversion_mapping,
+    with_cache_as,
 )
-from transformers.utils import cached_file, logging
-from transformers.utils.generic import is_flash_attention_requested
+from .routed_pass import make_routable
+from .routed_places import GRIDS, any_resolution_shape, part_of, places_of
+from .routed_request import (
+    GENERATION,
+    Generation,
+    Request,
+    RouterInputs,
+    hidden_tokens,
+    number_of_rows,
+    prompt_length,
+    warn_of_excess,
+)
+from .routed_route import OFF, ROUTER_FORMAT, Budget, Route, RouterSettings
+from .routed_router import Router, best_layers, best_tokens
 
-logger = logging.get_logger(__name__)
+__all__ = [
+    "CACHE_NAMES",
+    "GRIDS",
+    "OFF",
+    "ROUTER_FILE",
+    "ROUTER_FORMAT",
+    "STOCK",
+    "Budget",
+    "Route",
+    "RoutedModel",
+    "Router",
+    "RouterInputs",
+    "RouterSettings",
+    "any_resolution_shape",
+    "best_layers",
+    "best_tokens",
+    "cache_of",
+    "checkpointing_spares_caches",
+    "class_name",
+    "logger",
+    "make_routable",
+    "places_of",
+    "routed",
+]
+
 ROUTER_FILE = "router/model.safetensors"
-ROUTER_FORMAT = 2  # of how the router computes: weights of another would run, and choose badly
-IGNORED_LABEL = -100
-GRIDS = ("image_grid_thw", "video_grid_thw", "image_sizes")  # inputs that say how visual tokens lie in their images
-
-
-# --- what is asked for: budgets and settings --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much may run. None: all of it."""
-
-    keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
-    keep_layers: int | None = None  # a count, of all decoder layers
-
-    @property
-    def is_off(self) -> bool:
-        return self.keep_visual_tokens is None and self.keep_layers is None
-
-    def check(self, settings: RouterSettings, num_layers: int) -> None:
-        tokens, layers = self.keep_visual_tokens, self.keep_layers
-        if tokens is not None:
-            if isinstance(tokens, bool) or not isinstance(tokens, (int, float)):
-                raise ValueError(f"keep_visual_tokens={tokens!r} is neither a count (144) nor a share (0.25).")
-            if isinstance(tokens, float) and not 0 < tokens <= 1:
-                raise ValueError(f"keep_visual_tokens={tokens} is no share: give a float in (0, 1], or a whole count.")
-            if isinstance(tokens, int) and tokens < 1:
-                raise ValueError(f"keep_visual_tokens={tokens} keeps nothing of the image: give 1 or more.")
-        if layers is not None:
-            free = len(settings.candidates)
-            least = num_layers - free
-            if isinstance(layers, bool) or not isinstance(layers, int) or not least <= layers <= num_layers:
-                raise ValueError(
-                    f"keep_layers={layers!r} is out of range: of the {num_layers} layers {free} may be skipped, so "
-                    f"give a number from {least} to {num_layers}."
-                )
-
-    def tokens_of(self, available: Tensor) -> Tensor:
-        """How many visual tokens each row keeps, of those it has: [B] -> [B]."""
-        if self.keep_visual_tokens is None:
-            return available
-        if isinstance(self.keep_visual_tokens, int):
-            return available.clamp(max=self.keep_visual_tokens)
-        share = (available * self.keep_visual_tokens).round().long()
-        return torch.minimum(share.clamp(min=1), available)
-
-
-OFF = Budget()
-
-
-@dataclass(frozen=True)
-class RouterSettings:
-    """The entry "router" of config.json."""
-
-    drop_at: int  # visual tokens leave before this layer: 0 is before the first
-    candidates: tuple[int, ...]  # layers that may be skipped, in the order of the layer logits
-    bottleneck: int  # R
-    num_heads: int
-    read_at: int = 0  # the router reads the states that enter this layer
-    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    default: str = "off"  # the preset of a call that names no budget
-    trained_for: dict[str, Any] = field(default_factory=dict)  # what the base model must be
-    format: int = 1  # ROUTER_FORMAT of the file that it was trained with; settings of format 1 did not say so
-
-    @classmethod
-    def of(cls, config: Any) -> RouterSettings:
-        """Read and check them against the model that the rest of the configuration describes."""
-        given = getattr(config, "router", None)
-        if not isinstance(given, dict):
-            raise ValueError("config.json has no entry 'router': this folder is a plain model, load its own class.")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(given) - known):
-            raise ValueError(f"config.json: router has no setting {unknown[0]!r}; it has: {', '.join(sorted(known))}.")
-        settings = cls(**{**given, "candidates": tuple(given["candidates"])})
-        settings._check(config)
-        return settings
-
-    def _check(self, config: Any) -> None:
-        if self.format != ROUTER_FORMAT:
-            raise ValueError(
-                f"this router is of format {self.format}, this code runs format {ROUTER_FORMAT}: load the folder with "
-                "its own modeling file (trust_remote_code=True), or train the router again."
-            )
-        here = base_model(config)
-        for name, value in self.trained_for.items():
-            if here.get(name) != value:
-                raise ValueError(
-                    f"this router was trained for another base model: {name} {value}, here it is {here.get(name)}."
-                )
-        num_layers = here["num_hidden_layers"]
-        if not 0 <= self.read_at <= self.drop_at <= num_layers or self.read_at == num_layers:
-            raise ValueError(
-                f"router: read_at={self.read_at} and drop_at={self.drop_at} must be ordered and within the "
-                f"{num_layers} layers: 0 <= read_at <= drop_at <= {num_layers}, and read_at below it."
-            )
-        if any(not self.read_at <= layer < num_layers for layer in self.candidates):
-            raise ValueError(
-                f"router: candidates {list(self.candidates)} must lie from layer read_at={self.read_at} to "
-                f"{num_layers - 1}: a layer that has run cannot be skipped any more."
-            )
-        if self.default not in {"off", *self.presets}:
-            raise ValueError(f"router: the default preset {self.default!r} is not among {self.preset_names()}.")
-
-    def preset(self, name: str) -> Budget:
-        if name == "off":
-            return OFF
-        if name not in self.presets:
-            raise ValueError(f"preset {name!r} is not known: this model has {self.preset_names()}.")
-        return Budget(**self.presets[name])
-
-    def preset_names(self) -> str:
-        return ", ".join(["off", *self.presets])
-
-
-def base_model(config: Any) -> dict[str, Any]:
-    """What tells one base model from another."""
-    text = config.get_text_config()
-    return {
-        "model_type": config.model_type,
-        "hidden_size": text.hidden_size,
-        "num_hidden_layers": text.num_hidden_layers,
-    }
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """What runs, for one pass over a prompt. To impose one: `model.generate(**inputs, route=Route(keep, layers))`.
-
-    One made by hand needs `keep` or `layers` only; None keeps everything. It may let visual tokens leave before another
-    layer than the router's: rules that read attention know what to keep only after the first layers have run.
-    """
-
-    keep: Any = None  # Tensor [B, S] False: a visual token that leaves at layer drop_at
-    layers: Any = None  # Tensor [B, L] False: a layer that the row skips
-    visual: Any = None  # Tensor [B, S] True: a visual token
-    places: Any = None  # Tensor [B, S, 3] of visual tokens: number of the image, row and column in it, from 0 to 1
-    token_logits: Tensor | None = None  # [B, S]
-    layer_logits: Tensor | None = None  # [B, N]
-    drop_at: int | None = None  # visual tokens leave before this layer; None: where the settings say
-
-    def kept_tokens(self) -> list[Tensor]:
-        """For each row, which of its visual tokens stay, counted among them: 0 is the first of the first image."""
-        return [keep[visual].nonzero()[:, 0] for keep, visual in zip(self.keep, self.visual, strict=True)]
-
-    def kept_places(self) -> list[Tensor]:
-        """For each row, image number, row and column (0 to 1) of the visual tokens that stay: [K, 3] each."""
-        return [p[k & v] for p, k, v in zip(self.places, self.keep, self.visual, strict=True)]
-
-    def executed_layers(self) -> list[list[int]]:
-        return [row.nonzero()[:, 0].tolist() for row in self.layers]
-
-    def select(self, chosen: Tensor) -> Route:
-        """The route of a batch made of the chosen rows."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        parts = {k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()}
-        return replace(self, **parts)
-
-    def for_rows(self, num_rows: int) -> Route:
-        """The route for a batch in which each row was repeated, as for beams."""
-        own = next(len(part) for part in (self.keep, self.layers) if part is not None)
-        if num_rows % own:
-            raise ValueError(f"the route given is for {own} rows, the batch has {num_rows}.")
-        return self if own == num_rows else self.select(torch.arange(own).repeat_interleave(num_rows // own))
-
-
-# --- the router -------------------------------------------------------------------------------------------------------
-
-
-class Router(nn.Module):
-    """Scores visual tokens and layers: one bidirectional block over [tokens; layers], narrower than the LVLM.
-
-    Visual tokens see the question and each other, layers see both. The order of the words is known by rotary
-    embeddings (which padding does not shift), the place of a visual token by its row and column in the image. A layer
-    begins as its embedding and what is asked, so that it need not find the question among the visual tokens first.
-    """
-
-    OCTAVES = 6  # of the sines that tell rows and columns apart: down to 1/64 of an image's side
-
-    def __init__(self, hidden_size: int, settings: RouterSettings) -> None:
-        super().__init__()
-        width = settings.bottleneck
-        if width % (2 * settings.num_heads):
-            raise ValueError(f"router: bottleneck={width} is no multiple of twice num_heads={settings.num_heads}.")
-        self.num_heads = settings.num_heads
-        self.num_candidates = len(settings.candidates)
-        self.input_norm = nn.LayerNorm(hidden_size)
-        self.down = nn.Linear(hidden_size, width)
-        self.kind = nn.Embedding(2, width)  # text, visual
-        self.place = nn.Linear(4 * self.OCTAVES, width, bias=False)
-        self.layer = nn.Embedding(max(1, self.num_candidates), width)
-        self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.token_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-        self.layer_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-
-    def forward(
-        self, states: Tensor, visual: Tensor, visible: Tensor, places: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits, higher is more needed; those at text tokens mean nothing. Differentiable in the router's weights.
-
-        Args:
-            states: [B, S, D] what enters layer `read_at`.
-            visual: [B, S] True at visual tokens.
-            visible: [B, S] False at padding, and at answer tokens, which no question comes with.
-            places: [B, S, 3] image number, row and column of each visual token, as `places_of` has them.
-
-        Returns:
-            Token logits [B, S] and layer logits [B, N], float32.
-        """
-        states, visual, visible = self._here(states), self._here(visual), self._here(visible)
-        x = self.down(self.input_norm(states)) + self.kind(visual.long())  # [B, S, R]
-        if places is not None:
-            places = self._here(places)
-            x = x + self.place(waves(places[..., 1:], self.OCTAVES).to(x.dtype)) * visual[..., None]
-        numbers = torch.arange(self.num_candidates, device=x.device)
-        layers = self.layer(numbers).to(x.dtype) + asked(x, visible, visual)[:, None]  # [B, N, R]
-        x = torch.cat([x, layers], 1)  # [B, S + N, R]
-        x = x + self._attend(self.attention_norm(x), visible)
-        x = x + self.mlp(self.mlp_norm(x))
-        tokens, layers = x.split([states.shape[1], self.num_candidates], 1)
-        return self.token_head(tokens)[..., 0].float(), self.layer_head(layers)[..., 0].float()
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        """On the router's device and, if floating, in its dtype. Weights on meta are offloaded: a hook moves inputs."""
-        own = next(self.parameters())
-        tensor = tensor if own.is_meta else tensor.to(own.device)
-        return tensor.to(own.dtype) if tensor.is_floating_point() else tensor
-
-    def _attend(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Everything sees every visible token and every layer: [B, S + N, R] -> [B, S + N, R]."""
-        order = visible.long().cumsum(1)  # counts what is visible, so that padding shifts nothing
-        order = F.pad(order, (0, self.num_candidates))  # layers have no place in the text: 0
-        seen = F.pad(visible, (0, self.num_candidates), value=True)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, S + N, R / H]
-        q, k = rotated(q, order), rotated(k, order)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
-        return self.out(x.transpose(1, 2).flatten(2))
-
-
-def asked(x: Tensor, visible: Tensor, visual: Tensor) -> Tensor:
-    """What a question says: its last token, which has seen all others, and the mean of its text, [B, R]."""
-    order = visible.long().cumsum(1)
-    last = visible & (order == order[:, -1:])
-    text = (visible & ~visual).to(x.dtype)
-    mean = text / text.sum(1, keepdim=True).clamp(min=1)
-    return torch.einsum("bs,bsr->br", last.to(x.dtype) + mean, x)
-
-
-def rotated(x: Tensor, order: Tensor) -> Tensor:
-    """Rotary position embedding: x [B, H, S, C], order [B, S]."""
-    half = x.shape[-1] // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = order[:, None, :, None] * frequency  # [B, 1, S, C / 2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def waves(coordinates: Tensor, octaves: int) -> Tensor:
-    """Sines and cosines of rising frequency: [..., 2] in 0 to 1 -> [..., 4 * octaves]."""
-    angle = coordinates[..., None] * math.pi * 2.0 ** torch.arange(octaves, device=coordinates.device)
-    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
-
-
-def best_tokens(logits: Tensor, visual: Tensor, budget: Budget) -> Tensor:
-    """Keep each row's highest visual tokens, as many as the budget says, and all text: [B, S] bool.
-
-    By logits, not by their sigmoids, which saturate to ties.
-    """
-    ranked = logits.masked_fill(~visual, -math.inf).argsort(dim=1, descending=True, stable=True)
-    count = budget.tokens_of(visual.sum(1))  # [B]
-    first = torch.arange(logits.shape[1], device=logits.device) < count[:, None]
-    return torch.zeros_like(visual).scatter(1, ranked, first) | ~visual
-
-
-def best_layers(logits: Tensor, settings: RouterSettings, keep_layers: int | None, num_layers: int) -> Tensor:
-    """Skip each row's lowest candidates until `keep_layers` are left: [B, N] -> [B, L] bool."""
-    layers = torch.ones(len(logits), num_layers, dtype=torch.bool, device=logits.device)
-    skipped = 0 if keep_layers is None else num_layers - keep_layers
-    if skipped:
-        lowest = logits.argsort(dim=1, stable=True)[:, :skipped]
-        candidates = torch.tensor(settings.candidates, device=logits.device)
-        layers.scatter_(1, candidates[lowest], False)
-    return layers
-
-
-# --- where visual tokens lie in their images --------------------------------------------------------------------------
-
-
-def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Image number, row and column of each visual token, [B, S, 3]; zero at text.
-
-    Visual tokens come in runs, one or more an image. The grids are read from the inputs where they hold them
-    (`image_grid_thw`, `image_sizes`); a run that is one square, or several squares of `image_seq_length`, is taken as
-    such. In other runs the row is how far the token is in the run and the column is the middle.
-    """
-    runs = runs_of(visual)
-    places = torch.zeros(*visual.shape, 3)
-    shapes = run_shapes(config, [end - start for _, start, end in runs], inputs)
-    number, previous = -1, None
-    for (row, start, end), shape in zip(runs, shapes, strict=True):
-        if shape.first_of_image:
-            number = 0 if row != previous else number + 1
-            previous = row
-        places[row, start:end] = F.pad(shape.coordinates(end - start), (1, 0), value=number)
-    return places.to(visual.device)
-
-
-def part_of(places: Tensor, past: int, visual: Tensor) -> Tensor:
-    """Of places for the whole text [B, T, 3] those of a pass, zero for what was generated since: [B, S, 3]."""
-    end = past + visual.shape[1]
-    return F.pad(places, (0, 0, 0, max(0, end - places.shape[1])))[:, past:end]
-
-
-def runs_of(visual: Tensor) -> list[tuple[int, int, int]]:
-    """Row, start and end of each run of True in [B, S], in order."""
-    edges = F.pad(visual.cpu().byte(), (1, 1)).diff(dim=1).nonzero().tolist()  # one at each start, one at each end
-    return [(row, start, end) for (row, start), (_, end) in zip(edges[::2], edges[1::2], strict=True)]
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """How a run of visual tokens lies in an image: tiles of rows and columns one after the other.
-
-    In LLaVA-NeXT and its kin one coarse tile is followed by a finer grid over the same image, whose rows each end with
-    a token that only says so: its place is the right edge.
-    """
-
-    height: int
-    width: int
-    top: float = 0.0  # where the run begins in its image, and how much of it it covers, from 0 to 1
-    share: float = 1.0
-    first_of_image: bool = True
-    finer: tuple[int, int] | None = None  # rows and columns of the finer grid, line ends not counted
-
-    @property
-    def length(self) -> int:
-        rows, columns = self.finer or (0, 0)
-        return self.height * self.width + rows * (columns + 1)
-
-    def coordinates(self, length: int) -> Tensor:
-        """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
-        tile = self.height * self.width
-        rows = (torch.arange(self.height) + 0.5) / self.height * self.share + self.top
-        columns = (torch.arange(self.width) + 0.5) / self.width
-        grid = torch.cartesian_prod(rows, columns)  # [tile, 2]
-        if self.finer is not None:
-            rows = (torch.arange(self.finer[0]) + 0.5) / self.finer[0]
-            columns = F.pad((torch.arange(self.finer[1]) + 0.5) / self.finer[1], (0, 1), value=1.0)
-            return torch.cat([grid, torch.cartesian_prod(rows, columns)])
-        tiles = length // tile
-        rest = (torch.arange(length - tiles * tile) + 0.5) / max(1, length - tiles * tile)
-        return torch.cat([grid.repeat(tiles, 1), torch.stack([rest, torch.full_like(rest, 0.5)], 1)])
-
-
-def run_shapes(config: Any, lengths: list[int], inputs: dict[str, Any]) -> list[RunShape]:
-    """The shape of each run, by what the inputs say of the images, and by the run's length where they say nothing."""
-    vision = config.vision_config
-    known: list[RunShape] = []
-    if (grids := inputs.get("image_grid_thw")) is not None and inputs.get("video_grid_thw") is None:
-        merge = vision.spatial_merge_size
-        known = [RunShape(h // merge, w // merge) for _, h, w in grids.tolist()]
-    elif getattr(vision, "model_type", None) == "pixtral" and (sizes := inputs.get("image_sizes")) is not None:
-        side = vision.patch_size * getattr(config, "spatial_merge_size", 1)
-        for h, w in torch.as_tensor(sizes).tolist():  # a run is one row of patches, then comes [IMG_BREAK]
-            count = int(h) // side
-            known += [RunShape(1, int(w) // side, row / count, 1 / count, row == 0) for row in range(count)]
-    elif getattr(config, "image_grid_pinpoints", None) and (sizes := inputs.get("image_sizes")) is not None:
-        counts = inputs.get("batch_num_images")  # LLaVA-OneVision's: several images are not cut into tiles
-        alone = [n == 1 for n in counts.tolist() for _ in range(n)] if counts is not None else [True] * len(sizes)
-        known = [any_resolution_shape(config, *of) for of in zip(torch.as_tensor(sizes).tolist(), alone, strict=True)]
-    if [shape.length for shape in known] == lengths:
-        return known
-    return [guessed_shape(config, length) for length in lengths]
-
-
-def any_resolution_shape(config: Any, size: list[int], tiled: bool = True) -> RunShape:
-    """LLaVA-NeXT's and LLaVA-OneVision's: the whole image in one tile, then tiles of which padding is cut off again.
-
-    Args:
-        size: height and width of the image in pixels.
-    """
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size
-    if not tiled:
-        return RunShape(side, side, finer=(1, 0))
-    down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
-    padded = torch.empty(1, down * side, across * side, device="meta")
-    rows, columns = unpad_image(padded, size).shape[1:]
-    if limit := str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_"):  # LLaVA-OneVision's
-        ratio = math.sqrt(rows * columns / (int(limit) * side**2))
-        if ratio > 1.1:
-            rows, columns = int(rows // ratio), int(columns // ratio)
-    return RunShape(side, side, finer=(rows, columns))
-
-
-def guessed_shape(config: Any, length: int) -> RunShape:
-    """Square tiles of the size that the configuration speaks of, or one square; else one token a row."""
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size if isinstance(getattr(vision, "image_size", None), int) else 0
-    for tile in (getattr(config, "image_seq_length", 0), side * side, length):
-        if 1 < tile <= length and math.isqrt(tile) ** 2 == tile:
-            return RunShape(math.isqrt(tile), math.isqrt(tile))
-    return RunShape(length, 1)
-
-
-# --- the cache: short inside, of the original length outside ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Which tokens a layer's cache holds: entry p of row b is token index[b, p] of the text, if it is valid.
-
-    A row with fewer tokens than the longest has entries that are not valid, in front.
-    """
-
-    index: Tensor  # [B, P]
-    valid: Tensor  # [B, P]
-    all_valid: bool
-    newest: list[int]  # [P] highest valid index of each column, on the host: what sliding windows have passed
-
-    @classmethod
-    def counted(cls, start: int, end: int, num_rows: int, device: torch.device) -> Entries:
-        """All tokens from start to end."""
-        index = torch.arange(start, end, device=device).expand(num_rows, -1)
-        return cls(index, torch.ones_like(index, dtype=torch.bool), True, list(range(start, end)))
-
-    def followed_by(self, other: Entries) -> Entries:
-        return Entries(
-            torch.cat([self.index, other.index.to(self.index.device)], 1),
-            torch.cat([self.valid, other.valid.to(self.valid.device)], 1),
-            self.all_valid and other.all_valid,
-            self.newest + other.newest,
-        )
-
-    def part(self, start: int, end: int | None = None) -> Entries:
-        part = slice(start, end)
-        return Entries(self.index[:, part], self.valid[:, part], self.all_valid, self.newest[part])
-
-    def select(self, chosen: Tensor) -> Entries:
-        chosen = chosen.to(self.index.device)
-        return replace(self, index=self.index[chosen], valid=self.valid[chosen])
-
-
-Group = tuple[bool, int | None]  # layers whose caches hold the same tokens: after drop_at?, sliding window
-
-
-class _RoutedCache(Cache):
-    """What both kinds of cache share. Lengths are those of the text, as if nothing had been dropped or skipped.
-
-    A cache is taken over where it is, because `generate` and its callers hold on to the object: `take_over` gives a
-    cache of transformers this class.
-    """
-
-    whole_rows = False  # True: a layer stores all rows as soon as one of them runs it
-
-    route: Any  # Route of the first routed pass, whose layers hold for all later ones; None before it
-    seen: int  # tokens of the text so far
-    entries: dict[Group, Entries]  # a group that is not here holds all tokens
-    rows: list[tuple[int, ...] | None]  # per layer, the rows that run it, None for all
-    windows: list[int | None]  # per layer
-    recording: bool  # assisted decoding may take tokens back: windows are not cut
-
-    def _begin(self, seen: int) -> None:
-        self.route, self.seen, self.entries, self.recording = None, seen, {}, False
-        self.rows, self.windows = [None] * len(self.layers), [None] * len(self.layers)
-
-    def hold(self, route: Route, rows: list[tuple[int, ...] | None]) -> None:
-        """Follow a route from now on. Of earlier turns, layers keep the entries of the rows that go on using them."""
-        self.route, self.rows = route, list(rows)
-        for layer, chosen in zip(self.layers, rows, strict=True):
-            if chosen is not None and not self.whole_rows:
-                take_rows(layer, torch.tensor(chosen, dtype=torch.long))
-
-    def extend(self, entries: dict[Group, Entries], num_tokens: int, drop_at: int) -> None:
-        """Note what a pass over `num_tokens` tokens has added."""
-        self.entries, self.seen = entries, self.seen + num_tokens
-        if not self.recording:
-            self._slide(drop_at)
-
-    def _slide(self, drop_at: int) -> None:
-        """Forget the entries that no row's sliding window will see again."""
-        for group, entries in list(self.entries.items()):
-            if group[1] is None:
-                continue
-            passed = sum(newest <= self.seen - group[1] for newest in entries.newest)
-            self.entries[group] = entries.part(passed)
-            for layer_idx, layer in enumerate(self.layers):
-                if layer.is_initialized and self.group(layer_idx, drop_at) == group:
-                    layer.keys, layer.values = layer.keys[:, :, passed:], layer.values[:, :, passed:]
-
-    def group(self, layer_idx: int, drop_at: int) -> Group:
-        return layer_idx >= drop_at, self.windows[layer_idx]
-
-    def select_rows(self, chosen: Tensor) -> None:
-        """Make this the cache of a batch of the chosen rows, in the order given."""
-        self.entries = {group: entries.select(chosen) for group, entries in self.entries.items()}
-        self.route = self.route and self.route.select(chosen)
-        for layer_idx, (layer, rows) in enumerate(zip(self.layers, self.rows, strict=True)):
-            if rows is None:
-                take_rows(layer, chosen)
-                continue
-            stored = {row: place for place, row in enumerate(rows)}
-            places = [stored.get(row) for row in chosen.tolist()]
-            self.rows[layer_idx] = tuple(row for row, place in enumerate(places) if place is not None)
-            there = torch.tensor([place for place in places if place is not None], dtype=torch.long)
-            take_rows(layer, chosen if self.whole_rows else there)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows(torch.arange(len(self.route.layers)).repeat_interleave(repeats))
-
-    def activate_past_recording(self) -> None:
-        self.recording = True
-
-    def reset(self) -> None:
-        super().reset()
-        windows = self.windows
-        self._begin(seen=0)
-        self.windows = windows
-
-
-class RoutedCache(_RoutedCache, DynamicCache):
-    """Grows as it is filled. A layer has entries only of the rows that run it and of the tokens that reach it."""
-
-    @classmethod
-    def take_over(cls, cache: DynamicCache, num_layers: int) -> RoutedCache:
-        if others := {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
-            raise ValueError(f"a cache with layers of type {others.pop().__name__} cannot hold a route.")
-        seen = cache.get_seq_length()
-        cache.layers += [DynamicLayer() for _ in range(num_layers - len(cache.layers))]
-        cache.__class__ = cls
-        cache._begin(seen)
-        for layer_idx, layer in enumerate(cache.layers):
-            if type(layer) is DynamicSlidingWindowLayer:  # it counts entries; here tokens count, and `_slide` cuts
-                cache.recording |= layer.record_past
-                cache.windows[layer_idx] = layer.sliding_window
-                cache.layers[layer_idx] = whole = DynamicLayer()
-                if layer.is_initialized:
-                    whole.lazy_initialization(layer.keys, layer.values)
-                    whole.keys, whole.values = layer.keys, layer.values
-        return cache
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens (a negative number); not those of a routed prompt, some of which are not there."""
-        count = -tokens_to_remove
-        for entries in self.entries.values():
-            last = torch.arange(self.seen - count, self.seen, device=entries.index.device)
-            if entries.index.shape[1] < count or bool(
-                (entries.index[:, entries.index.shape[1] - count :] != last).any()
-            ):
-                raise ValueError(
-                    f"the last {count} tokens are not all in the cache: a routed prompt cannot be cropped."
-                )
-        super().crop(tokens_to_remove)
-        self.seen -= count
-        self.entries = {group: entries.part(0, len(entries.newest) - count) for group, entries in self.entries.items()}
-
-
-class RoutedStaticCache(_RoutedCache, StaticCache):
-    """Of fixed size. Dropped tokens take no place in it, skipped layers none if all rows skip them."""
-
-    whole_rows = True
-
-    @classmethod
-    def take_over(cls, cache: StaticCache, num_layers: int) -> RoutedStaticCache:
-        seen = int(cache.get_seq_length())
-        whole = [layer for layer in cache.layers if type(layer) is StaticLayer]
-        if not whole or any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
-            kinds = sorted({type(layer).__name__ for layer in cache.layers})
-            raise ValueError(f"a static cache of {', '.join(kinds)} cannot hold a route; use a dynamic one.")
-        if seen and len(whole) < len(cache.layers):
-            raise ValueError("a static cache with sliding windows cannot be routed after its first turn.")
-        size = whole[0].max_cache_len
-        cache.layers = [layer if type(layer) is StaticLayer else StaticLayer(size) for layer in cache.layers]
-        cache.__class__ = cls
-        cache._begin(seen)
-        return cache
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.layers[layer_idx].max_cache_len, 0
-
-
-def take_rows(layer: Any, chosen: Tensor) -> None:
-    """Keep the chosen rows of a layer's keys and values."""
-    if layer.is_initialized:
-        chosen = chosen.to(layer.keys.device)
-        layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
-
-
-def routed_cache(cache: Any, num_layers: int) -> RoutedCache | RoutedStaticCache:
-    """The cache itself, able to hold a route."""
-    if isinstance(cache, _RoutedCache):
-        return cache
-    if type(cache) is DynamicCache:
-        return RoutedCache.take_over(cache, num_layers)
-    if type(cache) is StaticCache:
-        return RoutedStaticCache.take_over(cache, num_layers)
-    raise ValueError(f"a {type(cache).__name__} cannot hold a route: use a dynamic or static cache, or preset='off'.")
-
-
-# --- one pass through the decoder -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Request:
-    """What the model hands its decoder for one pass, and what it gets back."""
-
-    router: Any  # Router
-    settings: RouterSettings
-    budget: Budget
-    visual: Any  # Tensor [B, S] True at visual tokens, None if the pass has none
-    deepstack: int = 0  # after that many layers the decoder itself adds visual features to the states
-    imposed: Route | None = None
-    hidden: Tensor | None = None  # [B, S] tokens that the router must not see: answers
-    labels: Tensor | None = None  # [B, S] a copy of ours
-    places: Any = None  # Tensor [B, S, 3]
-    run: bool = True  # False: only up to the router
-    route: Any = None  # result: a Route
-    router_inputs: Any = None  # result, if not run: RouterInputs
-
-
-@dataclass(frozen=True)
-class RouterInputs:
-    """What `Router.forward` takes, in its order: `router(*inputs)`."""
-
-    states: Tensor  # [B, S, D]
-    visual: Tensor  # [B, S]
-    visible: Tensor  # [B, S]
-    places: Tensor  # [B, S, 3]
-
-    def __iter__(self) -> Any:
-        return iter((self.states, self.visual, self.visible, self.places))
-
-
-class Pass:
-    """One pass through the decoder's layers: what each of them runs on."""
-
-    def __init__(self, decoder: Any, request: Request, inputs: dict[str, Any]) -> None:
-        embeddings = inputs["inputs_embeds"]
-        self.request = request
-        self.config, self.num_layers = decoder.config, decoder.config.num_hidden_layers
-        self.num_rows, self.num_tokens = embeddings.shape[:2]
-        self.cache: Any = prepared_cache(decoder, inputs)  # None without one
-        self.static = isinstance(self.cache, RoutedStaticCache)
-        self.past = self.cache.seen if self.cache is not None else 0
-        self.real = real_tokens(inputs.get("attention_mask"), self.past, embeddings)  # [B, S]
-        held: Any = self.cache.route if self.cache is not None else None
-        self.drop_at = drop_layer(request, held, self.num_layers)
-        self.short_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
-        self.rows: list[tuple[int, ...] | None] = [None] * self.num_layers
-        if self.cache is not None and held is not None:
-            self.rows = list(self.cache.rows)
-        self.stay: Any = None  # Entries: the tokens that stay; None: all of them
-        self.settled = False
-        self._memo: dict[Any, Any] = {}
-        if request.visual is None and request.imposed is None:  # text goes on with the route there is
-            everything = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-            request.route = Route(everything, held.layers, visual=~everything, drop_at=self.drop_at)
-            self.settled = True
-        elif request.settings.read_at == 0 or request.imposed is not None:
-            self._decide(embeddings)
-
-    # --- the decision ---
-
-    @torch.no_grad()
-    def _decide(self, states: Tensor) -> None:
-        """Ask the router, or follow what is imposed: states [B, S, D]."""
-        request = self.request
-        if request.imposed is not None:
-            route = self._imposed(request.imposed.for_rows(self.num_rows))
-        else:
-            visual = request.visual.to(states.device)
-            visible = self.real if request.hidden is None else self.real & ~request.hidden.to(self.real.device)
-            inputs = RouterInputs(states, visual, visible, request.places)
-            if not request.run:
-                request.router_inputs = inputs
-            tokens, layers = (logits.to(states.device) for logits in request.router(*inputs))
-            keep = best_tokens(tokens, visual & self.real, request.budget)
-            run = best_layers(layers, request.settings, request.budget.keep_layers, self.num_layers)
-            run |= ~visual.any(1)[:, None]  # a row of text alone runs whole
-            route = Route(keep, run, visual, request.places, tokens, layers)
-        self._settle(replace(route, drop_at=self.drop_at))
-
-    def _imposed(self, route: Route) -> Route:
-        """Check a hand-made route and fill in what it leaves open."""
-        device = self.real.device
-        keep = torch.ones_like(self.real) if route.keep is None else route.keep.to(device, torch.bool)
-        if keep.shape[1] > self.num_tokens:
-            raise ValueError(f"the route given is for {keep.shape[1]} tokens, the prompt has {self.num_tokens}.")
-        keep = F.pad(keep, (0, self.num_tokens - keep.shape[1]), value=True)  # what was generated since
-        layers = torch.ones(self.num_rows, self.num_layers, dtype=torch.bool, device=device)
-        if route.layers is not None:
-            if route.layers.shape[1] != self.num_layers:
-                raise ValueError(f"the route given is for {route.layers.shape[1]} layers, there are {self.num_layers}.")
-            layers = route.layers.to(device, torch.bool)
-        visual = self.request.visual
-        if visual is not None and bool((~keep & ~visual.to(device) & self.real).any()):
-            raise ValueError("the route given drops text: only visual tokens can leave.")
-        return replace(route, keep=keep, layers=layers, visual=visual, places=self.request.places)
-
-    def _settle(self, route: Route) -> None:
-        """Prepare what the layers need to know. Looks at the values, which synchronises on a GPU."""
-        held = self.cache.route if self.cache is not None else None
-        if held is not None:  # layers are chosen once for a conversation
-            route = replace(route, layers=held.layers)
-        keep = route.keep & self.real
-        self.rows = rows_of(route.layers)
-        kept, real = torch.stack([keep.sum(1), self.real.sum(1)]).tolist()
-        if kept != real and self.drop_at < self.num_layers:
-            check_windows(self.config)
-            self.stay = self._staying(keep, max(kept), min(kept) == max(kept))
-        if self.request.labels is not None:  # a label is predicted by the token before it, which must be there
-            self.request.labels[:, 1:].masked_fill_(~route.keep[:, :-1], IGNORED_LABEL)
-        if self.cache is not None and held is None:
-            self.cache.hold(route, self.rows)
-        self.request.route = route
-        self.settled = True
-
-    def _staying(self, keep: Tensor, width: int, all_valid: bool) -> Entries:
-        """The tokens that stay, in their order at the end of each row; in front, others that fill it up, not valid."""
-        index = keep.byte().argsort(dim=1, stable=True)[:, -width:]  # [B, K]
-        valid = keep.gather(1, index)
-        newest = [self.past + self.num_tokens] * width
-        if self.cache is not None and any(self.cache.windows):
-            newest = (self.past + torch.where(valid, index, -1)).amax(0).tolist()
-        return Entries(index, valid, all_valid, newest)
-
-    # --- the layers ---
-
-    def layer(self, layer_idx: int, forward: Any, states: Tensor, keywords: dict[str, Any]) -> Tensor:
-        """Run a decoder layer on the tokens and rows that it is for: [B, S or K, D] -> [B, S or K, D]."""
-        if not self.settled and layer_idx == self.request.settings.read_at:
-            self._decide(states)
-        if self.settled and not self.request.run:
-            return states
-        whole = None
-        if self.stay is not None and self.drop_at <= layer_idx <= self.short_from:
-            whole, states = states, states.gather(1, self._spread(states))
-        rows = self.rows[layer_idx]
-        if rows is None:
-            states = forward(states, **self._keywords(layer_idx, keywords, None))
-        elif rows and self.static:  # run all, take some
-            ran = forward(states, **self._keywords(layer_idx, keywords, None))
-            index = index_of(rows, states.device)
-            states = states.index_copy(0, index, ran[index])
-        elif rows:
-            index = index_of(rows, states.device)
-            ran = forward(states[index], **self._keywords(layer_idx, keywords, rows))
-            states = states.index_copy(0, index, ran)
-        if whole is not None and layer_idx < self.short_from:
-            states = whole.scatter(1, self._spread(states), states)
-        return states
-
-    def finish(self, output: Any) -> Any:
-        """Spread the last hidden state out to the original length, zero where a token has left; note what is cached."""
-        if self.cache is not None:
-            groups = {self.cache.group(layer_idx, self.drop_at) for layer_idx in range(self.num_layers)}
-            entries = {group: found for group in groups if (found := self._entries(group)) is not None}
-            self.cache.extend(entries, self.num_tokens, self.drop_at)
-        if self.stay is None or self.short_from >= self.num_layers or not self.request.run:
-            return output
-        last = output.last_hidden_state  # [B, K, D]
-        last = last.masked_fill(~self.stay.valid.to(last.device)[..., None], 0)
-        full = last.new_zeros(self.num_rows, self.num_tokens, last.shape[-1])
-        output.last_hidden_state = full.scatter(1, self._spread(last), last)
-        return output
-
-    def _spread(self, states: Tensor) -> Tensor:
-        """The index of the tokens that stay, as gather and scatter want it: [B, K, D]."""
-        return self.stay.index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-
-    def _once(self, key: Any, make: Any, given: Any = None) -> Any:
-        """Layers are given the same masks and positions: each is narrowed once a pass, told apart by identity."""
-        key = (key, id(given))
-        if key not in self._memo:
-            self._memo[key] = (make(), given)  # held, so that no other object gets its identity
-        return self._memo[key][0]
-
-    # --- what the layers are given ---
-
-    def _keywords(self, layer_idx: int, keywords: dict[str, Any], rows: tuple[int, ...] | None) -> dict[str, Any]:
-        """A layer's keywords, for the tokens that stay and the rows that run it."""
-        window = self.cache.windows[layer_idx] if self.cache is not None else None
-        group = (layer_idx >= self.drop_at, window)
-        narrowed = dict(keywords)
-        mask, positions = keywords.get("attention_mask"), keywords.get("position_embeddings")
-        narrowed["attention_mask"] = self._once(
-            ("mask", group, rows), lambda: self._rows(self._mask(mask, group), rows, -4), mask
-        )
-        if positions is not None:
-            narrowed["position_embeddings"] = self._once(
-                ("positions", group[0], rows),
-                lambda: tuple(self._rows(self._tokens(part, group[0]), rows, -3) for part in positions),
-                positions,
-            )
-        if rows is not None or (group[0] and self.stay is not None):
-            narrowed["position_ids"] = None  # only read to find packed sequences, for which gaps would be taken
-        return narrowed
-
-    def _rows(self, tensor: Tensor | None, rows: tuple[int, ...] | None, dim: int) -> Tensor | None:
-        """The rows of a mask (dimension -4 of four, or the first of two) or of cos and sin (dimension -3)."""
-        if rows is None or tensor is None:
-            return tensor
-        dim = 0 if tensor.ndim == 2 else dim
-        if tensor.shape[dim] != self.num_rows:  # one for all
-            return tensor
-        return tensor.index_select(dim, index_of(rows, tensor.device))
-
-    def _tokens(self, positions: Tensor, dropped: bool) -> Tensor:
-        """Cosines or sines of the tokens that stay: [..., B or 1, S, C] -> [..., B, K, C]."""
-        if not dropped or self.stay is None:
-            return positions
-        positions = positions.expand(*positions.shape[:-3], self.num_rows, *positions.shape[-2:])
-        index = self.stay.index.to(positions.device)[..., None].expand(*positions.shape[:-2], -1, positions.shape[-1])
-        return positions.gather(-2, index)
-
-    def _entries(self, group: Group) -> Entries | None:
-        """The tokens in the caches of a group of layers after this pass; None: all tokens of the text."""
-        return self._once(("entries", group), lambda: self._extended(group))
-
-    def _extended(self, group: Group) -> Entries | None:
-        before = self.cache.entries.get(group) if self.cache is not None else None
-        adds = self.stay if group[0] else None
-        if before is None and adds is None and group[1] is None:
-            return None
-        device = self.real.device
-        if adds is None:
-            added = Entries.counted(self.past, self.past + self.num_tokens, self.num_rows, device)
-        else:
-            added = replace(adds, index=adds.index + self.past)
-        if before is None and self.past:
-            before = Entries.counted(self._stored_from(group), self.past, self.num_rows, device)
-        return added if before is None else before.followed_by(added)
-
-    def _stored_from(self, group: Group) -> int:
-        """The first token that an unrouted cache still had of an earlier turn: sliding windows forget."""
-        return 0 if group[1] is None else max(0, self.past - group[1] + 1)
-
-    def _mask(self, mask: Any, group: Group) -> Any:
-        """A mask made for the whole text [B, 1, S, T], for the tokens that stay and the entries that a layer has."""
-        if mask is not None and not isinstance(mask, Tensor):
-            raise ValueError(f"a route cannot narrow a mask of type {type(mask).__name__}: use sdpa, eager or flash.")
-        narrowed = mask
-        if (entries := self._entries(group)) is not None:
-            stay = self.stay if group[0] else None
-            if mask is None:
-                narrowed = self._explicit_mask(entries, stay)
-            elif mask.ndim == 2:  # flash attention's: True at entries that are no padding
-                narrowed = mask.gather(1, entries.index.to(mask.device)) & entries.valid.to(mask.device)
-            else:
-                narrowed = narrowed_mask(mask, entries, stay, self.num_rows)
-        if self.static and narrowed is not None:  # layers are as long as the cache, sliding ones too
-            spare = self.cache.layers[0].max_cache_len - narrowed.shape[-1]
-            narrowed = F.pad(narrowed, (0, spare), value=masked_value(narrowed))
-        return narrowed
-
-    def _explicit_mask(self, entries: Entries, stay: Entries | None) -> Tensor | None:
-        """In place of a mask that transformers left out: without padding, a token sees all that come before it."""
-        if entries.all_valid and not self.static:
-            return None
-        if is_flash_attention_requested(self.config):
-            return entries.valid
-        tokens = Entries.counted(0, self.num_tokens, self.num_rows, entries.index.device) if stay is None else stay
-        before = entries.index[:, None, None, :] <= self.past + tokens.index[:, None, :, None]
-        return before & entries.valid[:, None, None, :]
-
-
-def drop_layer(request: Request, held: Route | None, num_layers: int) -> int:
-    """The layer before which this pass's visual tokens leave: the first turn's, as a cache has it once for all."""
-    imposed = request.imposed.drop_at if request.imposed is not None else None
-    if held is not None and held.drop_at is not None:
-        if imposed not in (None, held.drop_at):
-            raise ValueError(f"the route given drops at layer {imposed}, the one of the cache at {held.drop_at}.")
-        if request.visual is not None and request.imposed is None and held.drop_at < request.settings.read_at:
-            raise ValueError(
-                f"the tokens of this cache left before layer {held.drop_at}, the router reads at layer "
-                f"{request.settings.read_at}: give a route for the new image, or begin with a new cache."
-            )
-        return held.drop_at
-    if imposed is None:
-        return request.settings.drop_at
-    if isinstance(imposed, bool) or not isinstance(imposed, int) or not 0 <= imposed <= num_layers:
-        raise ValueError(f"the route given drops at layer {imposed!r}: give a number from 0 to {num_layers}.")
-    return imposed
-
-
-@functools.lru_cache(maxsize=1024)
-def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept from step to step: copying the numbers to a GPU would wait for all that was asked of it before."""
-    with torch.inference_mode(False):  # or it could not be used in training later
-        return torch.tensor(rows, device=device)
-
-
-def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
-    """For each layer the rows that run it, None for all: [B, L]."""
-    columns = layers.T.tolist()
-    return [None if all(runs) else tuple(row for row, run in enumerate(runs) if run) for runs in columns]
-
-
-def check_windows(config: Any) -> None:
-    kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) and "sliding_attention"]
-    if is_flash_attention_requested(config) and "sliding_attention" in kinds:
-        raise ValueError(
-            "flash attention counts the entries in a sliding window, of which some are dropped here: load the model "
-            "with attn_implementation='sdpa', or keep all visual tokens."
-        )
-
-
-def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | RoutedStaticCache | None:
-    """The pass's cache, able to hold a route, put into its inputs; a new one if a cache is wanted and there is none."""
-    cache = inputs.get("past_key_values")
-    wanted = inputs.get("use_cache")
-    wanted = decoder.config.use_cache if wanted is None else wanted
-    if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
-        wanted, cache = False, None  # transformers takes it away from the layers
-        inputs["past_key_values"], inputs["use_cache"] = None, False
-    if cache is None and wanted:
-        cache = inputs["past_key_values"] = DynamicCache(config=decoder.config)
-    if cache is None:
-        return None
-    if isinstance(cache, StaticCache) and is_flash_attention_requested(decoder.config):
-        raise ValueError("flash attention reads a static cache to its end: use a dynamic one for a route, or sdpa.")
-    return routed_cache(cache, decoder.config.num_hidden_layers)
-
-
-def real_tokens(mask: Any, past: int, embeddings: Tensor) -> Tensor:
-    """Where the tokens of a pass are no padding, [B, S], from any mask that transformers makes.
-
-    None is no padding; `generate` makes it of a mask of ones. In four dimensions, padding is what no token sees.
-    """
-    num_rows, num_tokens = embeddings.shape[:2]
-    if isinstance(mask, dict):  # by kind of layer
-        mask = next((part for part in mask.values() if part is not None), None)
-    if mask is None:
-        return torch.ones(num_rows, num_tokens, dtype=torch.bool, device=embeddings.device)
-    if mask.ndim == 4:
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        mask = seen.flatten(1, 2).any(1).expand(num_rows, -1)
-    return mask[:, past : past + num_tokens].to(embeddings.device, torch.bool)
-
-
-def narrowed_mask(mask: Tensor, entries: Entries, stay: Entries | None, num_rows: int) -> Tensor:
-    """Rows for the tokens that stay, columns for the entries there are: [B, 1, S, T] -> [B, 1, K, P]."""
-    mask = mask.expand(num_rows, *mask.shape[1:])
-    if stay is not None:
-        index = stay.index.to(mask.device)[:, None, :, None]
-        mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
-    index = entries.index.to(mask.device)[:, None, None, :]
-    mask = mask.gather(3, index.expand(-1, *mask.shape[1:3], -1))
-    return mask.masked_fill(~entries.valid.to(mask.device)[:, None, None, :], masked_value(mask))
-
-
-def masked_value(mask: Tensor) -> bool | float:
-    return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-
-
-# --- the decoder's classes --------------------------------------------------------------------------------------------
-
-
-class _RoutedDecoder:
-    """A text model of transformers that takes a request, `routing`, and hands its pass on to its layers."""
-
-    def forward(self, *args: Any, routing: Request | None = None, **kwargs: Any) -> Any:
-        if routing is None:
-            return super().forward(*args, **kwargs)
-        if args:
-            raise TypeError("a routed text model takes its inputs by name.")
-        run = Pass(self, routing, kwargs)
-        return run.finish(super().forward(routing=run, **kwargs))
-
-
-class _RoutedLayer:
-    """A decoder layer of transformers that runs on what the pass leaves it."""
-
-    routed_idx: int
-
-    def forward(self, hidden_states: Tensor, *args: Any, routing: Pass | None = None, **kwargs: Any) -> Any:
-        if routing is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        if args:
-            raise TypeError("a routed layer takes everything but the hidden states by name.")
-        return routing.layer(self.routed_idx, super().forward, hidden_states, kwargs)
-
-
-@functools.cache
-def _mixed(addition: Any, stock: Any) -> Any:
-    """A subclass under the same name, by which device maps, plans and adapters find modules."""
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (addition, stock), names)
-
-
-def make_routable(decoder: Any) -> None:
-    """Give a text model and its layers the classes above, in place: parameters and their names stay."""
-    decoder.__class__ = _mixed(_RoutedDecoder, decoder.__class__)
-    for layer_idx, layer in enumerate(decoder.layers):
-        layer.__class__ = _mixed(_RoutedLayer, layer.__class__)
-        layer.routed_idx = layer_idx
-
-
-# --- the models -------------------------------------------------------------------------------------------------------
 
 
 class RoutedModel:
@@ -1150,8 +184,13 @@ class RoutedModel:
     ) -> Request | None:
         """What a pass with these inputs asks of the decoder; None: nothing, the plain model runs."""
         budget = self._budget(preset, keep_visual_tokens, keep_layers)
-        cache = named.get("past_key_values")
+        cache = cache_in(named)
         held = getattr(cache, "route", None)
+        if held is not None and preset == "off":
+            raise ValueError(
+                "preset='off' asks for the whole model, and this cache holds a route: tokens and layers are missing in "
+                "it. Begin with a new cache, or leave the preset out to go on with the route."
+            )
         if held is None and route is None and budget.is_off and run:
             return None
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
@@ -1212,32 +251,45 @@ class RoutedModel:
         request = self._request(inputs, **given, run=False)
         inputs.pop("labels", None)
         if request is not None:
+            inputs = with_cache_as(cache_name(self._stock.forward), inputs)
             self._stock.forward(self, **{**inputs, "use_cache": False, "logits_to_keep": 1, "routing": request})
+            request.check_reached()
         return request
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`, which see; the outputs of `return_dict_in_generate` have `.route`."""
+        """`GenerationMixin.generate`, which see; the outputs of `return_dict_in_generate` have `.route`.
+
+        A draft for assisted decoding sees nothing of the budget: a routed one runs under its own (`set_budget`).
+        """
         settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
         if kwargs.get("prefill_chunk_size") or settings.prefill_chunk_size:
             raise ValueError(
                 "prefill_chunk_size would choose the route by the first chunk of the prompt: leave it out."
             )
-        kwargs.setdefault("prompt_length", prompt_length(inputs, kwargs))
-        if kwargs.get("places") is None and (places := self._places(inputs, kwargs)) is not None:
-            kwargs["places"] = places
+        kwargs = with_cache_as(cache_name(self._stock.forward), kwargs)
+        asked = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
+        self._budget(*(asked.get(name) for name in ("preset", "keep_visual_tokens", "keep_layers")))
+        asked.setdefault("prompt_length", prompt_length(inputs, kwargs))
+        if asked.get("places") is None:
+            asked["places"] = self._places(inputs, kwargs, asked["prompt_length"])
         kwargs.setdefault("disable_compile", True)  # of the whole pass, as transformers does with static caches
-        made = super().generate(inputs, *args, **kwargs)
+        generation = Generation(self, asked)
+        before = GENERATION.set(generation)
+        try:
+            made = super().generate(inputs, *args, **kwargs)
+        finally:
+            GENERATION.reset(before)
         if not isinstance(made, Tensor):
-            made.route = getattr(made.get("past_key_values"), "route", None)
+            held = getattr(cache_of(made), "route", None)
+            made.route = generation.route if held is None else held
         return made
 
-    def _places(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    def _places(self, inputs: Tensor | None, kwargs: dict[str, Any], total: int | None) -> Tensor | None:
         """Places for the whole text, [B, T, 3]: `generate` encodes images itself and hands no pass their grids."""
         tokens = kwargs.get("input_ids") if inputs is None else inputs
-        total = kwargs["prompt_length"]
         if tokens is None or total is None or all(kwargs.get(name) is None for name in GRIDS):
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         new = tokens if cache is None or tokens.shape[1] < total else tokens[:, cache.get_seq_length() :]
         visual = self._visual({"input_ids": new}, None)
         return (
@@ -1253,29 +305,31 @@ class RoutedModel:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As for the stock class, the router beside: on the device of the embeddings, never offloaded (it is small)."""
+        """As for the stock class, the router beside: on the device of the embeddings, never offloaded (it is small).
+
+        Args:
+            kwargs: `preset="fast"` among them is the budget of all calls that name none, as by `set_budget`.
+        """
+        preset = kwargs.pop("preset", None)
         weights = load_file(cls._router_file(pretrained_model_name_or_path, kwargs))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, with_router=False)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._attach_router()
         model._load_router(weights)
+        if preset is not None:
+            model.set_budget(preset)
         return loaded
 
     @classmethod
     def _router_file(cls, name: Any, kwargs: dict[str, Any]) -> str:
-        hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        found = cached_file(
-            name,
-            ROUTER_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            **{key: kwargs[key] for key in hub if key in kwargs},
-        )
-        if found is None:
+        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, kwargs.get("subfolder") or "", ROUTER_FILE)):
             raise OSError(
                 f"{name} has no {ROUTER_FILE}: fetch the router's folder too, or load the plain model, without "
                 "trust_remote_code."
             )
-        return found
+        hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        path: str = cached_file(name, ROUTER_FILE, **{key: kwargs[key] for key in hub if key in kwargs})
+        return path
 
     def _load_router(self, weights: dict[str, Tensor]) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in self.router.state_dict().items()}
@@ -1305,40 +359,14 @@ class RoutedModel:
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def hidden_tokens(visual: Tensor, labels: Tensor | None, prompt_length: int | None, past: int) -> Tensor | None:
-    """Tokens that are answers and not shown to the router: [B, S], or None."""
-    hidden = torch.zeros_like(visual)
-    if prompt_length is not None:
-        hidden |= torch.arange(past, past + visual.shape[1], device=visual.device) >= prompt_length
-    if labels is not None:
-        hidden |= (labels.to(visual.device) != IGNORED_LABEL) & ~visual
-    return hidden if prompt_length is not None or labels is not None else None
-
-
-def prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int | None:
-    """Length of the text that `generate` is given to go on from: what a cache holds included, candidates not yet."""
-    tokens = next((t for t in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if t is not None), None)
-    if tokens is None:
-        return None
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if cache is None:
-        return tokens.shape[1]
-    return max(mask.shape[-1], tokens.shape[1]) if isinstance(mask, Tensor) else None  # the new ones only, or all
-
-
-def warn_of_excess(budget: Budget, visual: Tensor) -> None:
-    if isinstance(budget.keep_visual_tokens, int) and (most := int(visual.sum(1).max())) < budget.keep_visual_tokens:
-        logger.warning_once(
-            f"keep_visual_tokens={budget.keep_visual_tokens} is above the {most} visual tokens there are: all are kept."
-        )
-
-
 ROUTING_ARGUMENTS = {
     name: parameter
     for name, parameter in inspect.signature(RoutedModel._request).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name != "run"
 }
 
+
+# --- a class for each family ------------------------------------------------------------------------------------------
 
 STOCK = {  # model_type -> the class that is routed, without ForConditionalGeneration
     "llava": "Llava",
@@ -1366,18 +394,24 @@ def class_name(model_type: str) -> str:
 def routed(stock: Any) -> Any:
     """The routed class of a stock one: `forward` takes the arguments of both, the hub's names are kept."""
     signature = inspect.signature(stock.forward)
-    names = list(signature.parameters)[1:]
+    names, cache = list(signature.parameters)[1:], cache_name(stock.forward)
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        named = with_cache_as(cache, {**dict(zip(names, args, strict=False)), **kwargs})
         given = {name: named.pop(name) for name in ROUTING_ARGUMENTS if name in named}
+        generation = GENERATION.get()
+        if generation is not None and generation.model is self:
+            given = generation.arguments(number_of_rows(named)) | given
         request = self._request(named, **given)
         if request is None:
             return stock.forward(self, **named)
         if request.labels is not None:
             named["labels"] = request.labels
         output = stock.forward(self, **named, routing=request)
+        request.check_reached()
+        if generation is not None and generation.model is self and generation.route is None:
+            generation.route = request.route
         if not isinstance(output, tuple):
             output.route = request.route
         return output

@@ -10,6 +10,7 @@ Shapes: B rows, S tokens of the prompt, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -251,7 +252,8 @@ def load_torch(clean_room: Any, job: dict[str, Any]) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     auto: Any = AutoModelForImageTextToText
     if "router" in json.loads((Path(job["folder"]) / "onnx.json").read_text()):
-        modeling = module("modeling_routed", HERE.parent / "modeling" / "modeling_routed.py")  # not the source's copy
+        module("modeling", HERE.parent / "modeling" / "__init__.py")  # this package's files, not the source's copy
+        modeling: Any = importlib.import_module("modeling.modeling_routed")
         model_type = json.loads((Path(job["source"]) / "config.json").read_text())["model_type"]
         auto = getattr(modeling, modeling.class_name(model_type))
     model = auto.from_pretrained(job["source"], dtype=getattr(torch, job["dtype"]))

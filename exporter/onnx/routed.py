@@ -79,9 +79,10 @@ def read_settings(config: Any, cache: str) -> RouterSettings:
 class RouterGraph(nn.Module):
     """Scores, ranks, and gathers what stays."""
 
-    def __init__(self, router: Router, hidden_size: int, support: Support) -> None:
+    def __init__(self, router: Router, hidden_size: int, support: Support, image_floor: float = 0.0) -> None:
         super().__init__()
         self.router, self.hidden_size, self.support = router, hidden_size, support
+        self.image_floor = image_floor
 
     def forward(
         self,
@@ -109,7 +110,10 @@ class RouterGraph(nn.Module):
         real = place[None] < row_lengths[:, None]
         visual = is_visual & real
         tokens, layers = self.router(states, visual, real, places)
-        ranked = highest(tokens.masked_fill(~visual, torch.finfo(tokens.dtype).min))  # [B, S]
+        scores = tokens.masked_fill(~visual, torch.finfo(tokens.dtype).min)
+        if self.image_floor:
+            scores = floors_first(scores, visual, places[..., 0], keep_counts, self.image_floor)
+        ranked = highest(scores)  # [B, S]
         best = (place[None] < keep_counts[:, None]).expand_as(visual)
         keep = (torch.zeros_like(visual).scatter(1, ranked, best) | ~visual) & real
         # Those that stay come first, in their order.
@@ -158,6 +162,23 @@ class RouterGraph(nn.Module):
             "skip_count": {},
             "slots": {0: torch.export.Dim("kept")},
         }
+
+
+def floors_first(scores: Tensor, visual: Tensor, images: Tensor, counts: Tensor, image_floor: float) -> Tensor:
+    """Return scores [B, S] that rank the best tokens of each image first, as the routed model's `floors_first` does.
+
+    Whole numbers, by counting the tokens that are better, since no operator of ONNX ranks within groups.
+    """
+    number = torch.arange(scores.shape[1])
+    mine, other = scores[:, :, None], scores[:, None, :]  # [B, S, 1], [B, 1, S]
+    better = ((other > mine) | ((other == mine) & (number[None, :] < number[:, None]))) & visual[:, None, :]
+    image = torch.where(visual, images.float(), torch.full_like(images.float(), -1))
+    rank = (better & (image[:, :, None] == image[:, None, :])).long().sum(2)  # among the tokens of its image
+    least = (counts.float() * image_floor / (image.amax(1) + 1).clamp(min=1)).floor().clamp(min=1)  # [B]
+    floor = visual & (rank.float() < least[:, None])
+    place = better.long().sum(2)  # among all visual tokens
+    length = scores.shape[1]
+    return torch.where(visual, length - place + floor.long() * length, -1)
 
 
 def highest(scores: Tensor) -> Tensor:
@@ -289,7 +310,7 @@ def write_routed(
 ) -> None:
     """The router's graph, that of the embeddings and layers before it, and that of all behind it."""
     hidden = model.config.get_text_config().hidden_size
-    trace(RouterGraph(router, hidden, support).eval(), folder / "router.onnx", target, opset)
+    trace(RouterGraph(router, hidden, support, settings.image_floor).eval(), folder / "router.onnx", target, opset)
     if not settings.drop_at:
         trace(Embeddings(model).eval(), folder / "embeddings.onnx", target, opset)
     pieces = []

@@ -1,0 +1,385 @@
+"""One pass through the decoder: the route is decided, layers run for the tokens and rows that they are for.
+
+Decoder and layers are those of transformers, made subclasses of themselves by `make_routable`.
+
+Shapes: B rows, S tokens of a pass, K <= S tokens that stay, P entries of a layer's cache, L layers, D hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .routed_api import PACKED, cache_name, check_transformers, logger, unsupported, uses_flash_attention, with_cache_as
+from .routed_cache import Entries, Group, RoutedStaticCache, masked_value, narrowed_mask, prepared_cache
+from .routed_request import IGNORED_LABEL, Request, RouterInputs
+from .routed_route import Route
+from .routed_router import best_layers, best_tokens
+
+END_OF_IMAGE = 2  # tokens that may follow an image and ask nothing: its end, a line break
+
+
+class RoutedForward:
+    """One pass through the decoder's layers: what each of them runs on."""
+
+    def __init__(self, decoder: Any, request: Request, inputs: dict[str, Any]) -> None:
+        embeddings = inputs["inputs_embeds"]
+        self.request = request
+        self.config, self.num_layers = decoder.config, decoder.config.num_hidden_layers
+        self.num_rows, self.num_tokens = embeddings.shape[:2]
+        self.cache: Any = prepared_cache(decoder, inputs)  # None without one
+        self.static = isinstance(self.cache, RoutedStaticCache)
+        self.past = self.cache.seen if self.cache is not None else 0
+        self.real = real_tokens(inputs.get("attention_mask"), self.past, embeddings)  # [B, S]
+        held: Any = self.cache.route if self.cache is not None else None
+        self.drop_at = drop_layer(request, held, self.num_layers)
+        self.compact_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
+        self.rows: list[tuple[int, ...] | None] = [None] * self.num_layers
+        if self.cache is not None and held is not None:
+            self.rows = list(self.cache.rows)
+        self.kept: Any = None  # Entries: the tokens that stay; None: all of them
+        self.decided = False
+        self.reached = 0  # layers that were called
+        self._memo: dict[Any, Any] = {}
+        if request.visual is None and request.imposed is None:  # text goes on with the route there is
+            everything = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+            request.route = Route(everything, held.layers, visual=~everything, drop_at=self.drop_at)
+            self.decided = True
+        elif request.settings.read_at == 0 or request.imposed is not None:
+            self._decide(embeddings)
+
+    # --- the decision ---
+
+    @torch.no_grad()
+    def _decide(self, states: Tensor) -> None:
+        """Ask the router, or follow what is imposed: states [B, S, D]."""
+        request = self.request
+        if request.imposed is not None:
+            route = self._imposed(request.imposed.for_rows(self.num_rows))
+        else:
+            visual = request.visual.to(states.device)
+            visible = self.real if request.hidden is None else self.real & ~request.hidden.to(self.real.device)
+            inputs = RouterInputs(states, visual, visible, request.places)
+            if not request.run:
+                request.router_inputs = inputs
+            tokens, layers = (logits.to(states.device) for logits in request.router(*inputs))
+            shown = visual & self.real
+            keep = best_tokens(tokens, shown, request.budget, request.places, request.settings.image_floor)
+            if request.run and not request.budget.is_off:
+                warn_of_no_question(visible, shown)
+            run = best_layers(layers, request.settings, request.budget.keep_layers, self.num_layers)
+            run |= ~visual.any(1)[:, None]  # a row of text alone runs whole
+            route = Route(keep, run, visual, request.places, tokens, layers)
+        self._prepare(replace(route, drop_at=self.drop_at))
+
+    def _imposed(self, route: Route) -> Route:
+        """Check a hand-made route and fill in what it leaves open."""
+        device = self.real.device
+        keep = torch.ones_like(self.real) if route.keep is None else route.keep.to(device, torch.bool)
+        if keep.shape[1] > self.num_tokens:
+            raise ValueError(f"the route given is for {keep.shape[1]} tokens, the prompt has {self.num_tokens}.")
+        keep = F.pad(keep, (0, self.num_tokens - keep.shape[1]), value=True)  # what was generated since
+        layers = torch.ones(self.num_rows, self.num_layers, dtype=torch.bool, device=device)
+        if route.layers is not None:
+            if route.layers.shape[1] != self.num_layers:
+                raise ValueError(f"the route given is for {route.layers.shape[1]} layers, there are {self.num_layers}.")
+            layers = route.layers.to(device, torch.bool)
+        visual = self.request.visual
+        if visual is not None and bool((~keep & ~visual.to(device) & self.real).any()):
+            raise ValueError("the route given drops text: only visual tokens can leave.")
+        return replace(route, keep=keep, layers=layers, visual=visual, places=self.request.places)
+
+    def _prepare(self, route: Route) -> None:
+        """Prepare what the layers need to know. Looks at the values, which synchronises on a GPU."""
+        held = self.cache.route if self.cache is not None else None
+        if held is not None:  # layers are chosen once for a conversation
+            route = replace(route, layers=held.layers)
+        keep = route.keep & self.real
+        self.rows = rows_of(route.layers)
+        kept, real = torch.stack([keep.sum(1), self.real.sum(1)]).tolist()
+        if kept != real and self.drop_at < self.num_layers:
+            check_windows(self.config)
+            self.kept = self._kept_entries(keep, max(kept), min(kept) == max(kept))
+        if self.request.labels is not None:  # a label is predicted by the token before it, which must be there
+            self.request.labels[:, 1:].masked_fill_(~route.keep[:, :-1], IGNORED_LABEL)
+        if self.cache is not None and held is None:
+            self.cache.hold(route, self.rows)
+        self.request.route = route
+        self.decided = True
+
+    def _kept_entries(self, keep: Tensor, width: int, all_valid: bool) -> Entries:
+        """The tokens that stay, in their order at the end of each row; in front, others that fill it up, not valid."""
+        index = keep.byte().argsort(dim=1, stable=True)[:, -width:]  # [B, K]
+        valid = keep.gather(1, index)
+        newest = [self.past + self.num_tokens] * width
+        if self.cache is not None and any(self.cache.windows):
+            newest = (self.past + torch.where(valid, index, -1)).amax(0).tolist()
+        return Entries(index, valid, all_valid, newest)
+
+    # --- the layers ---
+
+    def layer(self, layer_idx: int, forward: Any, states: Tensor, keywords: dict[str, Any]) -> Tensor:
+        """Run a decoder layer on the tokens and rows that it is for: [B, S or K, D] -> [B, S or K, D]."""
+        self.reached += 1
+        if packed := [name for name in PACKED if keywords.get(name) is not None]:
+            raise ValueError(f"packed sequences ({packed[0]}) cannot be routed: pad them, or use preset='off'.")
+        if not self.decided and layer_idx == self.request.settings.read_at:
+            self._decide(states)
+        if self.decided and not self.request.run:
+            return states
+        whole = None
+        if self.kept is not None and self.drop_at <= layer_idx <= self.compact_from:
+            whole, states = states, states.gather(1, self._spread(states))
+        rows = self.rows[layer_idx]
+        if rows is None:
+            states = forward(states, **self._keywords(layer_idx, keywords, None))
+        elif rows and self.static:  # run all, take some
+            ran = forward(states, **self._keywords(layer_idx, keywords, None))
+            index = index_of(rows, states.device)
+            states = states.index_copy(0, index, ran[index])
+        elif rows:
+            index = index_of(rows, states.device)
+            ran = forward(states[index], **self._keywords(layer_idx, keywords, rows))
+            states = states.index_copy(0, index, ran)
+        if whole is not None and layer_idx < self.compact_from:
+            states = whole.scatter(1, self._spread(states), states)
+        return states
+
+    def finish(self, output: Any) -> Any:
+        """Spread the last hidden state out to the original length, zero where a token has left; note what is cached."""
+        if self.reached != self.num_layers:
+            raise RuntimeError(
+                unsupported(f"{self.reached} of {self.num_layers} decoder layers were told of the route")
+            )
+        if self.cache is not None:
+            groups = {self.cache.group(layer_idx, self.drop_at) for layer_idx in range(self.num_layers)}
+            entries = {group: found for group in groups if (found := self._entries(group)) is not None}
+            self.cache.extend(entries, self.num_tokens, self.drop_at)
+        if self.kept is None or self.compact_from >= self.num_layers or not self.request.run:
+            return output
+        last = output.last_hidden_state  # [B, K, D]
+        last = last.masked_fill(~self.kept.valid.to(last.device)[..., None], 0)
+        full = last.new_zeros(self.num_rows, self.num_tokens, last.shape[-1])
+        output.last_hidden_state = full.scatter(1, self._spread(last), last)
+        return output
+
+    def _spread(self, states: Tensor) -> Tensor:
+        """The index of the tokens that stay, as gather and scatter want it: [B, K, D]."""
+        return self.kept.index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
+
+    def _once(self, key: Any, make: Any, given: Any = None) -> Any:
+        """Layers are given the same masks and positions: each is narrowed once a pass, told apart by identity."""
+        key = (key, id(given))
+        if key not in self._memo:
+            self._memo[key] = (make(), given)  # held, so that no other object gets its identity
+        return self._memo[key][0]
+
+    # --- what the layers are given ---
+
+    def _keywords(self, layer_idx: int, keywords: dict[str, Any], rows: tuple[int, ...] | None) -> dict[str, Any]:
+        """A layer's keywords, for the tokens that stay and the rows that run it."""
+        window = self.cache.windows[layer_idx] if self.cache is not None else None
+        group = (layer_idx >= self.drop_at, window)
+        narrowed = dict(keywords)
+        mask, positions = keywords.get("attention_mask"), keywords.get("position_embeddings")
+        narrowed["attention_mask"] = self._once(
+            ("mask", group, rows), lambda: self._rows(self._mask(mask, group), rows, -4), mask
+        )
+        if positions is not None:
+            narrowed["position_embeddings"] = self._once(
+                ("positions", group[0], rows),
+                lambda: tuple(self._rows(self._tokens(part, group[0]), rows, -3) for part in positions),
+                positions,
+            )
+        if rows is not None or (group[0] and self.kept is not None):
+            narrowed["position_ids"] = None  # only read to find packed sequences, for which gaps would be taken
+        return narrowed
+
+    def _rows(self, tensor: Tensor | None, rows: tuple[int, ...] | None, dim: int) -> Tensor | None:
+        """The rows of a mask (dimension -4 of four, or the first of two) or of cos and sin (dimension -3)."""
+        if rows is None or tensor is None:
+            return tensor
+        dim = 0 if tensor.ndim == 2 else dim
+        if tensor.shape[dim] != self.num_rows:  # one for all
+            return tensor
+        return tensor.index_select(dim, index_of(rows, tensor.device))
+
+    def _tokens(self, positions: Tensor, dropped: bool) -> Tensor:
+        """Cosines or sines of the tokens that stay: [..., B or 1, S, C] -> [..., B, K, C]."""
+        if not dropped or self.kept is None:
+            return positions
+        positions = positions.expand(*positions.shape[:-3], self.num_rows, *positions.shape[-2:])
+        index = self.kept.index.to(positions.device)[..., None].expand(*positions.shape[:-2], -1, positions.shape[-1])
+        return positions.gather(-2, index)
+
+    def _entries(self, group: Group) -> Entries | None:
+        """The tokens in the caches of a group of layers after this pass; None: all tokens of the text."""
+        return self._once(("entries", group), lambda: self._extended(group))
+
+    def _extended(self, group: Group) -> Entries | None:
+        before = self.cache.entries.get(group) if self.cache is not None else None
+        adds = self.kept if group[0] else None
+        if before is None and adds is None and group[1] is None:
+            return None
+        device = self.real.device
+        if adds is None:
+            added = Entries.counted(self.past, self.past + self.num_tokens, self.num_rows, device)
+        else:
+            added = replace(adds, index=adds.index + self.past)
+        if before is None and self.past:
+            before = Entries.counted(self._stored_from(group), self.past, self.num_rows, device)
+        return added if before is None else before.followed_by(added)
+
+    def _stored_from(self, group: Group) -> int:
+        """The first token that an unrouted cache still had of an earlier turn: sliding windows forget."""
+        return 0 if group[1] is None else max(0, self.past - group[1] + 1)
+
+    def _mask(self, mask: Any, group: Group) -> Any:
+        """A mask made for the whole text [B, 1, S, T], for the tokens that stay and the entries that a layer has."""
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"a route cannot narrow a mask of type {type(mask).__name__}: use sdpa, eager or flash.")
+        narrowed = mask
+        if (entries := self._entries(group)) is not None:
+            stay = self.kept if group[0] else None
+            if mask is None:
+                narrowed = self._explicit_mask(entries, stay)
+            elif mask.ndim == 2:  # flash attention's: True at entries that are no padding
+                narrowed = mask.gather(1, entries.index.to(mask.device)) & entries.valid.to(mask.device)
+            else:
+                narrowed = narrowed_mask(mask, entries, stay, self.num_rows)
+        if self.static and narrowed is not None:  # layers are as long as the cache, sliding ones too
+            spare = self.cache.layers[0].max_cache_len - narrowed.shape[-1]
+            narrowed = F.pad(narrowed, (0, spare), value=masked_value(narrowed))
+        return narrowed
+
+    def _explicit_mask(self, entries: Entries, stay: Entries | None) -> Tensor | None:
+        """In place of a mask that transformers left out: without padding, a token sees all that come before it."""
+        if entries.all_valid and not self.static:
+            return None
+        if uses_flash_attention(self.config):
+            return entries.valid
+        tokens = Entries.counted(0, self.num_tokens, self.num_rows, entries.index.device) if stay is None else stay
+        before = entries.index[:, None, None, :] <= self.past + tokens.index[:, None, :, None]
+        return before & entries.valid[:, None, None, :]
+
+
+def drop_layer(request: Request, held: Route | None, num_layers: int) -> int:
+    """The layer before which this pass's visual tokens leave: the first turn's, as a cache has it once for all."""
+    imposed = request.imposed.drop_at if request.imposed is not None else None
+    if held is not None and held.drop_at is not None:
+        if imposed not in (None, held.drop_at):
+            raise ValueError(f"the route given drops at layer {imposed}, the one of the cache at {held.drop_at}.")
+        if request.visual is not None and request.imposed is None and held.drop_at < request.settings.read_at:
+            raise ValueError(
+                f"the tokens of this cache left before layer {held.drop_at}, the router reads at layer "
+                f"{request.settings.read_at}: give a route for the new image, or begin with a new cache."
+            )
+        return held.drop_at
+    if imposed is None:
+        return request.settings.drop_at
+    if isinstance(imposed, bool) or not isinstance(imposed, int) or not 0 <= imposed <= num_layers:
+        raise ValueError(f"the route given drops at layer {imposed!r}: give a number from 0 to {num_layers}.")
+    return imposed
+
+
+@functools.lru_cache(maxsize=1024)
+def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept from step to step: copying the numbers to a GPU would wait for all that was asked of it before."""
+    with torch.inference_mode(False):  # or it could not be used in training later
+        return torch.tensor(rows, device=device)
+
+
+def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
+    """For each layer the rows that run it, None for all: [B, L]."""
+    columns = layers.T.tolist()
+    return [None if all(runs) else tuple(row for row, run in enumerate(runs) if run) for runs in columns]
+
+
+def check_windows(config: Any) -> None:
+    kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) and "sliding_attention"]
+    if uses_flash_attention(config) and "sliding_attention" in kinds:
+        raise ValueError(
+            "flash attention counts the entries in a sliding window, of which some are dropped here: load the model "
+            "with attn_implementation='sdpa', or keep all visual tokens."
+        )
+
+
+def real_tokens(mask: Any, past: int, embeddings: Tensor) -> Tensor:
+    """Where the tokens of a pass are no padding, [B, S], from any mask that transformers makes.
+
+    None is no padding; `generate` makes it of a mask of ones. In four dimensions, padding is what no token sees.
+    """
+    num_rows, num_tokens = embeddings.shape[:2]
+    if isinstance(mask, dict):  # by kind of layer
+        mask = next((part for part in mask.values() if part is not None), None)
+    if mask is None:
+        return torch.ones(num_rows, num_tokens, dtype=torch.bool, device=embeddings.device)
+    if mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = seen.flatten(1, 2).any(1).expand(num_rows, -1)
+    return mask[:, past : past + num_tokens].to(embeddings.device, torch.bool)
+
+
+def warn_of_no_question(visible: Tensor, visual: Tensor) -> None:
+    """Warn where a picture is routed before its question: nothing but the end of an image follows it in this pass."""
+    order = torch.arange(visual.shape[1], device=visual.device)
+    last = torch.where(visual, order, -1).amax(1)  # [B]
+    follow = (visible & (order > last[:, None])).sum(1)
+    if bool(((last >= 0) & (follow <= END_OF_IMAGE)).any()):
+        logger.warning_once(
+            "a picture was routed before its question: no text follows it in this pass, and tokens that leave now are "
+            "gone for the whole conversation. Give the picture and its question in one pass."
+        )
+
+
+# --- the decoder's classes --------------------------------------------------------------------------------------------
+
+
+class _RoutedDecoder:
+    """A text model of transformers that takes a request, `routing`, and hands its pass on to its layers."""
+
+    routed_cache_name: str
+
+    def forward(self, *args: Any, routing: Request | None = None, **kwargs: Any) -> Any:
+        if routing is None:
+            return super().forward(*args, **kwargs)
+        if args:
+            raise TypeError("a routed text model takes its inputs by name.")
+        kwargs = with_cache_as(self.routed_cache_name, kwargs)
+        run = RoutedForward(self, routing, kwargs)
+        return run.finish(super().forward(routing=run, **kwargs))
+
+
+class _RoutedLayer:
+    """A decoder layer of transformers that runs on what the pass leaves it."""
+
+    routed_idx: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, routing: RoutedForward | None = None, **kwargs: Any) -> Any:
+        if routing is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        if args:
+            raise TypeError("a routed layer takes everything but the hidden states by name.")
+        return routing.layer(self.routed_idx, super().forward, hidden_states, kwargs)
+
+
+@functools.cache
+def _mixed(addition: Any, stock: Any) -> Any:
+    """A subclass under the same name, by which device maps, plans and adapters find modules."""
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (addition, stock), names)
+
+
+def make_routable(decoder: Any) -> None:
+    """Give a text model and its layers the classes above, in place: parameters and their names stay."""
+    check_transformers(decoder)
+    decoder.routed_cache_name = cache_name(type(decoder).forward)
+    decoder.__class__ = _mixed(_RoutedDecoder, decoder.__class__)
+    for layer_idx, layer in enumerate(decoder.layers):
+        layer.__class__ = _mixed(_RoutedLayer, layer.__class__)
+        layer.routed_idx = layer_idx

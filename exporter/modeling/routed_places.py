@@ -1,0 +1,135 @@
+"""Where visual tokens lie in their images: image number, row and column of each (patch coordinates).
+
+Shapes: B rows, S tokens of a pass, T tokens of the whole text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GRIDS = ("image_grid_thw", "video_grid_thw", "image_sizes")  # inputs that say how visual tokens lie in their images
+
+
+def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Image number, row and column of each visual token, [B, S, 3]; zero at text.
+
+    Visual tokens come in runs, one or more an image. The grids are read from the inputs where they hold them
+    (`image_grid_thw`, `image_sizes`); a run that is one square, or several squares of `image_seq_length`, is taken as
+    such. In other runs the row is how far the token is in the run and the column is the middle.
+    """
+    runs = runs_of(visual)
+    places = torch.zeros(*visual.shape, 3)
+    shapes = run_shapes(config, [end - start for _, start, end in runs], inputs)
+    number, previous = -1, None
+    for (row, start, end), shape in zip(runs, shapes, strict=True):
+        if shape.first_of_image:
+            number = 0 if row != previous else number + 1
+            previous = row
+        places[row, start:end] = F.pad(shape.coordinates(end - start), (1, 0), value=number)
+    return places.to(visual.device)
+
+
+def part_of(places: Tensor, past: int, visual: Tensor) -> Tensor:
+    """Of places for the whole text [B, T, 3] those of a pass, zero for what was generated since: [B, S, 3]."""
+    end = past + visual.shape[1]
+    return F.pad(places, (0, 0, 0, max(0, end - places.shape[1])))[:, past:end]
+
+
+def runs_of(visual: Tensor) -> list[tuple[int, int, int]]:
+    """Row, start and end of each run of True in [B, S], in order."""
+    edges = F.pad(visual.cpu().byte(), (1, 1)).diff(dim=1).nonzero().tolist()  # one at each start, one at each end
+    return [(row, start, end) for (row, start), (_, end) in zip(edges[::2], edges[1::2], strict=True)]
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """How a run of visual tokens lies in an image: tiles of rows and columns one after the other.
+
+    In LLaVA-NeXT and its kin one coarse tile is followed by a finer grid over the same image, whose rows each end with
+    a token that only says so: its place is the right edge.
+    """
+
+    height: int
+    width: int
+    top: float = 0.0  # where the run begins in its image, and how much of it it covers, from 0 to 1
+    share: float = 1.0
+    first_of_image: bool = True
+    finer: tuple[int, int] | None = None  # rows and columns of the finer grid, line ends not counted
+
+    @property
+    def length(self) -> int:
+        rows, columns = self.finer or (0, 0)
+        return self.height * self.width + rows * (columns + 1)
+
+    def coordinates(self, length: int) -> Tensor:
+        """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
+        tile = self.height * self.width
+        rows = (torch.arange(self.height) + 0.5) / self.height * self.share + self.top
+        columns = (torch.arange(self.width) + 0.5) / self.width
+        grid = torch.cartesian_prod(rows, columns)  # [tile, 2]
+        if self.finer is not None:
+            rows = (torch.arange(self.finer[0]) + 0.5) / self.finer[0]
+            columns = F.pad((torch.arange(self.finer[1]) + 0.5) / self.finer[1], (0, 1), value=1.0)
+            return torch.cat([grid, torch.cartesian_prod(rows, columns)])
+        tiles = length // tile
+        rest = (torch.arange(length - tiles * tile) + 0.5) / max(1, length - tiles * tile)
+        return torch.cat([grid.repeat(tiles, 1), torch.stack([rest, torch.full_like(rest, 0.5)], 1)])
+
+
+def run_shapes(config: Any, lengths: list[int], inputs: dict[str, Any]) -> list[RunShape]:
+    """The shape of each run, by what the inputs say of the images, and by the run's length where they say nothing."""
+    vision = config.vision_config
+    known: list[RunShape] = []
+    if (grids := inputs.get("image_grid_thw")) is not None and inputs.get("video_grid_thw") is None:
+        merge = vision.spatial_merge_size
+        known = [RunShape(h // merge, w // merge) for _, h, w in grids.tolist()]
+    elif getattr(vision, "model_type", None) == "pixtral" and (sizes := inputs.get("image_sizes")) is not None:
+        side = vision.patch_size * getattr(config, "spatial_merge_size", 1)
+        for h, w in torch.as_tensor(sizes).tolist():  # a run is one row of patches, then comes [IMG_BREAK]
+            count = int(h) // side
+            known += [RunShape(1, int(w) // side, row / count, 1 / count, row == 0) for row in range(count)]
+    elif getattr(config, "image_grid_pinpoints", None) and (sizes := inputs.get("image_sizes")) is not None:
+        counts = inputs.get("batch_num_images")  # LLaVA-OneVision's: several images are not cut into tiles
+        alone = [n == 1 for n in counts.tolist() for _ in range(n)] if counts is not None else [True] * len(sizes)
+        known = [any_resolution_shape(config, *of) for of in zip(torch.as_tensor(sizes).tolist(), alone, strict=True)]
+    if [shape.length for shape in known] == lengths:
+        return known
+    return [guessed_shape(config, length) for length in lengths]
+
+
+def any_resolution_shape(config: Any, size: list[int], tiled: bool = True) -> RunShape:
+    """LLaVA-NeXT's and LLaVA-OneVision's: the whole image in one tile, then tiles of which padding is cut off again.
+
+    Args:
+        size: height and width of the image in pixels.
+    """
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    if not tiled:
+        return RunShape(side, side, finer=(1, 0))
+    down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
+    padded = torch.empty(1, down * side, across * side, device="meta")
+    rows, columns = unpad_image(padded, size).shape[1:]
+    if limit := str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_"):  # LLaVA-OneVision's
+        ratio = math.sqrt(rows * columns / (int(limit) * side**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+    return RunShape(side, side, finer=(rows, columns))
+
+
+def guessed_shape(config: Any, length: int) -> RunShape:
+    """Square tiles of the size that the configuration speaks of, or one square; else one token a row."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size if isinstance(getattr(vision, "image_size", None), int) else 0
+    for tile in (getattr(config, "image_seq_length", 0), side * side, length):
+        if 1 < tile <= length and math.isqrt(tile) ** 2 == tile:
+            return RunShape(math.isqrt(tile), math.isqrt(tile))
+    return RunShape(length, 1)

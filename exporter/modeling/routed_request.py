@@ -1,0 +1,112 @@
+"""What a call asks of the decoder beside the model's inputs, and how it reaches each pass of `generate`.
+
+Shapes: B rows, S tokens of a pass, D hidden size.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .routed_api import cache_in, logger, unsupported
+from .routed_route import Budget, Route, RouterSettings
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Request:
+    """What the model hands its decoder for one pass, and what it gets back."""
+
+    router: Any  # Router
+    settings: RouterSettings
+    budget: Budget
+    visual: Any  # Tensor [B, S] True at visual tokens, None if the pass has none
+    deepstack: int = 0  # after that many layers the decoder itself adds visual features to the states
+    imposed: Route | None = None
+    hidden: Tensor | None = None  # [B, S] tokens that the router must not see: answers
+    labels: Tensor | None = None  # [B, S] a copy of ours
+    places: Any = None  # Tensor [B, S, 3]
+    run: bool = True  # False: only up to the router
+    route: Any = None  # result: a Route
+    router_inputs: Any = None  # result, if not run: RouterInputs
+
+    def check_reached(self) -> None:
+        """Refuse a model that has kept the request from its decoder, and so has run whole."""
+        if self.route is None:
+            raise RuntimeError(unsupported("the budget did not reach the decoder"))
+
+
+@dataclass(frozen=True)
+class RouterInputs:
+    """What `Router.forward` takes, in its order: `router(*inputs)`."""
+
+    states: Tensor  # [B, S, D]
+    visual: Tensor  # [B, S]
+    visible: Tensor  # [B, S]
+    places: Tensor  # [B, S, 3]
+
+    def __iter__(self) -> Any:
+        return iter((self.states, self.visual, self.visible, self.places))
+
+
+@dataclass
+class Generation:
+    """A call of `generate` that is under way. Its passes read here what it was asked for beside the model's inputs.
+
+    transformers would hand such arguments to an assistant too, which need not know them.
+    """
+
+    model: Any
+    asked: dict[str, Any]  # by the names of ROUTING_ARGUMENTS
+    route: Any = None  # of its first routed pass
+
+    def arguments(self, num_rows: int) -> dict[str, Any]:
+        """What a pass is asked for: tensors with their rows repeated, as `generate` does for beams and samples."""
+        return {name: repeated(value, num_rows) for name, value in self.asked.items()}
+
+
+GENERATION: ContextVar[Generation | None] = ContextVar("generation", default=None)
+
+
+def repeated(value: Any, num_rows: int) -> Any:
+    if not isinstance(value, Tensor) or len(value) == num_rows or num_rows % len(value):
+        return value
+    return value.repeat_interleave(num_rows // len(value), 0)
+
+
+def number_of_rows(named: dict[str, Any]) -> int:
+    tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+    return len(tokens)
+
+
+def hidden_tokens(visual: Tensor, labels: Tensor | None, prompt_length: int | None, past: int) -> Tensor | None:
+    """Tokens that are answers and not shown to the router: [B, S], or None."""
+    hidden = torch.zeros_like(visual)
+    if prompt_length is not None:
+        hidden |= torch.arange(past, past + visual.shape[1], device=visual.device) >= prompt_length
+    if labels is not None:
+        hidden |= (labels.to(visual.device) != IGNORED_LABEL) & ~visual
+    return hidden if prompt_length is not None or labels is not None else None
+
+
+def prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int | None:
+    """Length of the text that `generate` is given to go on from: what a cache holds included, candidates not yet."""
+    tokens = next((t for t in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if t is not None), None)
+    if tokens is None:
+        return None
+    cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+    if cache is None:
+        return tokens.shape[1]
+    return max(mask.shape[-1], tokens.shape[1]) if isinstance(mask, Tensor) else None  # the new ones only, or all
+
+
+def warn_of_excess(budget: Budget, visual: Tensor) -> None:
+    if isinstance(budget.keep_visual_tokens, int) and (most := int(visual.sum(1).max())) < budget.keep_visual_tokens:
+        logger.warning_once(
+            f"keep_visual_tokens={budget.keep_visual_tokens} is above the {most} visual tokens there are: all are kept."
+        )

@@ -1,0 +1,183 @@
+"""What a routed model is asked for and what comes of it: budgets, the router's settings, routes.
+
+Shapes: B rows, S tokens of a pass, K <= S tokens that stay, L layers, N of them that may be skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUTER_FORMAT = 2  # of how the router computes: weights of another would run, and choose badly
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may run. None: all of it."""
+
+    keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
+    keep_layers: int | None = None  # a count, of all decoder layers
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, plain_number(getattr(self, one.name)))
+
+    @property
+    def is_off(self) -> bool:
+        return self.keep_visual_tokens is None and self.keep_layers is None
+
+    def check(self, settings: RouterSettings, num_layers: int) -> None:
+        tokens, layers = self.keep_visual_tokens, self.keep_layers
+        if tokens is not None:
+            if isinstance(tokens, bool) or not isinstance(tokens, (int, float)):
+                raise ValueError(f"keep_visual_tokens={tokens!r} is neither a count (144) nor a share (0.25).")
+            if isinstance(tokens, float) and not 0 < tokens <= 1:
+                raise ValueError(f"keep_visual_tokens={tokens} is no share: give a float in (0, 1], or a whole count.")
+            if isinstance(tokens, int) and tokens < 1:
+                raise ValueError(f"keep_visual_tokens={tokens} keeps nothing of the image: give 1 or more.")
+        if layers is not None:
+            free = len(settings.candidates)
+            least = num_layers - free
+            if isinstance(layers, bool) or not isinstance(layers, int) or not least <= layers <= num_layers:
+                raise ValueError(
+                    f"keep_layers={layers!r} is out of range: of the {num_layers} layers {free} may be skipped, so "
+                    f"give a number from {least} to {num_layers}."
+                )
+
+    def tokens_of(self, available: Tensor) -> Tensor:
+        """How many visual tokens each row keeps, of those it has: [B] -> [B]."""
+        if self.keep_visual_tokens is None:
+            return available
+        if isinstance(self.keep_visual_tokens, int):
+            return available.clamp(max=self.keep_visual_tokens)
+        share = (available * self.keep_visual_tokens).round().long()
+        return torch.minimum(share.clamp(min=1), available)
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy or torch as one of Python, anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+OFF = Budget()
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """The entry "router" of config.json."""
+
+    drop_at: int  # visual tokens leave before this layer: 0 is before the first
+    candidates: tuple[int, ...]  # layers that may be skipped, in the order of the layer logits
+    bottleneck: int  # R
+    num_heads: int
+    read_at: int = 0  # the router reads the states that enter this layer
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    default: str = "off"  # the preset of a call that names no budget
+    trained_for: dict[str, Any] = field(default_factory=dict)  # what the base model must be
+    format: int = 1  # ROUTER_FORMAT of the file that it was trained with; settings of format 1 did not say so
+    image_floor: float = 0.0  # no image keeps less than this share of an even one, nor nothing; 0: no floor
+
+    @classmethod
+    def of(cls, config: Any) -> RouterSettings:
+        """Read and check them against the model that the rest of the configuration describes."""
+        given = getattr(config, "router", None)
+        if not isinstance(given, dict):
+            raise ValueError("config.json has no entry 'router': this folder is a plain model, load its own class.")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"config.json: router has no setting {unknown[0]!r}; it has: {', '.join(sorted(known))}.")
+        settings = cls(**{**given, "candidates": tuple(given["candidates"])})
+        settings._check(config)
+        return settings
+
+    def _check(self, config: Any) -> None:
+        if self.format != ROUTER_FORMAT:
+            raise ValueError(
+                f"this router is of format {self.format}, this code runs format {ROUTER_FORMAT}: load the folder with "
+                "its own modeling file (trust_remote_code=True), or train the router again."
+            )
+        here = base_model(config)
+        for name, value in self.trained_for.items():
+            if here.get(name) != value:
+                raise ValueError(
+                    f"this router was trained for another base model: {name} {value}, here it is {here.get(name)}."
+                )
+        num_layers = here["num_hidden_layers"]
+        if not 0 <= self.read_at <= self.drop_at <= num_layers or self.read_at == num_layers:
+            raise ValueError(
+                f"router: read_at={self.read_at} and drop_at={self.drop_at} must be ordered and within the "
+                f"{num_layers} layers: 0 <= read_at <= drop_at <= {num_layers}, and read_at below it."
+            )
+        if any(not self.read_at <= layer < num_layers for layer in self.candidates):
+            raise ValueError(
+                f"router: candidates {list(self.candidates)} must lie from layer read_at={self.read_at} to "
+                f"{num_layers - 1}: a layer that has run cannot be skipped any more."
+            )
+        if not 0 <= self.image_floor <= 1:
+            raise ValueError(f"router: image_floor={self.image_floor} is no share: give a number from 0 to 1.")
+        if self.default not in {"off", *self.presets}:
+            raise ValueError(f"router: the default preset {self.default!r} is not among {self.preset_names()}.")
+
+    def preset(self, name: str) -> Budget:
+        if name == "off":
+            return OFF
+        if name not in self.presets:
+            raise ValueError(f"preset {name!r} is not known: this model has {self.preset_names()}.")
+        return Budget(**self.presets[name])
+
+    def preset_names(self) -> str:
+        return ", ".join(["off", *self.presets])
+
+
+def base_model(config: Any) -> dict[str, Any]:
+    """What tells one base model from another."""
+    text = config.get_text_config()
+    return {
+        "model_type": config.model_type,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """What runs, for one pass over a prompt. To impose one: `model.generate(**inputs, route=Route(keep, layers))`.
+
+    One made by hand needs `keep` or `layers` only; None keeps everything. It may let visual tokens leave before another
+    layer than the router's: rules that read attention know what to keep only after the first layers have run.
+    """
+
+    keep: Any = None  # Tensor [B, S] False: a visual token that leaves at layer drop_at
+    layers: Any = None  # Tensor [B, L] False: a layer that the row skips
+    visual: Any = None  # Tensor [B, S] True: a visual token
+    places: Any = None  # Tensor [B, S, 3] of visual tokens: number of the image, row and column in it, from 0 to 1
+    token_logits: Tensor | None = None  # [B, S]
+    layer_logits: Tensor | None = None  # [B, N]
+    drop_at: int | None = None  # visual tokens leave before this layer; None: where the settings say
+
+    def kept_tokens(self) -> list[Tensor]:
+        """For each row, which of its visual tokens stay, counted among them: 0 is the first of the first image."""
+        return [keep[visual].nonzero()[:, 0] for keep, visual in zip(self.keep, self.visual, strict=True)]
+
+    def kept_places(self) -> list[Tensor]:
+        """For each row, image number, row and column (0 to 1) of the visual tokens that stay: [K, 3] each."""
+        return [p[k & v] for p, k, v in zip(self.places, self.keep, self.visual, strict=True)]
+
+    def executed_layers(self) -> list[list[int]]:
+        return [row.nonzero()[:, 0].tolist() for row in self.layers]
+
+    def select(self, chosen: Tensor) -> Route:
+        """The route of a batch made of the chosen rows."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = {k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()}
+        return replace(self, **parts)
+
+    def for_rows(self, num_rows: int) -> Route:
+        """The route for a batch in which each row was repeated, as for beams."""
+        own = next(len(part) for part in (self.keep, self.layers) if part is not None)
+        if num_rows % own:
+            raise ValueError(f"the route given is for {own} rows, the batch has {num_rows}.")
+        return self if own == num_rows else self.select(torch.arange(own).repeat_interleave(num_rows // own))

@@ -1,0 +1,47 @@
+"""The list of modeling files that releases have shipped."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from exporter.modeling import released
+from exporter.modeling.released import RELEASED, is_released, sha256_of, shipped_files, with_present_files
+
+
+@pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.name)
+def test_each_shipped_file_is_listed(path):
+    assert RELEASED.get(sha256_of(path), ("", ""))[0] == path.name, (
+        f"{path.name} has changed: python -m exporter.modeling.released --add"
+    )
+
+
+def test_the_file_of_the_first_release_is_listed():
+    first = "9e5b585a0f37774a3f703e3421a1c6d4e8653eb3aae3d67a657fe29a29844cd1"
+    assert RELEASED[first] == ("modeling_routed.py", "0.1.0")
+
+
+def test_a_file_is_released_under_its_own_name_only_and_as_it_was(tmp_path):
+    original = shipped_files()[0]
+    same, renamed = tmp_path / original.name, tmp_path / "modeling_other.py"
+    shutil.copy(original, same)
+    shutil.copy(original, renamed)
+    assert is_released(same) and not is_released(renamed) and not is_released(tmp_path / "missing.py")
+    same.write_bytes(same.read_bytes() + b"\n")
+    assert not is_released(same)
+
+
+def test_adding_replaces_earlier_states_of_the_coming_release_only():
+    old = {"aa": ("modeling_routed.py", "0.1.0"), "bb": ("modeling_routed.py", released.COMING)}
+    listed = with_present_files(old)
+    assert listed["aa"] == old["aa"] and "bb" not in listed
+    assert {sha256_of(path) for path in shipped_files()} == set(listed) - {"aa"}
+
+
+def test_the_command_records_and_names_the_release(tmp_path, monkeypatch):
+    monkeypatch.setattr(released, "LIST", tmp_path / "released.json")
+    monkeypatch.setattr(released, "RELEASED", {"bb": ("modeling_routed.py", released.COMING)})
+    released.main(["--release", "0.2.0"])
+    text = (tmp_path / "released.json").read_text()
+    assert "0.2.0" in text and released.COMING not in text and "bb" not in text
