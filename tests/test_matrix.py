@@ -55,7 +55,8 @@ def test_rows_are_chosen_by_name_and_the_one_that_others_need_comes_along():
 
 
 def test_rows_of_the_same_releases_are_run_once_and_the_first_one_first():
-    rows = matrix.rows(REQUIRED, PINNED, PINNED)  # the newest are those that are pinned
+    latest = {name: release for name, release in PINNED.items() if name != "ruff"}
+    rows = matrix.rows(REQUIRED, PINNED, latest)  # the newest are those that are pinned
     ran = []
 
     def run(row):
