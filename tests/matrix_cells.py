@@ -69,6 +69,10 @@ class Job:
     def questions(self) -> Path:
         return self.sources / "questions" / "calibration.jsonl"
 
+    def inputs(self, folder: Path) -> Path:
+        """What the row `pinned` made of the questions beside a folder, by the folder's processor."""
+        return self.today / f"inputs-{folder.parent.name}-{folder.name}.pt"
+
     def made(self, family: str, kind: str) -> Path:
         return self.folder / f"{family}-{kind}"
 
@@ -205,7 +209,7 @@ def old_plain(job: Job) -> None:
     from transformers import AutoModelForImageTextToText
 
     for folder in [*plain_of(job.today), *(path for path in folders() if path.name.endswith("-plain"))]:
-        inputs = torch.load(job.today / f"inputs-{folder.name.removesuffix('-plain')}.pt")
+        inputs = torch.load(job.inputs(folder))
         inputs.pop("mm_token_type_ids", None)  # transformers 5 counts positions by it
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         tokens = model.generate(**inputs, max_new_tokens=new_tokens(folder), do_sample=False)
@@ -214,19 +218,18 @@ def old_plain(job: Job) -> None:
 
 
 def old_processor(job: Job) -> None:
-    """The processor of today's checkpoints, as the source's files are carried over."""
+    """LLaVA's processor, as the source's files are carried over; Qwen2.5-VL's wants torchvision there."""
     import torch
     from published import ask
 
     from exporter.clean_room import load_processor
 
-    for folder in plain_of(job.today):
-        saved = torch.load(job.today / f"inputs-{folder.name.removesuffix('-plain')}.pt")
-        made = ask(load_processor(folder), job.today / "questions")
-        if not torch.equal(made["input_ids"], saved["input_ids"]):
-            raise AssertionError(f"the processor of {folder.name} makes other tokens")
-        if (made["pixel_values"] - saved["pixel_values"]).abs().max() > 1e-5:
-            raise AssertionError(f"the processor of {folder.name} makes other pixels")
+    folder = plain_of(job.today)[0]
+    saved, made = torch.load(job.inputs(folder)), ask(load_processor(folder), job.today / "questions")
+    if not torch.equal(made["input_ids"], saved["input_ids"]):
+        raise AssertionError(f"the processor of {folder.name} makes other tokens")
+    if (made["pixel_values"] - saved["pixel_values"]).abs().max() > 1e-5:
+        raise AssertionError(f"the processor of {folder.name} makes other pixels")
 
 
 def old_published_processor(job: Job) -> None:
@@ -249,7 +252,7 @@ def old_routed(job: Job) -> None:
         AutoModelForImageTextToText.from_pretrained(job.today / f"{FAMILIES[0]}-routed", trust_remote_code=True)
     except Exception as error:
         sentence = first_line(error)
-        if isinstance(error, ImportError) and "lvlm-exporter" in str(error):
+        if "do not understand transformers" in str(error):  # what the modeling files say, see routed_api.unsupported
             raise Refused(sentence) from error
         raise
     raise AssertionError("it loads, which nobody has checked")
@@ -265,7 +268,7 @@ def plain_of(folder: Path) -> list[Path]:
 def expect(job: Job) -> None:
     """Write down what this row's folders say, for the other rows."""
     import torch
-    from published import answers, ask
+    from published import answers, ask, folders
 
     from exporter.clean_room import load_processor
 
@@ -280,10 +283,8 @@ def expect(job: Job) -> None:
             {"budget": name, "arguments": arguments, "tokens": tokens}
             for (name, arguments), tokens in zip(budgets.items(), made, strict=True)
         ]
-    for family in FAMILIES:
-        torch.save(
-            ask(load_processor(job.made(family, "plain")), job.today / "questions"), job.today / f"inputs-{family}.pt"
-        )
+    for folder in [*plain_of(job.today), *(path for path in folders() if path.name.endswith("-plain"))]:
+        torch.save(ask(load_processor(folder), folder.parent / "questions"), job.inputs(folder))
     (job.today / "expected.json").write_text(json.dumps({"new_tokens": NEW_TOKENS, "folders": found}))
 
 

@@ -85,12 +85,12 @@ def test_the_table_numbers_what_cells_have_to_say():
         return {"row": title, "title": title, "versions": versions, "warnings": ["FutureWarning: old"], "cells": told}
 
     results = [
-        result("new", compress=("ok", ""), own_file=("known", "renamed")),
+        result("newest", compress=("ok", ""), own_file=("known", "renamed")),
         result("odd", compress=("failed", "broken"), own_file=("known", "renamed")),
         result("old", old_routed=("refused", "needs 5")),
     ]
     text = matrix.markdown(results, {name: title for name, (title, _) in matrix_cells.CELLS.items()}, "2026-11-28")
-    assert "| new | 5.24.0 | yes | known (1) |" in text
+    assert "| newest | 5.24.0 | yes | known (1) |" in text
     assert "| odd | 5.24.0 | **FAILED** (2) | known (1) |" in text
     assert "refused (3)" in text and "3. needs 5\n" in text
     assert "- FutureWarning: old" in text

@@ -9,6 +9,7 @@ tower or a fixed batch (measured on 5.23), so the modules of vision.py and decod
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import re
@@ -147,6 +148,18 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def check_exporter() -> None:
+    """Raise InputError where transformers' exporter does not fuse operators for ONNX Runtime yet."""
+    import transformers
+    from transformers.exporters import OnnxConfig
+
+    if "ort_fusions" not in inspect.signature(OnnxConfig).parameters:
+        raise InputError(
+            f"transformers {transformers.__version__} can't write graphs with ONNX Runtime's operators: exporting to "
+            'ONNX needs 5.23 or newer (pip install -U "transformers>=5.23").'
+        )
 
 
 def check_opset(opset: int | None) -> None:
