@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from exporter.modeling import released
-from exporter.modeling.released import RELEASED, is_released, sha256_of, shipped_files, with_present_files
+from exporter.modeling.released import HERE, RELEASED, is_released, sha256_of, shipped_files, with_present_files
+from exporter.routing import MODELING_FILES
 
 
 @pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.name)
@@ -44,4 +45,11 @@ def test_the_command_records_and_names_the_release(tmp_path, monkeypatch):
     monkeypatch.setattr(released, "RELEASED", {"bb": ("modeling_routed.py", released.COMING)})
     released.main(["--release", "0.2.0"])
     text = (tmp_path / "released.json").read_text()
-    assert "0.2.0" in text and released.COMING not in text and "bb" not in text
+    assert "0.2.0" in text and released.COMING not in text and '"bb"' not in text
+
+
+def test_the_main_file_names_all_its_siblings():
+    """transformers 4 copies only what the main file itself imports, and then fails at a file that is not there."""
+    main = (HERE / MODELING_FILES[0]).read_text()
+    assert {path.name for path in shipped_files()} == set(MODELING_FILES)
+    assert all(f"\nfrom .{name.removesuffix('.py')} import" in main for name in MODELING_FILES[1:])

@@ -65,6 +65,7 @@ from .routed_api import (
     register_checkpoint_conversion_mapping,
     with_cache_as,
 )
+from .routed_cache import RoutedCache, RoutedStaticCache  # all siblings: older loaders copy what this file names
 from .routed_pass import make_routable
 from .routed_places import GRIDS, any_resolution_shape, part_of, places_of
 from .routed_request import (
@@ -89,7 +90,9 @@ __all__ = [
     "STOCK",
     "Budget",
     "Route",
+    "RoutedCache",
     "RoutedModel",
+    "RoutedStaticCache",
     "Router",
     "RouterInputs",
     "RouterSettings",
