@@ -1,13 +1,14 @@
 # make demo   the main job on the reference model in this repository
 # make test   the tests, the linter and the type checker
-# Both make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
+# make matrix the compatibility matrix, which writes docs/compatibility.md: minutes, and some 100 MB from the package index
+# All make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint matrix clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -19,6 +20,9 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+matrix: $(VENV)/ready-dev
+	$(BIN)/python tests/matrix.py --out docs/compatibility.md
 
 # torch first and by itself: the build that is found for it is the one that everything else then uses.
 $(VENV)/torch: constraints.txt

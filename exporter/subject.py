@@ -19,6 +19,7 @@ from .budgets import counted
 from .calibration import Batch
 from .clean_room import load_processor
 from .errors import InputError
+from .modeling.routed_api import cache_name, cache_of
 from .pipeline import kv_bytes_per_token
 from .source import Source, compute_dtype, load_model, open_source, text_decoder
 from .trust import warn_of_foreign_code
@@ -156,7 +157,7 @@ class TorchSubject:
     @torch.inference_mode()
     def decode(self, state: State) -> State:
         mask = None if state.mask is None else torch.nn.functional.pad(state.mask, (0, 1), value=1)
-        inputs = {"input_ids": state.token, "past_key_values": state.cache, "attention_mask": mask}
+        inputs = {"input_ids": state.token, cache_name(self.model.forward): state.cache, "attention_mask": mask}
         return self._state(self.model(**inputs, **self._positions(mask, -1), **self._rest), mask, state.route)
 
     @property
@@ -177,7 +178,7 @@ class TorchSubject:
     @staticmethod
     def _state(output: Any, mask: Tensor | None, route: Any = None) -> State:
         token = output.logits[:, -1:].argmax(-1)
-        return State(output.past_key_values, mask, token, getattr(output, "route", None) if route is None else route)
+        return State(cache_of(output), mask, token, getattr(output, "route", None) if route is None else route)
 
     def cost(self, prompt: Batch, new_tokens: int) -> Cost:
         with counted() as vision:

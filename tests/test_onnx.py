@@ -69,6 +69,21 @@ def here(folder, job, questions):
     return report
 
 
+def test_graphs_do_not_tell_where_they_were_exported(exported):
+    """torch writes a stack trace into every node, with the folders of the machine."""
+    _, folder = exported("llava")
+    for path in folder.glob("*.onnx"):
+        assert not [origin for origin in (b".py", str(ROOT).encode(), b"stack_trace") if origin in path.read_bytes()]
+
+
+def test_a_transformers_without_fused_operators_is_refused(tiny, tmp_path, monkeypatch):
+    import transformers.exporters
+
+    monkeypatch.setattr(transformers.exporters, "OnnxConfig", lambda dynamic, opset_version: None)
+    with pytest.raises(InputError, match=r"can't write graphs with ONNX Runtime's operators: .* needs 5\.23 or newer"):
+        pipeline.export(tiny("llava"), tmp_path / "onnx")
+
+
 def torch_model(folder):
     from transformers import AutoModelForImageTextToText
 

@@ -194,7 +194,8 @@ def compare_cache(runner: Any, state: Any, inputs: dict[str, Any], made: Any, fo
     mask = inputs["attention_mask"].bool().numpy()
     mask = np.concatenate([mask, np.ones((len(mask), NEW_TOKENS - 1), bool)], 1)  # [B, S + N - 1]
     shared = runner.manifest["cache"] == "shared"
-    for layer_idx, layer in enumerate(made.past_key_values.layers):
+    cache = made.cache if hasattr(made, "cache") else made.past_key_values  # since transformers 5.24, before
+    for layer_idx, layer in enumerate(cache.layers):
         for part, tensor in (("key", layer.keys), ("value", layer.values)):
             if tensor.shape[2] != mask.shape[1]:
                 continue  # a sliding window: torch has forgotten the beginning

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..modeling.routed_api import cache_name
 from .support import Support
 
 ATTENTION = "lvlm_exporter_group_query"
@@ -67,6 +68,7 @@ class Decoder(nn.Module):
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.support, self.dtype = support, model.dtype
         self.shape = cache_shape(model)
+        self.cache_name = cache_name(self.language_model.forward)
         self.step: Any = None  # what attention reads and writes while a pass is traced
 
     def run(self, embeds: Tensor, position_ids: Tensor, step: Any, mask: Any) -> Tensor:
@@ -74,8 +76,8 @@ class Decoder(nn.Module):
             inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=mask,
-            past_key_values=step,
             use_cache=True,
+            **{self.cache_name: step},
         )
         return output.last_hidden_state
 

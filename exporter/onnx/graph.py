@@ -9,6 +9,7 @@ tower or a fixed batch (measured on 5.23), so the modules of vision.py and decod
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import re
@@ -36,6 +37,7 @@ def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
     name_inputs(program, getattr(module, "first_layer", 0))
     drop_reshapes(program)
     split_mixed_norms(program)
+    drop_origins(program)
     onnx_ir.save(program, str(path), external_data=f"{path.name}.data")
 
 
@@ -63,6 +65,23 @@ def drop_reshapes(program: Any) -> None:
             if same_shape(source, node.outputs[0]):
                 node.outputs[0].replace_all_uses_with(source)
     RemoveUnusedNodesPass()(program)
+
+
+def drop_origins(program: Any) -> None:
+    """Leave out where in the source code each node comes from: it names folders of the machine that exports."""
+    graphs = [program.graph, *(function.graph for function in program.functions.values())]
+    for graph in graphs:
+        graph.metadata_props.clear()
+        values = [*graph.inputs, *graph.initializers.values()]
+        for node in graph.all_nodes():  # those of branches, too
+            node.metadata_props.clear()
+            values += node.outputs
+            for attribute in node.attributes.values():
+                if attribute.type.name == "GRAPH":
+                    attribute.as_graph().metadata_props.clear()
+                    values += [*attribute.as_graph().inputs, *attribute.as_graph().initializers.values()]
+        for value in values:
+            value.metadata_props.clear()
 
 
 def split_mixed_norms(program: Any) -> None:
@@ -129,6 +148,18 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def check_exporter() -> None:
+    """Raise InputError where transformers' exporter does not fuse operators for ONNX Runtime yet."""
+    import transformers
+    from transformers.exporters import OnnxConfig
+
+    if "ort_fusions" not in inspect.signature(OnnxConfig).parameters:
+        raise InputError(
+            f"transformers {transformers.__version__} can't write graphs with ONNX Runtime's operators: exporting to "
+            'ONNX needs 5.23 or newer (pip install -U "transformers>=5.23").'
+        )
 
 
 def check_opset(opset: int | None) -> None:

@@ -19,7 +19,7 @@ from ..source import Source, compute_dtype, load_model, open_source
 from ..verification import verify
 from .card import card
 from .decoder import Embeddings, GrowingDecoder, SharedDecoder, group_query_attention
-from .graph import check_opset, trace
+from .graph import check_exporter, check_opset, trace
 from .manifest import describe, write_manifest
 from .quantize import check_quantize, quantize
 from .routed import describe_router, load_router, read_settings, write_routed
@@ -125,6 +125,7 @@ def check_environment(options: ExportOptions) -> None:
             f"{missing[0]} is not installed, which exporting to ONNX needs: pip install lvlm-exporter[onnx] "
             "(lvlm-exporter[onnx-gpu] for CUDA)."
         )
+    check_exporter()
     check_provider(options.device)
     check_opset(options.opset)
     check_quantize(options.quantize)

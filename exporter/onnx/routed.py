@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..modeling.modeling_routed import ROUTER_FILE, Router, RouterSettings
+from ..modeling.routed_api import cache_name
 from .decoder import Embeddings, Samples, SharedDecoder, SharedStep, group_query_attention, last_tokens, named_cache
 from .graph import trace
 from .joining import Piece, join
@@ -192,6 +193,7 @@ class PartGraph(SharedDecoder):
     def __init__(self, model: Any, support: Support, part: Part) -> None:
         super().__init__(model, support)
         self.part, self.first_layer = part, part.layers[0]
+        self.cache_name = cache_name(self.language_model.layers[0].forward)
 
     def forward(
         self,
@@ -211,8 +213,8 @@ class PartGraph(SharedDecoder):
                     states,
                     attention_mask=None,
                     position_embeddings=positions,
-                    past_key_values=step,
                     use_cache=True,
+                    **{self.cache_name: step},
                 )
         if runs is not None:
             states = torch.where(runs[:, None, None], states, before)
