@@ -135,7 +135,7 @@ KINDS: dict[str, Kind] = {
     "shapes": Kind(
         draw_shapes, tuple(shapes.COLORS), tuple(shapes.PLURALS), shapes.QUESTION_TYPES,
         words=(*shapes.WORDS, *shapes.PLURALS.values()),
-        weights={"count": 1.0, "relation": 2.0, "where": 1.5, "describe": 1.3},
+        weights={"count": 1.6, "relation": 2.0, "where": 1.2, "describe": 2.0},
     ),
 }  # fmt: skip
 
