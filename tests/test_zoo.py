@@ -30,7 +30,7 @@ def built(request, tmp_path_factory):
     row = models.ROWS[request.param]
     processor = models.write_processor(row, tmp_path_factory.mktemp(request.param))
     model = models.make_model(row, processor.tokenizer, LAYERS)
-    drawn = list(pictures.draw_split(row.pictures, "train", row.sizes, row.seed, 6))
+    drawn = list(pictures.draw_split(row.pictures, "train", row.sizes, row.seed, 4))
     return row, model, processor, drawn, list(map(batches.Preparation(model, processor).sample, drawn))
 
 
@@ -49,9 +49,11 @@ def test_a_packed_question_gets_the_logits_that_it_gets_alone(built):
     last, _ = train.hidden_states(model, packed, [])
     logits = model.lm_head(last)
     assert logits.std() > 0.5
-    for index in (0, 3):
+    for index in (0, 1):
         picture, sample = drawn[index], samples[index]
         for number, (question, (_, tokens)) in enumerate(zip(picture.questions, sample.asked, strict=True), 1):
+            if number > 4:
+                break
             inputs = encode(processor, [one_chat(question.text)], [[picture.image]])
             mine = packed["segment"][index] == number
             asked = [*sample.prefix, *tokens.ids[: tokens.answer_start]]
@@ -71,14 +73,14 @@ def test_answers_decode_to_what_the_questions_say(built):
             assert tokenizer.decode(answer[:-1]) == question.answer
 
 
-def test_steps_on_one_batch_lower_its_loss(built):
+def test_a_step_on_one_batch_lowers_its_loss(built):
     row, model, _, _, samples = built
     model.train()
     heads = train.make_heads(model, pictures.KINDS[row.pictures])
-    packed = batches.pack(model, samples, [[q for _, q in s.asked] for s in samples])
+    packed = batches.pack(model, samples[:2], [[q for _, q in s.asked[:4]] for s in samples[:2]])
     optimizers = train.optimizers_for(model, heads, "joint")
     losses = []
-    for _ in range(4):
+    for _ in range(2):
         loss = train.answer_losses(model, heads, packed).total
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -86,7 +88,7 @@ def test_steps_on_one_batch_lower_its_loss(built):
         for optimizer in optimizers:
             optimizer.step()
         losses.append(float(loss))
-    assert losses[-1] < losses[0] - 0.1, losses
+    assert losses[1] < losses[0] - 0.1, losses
 
 
 def test_the_heads_are_told_what_the_picture_shows(built):
