@@ -1,14 +1,16 @@
 # make demo   the main job on the reference model in this repository
 # make test   the tests, the linter and the type checker
 # make matrix the compatibility matrix, which writes docs/compatibility.md: minutes, and some 100 MB from the package index
+# make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
 # All make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
 VENV ?= .venv
+ZOO ?= zoo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint matrix clean
+.PHONY: demo test lint matrix zoo clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -23,6 +25,9 @@ lint: $(VENV)/ready-dev
 
 matrix: $(VENV)/ready-dev
 	$(BIN)/python tests/matrix.py --out docs/compatibility.md
+
+zoo: $(VENV)/ready-dev
+	$(BIN)/python examples/zoo/train.py --out $(ZOO)
 
 # torch first and by itself: the build that is found for it is the one that everything else then uses.
 $(VENV)/torch: constraints.txt

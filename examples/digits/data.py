@@ -46,15 +46,19 @@ SIZES = (
 )  # (height, width) in pixels
 QUESTION_TYPES = ("count", "color", "digit", "where", "exists", "left", "largest", "background", "describe")
 # How many of the 1,797 handwritten samples a split owns; calibration draws from the training hands, in new scenes.
+# The models of examples/zoo are trained on fewer hands, so that some are left for calibration with hands never seen.
 SPLIT_DIGITS = {
     "train": slice(0, 1197),
     "calibration": slice(0, 1197),
+    "zoo train": slice(0, 1047),
+    "zoo calibration": slice(1047, 1197),
     "validation": slice(1197, 1447),
     "test": slice(1447, 1797),
 }
 SPLIT_SEEDS = {"train": 1, "calibration": 2, "validation": 3, "test": 4}
 SPLIT_SCENES = {"calibration": 600, "validation": 250, "test": 400}
 QUESTIONS_PER_SCENE = 4
+BINS = 16  # of a digit's place, from side to side of the image
 
 
 @dataclass(frozen=True)
@@ -152,20 +156,22 @@ def draw_digit(
     image.paste(Image.new("RGB", image.size, COLORS[color]), mask=canvas)
 
 
-def make_scene(rng: np.random.Generator, split: str, vary: bool = False) -> Scene:
+def make_scene(
+    rng: np.random.Generator, split: str, vary: bool = False, sizes: tuple[tuple[int, int], ...] = SIZES
+) -> Scene:
     """One random scene whose digits are of the split's handwriting; vary: further hands by shearing and stretching."""
     glyphs, values = handwriting(split)
-    height, width = SIZES[rng.integers(len(SIZES))]
+    height, width = sizes[rng.integers(len(sizes))]
     most = int(np.clip(height * width // 1100, 2, 5))
     while True:
         count = int(rng.integers(1, most + 1))
-        sizes = [int(s) for s in rng.integers(13, 19, count)]
-        corners = place(rng, height, width, sizes)
+        across = [int(s) for s in rng.integers(13, 19, count)]
+        corners = place(rng, height, width, across)
         if corners is not None:
             break
     image, texture = background(rng, height, width)
     digits = []
-    for corner, size in zip(corners, sizes, strict=True):
+    for corner, size in zip(corners, across, strict=True):
         sample, color = int(rng.integers(len(values))), str(rng.choice(list(COLORS)))
         angle = float(rng.uniform(-8, 8))
         warp = np.eye(2) + rng.uniform(-0.18, 0.18, (2, 2)) if vary else None
@@ -217,6 +223,19 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str] | 
     if kind == "describe":
         return "describe the image from left to right.", " then ".join(f"{d.color} {d.value}" for d in digits)
     return None
+
+
+def mentions(scene: Scene, kind: str, question: str) -> list[tuple[str, int, int]]:
+    """The words of a question (describe: of its answer), in order, that mean one digit, with that digit's place."""
+    width, height = scene.image.size
+    if kind == "describe":
+        meant = [(str(d.value), d) for d in scene.digits]
+    else:
+        named = [(word, d) for d in scene.digits for word in (str(d.value), d.color)]
+        words = [word for word, _ in named]
+        only = {word: d for word, d in named if words.count(word) == 1}
+        meant = [(word, only[word]) for word in question.strip("?").split() if word in only]
+    return [(word, int(d.center[0] / width * BINS), int(d.center[1] / height * BINS)) for word, d in meant]
 
 
 def write_split(split: str, folder: Path) -> None:

@@ -17,14 +17,27 @@ training, so that what pruning finds redundant has not been made redundant on pu
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
-from data import COLORS, QUESTION_TYPES, SIZES, Scene, ask, make_scene
+from data import BINS, COLORS, QUESTION_TYPES, SIZES, Scene, ask, make_scene, mentions
+from joint_training import (
+    Heads,
+    PackedQuestion,
+    additive,
+    load_state,
+    muon_and_adamw,
+    pack_rows,
+    save_state,
+    schedules,
+    visible,
+    word_places,
+)
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -55,7 +68,6 @@ TYPE_WEIGHTS = {
 NAMED_LAYER = 2  # the decoder layer whose visual tokens the throw-away heads of phase 2 read
 MENTIONED_LAYER = 5  # the one whose words are read
 NAMED_WEIGHT = 0.4  # of their losses; where it was let fade out, places were forgotten again
-BINS = 16  # of a digit's place, from side to side of the image
 SIDE = TILE // PATCH
 MOST = 3 * SIDE  # tokens in the longest row of tiles
 PINPOINTS = [[48, 48], [48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]
@@ -161,19 +173,6 @@ def patch_labels(scene: Scene, processor: LlavaNextImageProcessorPil) -> np.ndar
     return found
 
 
-def mentions(scene: Scene, kind: str, question: str) -> list[tuple[str, int, int]]:
-    """The words of a question (describe: of its answer), in order, that mean one digit, with that digit's place."""
-    width, height = scene.image.size
-    if kind == "describe":
-        meant = [(str(d.value), d) for d in scene.digits]
-    else:
-        named = [(word, d) for d in scene.digits for word in (str(d.value), d.color)]
-        words = [word for word, _ in named]
-        only = {word: d for word, d in named if words.count(word) == 1}
-        meant = [(word, only[word]) for word in question.strip("?").split() if word in only]
-    return [(word, int(d.center[0] / width * BINS), int(d.center[1] / height * BINS)) for word, d in meant]
-
-
 def make_samples(seed: int, count: int) -> list[dict]:
     """Scenes as raw tiles [T, 3, 48, 48] uint8, with patch labels and every question that can be asked."""
     torch.set_num_threads(1)
@@ -218,12 +217,6 @@ def normalize(tiles: torch.Tensor, processor: LlavaNextProcessor) -> torch.Tenso
     return (tiles.float() / 255 - mean) / std
 
 
-def rate(step: int, steps: int, warmup: int = 100) -> float:
-    """Of the highest learning rate: a warm-up, level, and down by a cosine in the second half."""
-    down = max(0.0, (step / steps - 0.5) / 0.5)
-    return min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, down))))
-
-
 # --- phase 1: the vision tower ---------------------------------------------------------------------------------------
 
 
@@ -244,13 +237,8 @@ def train_vision(model, processor, samples: list[dict], steps: int, bf16: bool, 
     parameters = [*tower.parameters(), *heads.parameters()]
     matrices = [p for n, p in tower.named_parameters() if ".layers." in n and p.ndim == 2]
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
-    optimizers = [
-        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02),
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-    ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps)) for optimizer in optimizers
-    ]
+    optimizers = muon_and_adamw(matrices, [{"params": others}])
+    stateful = [*optimizers, *schedules(optimizers, steps)]
     for layer in tower.encoder.layers:
         layer.compile()
     generator = torch.Generator().manual_seed(0)
@@ -265,7 +253,7 @@ def train_vision(model, processor, samples: list[dict], steps: int, bf16: bool, 
             optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for each in (*optimizers, *schedules):
+        for each in stateful:
             each.step()
         if step % 100 == 0 or step == steps - 1:
             right = {name: (named[name].argmax(-1) == wanted[name])[wanted[name] > 0].float().mean() for name in heads}
@@ -299,73 +287,38 @@ def pack(
     """One row an image: the image's tokens, then its questions side by side. Shapes [B, S], mask [B, 1, S, S]."""
     tokenizer = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    rows = []
+    prefixes, asked = [], []
     for sample in batch:
         visual = processor._get_number_of_features(*sample["size"], TILE, TILE) - 1
-        ids = [tokenizer.bos_token_id, *tokenizer.encode("user:", add_special_tokens=False), *[image_id] * visual]
-        segment, position, target = [0] * len(ids), list(range(len(ids))), [-100] * len(ids)
-        places = [(-100, -100)] * len(ids)
-        prefix = len(ids)
+        user = tokenizer.encode("user:", add_special_tokens=False)
+        prefixes.append([tokenizer.bos_token_id, *user, *[image_id] * visual])
         weights = np.array([type_weights.get(kind, 1.0) for kind, *_ in sample["asked"]])
         number = min(questions, len(weights))
         chosen = rng.choice(len(weights), number, replace=False, p=weights / weights.sum())
-        for number, index in enumerate(chosen, 1):
-            _, question, answer, mentioned = sample["asked"][index]
-            asked = tokenizer.encode(f"{question} assistant:", add_special_tokens=False)
-            answered = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
-            ids += asked + answered
-            target += [-100] * (len(asked) - 1) + answered + [-100]
-            position += range(prefix, prefix + len(asked) + len(answered))
-            segment += [number] * (len(asked) + len(answered))
-            left = [(tokenizer.convert_tokens_to_ids(word), (x, y)) for word, x, y in reversed(mentioned)]
-            places += [left.pop()[1] if left and token == left[-1][0] else (-100, -100) for token in asked + answered]
-        rows.append((ids, segment, position, target, places))
-    length = max(len(ids) for ids, *_ in rows)
-    fill = (tokenizer.pad_token_id, -1, 0, -100, (-100, -100))
-    ids, segment, position, target, places = (
-        torch.tensor([row[k] + [fill[k]] * (length - len(row[k])) for row in rows]) for k in range(len(fill))
-    )
-    # [B, S, S], added to attention logits
-    same = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
+        asked.append([packed_question(tokenizer, *sample["asked"][index][1:]) for index in chosen])
+    packed = pack_rows(prefixes, asked, tokenizer.pad_token_id)
     most = max(len(s["tiles"]) for s in batch)
     tiles = torch.zeros(len(batch), most, 3, TILE, TILE, dtype=torch.uint8)
     for row, sample in enumerate(batch):
         tiles[row, : len(sample["tiles"])] = torch.from_numpy(sample["tiles"])
     return {
-        "input_ids": ids,
-        "position_ids": position,
-        "mask": torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.bfloat16).min / 2)[:, None],
-        "target": target,
-        "places": places,
+        "input_ids": packed["input_ids"],
+        "position_ids": packed["position"],
+        "mask": additive(visible(packed["segment"])),
+        "target": packed["target"],
+        "places": packed["places"],
         "pixel_values": normalize(tiles, processor),
         "image_sizes": torch.tensor([s["size"] for s in batch]),
         "named": torch.cat([token_labels(model, s) for s in batch]),
     }
 
 
-class Heads(nn.Module):
-    """The throw-away heads of phase 2."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        sizes = {"color": 1 + len(COLORS), "digit": 11, "column": MOST + SIDE, "row": MOST + SIDE}
-        self.named = nn.ModuleDict({name: nn.Linear(hidden_size, size) for name, size in sizes.items()})
-        self.mentioned = nn.ModuleDict({name: nn.Linear(hidden_size, BINS) for name in ("x", "y")})
-
-    def named_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """hidden [V, D], labels [V, 4]; background counts a third, since most patches show nothing else."""
-        weight = torch.where(labels[:, 0] == 0, 0.3, 1.0)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for index, head in enumerate(self.named.values()):
-            each = F.cross_entropy(head(hidden).float(), labels[:, index], ignore_index=-100, reduction="none")
-            total = total + (each * weight).sum() / weight.sum()
-        return total / len(self.named)
-
-    def mentioned_loss(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """hidden [M, D], places [M, 2]"""
-        heads = self.mentioned.values()
-        return sum(F.cross_entropy(head(hidden).float(), places[:, k]) for k, head in enumerate(heads)) / len(heads)
+def packed_question(tokenizer, question: str, answer: str, mentioned: list[tuple[str, int, int]]) -> PackedQuestion:
+    """A question and its answer as tokens, with the places of the digits that they mean."""
+    asked = tokenizer.encode(f"{question} assistant:", add_special_tokens=False)
+    answered = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+    meant = [(tokenizer.convert_tokens_to_ids(word), x, y) for word, x, y in mentioned]
+    return PackedQuestion(asked + answered, len(asked), word_places(asked + answered, meant))
 
 
 def answer_loss(
@@ -401,30 +354,22 @@ def make_optimizers(model, heads: Heads) -> list[torch.optim.Optimizer]:
         {"params": [p for n, p in rest if "vision_tower" in n], "lr": 1e-3},
         {"params": [*(p for n, p in rest if "vision_tower" not in n), *heads.parameters()], "lr": 2e-3},
     ]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
-    return [adamw, torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")]
+    return muon_and_adamw(matrices, groups)
 
 
 def train_jointly(model, processor, samples: list[dict], options, report) -> None:
     steps, work = options.steps, options.work
     often = {kind: float(weight) for kind, _, weight in (one.partition("=") for one in options.often)}
-    heads = Heads(model.config.text_config.hidden_size)
+    sizes = {"color": 1 + len(COLORS), "digit": 11, "column": MOST + SIDE, "row": MOST + SIDE}
+    heads = Heads(model.config.text_config.hidden_size, sizes, BINS)
     optimizers = make_optimizers(model, heads)
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)
 
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.rate * rate(step, steps))
-        for optimizer in optimizers
-    ]
-    first, saved = 0, work / "joint.pt"
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
-        for resumed, saved_state in zip([*optimizers, *schedules], state["optimizers"], strict=True):
-            resumed.load_state_dict(saved_state)
-        first = state["step"]
+    stateful = [*optimizers, *schedules(optimizers, steps, options.rate)]
+    saved, modules = work / "joint.pt", {"model": model, "heads": heads}
+    first = load_state(saved, modules, stateful)
+    if first:
         report(f"resumed at step {first}")
     lengths = np.array([processor._get_number_of_features(*s["size"], TILE, TILE) for s in samples])
     begin = time.monotonic()
@@ -441,7 +386,7 @@ def train_jointly(model, processor, samples: list[dict], options, report) -> Non
         heads.zero_grad()
         (loss + NAMED_WEIGHT * (named + mentioned)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in (*optimizers, *schedules):
+        for each in stateful:
             each.step()
         if step % 20 == 0 or step == steps - 1:
             report(
@@ -450,15 +395,7 @@ def train_jointly(model, processor, samples: list[dict], options, report) -> Non
                 f"{time.monotonic() - begin:.0f} s"
             )
         if (step + 1) % 200 == 0:
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "heads": heads.state_dict(),
-                    "optimizers": [each.state_dict() for each in (*optimizers, *schedules)],
-                    "step": step + 1,
-                },
-                saved,
-            )
+            save_state(saved, step + 1, modules, stateful)
 
 
 def save(model, processor, out: Path) -> None:
