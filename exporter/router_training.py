@@ -8,7 +8,9 @@ Shapes: those of `router_learner.py`.
 
 from __future__ import annotations
 
+import copy
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from .relaxation import gated_attention
 from .router_learner import Learner, Progress, Teacher
 from .router_losses import LOSSES
 
+logger = logging.getLogger(__name__)
 HELD_OUT, MOST_HELD_OUT = 8, 128  # one in so many questions is not trained on but judged by, so many at most
 SAVE_EVERY = 50  # steps
 POOL = 4  # batches whose questions are drawn together
@@ -153,17 +156,24 @@ class State:
         self.curve.append({"step": step, "loss": round(loss, 6)})
 
     def load(self, path: Path | None) -> int:
-        """The step to begin at."""
+        """The step to begin at: 0 where there is no state, where it is another run's, or where it is damaged."""
         if path is None or not path.exists():
             return 0
-        saved = torch.load(path, weights_only=True)
-        if saved["fingerprint"] != self.fingerprint:
+        before = [copy.deepcopy(part.state_dict()) for part in (self.router, self.optimizer, self.schedule)]
+        try:
+            saved = torch.load(path, weights_only=True)
+            if saved["fingerprint"] != self.fingerprint:
+                return 0
+            curve, step = list(saved["curve"]), int(saved["step"])
+            for name in ("router", "optimizer", "schedule"):
+                getattr(self, name).load_state_dict(saved[name])
+        except Exception as error:  # torch.load and load_state_dict raise dozens of types for damaged files
+            logger.warning("%s is damaged (%s): training begins anew", path, type(error).__name__)
+            for name, state in zip(("router", "optimizer", "schedule"), before, strict=True):
+                getattr(self, name).load_state_dict(state)
             return 0
-        self.router.load_state_dict(saved["router"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
-        self.curve = saved["curve"]
-        return int(saved["step"])
+        self.curve = curve
+        return step
 
     def save(self, path: Path, step: int) -> None:
         saved = {

@@ -17,11 +17,13 @@ from exporter.cli import parser
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "exporter"
 ORDER = (
-    "errors shapes files record families scores scoring card_file weights json_file weight_files hub_access config_file quantization clean_room processor_files source_view source licence remote_images images answers chats samples records tables calibration pictures divergence replay capture fidelity questions "
-    "localize plan recipe moments variants held_out fold modeling trust routing rules budgets oracle relaxation router_learner "
+    "errors shapes files record families scores scoring card_file weights json_file weight_files hub_access "
+    "config_file quantization clean_room processor_files source_view source licence remote_images images answers "
+    "chats samples records tables calibration pictures divergence replay capture fidelity questions localize plan "
+    "recipe moments variants held_out fold modeling trust routing rules budgets oracle relaxation router_learner "
     "router_losses router_training checkpoint verification report route_pictures model_card routed_checkpoint "
-    "pipeline estimate reproduction task resumable evaluation comparison zoo_comparison route_comparison timing workload subject onnx kinds hub "
-    "runtimes benchmark arguments outputs cli plugins __main__"
+    "pipeline estimate reproduction task resumable evaluation comparison zoo_comparison route_comparison timing "
+    "workload subject onnx kinds hub runtimes benchmark arguments outputs cli plugins __main__"
 ).split()
 
 

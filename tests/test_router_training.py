@@ -150,6 +150,8 @@ def test_training_is_repeatable_and_goes_on_where_it_was(loss, options, tiny, qu
         assert torch.equal(resumed.weights[name], tensor), name
     other = run(state_file=tmp_path / "state", fingerprint="another")
     assert other.curve == whole.curve, "a state of another run is not gone on from"
+    (tmp_path / "state").write_bytes(b"garbage")
+    assert run(**keep).curve == whole.curve, "a damaged state is begun anew"
 
 
 def test_ranking_loss_is_lowest_where_the_ranking_is_that_of_the_importance():
