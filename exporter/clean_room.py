@@ -302,6 +302,8 @@ def verify_once(
         folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust
     )
     model.eval().to(device)
+    if "preset" in reference:  # the default was set to another one since
+        model.set_budget(reference["preset"])
     problems = []
     tolerated = set(record["source"].get("unexpected_keys", ()))
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -312,7 +314,10 @@ def verify_once(
         return {"problems": problems}
     processor = load_processor(folder)
     tolerance = TOLERANCE[dtype]
-    said = reference_answer(model, processor)["tokens"]
+    try:
+        said = reference_answer(model, processor)["tokens"]
+    except PromptError as error:
+        return {"problems": [str(error)]}
     expected = reference["tokens"]
     if (at := first_difference(said, expected, reference["margins"], tolerance)) is not None:
         problems.append(f"token {at + 1} of the reference answer is {said[at]}, not {expected[at]} as at export")

@@ -187,6 +187,10 @@ def set_default(folder: Path | str, preset: str) -> None:
         if isinstance(settings := routed_record.get("settings"), dict):
             settings["default"] = preset
     _replace(folder, {"config.json": text.encode()}, record)
+    if "recipe" in record:
+        from .model_card import card
+
+        card(folder)  # it names the default
 
 
 def update_modeling_files(folder: Path | str) -> list[str]:
