@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__
+
 __all__ = [
     "BenchOptions",
+    "BudgetGrid",
     "CheckFailed",
     "Grid",
     "InputError",
     "Recipe",
     "RouterRecipe",
     "RunOptions",
-    "Wanted",
     "Workload",
+    "__version__",
     "bench",
     "card",
     "compare",
@@ -36,20 +38,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import onnx
-    from .benchmark import BenchOptions, bench
-    from .budgets import Wanted
-    from .comparison import Grid, compare, load_grid
+    from .benchmark.bench import bench
+    from .benchmark.figures import BenchOptions
+    from .benchmark.workload import Workload
+    from .comparison.grid import Grid, load_grid
+    from .comparison.layers import compare
+    from .comparison.routers import compare_routes
     from .errors import CheckFailed, InputError
-    from .evaluation import evaluate
-    from .hub import push
-    from .kinds import card, verify
+    from .evaluation.evaluate import evaluate
     from .pipeline import compress, route, score
+    from .publishing.folder_kinds import card, verify
+    from .publishing.push import push
+    from .publishing.reproduction import reproduce
     from .recipe import Recipe, RouterRecipe, RunOptions, load_recipe
-    from .reproduction import reproduce
-    from .route_comparison import compare_routes
-    from .routing import set_default
-    from .workload import Workload
+    from .routing.folder import set_default
+    from .routing.requests import BudgetGrid
 
 _HOMES = {
     "CheckFailed": "errors",
@@ -61,20 +64,20 @@ _HOMES = {
     "compress": "pipeline",
     "route": "pipeline",
     "score": "pipeline",
-    "evaluate": "evaluation",
-    "bench": "benchmark",
-    "BenchOptions": "benchmark",
-    "Workload": "workload",
-    "Wanted": "budgets",
-    "compare_routes": "route_comparison",
-    "compare": "comparison",
-    "Grid": "comparison",
-    "load_grid": "comparison",
-    "reproduce": "reproduction",
-    "set_default": "routing",
-    "verify": "kinds",
-    "card": "kinds",
-    "push": "hub",
+    "evaluate": "evaluation.evaluate",
+    "bench": "benchmark.bench",
+    "BenchOptions": "benchmark.figures",
+    "Workload": "benchmark.workload",
+    "BudgetGrid": "routing.requests",
+    "compare_routes": "comparison.routers",
+    "compare": "comparison.layers",
+    "Grid": "comparison.grid",
+    "load_grid": "comparison.grid",
+    "reproduce": "publishing.reproduction",
+    "set_default": "routing.folder",
+    "verify": "publishing.folder_kinds",
+    "card": "publishing.folder_kinds",
+    "push": "publishing.push",
 }
 
 

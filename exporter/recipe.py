@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import InputError, nearest
-from .plan import Budget
+from .plan import LayerBudget
 
 T = TypeVar("T")
 LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "fisher", "greedy", "random", "first", "last")
@@ -108,7 +108,7 @@ class Recipe:
 
     model: str
     calibration: CalibrationData
-    budget: Budget
+    budget: LayerBudget
     revision: str | None = None
     localizer: Method = Method(DEFAULT_LOCALIZER)
     fold: Method | None = None  # None: the default
@@ -157,7 +157,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 KIND_NAMES = {str: "text", Mapping: "mapping", bool: "yes or no"}
-BUDGET_KEYS = tuple(f.name for f in dataclasses.fields(Budget))
+BUDGET_KEYS = tuple(f.name for f in dataclasses.fields(LayerBudget))
 RECIPE_KEYS = (*(f.name for f in dataclasses.fields(Recipe) if f.name != "budget"), *BUDGET_KEYS)
 
 
@@ -200,7 +200,7 @@ def recipe_from_data(data: Any) -> Recipe:
     return Recipe(
         model=str(data["model"]),
         calibration=calibration_from_data(data["calibration"]),
-        budget=Budget(**budget),
+        budget=LayerBudget(**budget),
         revision=data.get("revision"),
         localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZER_NAMES, "localizer"),
         fold=read_method(data["fold"], FOLD_NAMES, "fold") if data.get("fold") is not None else None,

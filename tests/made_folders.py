@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from test_compress import recipe
 
-from exporter.files import hashes
-from exporter.modeling import modeling_routed
+from exporter.checkpoints.files import hashes
+from exporter.modeling.modeling_routed import class_name
 from exporter.modeling.released import shipped_files
 from exporter.pipeline import compress
-from exporter.routing import AUTO_CLASS
+from exporter.routing.folder import AUTO_CLASS
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -42,7 +42,7 @@ def routed_copy(plain: Path, folder: Path) -> Path:
     shutil.copytree(plain, folder)
     for path in shipped_files():
         shutil.copy(path, folder)
-    name = f"modeling_routed.{modeling_routed.class_name('llava')}"
+    name = f"modeling_routed.{class_name('llava')}"
     edit(folder / "config.json", lambda config: config.update(auto_map={AUTO_CLASS: name}, router={"format": 1}))
     (folder / "router").mkdir()
     shutil.copy(min(folder.glob("model*.safetensors")), folder / "router" / "model.safetensors")

@@ -79,7 +79,7 @@ class Job:
 
 def command(*arguments: object) -> str:
     """Run a subcommand of lvlm-exporter in this process and return what it prints."""
-    from exporter.cli import main
+    from exporter.cli.entry import main
 
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
@@ -170,7 +170,7 @@ def updated(job: Job) -> None:
     """The same with today's modeling file put into them."""
     from published import folders
 
-    from exporter.routing import update_modeling_files
+    from exporter.routing.folder import update_modeling_files
 
     for folder in [path for path in folders() if (path / "modeling_routed.py").exists()]:
         place = job.folder / f"updated-{folder.parent.name}"

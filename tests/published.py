@@ -65,8 +65,8 @@ def load(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForImageTextToText
 
     if "router" in json.loads((folder / "config.json").read_text()) and not trust_remote_code:
-        from exporter.routing import load_routed
-        from exporter.source import open_source
+        from exporter.checkpoints.source import open_source
+        from exporter.routing.folder import load_routed
 
         return load_routed(open_source(str(folder)), "cpu", torch.float32)
     return AutoModelForImageTextToText.from_pretrained(

@@ -17,8 +17,9 @@ from conftest import picture
 from safetensors.torch import load_file, save_file
 from test_compress import snapshot
 
-from exporter import checkpoint
-from exporter.cli import main
+from exporter.checkpoints import writer as checkpoint
+from exporter.checkpoints.writer import write_weights
+from exporter.cli.entry import main
 from exporter.errors import InputError
 
 
@@ -251,10 +252,11 @@ def start(model: Path, questions: Path, out: Path) -> subprocess.Popen[str]:
     """`compress` in a process of its own that stops for a long time in the middle of writing."""
     code = (
         "import time, sys\n"
-        "from exporter import checkpoint, cli\n"
+        "from exporter import cli\n"
+        "from exporter.checkpoints import writer\n"
         "def slow(*args):\n"
         "    print('writing', flush=True); time.sleep(600)\n"
-        "checkpoint.write_shard = slow\n"
+        "writer.write_shard = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     arguments = ["compress", model, "--out", out, "--drop-layers", "1", "--calibration", questions, "--samples", "2"]
@@ -299,7 +301,7 @@ def test_rerun_after_a_kill_needs_no_cleaning(model, questions, tmp_path):
 
 
 def test_a_failed_verification_leaves_no_folder(capsys, model, questions, tmp_path, monkeypatch):
-    original = checkpoint.write_weights
+    original = write_weights
 
     def damaged(source, plan, folded, folder, advance):
         original(source, plan, folded, folder, advance)

@@ -12,14 +12,18 @@ from conftest import picture
 from test_compress import recipe
 from test_routed import make_case
 
-from exporter import bench, checkpoint
-from exporter.benchmark import BenchOptions, ready
-from exporter.cli import main
+from exporter import bench
+from exporter.benchmark.bench import ready
+from exporter.benchmark.figures import BenchOptions
+from exporter.benchmark.subject import Setup
+from exporter.benchmark.timing import Spread, interleaved, paired, peak_bytes, skipped_ranks
+from exporter.benchmark.torch_counting import kv_bytes
+from exporter.benchmark.torch_subject import TorchRuntime
+from exporter.benchmark.workload import Workload
+from exporter.checkpoints.record import read_record
+from exporter.cli.entry import main
 from exporter.errors import CheckFailed, InputError
 from exporter.pipeline import compress
-from exporter.subject import Setup, TorchRuntime, kv_bytes
-from exporter.timing import Spread, paired, peak_bytes, skipped_ranks, turns
-from exporter.workload import Workload
 
 QUICK = BenchOptions(device="cpu", new_tokens=2, rounds=2)
 SMALL = Workload(visual_tokens=25, text_tokens=24)
@@ -123,13 +127,13 @@ def test_every_row_has_a_prompt_of_its_own(tiny):
 
 
 def test_rounds_go_there_and_back():
-    assert list(turns(3, 4)) == [[0, 1, 2], [2, 1, 0]] * 2
+    assert list(interleaved(3, 4)) == [[0, 1, 2], [2, 1, 0]] * 2
 
 
 def test_a_drift_of_the_machine_cancels_out():
     """ABBA while every run is slower than the last: the first of the two gains nothing."""
     clock, times = 100.0, {0: [], 1: []}
-    for order in turns(2, 8):
+    for order in interleaved(2, 8):
         for subject in order:
             times[subject].append(clock)
             clock *= 1.01
@@ -205,7 +209,7 @@ def test_other_ways_to_run(how, routed_folder, monkeypatch):
 
 
 def test_a_cache_of_another_size_is_a_failed_check(tiny, monkeypatch):
-    monkeypatch.setattr("exporter.subject.kv_bytes", lambda *_: 12)
+    monkeypatch.setattr("exporter.benchmark.torch_counting.kv_bytes", lambda *_: 12)
     done = bench([tiny("llava")], workload=SMALL, options=QUICK)
     with pytest.raises(CheckFailed, match="and should hold 12"):
         done.check_caches()
@@ -216,7 +220,7 @@ def test_figures_go_into_record_and_card(tiny, questions, tmp_path, unverified):
     assert "How fast it is" not in (folder / "README.md").read_text()
     for _ in range(2):  # the second replaces the first
         done = bench([folder], reference=tiny("llava"), workload=SMALL, options=QUICK)
-    (entry,) = checkpoint.read_record(folder)["benchmarks"]
+    (entry,) = read_record(folder)["benchmarks"]
     figures = done.models[1].batches[0]
     assert entry["batches"][0]["prefill_ms"] == figures.prefill_ms
     assert entry["hardware"]["device"] and entry["date"] and entry["versions"]["transformers"]

@@ -9,19 +9,22 @@ import torch
 from test_evaluation import task  # noqa: F401 - a fixture
 from test_routed import add_random_router
 
-from exporter.budgets import Ask, Wanted, few_prompts, flops_of
-from exporter.calibration import make_batch, read_samples
+from exporter.checkpoints.source import open_source
 from exporter.clean_room import load_processor
-from exporter.cli import main
+from exporter.cli.entry import main
+from exporter.data.batches import make_batch
+from exporter.data.calibration import read_samples
 from exporter.errors import InputError
-from exporter.evaluation import evaluate
-from exporter.modeling.modeling_routed import Budget, Route
+from exporter.evaluation.evaluate import evaluate
+from exporter.modeling.routed_route import Budget, Route
 from exporter.pipeline import compress
-from exporter.plan import Budget as LayerBudget
+from exporter.plan import LayerBudget as LayerBudget
 from exporter.recipe import CalibrationData, Recipe, RunOptions
-from exporter.routing import default_settings, load_routed
-from exporter.rules import Rule
-from exporter.source import open_source
+from exporter.routing.cost import few_prompts, flops_of
+from exporter.routing.folder import load_routed
+from exporter.routing.requests import BudgetGrid, BudgetRequest
+from exporter.routing.rules import Rule
+from exporter.routing.settings import default_settings
 
 TOKENS = {"max_new_tokens": 4, "options": RunOptions(batch_size=5)}
 
@@ -43,7 +46,7 @@ def model(folder):
 
 
 def test_figures_are_those_of_the_routed_model(folder, model, tiny, task):  # noqa: F811
-    wanted = Wanted(keep_visual_tokens=(6, 0.5), keep_layers=(4,), presets=("off", "fast"))
+    wanted = BudgetGrid(keep_visual_tokens=(6, 0.5), keep_layers=(4,), presets=("off", "fast"))
     done = evaluate([folder], task, reference=tiny("llava"), budgets=wanted, **TOKENS)
     assert [m.budget and (m.budget["preset"], m.budget["keep_visual_tokens"]) for m in done.models] == [
         None, (None, 6), (None, 0.5), None, ("fast", 0.25)]  # fmt: skip
@@ -75,7 +78,7 @@ def test_figures_are_those_of_the_routed_model(folder, model, tiny, task):  # no
     assert "| task.jsonl | fast: 0.25 of the visual tokens, 5 layers |" in card
     assert "(6 visual tokens, 4 layers)" in card  # the hub's metadata tells them apart
     again = evaluate(
-        [folder], task, reference=tiny("llava"), budgets=Wanted(keep_visual_tokens=(6,), keep_layers=(4,)), **TOKENS
+        [folder], task, reference=tiny("llava"), budgets=BudgetGrid(keep_visual_tokens=(6,), keep_layers=(4,)), **TOKENS
     )
     assert again.models[1].answers == six.answers
     assert len(json.loads((folder / "compression.json").read_text())["evaluations"]) == 4  # replaced
@@ -95,19 +98,19 @@ def test_counted_flops_are_those_of_what_runs(folder, model, task):  # noqa: F81
         return total
 
     unrouted = flops_of(model, prompts, None)
-    routed = flops_of(model, prompts, Ask(Budget(6, 4), Rule("random", "random")))
+    routed = flops_of(model, prompts, BudgetRequest(Budget(6, 4), Rule("random", "random")))
     assert unrouted.decoder == by_hand(25, 6)
     assert routed.decoder == by_hand(6, 4)
     assert unrouted.total - unrouted.decoder == routed.total - routed.decoder > 0  # the vision tower and the head
-    with_router = flops_of(model, prompts, Ask(Budget(6, 4)))
+    with_router = flops_of(model, prompts, BudgetRequest(Budget(6, 4)))
     assert with_router.decoder > routed.decoder
     route = Route(layers=torch.ones(1, 6, dtype=torch.bool))
     assert model(**prompts[0].inputs, route=route).logits.isfinite().all()
 
 
 def test_rules_choose_in_place_of_the_router(folder, tiny, task, questions):  # noqa: F811
-    asks = {"fastv": Wanted((0.5,), rule="fastv"), "random": Wanted((0.5,), (5,), rule="random", drop_at=0)}
-    asks["shortgpt"] = Wanted(keep_layers=(4,), rule="shortgpt")
+    asks = {"fastv": BudgetGrid((0.5,), rule="fastv"), "random": BudgetGrid((0.5,), (5,), rule="random", drop_at=0)}
+    asks["shortgpt"] = BudgetGrid(keep_layers=(4,), rule="shortgpt")
     for rule, wanted in asks.items():
         done = evaluate(
             [tiny("llava")], task, reference=tiny("llava"), budgets=wanted, calibration=str(questions), **TOKENS
@@ -120,7 +123,7 @@ def test_rules_choose_in_place_of_the_router(folder, tiny, task, questions):  # 
 def test_answers_on_disk_are_kept_apart_by_budget(folder, task, tmp_path):  # noqa: F811
     path = tmp_path / "answers.jsonl"
     for tokens in (3, 6):
-        evaluate([folder], task, budgets=Wanted((tokens,)), predictions=path, update_cards=False, **TOKENS)
+        evaluate([folder], task, budgets=BudgetGrid((tokens,)), predictions=path, update_cards=False, **TOKENS)
     models = {json.loads(line)["model"] for line in path.read_text().splitlines()}
     assert len(models) == 2 and len(path.read_text().splitlines()) == 24
 
@@ -149,13 +152,16 @@ def test_command_line(folder, task, tmp_path, capsys):  # noqa: F811
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (Wanted((0.5,)), "has no router, so that it can't run under a budget: train one with `lvlm-exporter route`"),
-        (Wanted(presets=("fast",)), "has no router"),
-        (Wanted((0.5,), rule="shortgpt"), "rule 'shortgpt' keeps all visual tokens"),
-        (Wanted((0.5,), rule="fast"), "rule 'fast' is not known"),
-        (Wanted(keep_layers=(4,), rule="shortgpt"), "measures layers on questions: give --calibration FILE"),
-        (Wanted((0.5,), rule="fastv", drop_at=9), "--drop-at 9: give a number from 0 to 6"),
-        (Wanted(rule="fastv"), "--rule fastv chooses under a budget"),
+        (
+            BudgetGrid((0.5,)),
+            "has no router, so that it can't run under a budget: train one with `lvlm-exporter route`",
+        ),
+        (BudgetGrid(presets=("fast",)), "has no router"),
+        (BudgetGrid((0.5,), rule="shortgpt"), "rule 'shortgpt' keeps all visual tokens"),
+        (BudgetGrid((0.5,), rule="fast"), "rule 'fast' is not known"),
+        (BudgetGrid(keep_layers=(4,), rule="shortgpt"), "measures layers on questions: give --calibration FILE"),
+        (BudgetGrid((0.5,), rule="fastv", drop_at=9), "--drop-at 9: give a number from 0 to 6"),
+        (BudgetGrid(rule="fastv"), "--rule fastv chooses under a budget"),
     ],
 )
 def test_budgets_that_a_plain_folder_cannot_have(wanted, message, tiny, task):  # noqa: F811
@@ -166,9 +172,9 @@ def test_budgets_that_a_plain_folder_cannot_have(wanted, message, tiny, task):  
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (Wanted(presets=("turbo",)), "preset 'turbo' is not known: this model has off, quality"),
-        (Wanted(keep_layers=(2,)), "keep_layers=2 is out of range"),
-        (Wanted((1.5,)), "keep_visual_tokens=1.5 is no share"),
+        (BudgetGrid(presets=("turbo",)), "preset 'turbo' is not known: this model has off, quality"),
+        (BudgetGrid(keep_layers=(2,)), "keep_layers=2 is out of range"),
+        (BudgetGrid((1.5,)), "keep_visual_tokens=1.5 is no share"),
     ],
 )
 def test_budgets_that_are_out_of_range(wanted, message, folder, task):  # noqa: F811

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import FAMILIES, picture
 
-from exporter.calibration import load_calibration, make_batch, make_batches
+from exporter.checkpoints.source import open_source
 from exporter.clean_room import load_processor
+from exporter.data.batches import make_batch, make_batches
+from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
 from exporter.families import visual_token_ids
-from exporter.source import open_source
 
 
 def write(folder, *records):

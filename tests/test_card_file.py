@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from exporter.card_file import carry_card, front_matter, merge, paragraphs, write_card
+from exporter.cards.card_file import carry_card, front_matter, merge, paragraphs, write_card
 from exporter.errors import InputError
 
 METADATA = "library_name: transformers\nmodel_name: small\ntags:\n- compressed\n- tis\n"

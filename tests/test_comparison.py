@@ -8,15 +8,16 @@ import pytest
 import yaml
 from test_evaluation import task  # noqa: F401 - a fixture
 
-from exporter.comparison import Cell, Comparison, compare, grid_from_data, load_grid
+from exporter.comparison.grid import Cell, Comparison, grid_from_data, load_grid
+from exporter.comparison.grid_table import pareto_front
+from exporter.comparison.layers import compare
+from exporter.comparison.zoo import compare_zoo, zoo_from_data
 from exporter.errors import InputError
-from exporter.evaluation import evaluate
+from exporter.evaluation.evaluate import evaluate
+from exporter.evaluation.scoring import Rate
 from exporter.pipeline import compress
-from exporter.plan import Budget
+from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData, Method, Recipe, RunOptions
-from exporter.report import pareto_front
-from exporter.scoring import Rate
-from exporter.zoo_comparison import compare_zoo, zoo_from_data
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_cells_are_what_compress_and_evaluate_give(grid, questions, task, tmp_pa
     recipe = Recipe(
         grid["model"],
         CalibrationData(str(questions), samples=6),
-        Budget(drop_layers=2),
+        LayerBudget(drop_layers=2),
         localizer=Method("tis"),
         fold=Method("scp", {"k": 4}),
     )

@@ -11,19 +11,22 @@ import torch
 from conftest import FAMILIES
 from transformers import AutoModelForImageTextToText
 
-from exporter.calibration import load_calibration, make_batch
-from exporter.checkpoint import staged, write_checkpoint
+from exporter.checkpoints.source import open_source
+from exporter.checkpoints.staging import staged
+from exporter.checkpoints.weight_files import open_weights
+from exporter.checkpoints.writer import write_checkpoint
 from exporter.clean_room import load_processor
+from exporter.data.batches import make_batch
+from exporter.data.calibration import load_calibration
+from exporter.models.loading import text_decoder
 from exporter.pipeline import compress
-from exporter.plan import Budget, make_plan
+from exporter.plan import LayerBudget, make_plan
+from exporter.publishing.reproduction import reproduce
 from exporter.recipe import FOLD_NAMES, LOCALIZER_NAMES, CalibrationData, Method, Recipe, RunOptions
-from exporter.reproduction import reproduce
-from exporter.source import open_source, text_decoder
-from exporter.weight_files import open_weights
 
 
 def recipe(model: Path, questions: Path, **changes) -> Recipe:
-    budget = changes.pop("budget", Budget(drop_layers=2))
+    budget = changes.pop("budget", LayerBudget(drop_layers=2))
     return Recipe(str(model), CalibrationData(str(questions), samples=6), budget, **changes)
 
 
@@ -85,7 +88,9 @@ def test_layers_keep_their_own_attention_type(family, tiny, questions, tmp_path)
     """Lists are sliced by kept index: a layer that sees a window must not become one that sees everything."""
     source = open_source(str(tiny(family)))
     types = source.config.get_text_config().layer_types
-    out = compress(recipe(source.folder, questions, budget=Budget(layers=(2, 3)), fold=Method("none")), tmp_path / "s")
+    out = compress(
+        recipe(source.folder, questions, budget=LayerBudget(layers=(2, 3)), fold=Method("none")), tmp_path / "s"
+    )
     kept = open_source(str(out)).config.get_text_config().layer_types
     assert kept == [types[layer] for layer in (0, 1, 4, 5)]
 

@@ -11,10 +11,10 @@ import random
 import pytest
 from conftest import picture
 
-from exporter.calibration import load_calibration
+from exporter.data.calibration import load_calibration
+from exporter.data.task import load_task
 from exporter.errors import InputError
-from exporter.scoring import is_right
-from exporter.task import load_task
+from exporter.evaluation.scoring import is_right
 
 USER, SAID = {"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "red"}
 
@@ -426,7 +426,7 @@ def test_images_of_a_data_set_are_drawn_before_they_are_read(saved, tmp_path, mo
     import datasets
     from PIL import Image
 
-    from exporter.tables import TableSamples
+    from exporter.data.tables import TableSamples
 
     picture(tmp_path / "x.png", (300, 300))
     folder = saved({"image": [str(tmp_path / "x.png")] * 400, "question": ["what?"] * 400}, image=datasets.Image())

@@ -8,12 +8,13 @@ import shutil
 import pytest
 from tiny_models import build
 
+from exporter.data.answers import normalise
 from exporter.errors import InputError
-from exporter.evaluation import evaluate
+from exporter.evaluation.evaluate import evaluate
+from exporter.evaluation.scoring import is_right, mcnemar, wilson
 from exporter.pipeline import compress
-from exporter.plan import Budget
+from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData, Recipe, RunOptions
-from exporter.scoring import is_right, mcnemar, normalise, wilson
 
 
 def test_wilson_interval():
@@ -60,7 +61,7 @@ def task(tiny, questions, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tiny, questions, tmp_path_factory):
-    recipe = Recipe(str(tiny("llava")), CalibrationData(str(questions), samples=4), Budget(drop_layers=1))
+    recipe = Recipe(str(tiny("llava")), CalibrationData(str(questions), samples=4), LayerBudget(drop_layers=1))
     return compress(recipe, tmp_path_factory.mktemp("small") / "small")
 
 
@@ -87,7 +88,7 @@ def test_same_answers_at_any_batch_size_and_twice(tiny, small, task):
 
 
 def test_a_copy_has_no_divergence(tiny, task, tmp_path):
-    recipe = Recipe(str(tiny("llava")), CalibrationData(str(task), samples=2), Budget(drop_layers=0))
+    recipe = Recipe(str(tiny("llava")), CalibrationData(str(task), samples=2), LayerBudget(drop_layers=0))
     copy = compress(recipe, tmp_path / "copy")
     done = evaluate([copy], task, reference=tiny("llava"), max_new_tokens=4)
     assert done.models[1].kl == pytest.approx(0, abs=1e-9)

@@ -13,14 +13,22 @@ from made_folders import edit
 from test_compress import recipe
 from transformers import AutoModelForImageTextToText
 
-from exporter import checkpoint, pipeline
-from exporter.checkpoint import check_target, staged
-from exporter.cli import main
+from exporter.checkpoints.files import (
+    companions,
+    hashes,
+    is_document,
+    leads_out,
+    left_behind,
+    replace_text,
+    without_auto_map,
+)
+from exporter.checkpoints.source import open_source
+from exporter.checkpoints.staging import check_space, check_target, staged, staging_directory
+from exporter.cli.entry import main
 from exporter.errors import InputError
-from exporter.files import companions, hashes, is_document, leads_out, left_behind, replace_text, without_auto_map
-from exporter.plan import Budget
+from exporter.pipeline import compress
+from exporter.plan import LayerBudget
 from exporter.recipe import Method
-from exporter.source import open_source
 
 STALE = (
     "params.json",
@@ -59,8 +67,8 @@ def model(tiny, tmp_path) -> Path:
 
 
 def compressed(model: Path, questions: Path, out: Path) -> Path:
-    made = recipe(model, questions, budget=Budget(layers=(3,)), fold=Method("none"))
-    return pipeline.compress(made, out)
+    made = recipe(model, questions, budget=LayerBudget(layers=(3,)), fold=Method("none"))
+    return compress(made, out)
 
 
 # --- companions -------------------------------------------------------------------------------------------------------
@@ -215,5 +223,5 @@ def test_compress_into_a_link(model, questions, tmp_path, capsys):
 def test_messages_name_no_temporary_folder(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with checkpoint.room(tmp_path / "out") as room, pytest.raises(InputError, match=r"^inner needs 0\.00 GB"):
-        checkpoint.check_space(room / "inner", 10)
+    with staging_directory(tmp_path / "out") as room, pytest.raises(InputError, match=r"^inner needs 0\.00 GB"):
+        check_space(room / "inner", 10)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from exporter.cli import main
+from exporter.cli.entry import main
 
 SCORE = ("score", "m", "--calibration", "c")
 EVALUATE = ("evaluate", "m", "--task", "t")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exporter.calibration import Batch, load_calibration, make_batches, spread
+from exporter.checkpoints.source import open_source
 from exporter.clean_room import load_processor
-from exporter.fidelity import answer_all
+from exporter.compression.steps import reader
+from exporter.data.batches import Batch, make_batches, spread
+from exporter.data.calibration import load_calibration
 from exporter.fold import fold_reconstruction
 from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
+from exporter.fold.moments import Moments
 from exporter.fold.reconstruction import Fit, solve, token_weights
 from exporter.fold.scp import scp, top_directions
-from exporter.moments import Moments
-from exporter.pipeline import reader
+from exporter.models.answers import answer_all
+from exporter.models.loading import load_model, text_decoder
+from exporter.models.variants import Variant, judge
 from exporter.plan import make_plan
-from exporter.source import load_model, open_source, text_decoder
-from exporter.variants import Variant, judge
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from exporter import clean_room
-from exporter.calibration import load_calibration, make_batch
-from exporter.clean_room import load_processor
-from exporter.evaluation import evaluate
-from exporter.fidelity import answered
-from exporter.source import load_model, open_source
-from exporter.task import greedy_answers
+from exporter.checkpoints.source import open_source
+from exporter.clean_room import GENERATION_TOKENS, load_processor, reference_answer
+from exporter.data.batches import make_batch
+from exporter.data.calibration import load_calibration
+from exporter.data.task import greedy_answers
+from exporter.evaluation.evaluate import evaluate
+from exporter.models.answers import answered
+from exporter.models.loading import load_model
 
 ENTRIES = {
     "bad_words_ids": [[10]],
@@ -77,7 +78,7 @@ def subject(tiny, questions):
         model,
         batch,
         greedy_answers(model, batch, 6),
-        clean_room.reference_answer(model, load_processor(source.folder)),
+        reference_answer(model, load_processor(source.folder)),
     )
 
 
@@ -85,7 +86,7 @@ def subject(tiny, questions):
 def test_no_entry_of_the_generation_config_changes_an_answer(name, subject):
     model, batch, answers, reference = subject
     own = model.generation_config
-    ids = {key: getattr(own, key) for key in clean_room.GENERATION_TOKENS}
+    ids = {key: getattr(own, key) for key in GENERATION_TOKENS}
     model.generation_config = GenerationConfig(**ids)
     setattr(model.generation_config, name, ENTRIES[name])  # as one of its loaders does: without any validation
     changed = model.generation_config
@@ -94,7 +95,7 @@ def test_no_entry_of_the_generation_config_changes_an_answer(name, subject):
         one = answered(model, batch, 6)
         assert torch.equal(one.batch.inputs["input_ids"][:, -answers.shape[1] :], answers)
         processor = load_processor(model.config._name_or_path)
-        assert clean_room.reference_answer(model, processor) == reference
+        assert reference_answer(model, processor) == reference
         assert model.generation_config is changed  # the model is given back as it was
     finally:
         model.generation_config = own

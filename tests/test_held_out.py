@@ -12,17 +12,19 @@ from conftest import QUESTIONS
 from PIL import Image
 from tiny_models import random_image
 
-from exporter.calibration import Sample, make_batches
-from exporter.divergence import Divergence, simplest
+from exporter.compression.job import prepare
+from exporter.compression.steps import fold_gaps, fold_job, localize
+from exporter.data.batches import make_batches
+from exporter.data.pictures import pictures_of, split_by_picture
+from exporter.data.samples import Sample
 from exporter.fold import FOLDS
-from exporter.held_out import HeldOut
-from exporter.pictures import pictures_of, split_by_picture
-from exporter.pipeline import fold_gaps, fold_job, localize, prepare
-from exporter.plan import Budget, make_plan
+from exporter.fold.held_out import HeldOut
+from exporter.models.divergence import Divergence, simplest
+from exporter.models.loading import text_decoder
+from exporter.models.variants import Variant
+from exporter.plan import LayerBudget, make_plan
 from exporter.recipe import CalibrationData, Recipe, RunOptions
-from exporter.router_training import parted
-from exporter.source import text_decoder
-from exporter.variants import Variant
+from exporter.routing.training.loop import parted
 
 
 def sample(number: int, *colors: int, type: str | None = None) -> Sample:
@@ -98,7 +100,7 @@ def many(tmp_path_factory):
 
 def opened(model, data, count=2, **changes):
     calibration = CalibrationData(str(data), samples=None, answer_tokens=6)
-    job = prepare(Recipe(str(model), calibration, Budget(drop_layers=count), **changes), RunOptions(batch_size=8))
+    job = prepare(Recipe(str(model), calibration, LayerBudget(drop_layers=count), **changes), RunOptions(batch_size=8))
     loaded, _ = job.load_model()
     return job, loaded, job.questions(loaded)
 

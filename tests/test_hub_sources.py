@@ -11,8 +11,8 @@ from loopback_hub import Blob, LoopbackHub, Repo
 from test_push import here, hub  # noqa: F401 - fixtures
 from tiny_models import build
 
+from exporter.checkpoints.source import open_source
 from exporter.errors import InputError
-from exporter.source import open_source
 
 NAME = "user/model"
 

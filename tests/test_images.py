@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporter.calibration import load_calibration
+from exporter.data.calibration import load_calibration
+from exporter.data.images import Encoded, as_rgb, image_from, image_pixels, open_image
 from exporter.errors import InputError
-from exporter.images import Encoded, as_rgb, image_from, image_pixels, open_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from exporter.card_file import merge
-from exporter.licence import inherited_licence, licence_sentence
-from exporter.model_card import hub_metadata
+from exporter.cards.card_file import merge
+from exporter.cards.licence import inherited_licence, licence_sentence
+from exporter.cards.model_card import hub_metadata
 
 NC = {"license": "cc-by-nc-4.0"}
 
@@ -70,7 +70,7 @@ def test_the_card_of_the_base_model_is_read_where_the_source_is_silent(tmp_path,
         asked.append(repo)
         return "---\nlicense: other\nlicense_name: terms\nlicense_link: LICENSE\n---\n"
 
-    monkeypatch.setattr("exporter.licence._card_on_hub", card)
+    monkeypatch.setattr("exporter.cards.licence._card_on_hub", card)
     link = "https://huggingface.co/lab/base/blob/main/LICENSE"
     expected = {"license": "other", "license_name": "terms", "license_link": link}
     assert inherited_licence(tmp_path, "lab/base") == expected

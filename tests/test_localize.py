@@ -9,22 +9,24 @@ import sys
 import pytest
 import torch
 
-from exporter.calibration import load_calibration, make_batch
-from exporter.capture import BatchStatistics
+from exporter.checkpoints.source import open_source
 from exporter.clean_room import load_processor
-from exporter.divergence import Divergence
+from exporter.data.batches import make_batch
+from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
-from exporter.fidelity import StateError, answered
 from exporter.localize import LOCALIZERS, LocalizeJob, explicit
 from exporter.localize.angular import angular
 from exporter.localize.best_of import best_of
 from exporter.localize.block_influence import block_influence
 from exporter.localize.fisher import _gated_log_p, cheapest_set, fisher, information, set_cost
 from exporter.localize.greedy import greedy
+from exporter.localize.scores import most_redundant
 from exporter.localize.spacing import spaced
 from exporter.localize.tis import important, tis
-from exporter.scores import most_redundant
-from exporter.source import load_model, open_source
+from exporter.models.answers import StateError, answered
+from exporter.models.capture import BatchStatistics
+from exporter.models.divergence import Divergence
+from exporter.models.loading import load_model
 
 
 def test_important_is_the_smallest_set_with_the_mass():

@@ -14,14 +14,15 @@ from test_budgets import folder as routed_folder  # noqa: F401 - a fixture
 from test_evaluation import task  # noqa: F401 - a fixture
 from tiny_models import build
 
-from exporter import checkpoint
-from exporter.benchmark import BenchOptions, bench
-from exporter.budgets import Wanted
-from exporter.cli import main
+from exporter.benchmark.bench import bench
+from exporter.benchmark.figures import BenchOptions
+from exporter.benchmark.workload import Workload
+from exporter.checkpoints.record import read_record, write_record
+from exporter.cli.entry import main
 from exporter.errors import InputError
-from exporter.evaluation import evaluate
-from exporter.kinds import card
-from exporter.workload import Workload
+from exporter.evaluation.evaluate import evaluate
+from exporter.publishing.folder_kinds import card
+from exporter.routing.requests import BudgetGrid
 
 OWN = "\nThanks to everybody.\n"
 QUICK = BenchOptions(device="cpu", new_tokens=1, rounds=2)
@@ -40,14 +41,14 @@ def results(folder: Path) -> dict[str | None, float]:
 
 
 def test_every_figure_stands_under_its_own_budget_as_the_hub_reads_the_card(folder, tiny, task):  # noqa: F811
-    done = evaluate([folder], task, budgets=Wanted((6, 0.5), (4,), presets=("fast", "off")), **TOKENS)
+    done = evaluate([folder], task, budgets=BudgetGrid((6, 0.5), (4,), presets=("fast", "off")), **TOKENS)
     expected = {
         None if model.budget is None else model.label.partition("(")[2][:-1]: round(model.accuracy, 4)
         for model in done.models
     }
     assert len(expected) == 4 and results(folder) == expected
     for _ in range(2):
-        evaluate([folder], task, budgets=Wanted(presets=("fast",)), **TOKENS)
+        evaluate([folder], task, budgets=BudgetGrid(presets=("fast",)), **TOKENS)
         assert results(folder) == expected
 
 
@@ -63,7 +64,7 @@ def test_tasks_of_one_name_and_several_references_stand_apart(folder, tiny, task
     copy = shutil.copytree(tiny("llava"), tmp_path / "another")
     evaluate([folder], task, reference=copy, **TOKENS)
     evaluate([folder], task, reference=copy, **TOKENS)  # replaces its own only
-    entries = checkpoint.read_record(folder)["evaluations"]
+    entries = read_record(folder)["evaluations"]
     assert [entry["reference_name"] for entry in entries] == ["model", "model", "another"]
     text = (folder / "README.md").read_text()
     assert text.count(f"| {task.name} | 12 | 50.0 % (") == 2 and ", another |" in text and ", model |" in text
@@ -90,7 +91,7 @@ def test_a_folder_that_can_not_be_written_costs_no_result(folder, task, monkeypa
         raise OSError(30, "Read-only file system", "compression.json")
 
     before = (folder / "README.md").read_bytes()
-    monkeypatch.setattr("exporter.checkpoint.write_record", refuse)
+    monkeypatch.setattr("exporter.checkpoints.record.write_record", refuse)
     assert main(["evaluate", str(folder), "--task", str(task), "--preset", "fast", "--samples", "4", "--quiet"]) == 0
     assert "exact match" in capsys.readouterr().out
     assert f"{folder}: its record and its card were not updated (Read-only file system)" in caplog.text
@@ -110,12 +111,12 @@ def test_a_card_that_is_a_link_costs_no_result(folder, task, tmp_path, caplog): 
 @pytest.mark.parametrize("key", ["source", "plan", "scores", "fold", "measured", "evaluations", "versions"])
 @pytest.mark.parametrize("value", [None, [], {}, 3, "gone"])
 def test_a_damaged_record_is_one_sentence(key, value, folder):
-    record = checkpoint.read_record(folder)
+    record = read_record(folder)
     if value == "gone":
         del record[key]
     else:
         record[key] = value
-    checkpoint.write_record(folder, record)
+    write_record(folder, record)
     if (key, value) == ("evaluations", []) or (key, value) == ("evaluations", {}):
         card(folder)
         return
@@ -124,13 +125,13 @@ def test_a_damaged_record_is_one_sentence(key, value, folder):
 
 
 def test_the_card_says_how_each_program_passes_a_budget_and_what_was_run(folder):
-    record = checkpoint.read_record(folder)
+    record = read_record(folder)
     presets = {"quality": {"keep_visual_tokens": 0.5}, "fast": {"keep_visual_tokens": 0.25, "keep_layers": 5}}
     record["router"] = {
         "parameters": 10, "questions": 8, "held_out": 2, "curve": [{"step": 1, "loss": 0.5, "KL": 0.1}],
         "settings": {"drop_at": 2, "presets": presets, "default": "quality", "candidates": [4, 5]},
     }  # fmt: skip
-    checkpoint.write_record(folder, record)
+    write_record(folder, record)
     text = card(folder).read_text()
     for words in (
         'pipe(…, generate_kwargs={"preset": "fast"})',

@@ -23,18 +23,24 @@ from tiny_models import build, inputs
 
 import exporter
 from exporter import CheckFailed, InputError
-from exporter.benchmark import BenchOptions
+from exporter.benchmark.figures import BenchOptions
+from exporter.benchmark.workload import Workload
 from exporter.clean_room import TOLERANCE, generate, load_processor
-from exporter.cli import main
+from exporter.cli.entry import main
 from exporter.families import FAMILIES
-from exporter.onnx import ExportOptions, comparison, pipeline, quantize
+from exporter.onnx import ExportOptions, comparison, pipeline
+from exporter.onnx.comparison import check_graph, compare
+from exporter.onnx.graphs import quantize
+from exporter.onnx.graphs.decoder import Embeddings
+from exporter.onnx.graphs.graph import trace
+from exporter.onnx.manifest import write_manifest
+from exporter.onnx.pipeline import PACKAGES, export
 from exporter.onnx.runtime import prepare
-from exporter.onnx.runtime.model import check_provider
+from exporter.onnx.runtime.folder import check_provider
 from exporter.onnx.runtime.prepare import best_grid, shrunk, unpadded
 from exporter.onnx.runtime.sampling import Sampling
 from exporter.onnx.support import REFUSED, SUPPORTED
 from exporter.recipe import recipe_from_data
-from exporter.workload import Workload
 
 LAYERS = {"gemma3": 3}  # its third layer is the first that sees everything
 ROOT = Path(__file__).parent.parent
@@ -51,7 +57,7 @@ def exported(tmp_path_factory):
             source = build(family, place / "model", layers=LAYERS.get(family, 2))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(pipeline, "validate", here)
-                made[family] = source, pipeline.export(source, place / "onnx")
+                made[family] = source, export(source, place / "onnx")
         return made[family]
 
     return folders
@@ -63,7 +69,7 @@ def here(folder, job, questions):
     if questions:
         saved = str(folder.parent / "questions.pt")
         torch.save(questions, saved)
-    report = comparison.compare({**job, "folder": str(folder), "inputs": saved})
+    report = compare({**job, "folder": str(folder), "inputs": saved})
     if report["problems"]:
         raise CheckFailed("; ".join(report["problems"]))
     return report
@@ -81,7 +87,7 @@ def test_a_transformers_without_fused_operators_is_refused(tiny, tmp_path, monke
 
     monkeypatch.setattr(transformers.exporters, "OnnxConfig", lambda dynamic, opset_version: None)
     with pytest.raises(InputError, match=r"can't write graphs with ONNX Runtime's operators: .* needs 5\.23 or newer"):
-        pipeline.export(tiny("llava"), tmp_path / "onnx")
+        export(tiny("llava"), tmp_path / "onnx")
 
 
 def torch_model(folder):
@@ -137,7 +143,7 @@ def for_cuda(patch):
 @pytest.mark.parametrize("family", ["llava", "llava_next", "mistral3", "smolvlm", "qwen2_5_vl", "gemma3"])
 def test_graphs_for_cuda_say_what_torch_says(family, exported, tmp_path, monkeypatch):
     source, _ = exported(family)
-    folder = pipeline.export(source, tmp_path / "onnx", for_cuda(monkeypatch))
+    folder = export(source, tmp_path / "onnx", for_cuda(monkeypatch))
     manifest = json.loads((folder / "onnx.json").read_text())
     assert (manifest["device"], manifest["dtype"]) == ("cuda", "float16")
     report = manifest["validation"]
@@ -153,14 +159,14 @@ def test_values_that_half_precision_can_not_hold(exported, tmp_path, monkeypatch
     model.get_decoder().layers[0].mlp.down_proj.weight.data *= 1e5
     model.save_pretrained(source)
     with pytest.raises(CheckFailed, match="its values don't fit into float16, export with --dtype float32"):
-        pipeline.export(source, tmp_path / "onnx", for_cuda(monkeypatch))
+        export(source, tmp_path / "onnx", for_cuda(monkeypatch))
     assert not (tmp_path / "onnx").exists()
 
 
 def test_the_reference_model(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "validate", here)
     questions = ExportOptions(calibration=str(digits / "data" / "calibration.jsonl"), samples=4)
-    folder = pipeline.export(digits / "model", tmp_path / "onnx", questions)
+    folder = export(digits / "model", tmp_path / "onnx", questions)
     report = json.loads((folder / "onnx.json").read_text())["validation"]
     assert max(found["max"] for name, found in report["outputs"].items() if "logits" in name) <= 1e-4
     assert report["equal_tokens"] == report["tokens"]
@@ -174,7 +180,7 @@ def test_every_family_is_exported_or_refused_with_a_reason():
 @pytest.mark.parametrize("family", REFUSED)
 def test_other_families_are_refused(family, tiny, tmp_path):
     with pytest.raises(InputError, match=r"can't be exported to ONNX: .+ Families that can: LLaVA 1.5"):
-        pipeline.export(tiny(family), tmp_path / "out")
+        export(tiny(family), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -197,7 +203,7 @@ def test_a_sliding_window_is_as_wide_as_torchs(exported, tmp_path, monkeypatch):
     config["text_config"]["sliding_window"] = 7  # tokens, fewer than any prompt has
     (source / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(pipeline, "validate", here)
-    pipeline.export(source, tmp_path / "onnx")
+    export(source, tmp_path / "onnx")
 
 
 # --- quantised weights ------------------------------------------------------------------------------------------------
@@ -212,7 +218,7 @@ def test_int8_weights(exported, tmp_path):
     before, after = ((place / "decoder.onnx.data").stat().st_size for place in (folder, copy))
     assert after < 0.4 * before
     manifest = json.loads((copy / "onnx.json").read_text())
-    pipeline.write_manifest(copy, manifest)
+    write_manifest(copy, manifest)
     report = here(copy, {**manifest, "source": str(source), "quantize": "int8"}, [])
     assert report["equal_tokens"] >= 0.8 * report["tokens"]  # a random model's best tokens are close together
 
@@ -223,14 +229,14 @@ def test_int8_weights(exported, tmp_path):
 def test_a_wrong_component_is_named_and_leaves_no_folder(exported, tmp_path, monkeypatch):
     source, _ = exported("llava")
 
-    class Off(pipeline.Embeddings):
+    class Off(Embeddings):
         def forward(self, input_ids, image_features):
             return {"inputs_embeds": super().forward(input_ids, image_features)["inputs_embeds"] + 0.01}
 
     monkeypatch.setattr(pipeline, "Embeddings", Off)
     monkeypatch.setattr(pipeline, "validate", here)
     with pytest.raises(CheckFailed, match=r"embeddings: inputs_embeds differs from torch by 1\.0e-02"):
-        pipeline.export(source, tmp_path / "out")
+        export(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -238,12 +244,12 @@ def test_the_checker_finds_what_no_comparison_would(exported, tmp_path):
     _, folder = exported("llava")
     path = Path(shutil.copy(folder / "embeddings.onnx", tmp_path))
     shutil.copy(folder / "embeddings.onnx.data", tmp_path)
-    assert not comparison.check_graph(path, 20)
-    assert comparison.check_graph(path, 19) == ["opset 20 instead of 19"]
+    assert not check_graph(path, 20)
+    assert check_graph(path, 19) == ["opset 20 instead of 19"]
     graph = onnx.load(path, load_external_data=False)
     graph.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(graph, path)
-    assert "onnx's checker says: " in comparison.check_graph(path, 20)[0]
+    assert "onnx's checker says: " in check_graph(path, 20)[0]
 
 
 def test_an_operator_without_onnx_form_is_named(tmp_path):
@@ -258,7 +264,7 @@ def test_an_operator_without_onnx_form_is_named(tmp_path):
             return {"x": {0: torch.export.Dim("rows")}}
 
     with pytest.raises(InputError, match=r"the vision of this model can't be written as ONNX: operator .*bessel_j0"):
-        pipeline.trace(Odd(), tmp_path / "vision.onnx", "cpu", 20)
+        trace(Odd(), tmp_path / "vision.onnx", "cpu", 20)
 
 
 def test_tolerances_are_those_of_checkpoints():
@@ -291,7 +297,7 @@ def test_the_standalone_example(dtype, exported, tmp_path, capsys, monkeypatch):
     source, folder = exported("llava")
     if dtype != "float32":
         monkeypatch.setattr(pipeline, "validate", here)
-        whole, folder = folder, pipeline.export(source, tmp_path / "onnx", ExportOptions(dtype=dtype))
+        whole, folder = folder, export(source, tmp_path / "onnx", ExportOptions(dtype=dtype))
         sizes = [sum(path.stat().st_size for path in place.glob("*.data")) for place in (folder, whole)]
         assert sizes[0] < 0.6 * sizes[1]
     from conftest import picture
@@ -427,16 +433,16 @@ def test_sampling_is_seeded_and_stops(exported):
 )
 def test_bad_options(options, message, tiny, tmp_path):
     with pytest.raises(InputError, match=message):
-        pipeline.export(tiny("llava"), tmp_path / "out", ExportOptions(**options))
+        export(tiny("llava"), tmp_path / "out", ExportOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("package", pipeline.PACKAGES)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_a_missing_package_is_named(package, tiny, tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else real(name, *more))
     with pytest.raises(InputError, match=rf"{package} is not installed.+pip install lvlm-exporter\[onnx\]"):
-        pipeline.export(tiny("llava"), tmp_path / "out")
+        export(tiny("llava"), tmp_path / "out")
 
 
 def test_the_runner_says_that_onnxruntime_is_missing(monkeypatch):
@@ -449,7 +455,7 @@ def test_too_little_disk(tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"needs 0\.00 GB, its disk has 0\.00 GB free"):
-        pipeline.export(tiny("llava"), tmp_path / "out")
+        export(tiny("llava"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -467,7 +473,7 @@ def test_a_checkpoint_that_does_not_verify(tiny, tmp_path, questions, capsys, un
 def test_an_existing_folder_stays(tiny, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(InputError, match="exists already"):
-        pipeline.export(tiny("llava"), tmp_path)
+        export(tiny("llava"), tmp_path)
 
 
 def spoil(folder: Path, how: str) -> None:

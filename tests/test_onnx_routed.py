@@ -17,18 +17,20 @@ from transformers import AutoConfig
 
 import exporter
 from exporter import CheckFailed, InputError
-from exporter.benchmark import BenchOptions
+from exporter.benchmark.figures import BenchOptions
+from exporter.benchmark.onnx_counting import branch_of, graph_size
+from exporter.benchmark.workload import Workload
 from exporter.clean_room import load_processor
-from exporter.modeling.modeling_routed import places_of
+from exporter.modeling.routed_places import places_of
 from exporter.onnx import ExportOptions, comparison, pipeline
-from exporter.onnx.comparison import undecided
-from exporter.onnx.counting import branch_of, graph_size
+from exporter.onnx.comparison import NEW_TOKENS, undecided
+from exporter.onnx.graphs.router import Part, parts, read_settings
 from exporter.onnx.manifest import vision_settings
-from exporter.onnx.routed import Part, parts, read_settings
-from exporter.onnx.runtime.routed import Budget, places
+from exporter.onnx.pipeline import export
+from exporter.onnx.runtime.places import places
+from exporter.onnx.runtime.routed import OnnxRouteBudget
 from exporter.onnx.support import support_of
-from exporter.routing import default_settings
-from exporter.workload import Workload
+from exporter.routing.settings import default_settings
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def routed(tmp_path_factory):
             add_random_router(source, default_settings(AutoConfig.from_pretrained(source), drop_at))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(pipeline, "validate", here)
-                made[family, drop_at] = source, pipeline.export(source, place / "onnx")
+                made[family, drop_at] = source, export(source, place / "onnx")
         return made[family, drop_at]
 
     return folders
@@ -64,10 +66,10 @@ def test_routed_graphs_say_what_torch_says(family, drop_at, routed):
 def test_routed_graphs_for_cuda_say_what_torch_says(routed, tmp_path, monkeypatch):
     """In half precision choices among equals differ; what is behind a common choice does not."""
     source, _ = routed("llava", 1)
-    folder = pipeline.export(source, tmp_path / "onnx", for_cuda(monkeypatch))
+    folder = export(source, tmp_path / "onnx", for_cuda(monkeypatch))
     report = json.loads((folder / "onnx.json").read_text())["validation"]
     assert report["equal_tokens"] >= 0.9 * report["tokens"] >= 0.9 * 32
-    assert report["left_out"] <= 0.1 * report["tokens"] / comparison.NEW_TOKENS
+    assert report["left_out"] <= 0.1 * report["tokens"] / NEW_TOKENS
 
 
 def test_a_choice_among_equals_is_no_difference():
@@ -90,7 +92,7 @@ def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed, tmp_p
     monkeypatch.setattr(pipeline, "validate", here)
     monkeypatch.setattr(comparison, "compare_routes", undecided_when_fast)
     with pytest.raises(CheckFailed, match=r"decoder \(fast\): the router is undecided in every question"):
-        pipeline.export(source, tmp_path / "out")
+        export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -130,7 +132,7 @@ def test_a_skipped_layer_is_a_branch_not_taken(routed):
 def test_branches_have_integer_weights_too(routed, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "validate", here)
     source, whole = routed("llava", 1)
-    folder = pipeline.export(source, tmp_path / "int8", ExportOptions(quantize="int8"))
+    folder = export(source, tmp_path / "int8", ExportOptions(quantize="int8"))
     graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
     branches = [branch_of(node) for node in graph.node if node.op_type == "If"]
     products = [node.op_type for nodes in [graph.node, *branches] for node in nodes if "MatMul" in node.op_type]
@@ -178,12 +180,12 @@ def test_budgets_of_a_call(routed):
 
 
 def test_budgets_count_as_in_torch():
-    from exporter.modeling.modeling_routed import Budget as TorchBudget
+    from exporter.modeling.routed_route import Budget as TorchBudget
 
     available = np.array([0, 1, 3, 5, 25, 37, 576])
     for asked in (None, 1, 4, 30, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0):
         expected = TorchBudget(asked).tokens_of(torch.from_numpy(available))
-        assert np.array_equal(Budget(asked).tokens_of(available), expected)
+        assert np.array_equal(OnnxRouteBudget(asked).tokens_of(available), expected)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_5_vl"])
@@ -232,5 +234,5 @@ def test_a_router_that_did_not_come_along(routed, tmp_path):
     source = shutil.copytree(routed("llava")[0], tmp_path / "model")
     shutil.rmtree(source / "router")
     with pytest.raises(InputError, match=r"speaks of a router and has no router/model\.safetensors"):
-        pipeline.export(source, tmp_path / "out")
+        export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

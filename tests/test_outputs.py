@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.cli import main
-from exporter.outputs import save_json
+from exporter.cli.entry import main
+from exporter.cli.outputs import save_json
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_file_that_is_not_writable(early, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_what_can_not_be_written_at_the_end_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr("exporter.kinds.card", lambda folder: Path("README.md"))
+    monkeypatch.setattr("exporter.publishing.folder_kinds.card", lambda folder: Path("README.md"))
     assert main(["card", "model", "--json", "/dev/full"]) == 2
     out, err = capsys.readouterr()
     assert "/dev/full can't be written (No space left on device)" in err
@@ -106,7 +106,7 @@ def test_a_plot_that_can_not_be_drawn_costs_no_result(tiny, questions, tmp_path,
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("exporter.report.plot_scores", full)
+    monkeypatch.setattr("exporter.cards.plots.plot_scores", full)
     command = ["score", str(tiny("llava")), "--calibration", str(questions), "--samples", "2", "--localizer", "last"]
     out = tmp_path / "out.json"
     assert main([*command, "--quiet", "--plot", str(tmp_path / "a.png"), "--json", str(out)]) == 2
@@ -116,7 +116,7 @@ def test_a_plot_that_can_not_be_drawn_costs_no_result(tiny, questions, tmp_path,
 
 
 def test_answers_that_can_not_be_kept_are_judged_all_the_same(tiny, questions, tmp_path, monkeypatch, caplog):
-    from exporter.evaluation import evaluate
+    from exporter.evaluation.evaluate import evaluate
 
     lines = [json.loads(line) | {"answer": "x"} for line in questions.read_text().splitlines()]
     task = tmp_path / "task.jsonl"

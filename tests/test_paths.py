@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 import exporter
-from exporter.comparison import load_grid
-from exporter.plan import Budget
+from exporter.comparison.grid import load_grid
+from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData, Method
 
 QUICK = exporter.BenchOptions(device="cpu", new_tokens=1, rounds=2)
@@ -28,10 +28,10 @@ def task(questions, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_every_entry_point_takes_text_and_paths(kind, tiny, questions, task, tmp_path, unverified, monkeypatch):
-    monkeypatch.setattr("exporter.routed_checkpoint.require", lambda *_: None)
+    monkeypatch.setattr("exporter.routing.with_router.require", lambda *_: None)
     model = shutil.copytree(tiny("llava"), tmp_path / "model")
     data = CalibrationData(kind(questions), samples=2)
-    recipe = exporter.Recipe(kind(model), data, Budget(layers=(1,)), fold=Method("none"))
+    recipe = exporter.Recipe(kind(model), data, LayerBudget(layers=(1,)), fold=Method("none"))
     assert recipe.model == str(model) and recipe.calibration.data == str(questions)
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe.to_data()))
     assert exporter.load_recipe(kind(tmp_path / "my.yaml")) == recipe
@@ -45,7 +45,7 @@ def test_every_entry_point_takes_text_and_paths(kind, tiny, questions, task, tmp
     assert verified.folder == small
 
     router = exporter.RouterRecipe(CalibrationData(kind(questions), samples=None), steps=1, batch_size=2)
-    monkeypatch.setattr("exporter.routed_checkpoint.routed_reference", lambda *_: {})
+    monkeypatch.setattr("exporter.routing.with_router.routed_reference", lambda *_: {})
     assert exporter.route(kind(small), router, kind(tmp_path / "routed")) == tmp_path / "routed"
 
     options = exporter.RunOptions(batch_size=4)

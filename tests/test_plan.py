@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from exporter.checkpoints.pruned_config import pruned_config
 from exporter.errors import InputError
-from exporter.plan import Budget, make_plan, pruned_config
+from exporter.plan import LayerBudget, make_plan
 
 
 def test_plan_renumbers_and_groups():
@@ -21,14 +22,14 @@ def test_plan_renumbers_and_groups():
 @pytest.mark.parametrize(
     ("budget", "count"),
     [
-        (Budget(drop_layers=3), 3),
-        (Budget(drop_ratio=0.25), 3),
-        (Budget(drop_ratio=0.33), 4),
-        (Budget(drop_ratio=0.0), 0),
-        (Budget(target_params=1000), 1),
-        (Budget(target_params=900), 2),
-        (Budget(target_params=5000), 0),
-        (Budget(layers=(8, 9)), 2),
+        (LayerBudget(drop_layers=3), 3),
+        (LayerBudget(drop_ratio=0.25), 3),
+        (LayerBudget(drop_ratio=0.33), 4),
+        (LayerBudget(drop_ratio=0.0), 0),
+        (LayerBudget(target_params=1000), 1),
+        (LayerBudget(target_params=900), 2),
+        (LayerBudget(target_params=5000), 0),
+        (LayerBudget(layers=(8, 9)), 2),
     ],
 )
 def test_budgets_become_layer_counts(budget, count):

@@ -20,19 +20,23 @@ from made_folders import rehash, routed_copy
 from safetensors.torch import load_file, save_file
 from test_compress import recipe, snapshot
 
-from exporter import clean_room, kinds, verification
-from exporter.cli import main
+from exporter import clean_room
+from exporter.checkpoints import verification
+from exporter.checkpoints.files import file_hash
+from exporter.checkpoints.source import open_source
+from exporter.cli.entry import main
 from exporter.errors import InputError
-from exporter.hub import push
 from exporter.pipeline import compress
-from exporter.source import file_hash, open_source
+from exporter.publishing import folder_kinds as kinds
+from exporter.publishing.folder_kinds import CHECKPOINT, verify
+from exporter.publishing.push import push
 
 NAME = f"{OWNER}/name"
 ROOT = Path(__file__).parent.parent
 PRIVATE_FILES = (".env", ".lock", "compression.partial", "__pycache__/modeling.cpython-311.pyc", "assets/.DS_Store")
 # The folder is verified for real in some tests; in the others it is known to be good.
 UNVERIFIED = (
-    "import dataclasses, sys; from exporter import cli, kinds; "
+    "import dataclasses, sys; from exporter import cli; from exporter.publishing import folder_kinds as kinds; "
     "kinds.CHECKPOINT = dataclasses.replace(kinds.CHECKPOINT, require=lambda *_: None); "
     "sys.exit(cli.main(sys.argv[1:]))"
 )
@@ -79,7 +83,7 @@ def here(hub, monkeypatch, tmp_path) -> LoopbackHub:
     for name, value in fresh.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(kinds, "CHECKPOINT", replace(kinds.CHECKPOINT, require=lambda *_: None))
+    monkeypatch.setattr(kinds, "CHECKPOINT", replace(CHECKPOINT, require=lambda *_: None))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries
     return hub
 
@@ -201,11 +205,11 @@ def test_what_was_pushed_verifies_by_its_name(here, small, capsys, monkeypatch, 
     opened: list[Path] = []
     monkeypatch.setattr(verification, "_in_clean_process", lambda folder, device: (opened.append(folder) or (), {}))
     pushed(capsys, routed_copy(small, tmp_path / "routed"), NAME)
-    assert kinds.verify(NAME).holds and kinds.verify(f"hub:{NAME}@main").holds
+    assert verify(NAME).holds and verify(f"hub:{NAME}@main").holds
     assert (opened[0] / "modeling_routed.py").is_file() and (opened[0] / "router/model.safetensors").is_file()
     files = here.repos[NAME].commits[here.repos[NAME].refs["main"]].files
     here.repos[NAME].commit("main", files | {"custom_generate/generate.py": files["README.md"]}, "a stranger's")
-    problems = "; ".join(kinds.verify(NAME).problems)
+    problems = "; ".join(verify(NAME).problems)
     assert "custom_generate/generate.py has no SHA-256 in the record" in problems and len(opened) == 2
 
 

@@ -15,7 +15,7 @@ from tiny_models import inputs
 
 import exporter
 from exporter.clean_room import load_processor
-from exporter.cli import main
+from exporter.cli.entry import main
 from exporter.errors import InputError
 
 

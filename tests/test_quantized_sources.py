@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from test_sources import Change, both, check, config, tensors, write
 from torch import Tensor
 
-from exporter.cli import main
-from exporter.quantization import unpack
-from exporter.source import open_source
-from exporter.weight_files import open_weights
+from exporter.checkpoints.quantization import unpack
+from exporter.checkpoints.source import open_source
+from exporter.checkpoints.weight_files import open_weights
+from exporter.cli.entry import main
 
 Tensors = dict[str, Tensor]
 SKIPPED = ["vision_tower", "multi_modal_projector", "lm_head", "model.vision_tower", "model.multi_modal_projector"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from exporter.cli import main
+from exporter.cli.entry import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SKIPPED = {  # and why
@@ -47,9 +47,9 @@ def test_every_command_is_run_or_skipped_for_a_reason():
 @pytest.fixture
 def place(digits, tmp_path, monkeypatch) -> Path:
     """A folder with the files that README names; verification, which takes a process of its own, is left out."""
-    for module in ("pipeline", "routed_checkpoint"):
+    for module in ("pipeline", "routing.with_router"):
         monkeypatch.setattr(f"exporter.{module}.require", lambda *_: None)
-    monkeypatch.setattr("exporter.verification.require", lambda *_: None)
+    monkeypatch.setattr("exporter.checkpoints.verification.require", lambda *_: None)
     lines = [json.loads(line) for line in (digits / "data" / "test.jsonl").read_text().splitlines()[:16]]
     lines = [line | {"image": str(digits / "data" / line["image"])} for line in lines]
     for name, keys in (("questions.jsonl", ("image", "question")), ("labelled.jsonl", lines[0])):

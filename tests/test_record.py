@@ -12,12 +12,25 @@ from typing import Any
 import pytest
 from test_compress import recipe
 
-from exporter import model_card
-from exporter.cli import main
+from exporter.cards import model_card
+from exporter.cards.model_card import body, metadata, template
+from exporter.checkpoints.record import read_record
+from exporter.checkpoints.shapes import (
+    COUNT,
+    HASHES,
+    INNER_PATH,
+    LARGEST,
+    NUMBER,
+    ListOf,
+    MapOf,
+    Maybe,
+    Misfit,
+    check,
+    one_of,
+)
+from exporter.cli.entry import main
 from exporter.errors import InputError
 from exporter.pipeline import compress
-from exporter.record import read_record
-from exporter.shapes import COUNT, HASHES, INNER_PATH, LARGEST, NUMBER, ListOf, MapOf, Maybe, Misfit, check, one_of
 
 WRONG_VALUES: tuple[Any, ...] = (None, -1, 3, float("nan"), 10**400, "x", [], [None], {"x": None})
 RATE = {"n": 10, "accuracy": 0.5, "interval": [0.2, 0.8], "by_type": {name: {"n": 5, "accuracy": 1.0} for name in "ab"}}
@@ -99,14 +112,14 @@ def read_and_told(folder: Path) -> str:
         read = read_record(folder)
     except InputError as error:
         return str(error)
-    model_card.body(read, "name")
-    model_card.metadata(read, "name")
+    body(read, "name")
+    metadata(read, "name")
     return ""
 
 
 def test_damage_anywhere_is_a_sentence_or_does_no_harm(made, record, tmp_path, monkeypatch):
     """Each part is taken out, and put in as something else: what can still be read can still be told in a card."""
-    monkeypatch.setattr(model_card, "template", functools.cache(model_card.template))
+    monkeypatch.setattr(model_card, "template", functools.cache(template))
     (tmp_path / "small").mkdir()
     refused = 0
     for path in places(record):
@@ -192,8 +205,8 @@ def test_a_damaged_record_is_refused_before_the_work(
     (folder / "compression.json").write_text(json.dumps(changed(record, ("protect",))))
     task = tmp_path / "task.jsonl"
     task.write_text(json.dumps({"image": str(questions.parent / "0.png"), "question": "which?", "answer": "a"}) + "\n")
-    monkeypatch.setattr("exporter.evaluation.load", None)
-    monkeypatch.setattr("exporter.benchmark.open_subjects", None)
+    monkeypatch.setattr("exporter.evaluation.loaded.load", None)
+    monkeypatch.setattr("exporter.benchmark.bench.open_subjects", None)
     assert main([subcommand, str(folder), "--task", str(task)]) == 2
     assert "compression.json is damaged (it has no 'protect')" in capsys.readouterr().err
 

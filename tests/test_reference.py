@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from exporter.calibration import load_calibration, make_batches
+from exporter.checkpoints.config_file import load_config
+from exporter.checkpoints.json_file import read_json
+from exporter.checkpoints.source import open_source
+from exporter.checkpoints.verification import verify
 from exporter.clean_room import load_processor
-from exporter.evaluation import evaluate
+from exporter.data.batches import make_batches
+from exporter.data.calibration import load_calibration
+from exporter.evaluation.evaluate import evaluate
 from exporter.pipeline import compress
-from exporter.plan import Budget
+from exporter.plan import LayerBudget
+from exporter.publishing.reproduction import reproduce
 from exporter.recipe import CalibrationData, Recipe, RunOptions
-from exporter.reproduction import reproduce
-from exporter.source import load_config, open_source, read_json
-from exporter.verification import verify
 
 QUESTIONS = 180  # of the test split
 OPTIONS = RunOptions(batch_size=32)
@@ -28,7 +31,7 @@ OPTIONS = RunOptions(batch_size=32)
 def small(digits, tmp_path_factory) -> Path:
     """A quarter of the layers gone, by the defaults."""
     recipe = Recipe(
-        str(digits / "model"), CalibrationData(str(digits / "data" / "calibration.jsonl")), Budget(drop_ratio=0.25)
+        str(digits / "model"), CalibrationData(str(digits / "data" / "calibration.jsonl")), LayerBudget(drop_ratio=0.25)
     )
     return compress(recipe, tmp_path_factory.mktemp("small") / "small")
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from exporter.modeling import released
-from exporter.modeling.released import HERE, RELEASED, is_released, sha256_of, shipped_files, with_present_files
-from exporter.routing import MODELING_FILES
+from exporter.modeling.released import COMING, HERE, RELEASED, is_released, sha256_of, shipped_files, with_present_files
+from exporter.routing.folder import MODELING_FILES
 
 
 @pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.name)
@@ -34,7 +34,7 @@ def test_a_file_is_released_under_its_own_name_only_and_as_it_was(tmp_path):
 
 
 def test_adding_replaces_earlier_states_of_the_coming_release_only():
-    old = {"aa": ("modeling_routed.py", "0.1.0"), "bb": ("modeling_routed.py", released.COMING)}
+    old = {"aa": ("modeling_routed.py", "0.1.0"), "bb": ("modeling_routed.py", COMING)}
     listed = with_present_files(old)
     assert listed["aa"] == old["aa"] and "bb" not in listed
     assert {sha256_of(path) for path in shipped_files()} == set(listed) - {"aa"}
@@ -42,10 +42,10 @@ def test_adding_replaces_earlier_states_of_the_coming_release_only():
 
 def test_the_command_records_and_names_the_release(tmp_path, monkeypatch):
     monkeypatch.setattr(released, "LIST", tmp_path / "released.json")
-    monkeypatch.setattr(released, "RELEASED", {"bb": ("modeling_routed.py", released.COMING)})
+    monkeypatch.setattr(released, "RELEASED", {"bb": ("modeling_routed.py", COMING)})
     released.main(["--release", "0.2.0"])
     text = (tmp_path / "released.json").read_text()
-    assert "0.2.0" in text and released.COMING not in text and '"bb"' not in text
+    assert "0.2.0" in text and COMING not in text and '"bb"' not in text
 
 
 def test_the_main_file_names_all_its_siblings():

@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from exporter.calibration import load_calibration, make_batches
-from exporter.capture import attention_means, layer_statistics
+from exporter.checkpoints.source import open_source
 from exporter.clean_room import load_processor
-from exporter.fidelity import AnswerDivergence, answered
-from exporter.replay import last_output, logits, trace, walk
-from exporter.source import load_model, open_source, text_decoder
+from exporter.data.batches import make_batches
+from exporter.data.calibration import load_calibration
+from exporter.models.answers import AnswerDivergence, answered
+from exporter.models.capture import attention_means, layer_statistics
+from exporter.models.loading import load_model, text_decoder
+from exporter.models.replay import last_output, logits, trace, walk
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

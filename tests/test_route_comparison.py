@@ -10,17 +10,19 @@ import yaml
 from test_budgets import folder, model  # noqa: F401 - fixtures
 from test_evaluation import task  # noqa: F401 - a fixture
 
-from exporter.budgets import Wanted
-from exporter.calibration import make_batch, read_samples
 from exporter.clean_room import load_processor
-from exporter.cli import main
+from exporter.cli.entry import main
+from exporter.comparison.oracle import Search, images_seen_once, search, swapped
+from exporter.comparison.routers import compare_routes
+from exporter.comparison.routes import tables_from_data
+from exporter.data.batches import make_batch
+from exporter.data.calibration import read_samples
 from exporter.errors import InputError
-from exporter.evaluation import evaluate
-from exporter.modeling.modeling_routed import Budget
-from exporter.oracle import Search, images_seen_once, search, swapped
+from exporter.evaluation.evaluate import evaluate
+from exporter.modeling.routed_route import Budget
 from exporter.recipe import RunOptions
-from exporter.route_comparison import compare_routes, tables_from_data
-from exporter.rules import Rule, generators, make_route
+from exporter.routing.requests import BudgetGrid
+from exporter.routing.rules import Rule, generators, make_route
 
 OPTIONS = RunOptions(batch_size=5)
 
@@ -53,7 +55,7 @@ def test_the_table(tables, folder, tiny, task, tmp_path, capsys):  # noqa: F811
         assert (out / name).stat().st_size > 0
     results = json.loads((out / "results.json").read_text())
     cells = {(cell["row"], cell["column"]): cell for cell in results["cells"]}
-    wanted = Wanted((0.6,), (5,))
+    wanted = BudgetGrid((0.6,), (5,))
     done = evaluate(
         [folder], task, reference=tiny("llava"), budgets=wanted, samples=6, options=OPTIONS, update_cards=False
     )

@@ -14,14 +14,14 @@ from test_budgets import folder, model  # noqa: F401 - fixtures
 from test_evaluation import task  # noqa: F401 - a fixture
 from test_routed import routed  # noqa: F401 - a fixture
 
-from exporter.budgets import Ask
-from exporter.calibration import read_samples
+from exporter.cards.model_card import card
 from exporter.clean_room import load_processor
-from exporter.evaluation import tightest
-from exporter.model_card import card
-from exporter.modeling.modeling_routed import Budget, Route
-from exporter.route_pictures import as_seen, draw_route, grids, image_grids, show_routes, spread_out
-from exporter.rules import Rule
+from exporter.data.calibration import read_samples
+from exporter.evaluation.evaluate import tightest
+from exporter.modeling.routed_route import Budget, Route
+from exporter.routing.pictures import as_seen, draw_route, grids, image_grids, show_routes, spread_out
+from exporter.routing.requests import BudgetRequest
+from exporter.routing.rules import Rule
 
 
 def test_grids_of_places():
@@ -94,7 +94,13 @@ def test_images_are_shown_as_they_are_seen(folder, routed):  # noqa: F811
 
 def test_of_several_budgets_the_tightest_is_drawn():
     """Of those under which the router chose."""
-    asks = [None, Ask(Budget(1.0)), Ask(Budget(0.25, 5)), Ask(Budget(0.5)), Ask(Budget(0.1), Rule("random", "all"))]
+    asks = [
+        None,
+        BudgetRequest(Budget(1.0)),
+        BudgetRequest(Budget(0.25, 5)),
+        BudgetRequest(Budget(0.5)),
+        BudgetRequest(Budget(0.1), Rule("random", "all")),
+    ]
     shares = [None, 1.01, 0.4, 0.6, 0.3]
     results = [SimpleNamespace(decoder_flops_share=share) for share in shares]
     assert tightest(asks, results) == Budget(0.25, 5)

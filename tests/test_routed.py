@@ -40,10 +40,15 @@ from exporter import families
 from exporter.clean_room import encode, extend, load_processor
 from exporter.errors import InputError
 from exporter.modeling import modeling_routed
-from exporter.modeling.modeling_routed import ROUTER_FILE, STOCK, Budget, Route, Router, RouterSettings
-from exporter.replay import logits, trace
-from exporter.routing import add_router, check_routable, default_settings
-from exporter.source import text_decoder
+from exporter.modeling.modeling_routed import ROUTER_FILE, STOCK, class_name
+from exporter.modeling.routed_api import logger
+from exporter.modeling.routed_places import any_resolution_shape
+from exporter.modeling.routed_route import Budget, Route, RouterSettings
+from exporter.modeling.routed_router import Router
+from exporter.models.loading import text_decoder
+from exporter.models.replay import logits, trace
+from exporter.routing.folder import add_router
+from exporter.routing.settings import check_routable, default_settings
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 NEW = 5  # tokens generated
@@ -123,7 +128,7 @@ def make_case(family: str, source: Path, folder: Path, drop_at: int) -> Case:
 
 
 def routed_class(family: str) -> Any:
-    return getattr(modeling_routed, modeling_routed.class_name(family))
+    return getattr(modeling_routed, class_name(family))
 
 
 def add_random_router(folder: Path, settings: dict[str, Any]) -> None:
@@ -734,7 +739,7 @@ def test_places_in_images_of_any_resolution(family, limit, size, routed):
     features = torch.cat([tiles[:1], tiles])
     line_end = torch.full((2,), -1.0, dtype=torch.double)
     packed = model.model.pack_image_features([features], [size], image_newline=line_end, **options)[0][0]
-    shape = modeling_routed.any_resolution_shape(config, size)
+    shape = any_resolution_shape(config, size)
     assert shape.length == len(packed)
     places, finer = (part[side * side :] for part in (shape.coordinates(len(packed)).double(), packed))
     ends = finer[:, 0] == -1
@@ -814,7 +819,7 @@ def test_bad_budgets(llava, budget, message):
 
 def test_a_budget_above_the_tokens_keeps_all_and_says_so(llava, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(modeling_routed.logger, "warning_once", said.append)
+    monkeypatch.setattr(logger, "warning_once", said.append)
     assert llava.model.route(**llava.prompts(), keep_visual_tokens=5000).keep.all()
     assert said == ["keep_visual_tokens=5000 is above the 25 visual tokens there are: all are kept."]
 

@@ -20,11 +20,11 @@ from test_routed import CLOSE, Case, generated, make_case
 from transformers import AutoModelForImageTextToText, DynamicCache, cache_utils, conversion_mapping
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
+from exporter.checkpoints.source import open_source
 from exporter.clean_room import extend
 from exporter.errors import InputError
-from exporter.modeling import modeling_routed
-from exporter.routing import MODELING_FILES, MODELING_FOLDER, load_routed, routable
-from exporter.source import open_source
+from exporter.modeling.routed_api import CACHE_NAMES, cache_of, checkpointing_spares_caches
+from exporter.routing.folder import MODELING_FILES, MODELING_FOLDER, load_routed, routable
 
 BUDGET = {"keep_visual_tokens": 5, "keep_layers": 4}
 WHAT_TO_DO = (
@@ -101,8 +101,8 @@ def test_training_mode_without_gradients_has_the_cache_that_transformers_leaves(
         output = model(**batch, **BUDGET, use_cache=True)
         expected = case.model(**batch, **BUDGET).logits
     torch.testing.assert_close(output.logits, expected, **CLOSE)
-    held = modeling_routed.cache_of(output)
-    assert (held is not None) == modeling_routed.checkpointing_spares_caches()
+    held = cache_of(output)
+    assert (held is not None) == checkpointing_spares_caches()
     assert held is None or held.get_seq_length() == batch["input_ids"].shape[1]
 
 
@@ -131,7 +131,7 @@ def optional(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
 
 
 def renamed_cache(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-    return [one.replace(name="kv") if one.name in modeling_routed.CACHE_NAMES else one for one in parameters]
+    return [one.replace(name="kv") if one.name in CACHE_NAMES else one for one in parameters]
 
 
 def without(name: str) -> Any:

@@ -14,11 +14,17 @@ from test_routed import Case, copied, make_case
 from transformers import AutoModelForImageTextToText
 
 import exporter
-from exporter import routing
+from exporter.checkpoints.source import open_source
 from exporter.errors import InputError
-from exporter.modeling import released
-from exporter.routing import MODELING_FILES, has_earlier_code, load_routed, update_modeling_files, with_current_code
-from exporter.source import open_source
+from exporter.modeling.released import RELEASED
+from exporter.routing.folder import (
+    MODELING_FILES,
+    MODELING_FOLDER,
+    has_earlier_code,
+    load_routed,
+    update_modeling_files,
+    with_current_code,
+)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,7 @@ def published(folder, monkeypatch) -> Path:
         (folder / name).unlink()
     old = folder / MODELING_FILES[0]
     old.write_text("raise SystemExit('this was run')\n")
-    monkeypatch.setitem(released.RELEASED, sha256(old), (old.name, "0.0.1"))
+    monkeypatch.setitem(RELEASED, sha256(old), (old.name, "0.0.1"))
     write_record(folder)
     return folder
 
@@ -143,7 +149,7 @@ def test_a_published_folder_runs_with_the_present_code(case, published):
     assert torch.equal(model.generate(**batch, preset="fast", max_new_tokens=4), expected)
     assert has_earlier_code(published) and not has_earlier_code(case.folder)
     with with_current_code(published) as view:
-        assert sha256(view / MODELING_FILES[0]) == sha256(routing.MODELING_FOLDER / MODELING_FILES[0])
+        assert sha256(view / MODELING_FILES[0]) == sha256(MODELING_FOLDER / MODELING_FILES[0])
         model = AutoModelForImageTextToText.from_pretrained(view, trust_remote_code=True)
         assert torch.equal(model.generate(**batch, preset="fast", max_new_tokens=4), expected)
     assert not view.exists() and "this was run" in (published / MODELING_FILES[0]).read_text()
@@ -162,7 +168,7 @@ def test_modeling_files_are_brought_up_to_date(case, published):
     assert update_modeling_files(published) == list(MODELING_FILES)
     files = read(published, "compression.json")["measured"]["files"]
     for name in MODELING_FILES:
-        assert (published / name).read_bytes() == (routing.MODELING_FOLDER / name).read_bytes()
+        assert (published / name).read_bytes() == (MODELING_FOLDER / name).read_bytes()
         assert files[name] == sha256(published / name)
     assert update_modeling_files(published) == []
     model = AutoModelForImageTextToText.from_pretrained(published, trust_remote_code=True)

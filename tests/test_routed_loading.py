@@ -20,7 +20,7 @@ from tiny_models import SIZES, conversation, random_image
 from transformers import AutoModelForImageTextToText, pipeline
 
 from exporter.modeling.modeling_routed import ROUTER_FILE
-from exporter.source import text_decoder
+from exporter.models.loading import text_decoder
 
 BUDGET = {"keep_visual_tokens": 5, "keep_layers": 4}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}

@@ -13,11 +13,12 @@ from tiny_models import SIZES, random_image
 from transformers import AutoModelForImageTextToText, pipeline
 
 from exporter.clean_room import extend
-from exporter.modeling import modeling_routed
-from exporter.modeling.modeling_routed import Budget, best_tokens
-from exporter.onnx.routed import floors_first, highest
-from exporter.routing import IMAGE_FLOOR, default_settings
-from exporter.rules import Rule, assemble
+from exporter.modeling.routed_api import cache_of, logger
+from exporter.modeling.routed_route import Budget, RouterSettings
+from exporter.modeling.routed_router import best_tokens
+from exporter.onnx.graphs.router import floors_first, highest
+from exporter.routing.rules import Rule, assemble
+from exporter.routing.settings import IMAGE_FLOOR, default_settings
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_off_on_a_cache_that_holds_a_route_is_refused(case):
     answer = made.sequences[:, batch["input_ids"].shape[1] :]
     whole = extend(batch, answer, torch.ones_like(answer, dtype=torch.bool), "llava")
     turn = {name: whole[name] for name in ("input_ids", "attention_mask")}
-    cache = modeling_routed.cache_of(made)
+    cache = cache_of(made)
     before = cache.get_seq_length()
     for call in (case.model.generate, case.model):
         with pytest.raises(ValueError, match="preset='off' asks for the whole model, and this cache holds a route"):
@@ -161,7 +162,7 @@ def test_a_call_leaves_nothing_behind(case):
 
 def test_a_picture_without_its_question_is_warned_of_once(case, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(modeling_routed.logger, "warning_once", said.append)
+    monkeypatch.setattr(logger, "warning_once", said.append)
     batch = case.prompts([0])
     end = int(case.visual(batch)[0].nonzero()[-1]) + 1
     whole = {**batch, "input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -262,10 +263,10 @@ def test_routers_made_before_there_was_a_floor_have_none(case):
     settings = {name: value for name, value in case.model.config.router.items() if name != "image_floor"}
     config = copy.deepcopy(case.model.config)
     config.router = settings
-    assert modeling_routed.RouterSettings.of(config).image_floor == 0
+    assert RouterSettings.of(config).image_floor == 0
     config.router = {**settings, "image_floor": 2}
     with pytest.raises(ValueError, match="image_floor=2 is no share"):
-        modeling_routed.RouterSettings.of(config)
+        RouterSettings.of(config)
 
 
 def test_a_pipeline_takes_the_preset_of_its_model(case):

@@ -13,24 +13,27 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from exporter import pipeline
-from exporter.calibration import load_calibration, make_batch
-from exporter.checkpoint import read_record
+from exporter.checkpoints.record import read_record
+from exporter.checkpoints.source import open_source
+from exporter.checkpoints.verification import verify
 from exporter.clean_room import load_processor
-from exporter.cli import main
+from exporter.cli.entry import main
+from exporter.data.batches import make_batch
+from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
-from exporter.fidelity import answered
-from exporter.modeling.modeling_routed import Route, RouterSettings
+from exporter.modeling.routed_route import Route, RouterSettings
+from exporter.models.answers import answered
+from exporter.models.loading import load_model
+from exporter.models.replay import logits, trace
+from exporter.pipeline import route
 from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_from_data
-from exporter.relaxation import Gates, gated_attention, gated_states, straight_through
-from exporter.replay import logits, trace
-from exporter.routed_checkpoint import forget_router
-from exporter.router_learner import Learner, Look
-from exporter.router_losses import layer_risk, ranking_loss
-from exporter.router_training import Training, drawn, train_router
-from exporter.routing import default_settings, routable
-from exporter.source import load_model, open_source
-from exporter.verification import verify
+from exporter.routing.folder import routable
+from exporter.routing.settings import default_settings
+from exporter.routing.training.learner import Learner, TrainingBatch
+from exporter.routing.training.loop import Training, drawn, train_router
+from exporter.routing.training.losses import layer_risk, ranking_loss
+from exporter.routing.training.relaxation import Gates, gated_attention, gated_states, straight_through
+from exporter.routing.with_router import forget_router
 
 
 def silent(items, what, total):
@@ -81,7 +84,7 @@ def test_gradients_reach_gates_that_are_shut(opened, monkeypatch, again):
     model, one = opened("llava")
     model.requires_grad_(False)
     if again:
-        monkeypatch.setattr("exporter.relaxation.KEPT_BYTES", 0)
+        monkeypatch.setattr("exporter.routing.training.relaxation.KEPT_BYTES", 0)
     tokens = torch.ones(one.batch.is_visual.shape)
     tokens[one.batch.is_visual] = 0.0
     layers = torch.ones(len(tokens), model.num_layers)
@@ -140,7 +143,7 @@ def test_training_is_repeatable_and_goes_on_where_it_was(loss, options, tiny, qu
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr("exporter.router_training.SAVE_EVERY", 2)
+    monkeypatch.setattr("exporter.routing.training.loop.SAVE_EVERY", 2)
     keep = {"state_file": tmp_path / "state", "fingerprint": "same"}
     with pytest.raises(KeyboardInterrupt):
         run(broken, **keep)
@@ -181,7 +184,7 @@ def test_sets_of_layers_cost_what_the_routed_model_says(drop_at, opened):
         learner = Learner(SimpleNamespace(model=model), None, settings, attention)
         state = learner._prefix(given)[1]
         visual = one.batch.is_visual
-        look = Look(learner, None, one, given, state, log_p, torch.zeros(visual.shape), torch.zeros(3, 3))
+        look = TrainingBatch(learner, None, one, given, state, log_p, torch.zeros(visual.shape), torch.zeros(3, 3))
         kept_and_all = look.kl_of_layers([tried, torch.ones(3, 3)])
     wanted = look.per_sample((log_p.exp() * (log_p - log_q)).sum(-1))
     torch.testing.assert_close(kept_and_all, torch.stack([wanted, torch.zeros(3)]), atol=1e-4, rtol=1e-3)
@@ -285,7 +288,7 @@ def test_reproduce_trains_the_router_again(routed_folder):
 
 def test_route_takes_a_model_as_its_authors_made_it(tiny, questions, tmp_path):
     router = RouterRecipe(CalibrationData(str(questions), None), steps=2, batch_size=4)
-    made = pipeline.route(str(tiny("qwen2_vl")), router, tmp_path / "routed", RunOptions("cpu"))
+    made = route(str(tiny("qwen2_vl")), router, tmp_path / "routed", RunOptions("cpu"))
     record = read_record(made)
     assert record["plan"]["drop"] == []
     assert "No layer was removed" in (made / "README.md").read_text()

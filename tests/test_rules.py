@@ -10,12 +10,14 @@ import torch
 from test_routed import routed  # noqa: F401 - a fixture
 from transformers import AutoModelForImageTextToText
 
-from exporter.calibration import make_batch, make_batches, read_samples
+from exporter.checkpoints.source import open_source
+from exporter.data.batches import make_batch, make_batches
+from exporter.data.calibration import read_samples
 from exporter.errors import InputError
-from exporter.modeling.modeling_routed import Budget
-from exporter.routing import load_routed, routable
-from exporter.rules import Rule, block_influences, drawn, fastv_scores, generators, make_route, par_actions
-from exporter.source import load_model, open_source, text_decoder
+from exporter.modeling.routed_route import Budget
+from exporter.models.loading import load_model, text_decoder
+from exporter.routing.folder import load_routed, routable
+from exporter.routing.rules import Rule, block_influences, drawn, fastv_scores, generators, make_route, par_actions
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 HALF = Budget(keep_visual_tokens=0.5, keep_layers=4)

@@ -17,17 +17,18 @@ from test_push import here as here
 from test_push import hub as hub
 
 import exporter
-from exporter import verification
-from exporter.checkpoint import check_updatable, read_record, write_record
+from exporter.checkpoints import verification
+from exporter.checkpoints.record import check_updatable, read_record, write_record
+from exporter.checkpoints.source import open_source
+from exporter.checkpoints.trust import foreign_code, warn_of_foreign_code
+from exporter.checkpoints.verification import verify
 from exporter.clean_room import load_processor
-from exporter.cli import main
+from exporter.cli.entry import main
 from exporter.errors import InputError
-from exporter.hub import push
+from exporter.models.loading import load_model
+from exporter.publishing.push import push
 from exporter.recipe import load_recipe
-from exporter.routing import load_routed
-from exporter.source import load_model, open_source
-from exporter.trust import foreign_code, warn_of_foreign_code
-from exporter.verification import verify
+from exporter.routing.folder import load_routed
 
 ROOT = Path(__file__).parent.parent
 AUTO = "AutoModelForImageTextToText"

@@ -20,9 +20,10 @@ import torch
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 
+from exporter.checkpoints.source import open_source
 from exporter.clean_room import load_processor, reference_inputs
 from exporter.errors import InputError
-from exporter.source import load_model, open_source
+from exporter.models.loading import load_model
 
 Change = Callable[[Path], object]
 WEIGHTS = "model.safetensors"

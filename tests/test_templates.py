@@ -8,12 +8,14 @@ import shutil
 import pytest
 from conftest import FAMILIES
 
-from exporter import clean_room
-from exporter.calibration import check_prompt, load_calibration, make_batch
-from exporter.cli import main
+from exporter.checkpoints.config_file import load_config
+from exporter.checkpoints.json_file import read_json
+from exporter.clean_room import PromptError, load_processor, render
+from exporter.cli.entry import main
+from exporter.data.batches import check_prompt, make_batch
+from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
-from exporter.evaluation import evaluate
-from exporter.source import load_config, read_json
+from exporter.evaluation.evaluate import evaluate
 
 TURNS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
@@ -32,12 +34,12 @@ def without_template(tiny, family, folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_s_template_may_not_be_missing(family, tiny, questions, tmp_path):
     folder = without_template(tiny, family, tmp_path / "model")
-    processor, config = clean_room.load_processor(folder), load_config(folder, read_json(folder / "config.json"))
+    processor, config = load_processor(folder), load_config(folder, read_json(folder / "config.json"))
     samples = load_calibration(str(questions), samples=1).samples
     if family == "paligemma":  # has none, on the hub either
         assert make_batch(samples, processor, config).is_visual.any()
-        with pytest.raises(clean_room.PromptError, match=r"takes one question: .* tell 3 turns apart"):
-            clean_room.render(processor, TURNS)
+        with pytest.raises(PromptError, match=r"takes one question: .* tell 3 turns apart"):
+            render(processor, TURNS)
         return
     message = r"line \d+: .* has no chat template.*copy chat_template.jinja .* from the model.*, for one\)"
     for check in (check_prompt, make_batch):
@@ -70,7 +72,7 @@ def test_evaluation_refuses_before_it_loads(tiny, questions, tmp_path, monkeypat
     line = json.loads(questions.read_text().splitlines()[0])
     task = tmp_path / "task.jsonl"
     task.write_text(json.dumps(line | {"image": str(questions.parent / line["image"]), "answer": "red"}))
-    monkeypatch.setattr("exporter.evaluation.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("exporter.evaluation.evaluate.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match="has no chat template"):
         evaluate([folder], task)
 
@@ -80,5 +82,5 @@ def test_the_tokenizer_s_template_will_do(tiny, questions, tmp_path):
     path = folder / "tokenizer_config.json"
     template = "USER: {% for p in messages[0].content %}{{ p.text if p.type == 'text' else '<image>' }}{% endfor %}"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    processor = clean_room.load_processor(folder)
-    assert clean_room.render(processor, TURNS[:1]) == "USER: <image>what?"
+    processor = load_processor(folder)
+    assert render(processor, TURNS[:1]) == "USER: <image>what?"

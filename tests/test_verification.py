@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_onnx import exported as exported
 
 import exporter
-from exporter import verification
-from exporter.cli import main
+from exporter.checkpoints import verification
+from exporter.checkpoints.verification import verify
+from exporter.cli.entry import main
 from exporter.onnx import verification as onnx_verification
-from exporter.verification import verify
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pictures  # noqa: E402
 import train  # noqa: E402
 
 from exporter.clean_room import encode  # noqa: E402
-from exporter.task import load_task  # noqa: E402
+from exporter.data.task import load_task  # noqa: E402
 
 LAYERS = 3  # Gemma 3's pattern of windows has three
 

@@ -26,24 +26,28 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from exporter.calibration import Batch, by_size, load_calibration, make_batches, spread
-from exporter.capture import layer_statistics
-from exporter.checkpoint import write_weights
+from exporter.checkpoints.source import open_source
+from exporter.checkpoints.writer import write_weights
 from exporter.clean_room import load_processor
-from exporter.estimate import estimate
+from exporter.compression.estimate import estimate
+from exporter.compression.job import prepare
+from exporter.compression.steps import fold_gaps, localize
+from exporter.data.batches import Batch, by_size, make_batches, spread
+from exporter.data.calibration import load_calibration
 from exporter.families import DECODERS
 from exporter.fold import FOLDS
 from exporter.fold.job import FoldJob
 from exporter.localize.tis import tis
-from exporter.modeling.modeling_routed import Router, RouterSettings
-from exporter.pipeline import fold_gaps, localize, prepare
-from exporter.plan import Budget, make_plan
+from exporter.modeling.routed_route import RouterSettings
+from exporter.modeling.routed_router import Router
+from exporter.models.capture import layer_statistics
+from exporter.models.loading import load_model, text_decoder
+from exporter.plan import LayerBudget, make_plan
 from exporter.recipe import DEFAULT_SAMPLES, CalibrationData, Recipe, RunOptions
-from exporter.relaxation import gated_attention
-from exporter.router_learner import Learner, Teacher
-from exporter.router_losses import LOSSES
-from exporter.routing import default_settings
-from exporter.source import load_model, open_source, text_decoder
+from exporter.routing.settings import default_settings
+from exporter.routing.training.learner import Learner, Teacher
+from exporter.routing.training.losses import LOSSES
+from exporter.routing.training.relaxation import gated_attention
 
 IMAGE_TOKEN = 0
 COPIES = """
@@ -161,7 +165,7 @@ def default(options: argparse.Namespace) -> None:
     Counted are tokens through decoder layers, padding too; and timed.
     """
     data = CalibrationData(options.calibration, samples=options.samples)
-    recipe = Recipe(options.model, data, Budget(drop_ratio=options.drop_ratio))
+    recipe = Recipe(options.model, data, LayerBudget(drop_ratio=options.drop_ratio))
     job = prepare(recipe, RunOptions(options.device, batch_size=8))
     model, _ = job.load_model()
     samples = by_size(job.calibration.samples)

@@ -30,26 +30,29 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from exporter.benchmark import SETTLE_S, Benchmark, BenchOptions, hardware, measure
-from exporter.calibration import Batch, load_calibration, make_batches
+from exporter.benchmark.bench import SETTLE_S, hardware, measure
+from exporter.benchmark.figures import Benchmark, BenchOptions
+from exporter.benchmark.onnx_subject import OnnxSubject
+from exporter.benchmark.table import benchmark_table
+from exporter.benchmark.workload import Workload
 from exporter.clean_room import load_processor
-from exporter.modeling.modeling_routed import Router, RouterSettings
+from exporter.data.batches import Batch, make_batches
+from exporter.data.calibration import load_calibration
+from exporter.evaluation.scoring import Rate, is_right
+from exporter.modeling.routed_route import RouterSettings
+from exporter.modeling.routed_router import Router
 from exporter.onnx import ExportOptions, load
-from exporter.onnx.decoder import cache_shape
+from exporter.onnx.graphs.decoder import cache_shape
+from exporter.onnx.graphs.quantize import quantize
+from exporter.onnx.graphs.router import describe_router, write_routed
 from exporter.onnx.manifest import onnxruntime_version, read_manifest
-from exporter.onnx.pipeline import Job, write_graphs
-from exporter.onnx.quantize import quantize
-from exporter.onnx.routed import describe_router, write_routed
-from exporter.onnx.runtime.model import Model
+from exporter.onnx.pipeline import ExportJob, write_graphs
+from exporter.onnx.runtime.model import OnnxModel
 from exporter.onnx.runtime.prepare import prepare
-from exporter.onnx.runtime.routed import RoutedModel
-from exporter.onnx.subject import OnnxSubject
+from exporter.onnx.runtime.routed import RoutedOnnxModel
 from exporter.onnx.support import support_of
-from exporter.pipeline import versions
-from exporter.report import benchmark_table
-from exporter.routing import default_settings
-from exporter.scoring import Rate, is_right
-from exporter.workload import Workload
+from exporter.routing.settings import default_settings
+from exporter.version import versions
 
 SIZES = {
     "reference": LlamaConfig(
@@ -79,7 +82,7 @@ def speed(options: argparse.Namespace) -> None:
         for weights in (None, "int8"):
             folder = Path(place) / str(weights)
             folder.mkdir()
-            job = Job(None, ExportOptions(), support_of(config), "float32", "shared", None)  # of no checkpoint
+            job = ExportJob(None, ExportOptions(), support_of(config), "float32", "shared", None)  # of no checkpoint
             write_graphs(model, job, folder)
             if weights:
                 quantize(folder, weights, "cpu")
@@ -148,7 +151,7 @@ class Ort:
 
     def __init__(self, model: Any, folder: Path, ids: torch.Tensor, threads: int) -> None:
         manifest = manifest_of(model)
-        self.model = Model(folder, manifest, "cpu", threads)
+        self.model = OnnxModel(folder, manifest, "cpu", threads)
         self.prompt = prepare(manifest, {"input_ids": ids.numpy()})
 
     def prefill(self) -> float:
@@ -196,14 +199,14 @@ def routed(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         for name in ("plain", "routed"):
             Path(name).mkdir()
-        job = Job(None, ExportOptions(), support_of(config), "float32", "shared", None)  # of no checkpoint
+        job = ExportJob(None, ExportOptions(), support_of(config), "float32", "shared", None)  # of no checkpoint
         write_graphs(model, job, Path("plain"))
         for path in Path("plain").glob("vision.onnx*"):
             shutil.copyfile(path, Path("routed") / path.name)
         router = Router(text.hidden_size, settings).eval().requires_grad_(False)
         write_routed(model, router, settings, job.support, Path("routed"), "cpu", job.opset)
-        whole = Model(Path("plain"), plain, "cpu", options.threads)
-        chosen = RoutedModel(Path("routed"), facts, "cpu", options.threads)
+        whole = OnnxModel(Path("plain"), plain, "cpu", options.threads)
+        chosen = RoutedOnnxModel(Path("routed"), facts, "cpu", options.threads)
         asked = [
             {"preset": "off"},
             {"keep_visual_tokens": KEPT},

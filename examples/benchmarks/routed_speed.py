@@ -19,17 +19,21 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from exporter.benchmark import Benchmark, BenchOptions, Figures, ModelBenchmark, hardware, measure, ready
-from exporter.budgets import counted
-from exporter.calibration import Batch
-from exporter.modeling.modeling_routed import Budget, RouterInputs, best_layers, best_tokens, routed
-from exporter.pipeline import versions
-from exporter.report import benchmark_table
-from exporter.routing import default_settings
-from exporter.source import compute_dtype, pick_device
-from exporter.subject import TorchSubject
-from exporter.timing import Spread
-from exporter.workload import Workload
+from exporter.benchmark.bench import hardware, measure, ready
+from exporter.benchmark.figures import Benchmark, BenchOptions, Figures, ModelBenchmark
+from exporter.benchmark.table import benchmark_table
+from exporter.benchmark.timing import Spread
+from exporter.benchmark.torch_subject import TorchSubject
+from exporter.benchmark.workload import Workload
+from exporter.data.batches import Batch
+from exporter.modeling.modeling_routed import routed
+from exporter.modeling.routed_request import RouterInputs
+from exporter.modeling.routed_route import Budget
+from exporter.modeling.routed_router import best_layers, best_tokens
+from exporter.models.loading import compute_dtype, pick_device
+from exporter.routing.cost import counted
+from exporter.routing.settings import default_settings
+from exporter.version import versions
 
 VISUAL, TEXT, KEPT = 576, 64, 144
 FULL_DEPTH = 32

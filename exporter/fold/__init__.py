@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ..replay import Folded
+from ..plan import Folded
 from .auto import CANDIDATES, choose
 from .job import FoldJob, GapMoments, measure_gaps
 from .least_squares import least_squares, linear_map

@@ -11,11 +11,11 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..calibration import Batch
-from ..divergence import Divergence, simplest
-from ..held_out import HeldOut
-from ..replay import Folded
-from ..variants import Variant
+from ..data.batches import Batch
+from ..models.divergence import Divergence, simplest
+from ..models.variants import Variant
+from ..plan import Folded
+from .held_out import HeldOut
 from .job import FoldJob, GapMoments
 
 CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their options

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Batch, Sample
-from ..capture import AttentionMeans, AttentionReducer, attention_means, on_module
+from ..data.batches import Batch
+from ..data.samples import Sample
 from ..errors import InputError
 from ..families import Decoder
-from ..held_out import HeldOut
 from ..localize.tis import important
-from ..moments import Moments
+from ..models.capture import AttentionMeans, AttentionReducer, attention_means, on_module
+from ..models.loading import text_decoder
+from ..models.replay import Trace, trace, walk
 from ..plan import PruningPlan
-from ..replay import Trace, trace, walk
-from ..source import text_decoder
+from .held_out import HeldOut
+from .moments import Moments
 
 ORIGINALS_BYTES = 2 << 30
 

@@ -19,13 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..calibration import Batch
-from ..capture import on_module
-from ..moments import Moments
-from ..plan import PruningPlan
-from ..replay import Folded, Trace, replaced, walk
-from ..source import text_decoder
+from ..data.batches import Batch
+from ..models.capture import on_module
+from ..models.loading import text_decoder
+from ..models.replay import Trace, replaced, walk
+from ..plan import Folded, PruningPlan
 from .job import FoldJob, counted_tokens
+from .moments import Moments
 
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration import Batch
-from ..divergence import Divergence
+from ..data.batches import Batch
 from ..families import Decoder
-from ..held_out import HeldOut
-from ..plan import make_plan
-from ..replay import Folded
-from ..source import text_decoder
-from ..variants import Variant
+from ..models.divergence import Divergence
+from ..models.loading import text_decoder
+from ..models.variants import Variant
+from ..plan import Folded, make_plan
+from .held_out import HeldOut
 from .job import FoldJob, Originals
 from .reconstruction import Fit, reconstruct
 

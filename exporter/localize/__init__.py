@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..calibration import Batch
-from ..capture import layer_statistics
+from ..data.batches import Batch
 from ..errors import InputError
-from ..fidelity import AnswerDivergence, AnsweredBatch, StateError
-from ..questions import Questions
-from ..scores import LayerScores, most_redundant
+from ..models.answers import AnswerDivergence, AnsweredBatch, StateError
+from ..models.capture import layer_statistics
+from ..models.questions import Questions
 from .angular import angular
 from .best_of import EXCHANGES, FoldedLoss, best_of
 from .block_influence import block_influence
 from .fisher import fisher, information
 from .greedy import greedy
+from .scores import LayerScores, most_redundant
 from .tis import tis
 
 

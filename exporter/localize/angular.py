@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 import torch
 
-from ..capture import BatchStatistics
 from ..errors import InputError
-from ..scores import LayerScores
+from ..models.capture import BatchStatistics
+from .scores import LayerScores
 
 
 def angular(statistics: Iterable[BatchStatistics], count: int, protect: tuple[int, ...] = ()) -> LayerScores:

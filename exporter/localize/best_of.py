@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ..capture import BatchStatistics
-from ..divergence import Divergence, simplest
 from ..errors import InputError
-from ..scores import LayerScores, most_redundant
+from ..models.capture import BatchStatistics
+from ..models.divergence import Divergence, simplest
 from .angular import angular
 from .block_influence import block_influence
 from .greedy import SetLoss
+from .scores import LayerScores, most_redundant
 from .spacing import spaced, spacing_wanted
 from .tis import tis
 

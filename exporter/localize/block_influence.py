@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ..capture import BatchStatistics
-from ..scores import LayerScores, most_redundant
+from ..models.capture import BatchStatistics
+from .scores import LayerScores, most_redundant
 
 
 def block_influence(statistics: Iterable[BatchStatistics], count: int, protect: tuple[int, ...] = ()) -> LayerScores:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fidelity import AnsweredBatch
-from ..replay import trace
-from ..scores import LayerScores
-from ..source import text_decoder
+from ..models.answers import AnsweredBatch
+from ..models.loading import text_decoder
+from ..models.replay import trace
+from .scores import LayerScores
 
 EXHAUSTIVE = 200_000  # sets that are simply all tried; above, from each layer on the cheapest next, then exchanges
 

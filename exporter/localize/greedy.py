@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..scores import LayerScores
+from .scores import LayerScores
 
 
 class SetLoss(Protocol):

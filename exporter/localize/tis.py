@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..capture import BatchStatistics
-from ..scores import LayerScores, most_redundant
+from ..models.capture import BatchStatistics
+from .scores import LayerScores, most_redundant
 
 
 def important(scores: Tensor, candidates: Tensor, p: float) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..card_file import write_card
-from ..licence import licence_sentence
-from ..model_card import budget_name, hub_metadata, ratio_cell, shown_name, template
+from ..cards.card_file import write_card
+from ..cards.licence import licence_sentence
+from ..cards.model_card import budget_name, hub_metadata, ratio_cell, shown_name, template
 from .manifest import read_manifest
 from .report import differences_table
 

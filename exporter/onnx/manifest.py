@@ -7,18 +7,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..checkpoint import replace_json
+from ..cards.licence import inherited_licence
+from ..cards.model_card import base_model_of
+from ..checkpoints.files import hashes
+from ..checkpoints.record import BENCHMARK_HEAD, LICENCE, NOT_EMPTY, RATIOS, TIMES, replace_json
+from ..checkpoints.shapes import ANYTHING, COUNT, HASHES, INNER_PATH, NUMBER, TEXT, ListOf, MapOf, Maybe, Misfit, check
+from ..checkpoints.source import Source
 from ..errors import InputError
-from ..files import hashes
-from ..licence import inherited_licence
-from ..model_card import base_model_of
-from ..record import BENCHMARK_HEAD, LICENCE, NOT_EMPTY, RATIOS, TIMES
-from ..shapes import ANYTHING, COUNT, HASHES, INNER_PATH, NUMBER, TEXT, ListOf, MapOf, Maybe, Misfit, check
-from ..source import Source
-from .decoder import cache_shape
-from .runtime import model as runner
-from .runtime.model import FORMAT, MANIFEST
+from ..version import __version__
+from .graphs.decoder import cache_shape
+from .runtime import folder as runner
+from .runtime.folder import FORMAT, MANIFEST
 from .support import Support
 
 __all__ = [

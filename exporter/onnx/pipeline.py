@@ -8,25 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibration import DEFAULT_PROMPT, load_calibration, make_batches
-from ..checkpoint import RECORD, carry_companions, check_space, check_target, staged
+from ..checkpoints.files import without_auto_map
+from ..checkpoints.record import RECORD
+from ..checkpoints.source import Source, open_source
+from ..checkpoints.staging import check_space, check_target, staged
+from ..checkpoints.verification import verify
+from ..checkpoints.writer import carry_companions
 from ..clean_room import load_processor
+from ..data.batches import make_batches
+from ..data.calibration import DEFAULT_PROMPT, load_calibration
 from ..errors import InputError
-from ..files import without_auto_map
-from ..modeling.modeling_routed import RouterSettings
+from ..modeling.routed_route import RouterSettings
+from ..models.loading import compute_dtype, load_model
 from ..recipe import paths_as_text
-from ..source import Source, compute_dtype, load_model, open_source
-from ..verification import verify
 from .card import card
-from .decoder import Embeddings, GrowingDecoder, SharedDecoder, group_query_attention
-from .graph import check_exporter, check_opset, trace
+from .graphs.decoder import Embeddings, GrowingDecoder, SharedDecoder, group_query_attention
+from .graphs.graph import check_exporter, check_opset, trace
+from .graphs.quantize import check_quantize, quantize
+from .graphs.router import describe_router, load_router, read_settings, write_routed
+from .graphs.vision import vision_module
 from .manifest import describe, write_manifest
-from .quantize import check_quantize, quantize
-from .routed import describe_router, load_router, read_settings, write_routed
-from .runtime.model import check_provider
+from .runtime.folder import check_provider
 from .support import SHARED, Support, cache_kind, support_of
 from .validation import validate
-from .vision import vision_module
 
 DEFAULT_OPSET = 20
 DTYPES = ("float32", "float16")
@@ -77,7 +81,7 @@ def export(model: str | Path, out: str | Path, options: ExportOptions | None = N
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """What is exported and how, all of it checked."""
 
     source: Source
@@ -106,12 +110,12 @@ class Job:
         return {**self.settings(), "source": str(self.source.folder.absolute()), "quantize": quantize}
 
 
-def prepare(model: str, options: ExportOptions) -> Job:
+def prepare(model: str, options: ExportOptions) -> ExportJob:
     source = open_verified(model, options.trust_remote_code)
     dtype = chosen_dtype(options)
     cache = cache_kind(source.config, dtype, options.device)
     route = read_settings(source.config, cache) if "router" in source.raw_config else None
-    return Job(source, options, support_of(source.config), dtype, cache, route)
+    return ExportJob(source, options, support_of(source.config), dtype, cache, route)
 
 
 # --- before anything expensive starts ---------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ def questions(source: Source, options: ExportOptions) -> list[dict[str, Any]]:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def write_graphs(model: Any, job: Job, folder: Path) -> None:
+def write_graphs(model: Any, job: ExportJob, folder: Path) -> None:
     device, support = job.options.device, job.support
     trace(vision_module(model, support.kind), folder / "vision.onnx", device, job.opset)
     if job.route is not None:

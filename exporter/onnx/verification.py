@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoints.trust import foreign_code, replaced_weights
+from ..checkpoints.verification import Verification, compared
 from ..clean_room import load_processor
 from ..errors import CheckFailed
-from ..trust import foreign_code, replaced_weights
-from ..verification import Verification, compared
 from .manifest import read_manifest
 
 

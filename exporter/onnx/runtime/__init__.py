@@ -7,7 +7,8 @@
 Files: `prepare` turns what a processor gives into what the graphs take; `model` runs them; `sampling` picks tokens.
 """
 
-from .model import Model, load
+from .load import load
+from .model import OnnxModel
 from .prepare import InputError, prepare
 
-__all__ = ["InputError", "Model", "load", "prepare"]
+__all__ = ["InputError", "OnnxModel", "load", "prepare"]

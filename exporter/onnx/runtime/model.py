@@ -6,7 +6,6 @@ Shapes: B rows, S tokens, P entries of the cache, V vocabulary.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,83 +15,7 @@ import numpy as np
 from .prepare import Array, InputError, Prompt, prepare
 from .sampling import Sampling
 
-MANIFEST = "onnx.json"
-FORMAT = 3  # 2 had the embeddings of routed folders apart, 1 a graph for every layer that may be skipped
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-def load(folder: Path | str, device: str | None = None, threads: int | None = None) -> Model:
-    """Open a folder that `lvlm-exporter onnx` wrote, or such a repository of the hub.
-
-    Args:
-        folder: its path, or USER/NAME.
-        device: 'cpu' or 'cuda'; it must be the one that the folder was exported for, and is if left out.
-        threads: of one operator; ONNX Runtime's choice if left out.
-    """
-    folder = located(folder)
-    manifest = read_manifest(folder)
-    device = device or manifest["device"]
-    if device != manifest["device"]:
-        raise InputError(
-            f"{folder} was exported for {manifest['device']}: its operators are fused for that. Export again with "
-            f"--device {device}."
-        )
-    check_provider(device)
-    if "router" in manifest:
-        from .routed import RoutedModel
-
-        return RoutedModel(folder, manifest, device, threads)
-    return Model(folder, manifest, device, threads)
-
-
-def located(folder: Path | str) -> Path:
-    """A folder that is there as it is; what could be a repository's name instead, from the hub."""
-    if Path(folder).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)):
-        return Path(folder)
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(folder)))
-    except (ImportError, OSError, ValueError) as error:  # a server's own words may quote the token: only the kind
-        reason = type(error).__name__
-    raise InputError(f"there is no folder {folder}, and the hub gives no repository of that name ({reason}).")
-
-
-def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
-    """onnx.json. `whole`: InputError where a file that it lists is missing or of another size."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{folder} has no {MANIFEST}: it is no folder that `lvlm-exporter onnx` wrote.")
-    try:
-        manifest = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): export again.") from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path} is damaged (it is no JSON object): export again.")
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: export again.")
-    if not isinstance(manifest.get("files"), dict):
-        raise InputError(f"{path} is damaged (it lists no files): export again.")
-    for name, size in manifest["files"].items() if whole else ():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "not there"
-            raise InputError(f"{file} is {found} instead of {size} bytes: the folder is incomplete, copy it again.")
-    return manifest
-
-
-def check_provider(device: str) -> None:
-    if device not in PROVIDERS:
-        raise InputError(f"device '{device}' is not known: {', '.join(PROVIDERS)}.")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise InputError("onnxruntime is not installed: pip install onnxruntime (onnxruntime-gpu for CUDA).") from error
-    if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise InputError(
-            f"onnxruntime {onnxruntime.__version__} has no {PROVIDERS[device]}: pip uninstall onnxruntime, then "
-            "pip install onnxruntime-gpu."
-        )
 
 
 def open_session(path: Path, device: str, threads: int | None = None) -> Any:
@@ -120,7 +43,7 @@ def open_session(path: Path, device: str, threads: int | None = None) -> Any:
 
 
 @dataclass
-class State:
+class DecodingState:
     """Where a batch of answers stands."""
 
     prompt: Prompt
@@ -131,7 +54,7 @@ class State:
     binding: Any = None  # of a shared cache, whose buffers stay where they are
 
 
-class Model:
+class OnnxModel:
     """`generate` answers; `prefill` and `step` are its two halves, for those who pick tokens themselves."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: str, threads: int | None = None) -> None:
@@ -189,7 +112,7 @@ class Model:
 
     # --- its halves ---
 
-    def prefill(self, prompt: Prompt, new_tokens: int, features: Any = None) -> tuple[Array, State]:
+    def prefill(self, prompt: Prompt, new_tokens: int, features: Any = None) -> tuple[Array, DecodingState]:
         """Run the prompt: logits of each row's next token [B, V], and the state that `step` goes on from.
 
         Args:
@@ -198,7 +121,7 @@ class Model:
         """
         embeds = self.embed(prompt.input_ids, self._matching(prompt, features))
         rows, length = prompt.input_ids.shape
-        state = State(prompt, {}, self._logits(rows), prompt.lengths, prompt.real)
+        state = DecodingState(prompt, {}, self._logits(rows), prompt.lengths, prompt.real)
         shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
         if self.manifest["cache"] == "growing":
             shape = (*shape[:2], 0, shape[3])
@@ -220,7 +143,7 @@ class Model:
             )
         return features
 
-    def step(self, state: State, tokens: Array) -> Array:
+    def step(self, state: DecodingState, tokens: Array) -> Array:
         """Go on by one token a row: tokens [B] -> logits [B, V]"""
         added = state.lengths - state.prompt.lengths
         state.lengths = state.lengths + 1
@@ -244,7 +167,7 @@ class Model:
         feed = {"input_ids": self._value(ids), "image_features": features}
         return self._bound(self.embeddings, feed, {"inputs_embeds": self.device})[0]
 
-    def _decode(self, state: State, embeds: Any, positions: Array, block_ids: Array) -> Array:
+    def _decode(self, state: DecodingState, embeds: Any, positions: Array, block_ids: Array) -> Array:
         feed = {"inputs_embeds": embeds, "position_ids": self._value(positions)}
         shared = self.manifest["cache"] == "shared"
         if shared:
@@ -263,7 +186,7 @@ class Model:
             state.cache = dict(zip(self.cache_names, binding.get_outputs()[1:], strict=True))
         return state.logits.numpy().copy()  # the next pass writes there
 
-    def _binding(self, state: State, shared: bool) -> Any:
+    def _binding(self, state: DecodingState, shared: bool) -> Any:
         binding = self.decoder.io_binding()
         binding.bind_ortvalue_output("logits", state.logits)
         for name, value in state.cache.items():

@@ -8,21 +8,21 @@ Shapes: B rows, S tokens, K that stay, N layers that may be skipped, V vocabular
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from .model import Model, State
-from .prepare import Array, InputError, Prompt, best_grid, images_of, padded, prepare, shrunk, unpadded
+from .model import DecodingState, OnnxModel
+from .places import places
+from .prepare import Array, InputError, Prompt, padded, prepare
 
 FRONT = "decoder_front"  # the graph of the embeddings and of the layers before the router, where there are any
 
 
 @dataclass(frozen=True)
-class Budget:
+class OnnxRouteBudget:
     """How much may run. None: all of it."""
 
     keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
@@ -50,7 +50,7 @@ class Budget:
 
 
 @dataclass
-class RoutedState(State):
+class RoutedState(DecodingState):
     """Where a batch of answers stands, and the route that holds for it."""
 
     kept: Array = None  # [B] tokens in the caches behind the router
@@ -61,7 +61,7 @@ class RoutedState(State):
     index: Array = None  # [B, K] which tokens of the prompt are there, in front those that stay; None: all
 
 
-class RoutedModel(Model):
+class RoutedOnnxModel(OnnxModel):
     """The runner of a routed folder."""
 
     def _open_decoder(self) -> None:
@@ -83,7 +83,7 @@ class RoutedModel(Model):
 
     def budget_for(
         self, preset: str | None = None, keep_visual_tokens: float | None = None, keep_layers: int | None = None
-    ) -> Budget:
+    ) -> OnnxRouteBudget:
         """What is asked for, checked; where nothing is, the budget that is set. Raises InputError."""
         named = keep_visual_tokens is not None or keep_layers is not None
         if preset is not None and named:
@@ -93,7 +93,11 @@ class RoutedModel(Model):
         presets = {"off": {}, **self.router_facts["presets"]}
         if preset is not None and preset not in presets:
             raise InputError(f"preset {preset!r} is not known: this model has {', '.join(presets)}.")
-        budget = Budget(**presets[preset]) if preset is not None else Budget(keep_visual_tokens, keep_layers)
+        budget = (
+            OnnxRouteBudget(**presets[preset])
+            if preset is not None
+            else OnnxRouteBudget(keep_visual_tokens, keep_layers)
+        )
         budget.check(self.manifest["layers"], len(self.router_facts["candidates"]))
         return budget
 
@@ -143,7 +147,7 @@ class RoutedModel(Model):
         logits = self._logits(len(kept))
         return RoutedState(prompt, {}, logits, prompt.lengths, prompt.real, kept=kept, runs=runs, room=room)
 
-    def step(self, state: State, tokens: Array) -> Array:
+    def step(self, state: DecodingState, tokens: Array) -> Array:
         assert isinstance(state, RoutedState)
         added = state.lengths - state.prompt.lengths
         state.lengths, state.kept = state.lengths + 1, state.kept + 1
@@ -236,99 +240,3 @@ class RoutedModel(Model):
         for layer, runs in zip(self.router_facts["candidates"], state.runs.T, strict=True) if behind else ():
             binding.bind_ortvalue_input(f"runs.{layer}", self._value(runs))
             binding.bind_ortvalue_input(f"active.{layer}", self._value(np.array(runs.any()), "cpu"))
-
-
-# --- where visual tokens lie in their images --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """How consecutive visual tokens lie in an image: tiles of rows and columns one after the other."""
-
-    height: int
-    width: int
-    top: float = 0.0  # where it begins in its image, and how much of it it covers, from 0 to 1
-    share: float = 1.0
-    first_of_image: bool = True
-    finer: tuple[int, int] | None = None  # a grid over the same image that follows, its line ends not counted
-
-    @property
-    def length(self) -> int:
-        rows, columns = self.finer or (0, 0)
-        return self.height * self.width + rows * (columns + 1)
-
-    def coordinates(self, length: int) -> Array:
-        """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
-        rows = (np.arange(self.height) + 0.5) / self.height * self.share + self.top
-        columns = (np.arange(self.width) + 0.5) / self.width
-        grid = product(rows, columns)
-        if self.finer is not None:
-            rows = (np.arange(self.finer[0]) + 0.5) / self.finer[0]
-            columns = np.append((np.arange(self.finer[1]) + 0.5) / max(1, self.finer[1]), 1.0)
-            return np.concatenate([grid, product(rows, columns)])
-        tiles = length // len(grid)
-        spare = length - tiles * len(grid)
-        rest = (np.arange(spare) + 0.5) / max(1, spare)
-        return np.concatenate([np.tile(grid, (tiles, 1)), np.stack([rest, np.full(spare, 0.5)], 1)])
-
-
-def product(rows: Array, columns: Array) -> Array:
-    """All pairs, line by line: [R], [C] -> [R * C, 2]"""
-    return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
-
-
-def places(manifest: Mapping[str, Any], rows: list[Array], given: Mapping[str, Any]) -> list[Array]:
-    """For each row, image number, row and column of each visual token, [S, 3]; zero at text. As at training."""
-    spans = [(row, *span) for row, visual in enumerate(rows) for span in spans_of(visual)]
-    shapes = run_shapes(manifest, [end - start for _, start, end in spans], given)
-    out = [np.zeros((len(row), 3)) for row in rows]
-    number, previous = -1, None
-    for (row, start, end), shape in zip(spans, shapes, strict=True):
-        if shape.first_of_image:
-            number = 0 if row != previous else number + 1
-            previous = row
-        out[row][start:end, 0] = number
-        out[row][start:end, 1:] = shape.coordinates(end - start)
-    return out
-
-
-def spans_of(visual: Array) -> list[tuple[int, int]]:
-    """Start and end of each run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], visual.astype(np.int8), [0]]))).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def run_shapes(manifest: Mapping[str, Any], lengths: list[int], given: Mapping[str, Any]) -> list[Run]:
-    """The shape of each run, by what the inputs say of the images, and by the run's length where they say nothing."""
-    vision, known = manifest["vision"], []
-    if vision["kind"] == "patches" and given.get("image_grid_thw") is not None:
-        grids = np.asarray(given["image_grid_thw"]).tolist()
-        known = [Run(height // vision["merge"], width // vision["merge"]) for _, height, width in grids]
-    elif vision["kind"] == "sized" and given.get("image_sizes") is not None:
-        for height, width in np.asarray(given["image_sizes"]).tolist():  # a run is one row, then comes [IMG_BREAK]
-            count = int(height) // vision["side"]
-            known += [Run(1, int(width) // vision["side"], row / count, 1 / count, row == 0) for row in range(count)]
-    elif vision["kind"] == "anyres" and given.get("image_sizes") is not None:
-        known = [any_resolution(vision, *image) for image in images_of(given)]
-    if [shape.length for shape in known] == lengths:
-        return known
-    return [guessed(manifest["router"]["tile_lengths"], length) for length in lengths]
-
-
-def any_resolution(vision: Mapping[str, Any], size: list[int], in_tiles: bool) -> Run:
-    """The whole image in one tile, then a finer grid of it whose lines each end with a token of their own."""
-    side = vision["grid"]
-    if not in_tiles:
-        return Run(side, side, finer=(1, 0))
-    rows, columns = best_grid(size, vision)
-    index, _ = shrunk(unpadded(np.zeros((rows * side, columns * side)), size), side, vision["max_tiles"])
-    return Run(side, side, finer=(index.shape[0], index.shape[1]))
-
-
-def guessed(tile_lengths: list[int], length: int) -> Run:
-    """Square tiles of a size that the configuration speaks of, or one square; else one token a row."""
-    for tile in (*tile_lengths, length):
-        side = math.isqrt(tile)
-        if 1 < tile <= length and side * side == tile:
-            return Run(side, side)
-    return Run(length, 1)

@@ -1,0 +1,298 @@
+"""How fast is a checkpoint, how much memory it takes: measured in turn with the model that it was made from.
+
+Every round runs every model once, in one order and in the next round in the other; ratios are taken between rounds that
+lie side by side. What is compared with a ratio of times is counted, not timed: operations and bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cards import model_card
+from ..cards.card_file import results_first
+from ..cards.model_card import model_name
+from ..checkpoints import record as compression_record
+from ..checkpoints.record import RECORD, check_updatable, read_record
+from ..data.batches import Batch
+from ..models.loading import pick_device
+from ..onnx.card import card
+from ..onnx.manifest import is_onnx, read_manifest, write_record
+from ..version import versions
+from .figures import COUNTED, TIMED, Benchmark, BenchOptions, Figures, ModelBenchmark, plain_data
+from .open_targets import Runtimes, onnx_device, onnx_versions, open_subjects
+from .subject import Cost, GenerateKwargs, Setup, Subject
+from .timing import Spread, interleaved, paired, peak_bytes
+from .workload import Workload
+
+SETTLE_S = 0.2  # between runs of different runtimes: each one's threads wait in busy loops for a while after a run
+
+
+def bench(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    reference: str | Path | None = None,
+    budgets: Sequence[GenerateKwargs] = (),
+    workload: Workload = Workload(),
+    options: BenchOptions = BenchOptions(),
+    update_cards: bool = True,
+    progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
+) -> Benchmark:
+    """Time and weigh checkpoints and ONNX folders against a reference, in turn in one process.
+
+    Args:
+        reference: the model that the others are compared with, run whole; None: the first of the paths, run whole.
+        budgets: what routed checkpoints run under, {"keep_visual_tokens": 144, "keep_layers": 28} or {"preset": "fast"}
+            and so on; without any, their own default. Plain ones run whole in any case.
+        update_cards: put the figures into the record and the card of checkpoints that are ours.
+    Raises: InputError for a budget without a routed checkpoint, or one that a router can't keep to.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    names = [str(path) for path in (*paths, *([reference] if reference else []))]
+    device = pick_device(options.device or onnx_device(names))
+    for path in paths if update_cards else ():
+        check_updatable(Path(path))
+    runtimes = Runtimes.of(Setup(device, options.dtype, options.attention, options.compile), options.new_tokens)
+    subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
+    prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]
+    done = Benchmark(
+        workload,
+        options,
+        hardware(device),
+        versions() | onnx_versions(subjects),
+        datetime.date.today().isoformat(),
+        measure(subjects, prompts, options, device, runtimes.torch.compile, progress),
+    )
+    if update_cards:
+        for model in done.models:
+            with results_first(Path(model.path)):
+                record_benchmark(Path(model.path), done, model)
+    return done
+
+
+def measure(
+    subjects: Sequence[Subject],
+    prompts: Sequence[Sequence[Batch]],
+    options: BenchOptions,
+    device: str,
+    compile_all: Callable[[], None] = lambda: None,
+    progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
+) -> tuple[ModelBenchmark, ...]:
+    """All figures of all subjects, the first of which is the reference.
+
+    Args:
+        prompts: for each batch size, one for each subject.
+        compile_all: called after everything has been counted, since what is compiled can't be looked into.
+    """
+    runs = [
+        [
+            TimedModel(s, ready(prompt, s.input_device), options.new_tokens, device)
+            for s, prompt in zip(subjects, row, strict=True)
+        ]
+        for row in prompts
+    ]
+    costs = [[run.subject.cost(run.prompt, run.new_tokens) for run in row] for row in runs]
+    compile_all()
+    columns = [_column(*pair, options.rounds, progress) for pair in zip(runs, costs, strict=True)]
+    return tuple(
+        ModelBenchmark(s.path, s.budget, s.runtime, tuple(column[i] for column in columns))
+        for i, s in enumerate(subjects)
+    )
+
+
+def _column(
+    runs: Sequence[TimedModel], costs: Sequence[Cost], rounds: int, progress: Callable[..., Iterable[Any]]
+) -> list[Figures]:
+    """The figures of all subjects at one batch size."""
+    peaks = [run.peak_beyond(cost.weight_bytes) for run, cost in zip(runs, costs, strict=True)]
+    times = time_interleaved(runs, rounds, progress)
+    own = [figures(*known) for known in zip(runs, costs, times, peaks, strict=True)]
+    return [own[0], *(compared(f, t, own[0], times[0]) for f, t in zip(own[1:], times[1:], strict=True))]
+
+
+def ready(prompt: Batch, device: Any) -> Batch:
+    """On the device, and without a mask of ones, as `generate` hands it on."""
+    inputs = dict(prompt.inputs)
+    if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
+        del inputs["attention_mask"]
+    return replace(prompt, inputs=inputs).to(device)
+
+
+Times = dict[str, list[float]]  # milliseconds of each round, by name
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """One answer of one subject."""
+
+    subject: Subject
+    prompt: Batch
+    new_tokens: int
+    device: str
+
+    def peak_beyond(self, held: int) -> int | None:
+        """Bytes with those that the model holds anyhow, None where that can't be told; warms up as well."""
+        self()
+        if not self.subject.gives_memory_back:
+            return None
+        grown = peak_bytes(self, self.device)
+        return None if grown is None else grown + held
+
+    def __call__(self) -> dict[str, float]:
+        begin = self._now()
+        seen = self.subject.see(self.prompt)
+        vision = self._now()
+        state = self.subject.prefill(self.prompt, seen)
+        first = self._now()
+        for _ in range(self.new_tokens):
+            state = self.subject.decode(state)
+        end = self._now()
+        return {
+            "vision_ms": 1e3 * (vision - begin),
+            "prefill_ms": 1e3 * (first - vision),
+            "first_token_ms": 1e3 * (first - begin),
+            "decode_ms": 1e3 * (end - first) / self.new_tokens,
+            "total_ms": 1e3 * (end - begin),
+        }
+
+    def _now(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def time_interleaved(runs: Sequence[TimedModel], rounds: int, progress: Callable[..., Iterable[Any]]) -> list[Times]:
+    """Times of each run, round by round."""
+    times: list[Times] = [{name: [] for name in TIMED} for _ in runs]
+    what = f"batch of {len(runs[0].prompt.is_visual)}"
+    pause = SETTLE_S if len({type(run.subject) for run in runs}) > 1 else 0.0
+    with garbage_between_runs() as collect:
+        for order in progress(interleaved(len(runs), rounds), what, rounds):
+            for i in order:
+                for name, value in runs[i]().items():
+                    times[i][name].append(value)
+                collect()
+                time.sleep(pause)
+    return times
+
+
+@contextlib.contextmanager
+def garbage_between_runs() -> Iterator[Callable[[], object]]:
+    """No garbage collection but when it is called for; what is there already is not looked through again and again."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
+        if collecting:
+            gc.enable()
+
+
+def figures(run: TimedModel, cost: Cost, times: Times, peak: int | None) -> Figures:
+    prompt = run.prompt
+    medians: dict[str, Any] = {name: Spread.of(values).median for name, values in times.items()}
+    rows, visual = len(prompt.is_visual), int(prompt.is_visual.sum())
+    real = prompt.inputs.get("attention_mask", torch.ones_like(prompt.is_visual))
+    return Figures(
+        batch=rows,
+        visual_tokens=visual,
+        text_tokens=int(real.sum()) - visual,
+        **medians,
+        tokens_per_s=rows * (1 + run.new_tokens) / medians["total_ms"] * 1e3,
+        **asdict(cost),
+        peak_bytes=peak,
+        ratio_to_reference=None,
+    )
+
+
+def compared(own: Figures, times: Times, reference: Figures, reference_times: Times) -> Figures:
+    """With every figure as a ratio to the reference's, and how much of what could be gained was."""
+    spreads = {name: paired(times[name], reference_times[name]) for name in TIMED if min(reference_times[name]) > 0}
+    ratio: dict[str, Any] = {name: spread.median for name, spread in spreads.items()}
+    for name in COUNTED:
+        mine, theirs = getattr(own, name), getattr(reference, name)
+        ratio[name] = mine / theirs if mine is not None and theirs else None
+    ratio["tokens_per_s"] = 1 / ratio["total_ms"]
+    ratio["intervals"] = {name: (spread.low, spread.high) for name, spread in spreads.items()}
+    ratio["achieved"] = {
+        "prefill": _share(ratio["flops"], spreads["prefill_ms"]),
+        "decode": _share(ratio["step_bytes"], spreads["decode_ms"]),
+    }
+    return replace(own, ratio_to_reference=ratio)
+
+
+def _share(ideal: float | None, time: Spread) -> float | None:
+    """Measured speed-up over the ideal one, of which both are reciprocals."""
+    return None if ideal is None else ideal / time.median
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What the figures depend on beside the software."""
+    if device.startswith("cuda"):
+        return {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return {"device": processor_name(), "threads": torch.get_num_threads()}
+
+
+def processor_name() -> str:
+    """The CPU's name, as the system gives it."""
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bool:
+    """Put a model's figures into its record and its card, replacing those of the same measurement. False: not ours.
+
+    A checkpoint's has its own figures beside the reference's, an ONNX folder's those of all that it was compared with.
+    """
+    base = done.models[0]
+    if model is base:
+        return False
+    same: dict[str, Any] = {
+        "workload": done.workload.to_data() | {"task": done.workload.task and Path(done.workload.task).name},
+        "options": asdict(done.options),
+        "hardware": done.hardware,
+        "budget": model.budget,
+        "runtime": model.runtime,
+        "reference_name": model_name(base.path),
+    }
+    entry = same | {"date": done.date, "versions": done.versions}
+    if is_onnx(folder):
+        shown = [one for one in done.models if one is base or one is model or one.path != model.path]
+        record, entry["models"] = read_manifest(folder), [one.to_data() for one in shown]
+    elif model.runtime == base.runtime and (folder / RECORD).exists():
+        record = read_record(folder)
+        entry["reference_is_this_model"] = base.path == model.path
+        entry["batches"] = [asdict(figures) for figures in model.batches]
+        entry["reference"] = [asdict(figures) for figures in base.batches]
+    else:
+        return False
+    others = [
+        e
+        for e in record.get("benchmarks", [])
+        if any(e.get(key, value) != value for key, value in plain_data(same).items())
+    ]
+    record |= {"benchmarks": [*others, plain_data(entry)]}
+    if is_onnx(folder):
+        write_record(folder, record)
+        card(folder)
+    else:
+        compression_record.write_record(folder, record)
+        model_card.card(folder)
+    return True

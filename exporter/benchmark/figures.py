@@ -1,0 +1,124 @@
+"""What `bench` measures, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import CheckFailed, InputError
+from .subject import GenerateKwargs
+from .workload import Workload
+
+TIMED = ("vision_ms", "prefill_ms", "first_token_ms", "decode_ms", "total_ms")
+COUNTED = ("flops", "vision_flops", "decode_flops", "kv_bytes", "weight_bytes", "step_bytes", "peak_bytes")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to measure.
+
+    Args:
+        batches: numbers of rows, one after the other.
+        new_tokens: decoding steps of each answer, after its first token.
+        rounds: even, so that every model is as often early in a round as late.
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    batches: tuple[int, ...] = (1,)
+    new_tokens: int = 32
+    rounds: int = 10
+    attention: str | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise InputError(f"batch sizes {list(self.batches)}: at least 1 row is needed.")
+        if self.new_tokens < 1:
+            raise InputError(f"new_tokens={self.new_tokens}: at least 1 is needed.")
+        if self.rounds < 2 or self.rounds % 2:
+            raise InputError(f"rounds={self.rounds}: an even number from 2 on is needed, they are run there and back.")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model at one batch size. Times are medians over rounds, in milliseconds for the whole batch.
+
+    vision: tower and projector, on pixels that the processor has made. prefill: from image features and token ids to
+    the first answer token; in a routed model with its router. first_token: both. decode: one step, one token a row.
+    total: the whole answer. The processor's own work, on the CPU and the same for all models, is in none of them.
+    """
+
+    batch: int
+    visual_tokens: int  # of all rows
+    text_tokens: int
+    vision_ms: float
+    prefill_ms: float
+    first_token_ms: float
+    decode_ms: float
+    total_ms: float
+    tokens_per_s: float  # answer tokens of all rows in `total`
+    flops: int | None  # of prefill
+    vision_flops: int | None
+    decode_flops: int | None
+    kv_bytes: int | None
+    kv_bytes_formula: int | None
+    weight_bytes: int
+    step_bytes: int | None
+    peak_bytes: int | None  # weights, and what an answer takes beyond them
+    ratio_to_reference: dict[str, Any] | None  # own / reference; None for the reference itself
+
+
+@dataclass(frozen=True)
+class ModelBenchmark:
+    """One model under one budget."""
+
+    path: str
+    budget: GenerateKwargs | None
+    runtime: str
+    batches: tuple[Figures, ...]
+
+    def to_data(self) -> dict[str, Any]:
+        """The figures of the first batch size on top, those of all under 'batches'."""
+        first = asdict(self.batches[0])
+        return {"path": self.path, "budget": self.budget, "runtime": self.runtime} | first | {
+            "batches": [asdict(figures) for figures in self.batches]
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    workload: Workload
+    options: BenchOptions
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    date: str
+    models: tuple[ModelBenchmark, ...]  # the reference first
+
+    def check_caches(self) -> None:
+        """Raise CheckFailed where a cache is not as large as configuration, prompt and route say."""
+        for model in self.models:
+            for one in model.batches:
+                if one.kv_bytes != one.kv_bytes_formula:
+                    raise CheckFailed(
+                        f"{model.path}: the cache holds {one.kv_bytes:,} bytes at batch {one.batch}, and should hold "
+                        f"{one.kv_bytes_formula:,}."
+                    )
+
+    def to_data(self) -> dict[str, Any]:
+        return {
+            "workload": self.workload.to_data(),
+            "options": asdict(self.options),
+            "hardware": self.hardware,
+            "versions": self.versions,
+            "date": self.date,
+            "reference": self.models[0].path,
+            "models": [model.to_data() for model in self.models],
+        }
+
+
+def plain_data(data: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON: lists for tuples."""
+    import json
+
+    return dict(json.loads(json.dumps(data)))

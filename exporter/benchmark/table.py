@@ -1,0 +1,54 @@
+"""The tables that `bench` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..cards.tables import table
+
+BENCHMARK_HEADER = ("model", "batch", "image ms", "prefill ms", "first token ms", "decode ms", "tokens/s", "GFLOPs",
+                    "KV MB", "peak MB")  # fmt: skip
+RATIO_HEADER = ("model / reference", "batch", "prefill", "95 %", "decode", "95 %", "FLOPs", "KV", "FLOPs a step",
+                "bytes a step", "peak", "of ideal: prefill", "decode")  # fmt: skip
+
+
+def benchmark_table(done: Any) -> str:
+    """Figures of every model at every batch size, then ratios to the reference, which is the first."""
+    rows, ratios = [], []
+    runtimes = {model.runtime for model in done.models}
+    for model in done.models:
+        name = benchmark_name(model) + (f" [{model.runtime}]" if len(runtimes) > 1 else "")
+        for one in model.batches:
+            times = (one.vision_ms, one.prefill_ms, one.first_token_ms, one.decode_ms, one.tokens_per_s)
+            sizes = (_in(1e9, one.flops), _in(1e6, one.kv_bytes, 3), _in(1e6, one.peak_bytes, 1))
+            rows.append((name, one.batch, *(f"{value:.1f}" for value in times), *sizes))
+            if one.ratio_to_reference is not None:
+                ratios.append((name, one.batch, *_ratio_cells(one.ratio_to_reference)))
+    where = ", ".join(f"{value}" if key == "device" else f"{key} {value}" for key, value in done.hardware.items())
+    text = table(BENCHMARK_HEADER, rows) + ("\n\n" + table(RATIO_HEADER, ratios) if ratios else "")
+    one, options = done.models[0].batches[0], done.options
+    return (
+        f"{text}\n\n{where}; {'; '.join(sorted(runtimes))}; prompts of {one.visual_tokens // one.batch} visual and "
+        f"{one.text_tokens // one.batch} other tokens,\n{options.new_tokens} decoding steps, medians of "
+        f"{options.rounds} rounds in turn. First token: image (tower, projector) and prefill (router, decoder, head);\n"
+        "the processor's work is in none."
+    )
+
+
+def benchmark_name(model: Any) -> str:
+    """'folder (keep_visual_tokens=144)'."""
+    asked = ", ".join(f"{k}={v}" for k, v in (model.budget or {}).items() if v is not None)
+    return f"{model.path} ({asked})" if asked else str(model.path)
+
+
+def _ratio_cells(ratio: dict[str, Any]) -> list[str]:
+    cells = []
+    for name in ("prefill_ms", "decode_ms"):
+        low, high = ratio["intervals"][name]
+        cells += [f"{ratio[name]:.3f}", f"{low:.3f}-{high:.3f}"]
+    cells += [_in(1, ratio[name], 3) for name in ("flops", "kv_bytes", "decode_flops", "step_bytes", "peak_bytes")]
+    return cells + [_in(1, ratio["achieved"][name], 2) for name in ("prefill", "decode")]
+
+
+def _in(unit: float, value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value / unit:,.{digits}f}"

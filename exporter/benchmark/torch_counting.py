@@ -1,0 +1,53 @@
+"""Bytes of caches and weights that a checkpoint reads, counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.flops import kv_bytes_per_token
+from ..models.loading import text_decoder
+
+PIXELS = ("pixel_values", "pixel_attention_mask")  # only the vision tower reads them
+
+
+def cache_bytes(cache: Any) -> int:
+    """Size of the keys and values that a cache of transformers holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+def kv_bytes(config: Any, dtype: torch.dtype, real: Tensor, route: Any = None, drop_at: int = 0) -> int:
+    """Bytes of keys and values after a prompt: rows x tokens of each layer, times what a token takes in one.
+
+    Args:
+        real: [B, S] False at padding, which takes room as long as no token leaves.
+        route: its layers [B, L] say which rows a layer runs, its keep [B, S] which tokens it has from `drop_at` on.
+    """
+    text = config.get_text_config()
+    per_token = kv_bytes_per_token(config, dtype) // text.num_hidden_layers
+    there = torch.ones_like(real)
+    kept = there if route is None or bool((route.keep | ~real).all()) else route.keep & real
+    entries = 0
+    for layer_idx, window in enumerate(windows(text)):
+        rows = len(real) if route is None else int(route.layers[:, layer_idx].sum())
+        tokens = kept if layer_idx >= drop_at else there
+        start = 0 if window is None else max(0, tokens.shape[1] - window + 1)
+        entries += rows * int(tokens[:, start:].sum(1).max())
+    return entries * per_token
+
+
+def windows(text: Any) -> list[int | None]:
+    """The sliding window of each layer, None where it sees everything."""
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def weights_read(model: Any, route: Any = None) -> int:
+    """Bytes of the weights that a decoding step multiplies with: layers that any row runs, last norm, head."""
+    decoder = text_decoder(model)
+    layers = [layer for i, layer in enumerate(decoder.layers) if route is None or bool(route.layers[:, i].any())]
+    modules = [*layers, decoder.norm, model.get_output_embeddings()]
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())

@@ -1,0 +1,1 @@
+"""What is told of a checkpoint: its card, tables and plots."""

@@ -1,0 +1,15 @@
+"""Figures and budgets in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def describe(budget: dict[str, Any]) -> str:
+    """'fast: 0.25 of the visual tokens, 10 layers, by router' of a result's budget, as JSON has it."""
+    tokens, layers = budget["keep_visual_tokens"], budget["keep_layers"]
+    said = [f"{tokens} of the visual tokens" if isinstance(tokens, float) else f"{tokens} visual tokens"] * bool(tokens)
+    said += [f"{layers} layers"] * bool(layers)
+    at = "" if budget["drop_at"] is None else f" at {budget['drop_at']}"
+    said += [f"by {budget['rule']}{at}"] * (bool(said) and budget["rule"] != "router")
+    return (f"{budget['preset']}: " if budget["preset"] else "") + (", ".join(said) or "everything")

@@ -1,0 +1,286 @@
+"""Renders the model card, README.md of a compressed checkpoint, from its record; a person's own text in it stays.
+
+Every figure in it was measured on that checkpoint and stands in compression.json.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.json_file import read_json
+from ..checkpoints.record import RECORD, read_record
+from ..errors import InputError
+from ..localize.scores import LayerScores
+from .card_file import CARD, OUR_METRIC, write_card
+from .figures import describe
+from .licence import card_text, licence_sentence
+from .plots import plot_scores, plot_training
+
+TITLES = {  # methods that measure something, and where they come from
+    "tis": ("Short-LVLM's Token Importance Scores", "https://arxiv.org/abs/2507.23362"),
+    "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
+    "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
+    "best_of": (
+        "the divergence at the model's own answers, from what Short-LVLM, ShortGPT and UIDL propose",
+        "https://arxiv.org/abs/2507.23362",
+    ),
+    "fisher": (
+        "Fisher information of the layers' gates",
+        "https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html",
+    ),
+    "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
+    "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
+    "scp_both": ("Short-LVLM's Subspace-Compensated Pruning, in both matrices", "https://arxiv.org/abs/2507.23362"),
+    "reconstruction": ("layer-wise reconstruction", "https://arxiv.org/abs/2301.00774"),
+    "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
+}
+
+LOADING = re.compile(r'from_pretrained\("([^"]+)"')
+UNMEASURED = {
+    "random": "They were drawn at random, as a control.",
+    "first": "They are the first ones, taken as a control.",
+    "last": "They are the last ones, taken as a control.",
+    "explicit": "They were named by hand in the recipe.",
+}
+
+
+def card(folder: Path, name: str | None = None) -> Path:
+    """Render README.md and the pictures of a compressed folder from its compression.json; own text in it stays.
+
+    Args:
+        name: hub id that it is or will be loaded by; None: the one that its card shows, or the folder's name.
+    Raises: InputError where the folder is not one of ours, or its record is damaged.
+    """
+    from jinja2 import UndefinedError
+
+    record = read_record(folder)
+    name = name or shown_name(folder)
+    try:
+        data, text = metadata(record, name), body(record, name)
+        draw(record, folder)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, UndefinedError) as error:
+        raise InputError(
+            f"{folder / RECORD} is damaged: a card can't be made from it ({type(error).__name__}: {error})."
+        ) from error
+    return write_card(folder, data, text)
+
+
+def draw(record: dict[str, Any], folder: Path) -> None:
+    """Draw the layer scores and the router's training curve, where the record holds them, into `folder`/assets."""
+    scores = record["scores"]
+    if scores["method"] not in UNMEASURED and record["plan"]["drop"]:
+        (folder / "assets").mkdir(exist_ok=True)
+        plot_scores(
+            LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"]), scores["details"]),
+            folder / "assets" / "layer_scores.png",
+            record["protect"],
+        )
+    if "router" in record:
+        (folder / "assets").mkdir(exist_ok=True)
+        plot_training(record["router"]["curve"], folder / "assets" / "router_training.png")
+
+
+def shown_name(folder: Path) -> str:
+    """Return the name that a card loads its model by: the hub id that it shows already, else the folder's name."""
+    shown = loading_name(folder)
+    return shown if shown and shown.count("/") == 1 and shown[0] not in "./~" else folder.absolute().name
+
+
+def loading_name(folder: Path) -> str | None:
+    """Return the name in a card's loading example, None where there is none."""
+    shown = LOADING.search(card_text(folder / CARD))
+    return shown[1] if shown else None
+
+
+def template(name: str) -> Any:
+    """Return a template of `model_cards/`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=False,
+        lstrip_blocks=False,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return environment.get_template(name)
+
+
+def body(record: dict[str, Any], name: str) -> str:
+    """Render the card's text from a record, under the name that the model is loaded by."""
+    import yaml
+
+    fold = dict(record["fold"])
+    fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
+    fold["places"] = _places(fold["tensors"])
+    fold["sure"] = _sure(record["fold"])
+    method = record["scores"]["method"]
+    rendered: str = template("compressed.md.jinja").render(
+        record,
+        evaluations=[e for e in record["evaluations"] if not e.get("budget")],
+        budgets=[e for e in record["evaluations"] if e.get("budget")],
+        routes=record.get("routes", []),
+        several_references=len({e.get("reference_name") for e in record["evaluations"] if e.get("reference")}) > 1,
+        describe=describe,
+        title=name.split("/")[-1],
+        load_name=name,
+        fold=fold,
+        chosen=_choice(record),
+        measured_scores=method not in UNMEASURED,
+        pct=_percent,
+        ratio=ratio_cell,
+        budget_name=budget_name,
+        model_type=record["source"]["model_type"],
+        recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
+        base_sentence=_base_sentence(record),
+        licence_sentence=licence_sentence(record["source"]),
+    )
+    return rendered
+
+
+def _base_sentence(record: dict[str, Any]) -> str:
+    """Return what it is, and what of: 'This is [a/b](https://huggingface.co/a/b) with fewer layers.'"""
+    source = record["source"]
+    base = source["base_model"]
+    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source['name']).split('@')[0]}`"
+    changes = []
+    if record["plan"]["drop"]:
+        changes.append("with fewer layers")
+    if "router" in record:
+        changes.append("with a router")
+    return f"This is {named} {' and '.join(changes) or 'unchanged'}."
+
+
+def template_folder() -> Path:
+    """`model_cards/`: beside the package in the repository, inside it where it was installed."""
+    here = Path(__file__).parent.parent
+    inside = here / "model_cards"
+    return inside if inside.is_dir() else here.parent / "model_cards"
+
+
+def metadata(record: dict[str, Any], name: str) -> str:
+    """Return the YAML that the hub reads: base model and relation, licence, tags, measured results as model-index."""
+    from huggingface_hub import EvalResult
+
+    results = {
+        (e["fingerprint"], str(e.get("budget"))): EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=e["task"],
+            dataset_name=e["task"] + (f" ({describe(e['budget'])})" if e.get("budget") else ""),
+            # The hub puts results of equal type, config, split and revision together, whatever their names.
+            dataset_config=describe(e["budget"]) if e.get("budget") else None,
+            dataset_revision=e["fingerprint"],
+            metric_type="exact_match",
+            metric_value=round(e["accuracy"], 4),
+            metric_name=f"{OUR_METRIC}{e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
+        )
+        for e in record["evaluations"]  # against another reference the same answers are as right: the last one counts
+    }
+    return hub_metadata(record["source"], name, "transformers", _tags(record), "finetune", [*results.values()])
+
+
+def hub_metadata(
+    source: dict[str, Any], name: str, library: str, tags: list[str], relation: str, results: Any = ()
+) -> str:
+    """Return what the hub reads in a card, as YAML.
+
+    Args:
+        source: of a record: its base_model and license.
+        relation: to the base model, where there is one: 'finetune', 'quantized'.
+        results: EvalResults of the model-index.
+    """
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        model_name=name.split("/")[-1],
+        base_model=source["base_model"],
+        license=source["license"].get("license"),
+        license_name=source["license"].get("license_name"),
+        license_link=source["license"].get("license_link"),
+        library_name=library,
+        pipeline_tag="image-text-to-text",
+        tags=tags,
+        eval_results=list(results) or None,
+    )
+    if source["base_model"]:
+        data["base_model_relation"] = relation
+    return data.to_yaml() + "\n"
+
+
+def _tags(record: dict[str, Any]) -> list[str]:
+    pruned = ["layer-pruning", "compressed", record["scores"]["method"]] if record["plan"]["drop"] else []
+    routed = ["token-pruning", "layer-skipping", "custom_code"] if "router" in record else []
+    return ["lvlm-exporter", *pruned, *routed]
+
+
+def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
+    """The hub id of the source: stated in the recipe, or the source itself, or what its own record says."""
+    if stated:
+        return stated
+    if not Path(name).expanduser().is_dir():
+        return name.removeprefix("hub:").split("@")[0]
+    if (folder / RECORD).exists():
+        return read_json(folder / RECORD).get("source", {}).get("base_model")
+    return None
+
+
+def model_name(name: str) -> str:
+    """Return what a card calls a model: its hub id, or its folder's name without the way to it."""
+    return Path(name).absolute().name if Path(name).expanduser().is_dir() else name.removeprefix("hub:")
+
+
+def _choice(record: dict[str, Any]) -> str:
+    """How the layers were chosen, in a sentence."""
+    method, data = record["scores"]["method"], record["calibration"]
+    if method in UNMEASURED:
+        return UNMEASURED[method]
+    title, link = TITLES.get(method, (method, ""))
+    tokens = data["tokens"]
+    counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
+    read, given = record["scores"]["details"].get("questions", data["samples"]), data["samples"]
+    questions = f"{given}" if read == given else f"{read} of {given}"
+    return f"They were chosen by [{title}]({link}) from {questions} unlabelled questions about images{counted}."
+
+
+def _sure(fold: dict[str, Any]) -> str:
+    """How sure the choice of the fold is, in a paragraph; empty where nothing was held out."""
+    if "held_out" not in fold:
+        return ""
+    chosen, without, other = fold["held_out"], fold["without"], fold.get("runner_up")
+    low, high = chosen["interval"]
+    text = (
+        f"This was chosen on {chosen['questions']} held-out questions about pictures that nothing was fitted on: there "
+        f"the divergence from the base model's own answers is {chosen['kl']:.4f} nats a token (95 % interval {low:.4f} "
+        f"to {high:.4f})"
+    )
+    if fold["name"] != "none":
+        text += f", without a fold it would be {without['kl']:.4f}"
+    if other and other["name"] != "none":
+        text += f", with the runner-up, `{other['name']}`, {other['kl']:.4f}"
+    return text + "."
+
+
+def _places(tensors: list[str]) -> str:
+    """'down_proj of layers 3, 7 and o_proj of layer 7' from "layer 3's mlp.down_proj.weight" and so on."""
+    layers: dict[str, list[str]] = {}
+    for tensor in tensors:
+        layer, name = tensor.removeprefix("layer ").split("'s ")
+        layers.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
+    return " and ".join(f"{name} of layer{'s' * (len(of) > 1)} {', '.join(of)}" for name, of in layers.items())
+
+
+def ratio_cell(ratios: dict[str, Any], name: str) -> str:
+    return "–" if ratios.get(name) is None else f"{ratios[name]:.3f}"
+
+
+def budget_name(budget: dict[str, Any] | None) -> str:
+    """'keep_visual_tokens=144', as it is written in a call."""
+    return ", ".join(f"{key}={value!r}" for key, value in (budget or {}).items() if value is not None) or "all of it"
+
+
+def _percent(measured: dict[str, Any]) -> str:
+    low, high = measured["interval"]
+    return f"{100 * measured['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"

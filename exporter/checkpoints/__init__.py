@@ -1,0 +1,1 @@
+"""Checkpoints as folders on disk: opened, written, staged, recorded, verified."""

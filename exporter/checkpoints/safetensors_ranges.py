@@ -1,0 +1,282 @@
+"""Safetensors files as byte ranges: what a checkpoint holds, and copying parts of it without reading them.
+
+Format: 8 bytes little-endian header length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+COPY_CHUNK_BYTES = 64 << 20
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: absolute byte positions in a file."""
+
+    path: Path
+    dtype: str  # safetensors' name: F32, BF16 ...
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def num_parameters(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: Path
+    metadata: dict[str, str]
+    entries: dict[str, TensorEntry]  # in file order
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All shards of one checkpoint."""
+
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        return {name: entry for shard in self.shards for name, entry in shard.entries.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(entry.num_parameters for entry in self.entries.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in the checkpoint's own dtype."""
+        from safetensors import safe_open
+
+        with safe_open(self.entries[name].path, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def read_shard(path: Path) -> Shard:
+    """Parse one file's header and check it as strictly as safetensors does. Raises InputError for all that is wrong."""
+    header, start, size = read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its __metadata__ is no object of texts")
+    entries = sorted((_entry(path, name, spec, start) for name, spec in header.items()), key=lambda item: item[1].begin)
+    position = start
+    for name, entry in entries:
+        if entry.begin != position:
+            raise _damaged(path, f"'{name}' begins at byte {entry.begin:,}, where byte {position:,} is due")
+        position = entry.end
+    if size != position:
+        raise InputError(
+            f"{path} has {size:,} bytes, its header promises {position:,}: it is "
+            f"{'truncated' if size < position else 'damaged'}. Download it again."
+        )
+    return Shard(path, metadata, dict(entries))
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the JSON of a safetensors file's header, where its data begin, and the file's size in bytes."""
+    if not path.is_file():  # a pipe would be waited for without end
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, not a safetensors file.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if head == LFS_POINTER[:8]:
+            raise InputError(
+                f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder, or download it again."
+            )
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= size - 8:
+            raise InputError(f"{path} is no safetensors file: its header would be {length} of its {size} bytes.")
+        if length > MAX_HEADER_BYTES:
+            raise _damaged(path, f"{length:,} bytes, more than the {MAX_HEADER_BYTES:,} that safetensors reads")
+        text = file.read(length)
+    try:
+        header = json.loads(
+            text.decode(), object_pairs_hook=functools.partial(_unique, path), parse_constant=_no_number
+        )
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, f"a {type(header).__name__}, not an object")
+    return header, 8 + length, size
+
+
+def _entry(path: Path, name: str, spec: Any, start: int) -> tuple[str, TensorEntry]:
+    """One tensor of a header, whose bytes must be what its type and shape need."""
+    if not isinstance(spec, dict) or not {"dtype", "shape", "data_offsets"} <= set(spec):
+        raise _damaged(path, f"'{name}' has no dtype, shape and data_offsets")
+    dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _damaged(path, f"'{name}' has the dtype {dtype!r}, which safetensors does not know")
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(path, f"'{name}' has the shape {shape!r} at {offsets!r}")
+    needed = prod(shape) * DTYPE_BITS[dtype]
+    if needed != 8 * (offsets[1] - offsets[0]):
+        raise _damaged(
+            path, f"'{name}' ({dtype} {shape}) needs {needed // 8:,} bytes and has {offsets[1] - offsets[0]:,}"
+        )
+    return name, TensorEntry(path, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; a name that stands twice would hide a tensor."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _damaged(path, f"'{next(name for name in names if names.count(name) > 1)}' stands in it twice")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} in it")
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} has a damaged safetensors header ({reason}). Download it again.")
+
+
+def copy_range(source: int, target: int, begin: int, count: int, advance: Callable[[int], object]) -> None:
+    """Append `count` bytes from `begin` of an open file to another; the kernel copies where it can.
+
+    Args:
+        source, target: file descriptors.
+        advance: called with the bytes done since the last call (a progress bar).
+    """
+    in_kernel = hasattr(os, "copy_file_range")
+    while count:
+        if in_kernel:
+            try:
+                done = os.copy_file_range(source, target, min(count, COPY_CHUNK_BYTES), offset_src=begin)
+            except OSError as error:
+                if error.errno in _NO_KERNEL_COPY:
+                    in_kernel = False
+                    continue
+                raise
+        else:
+            done = write_all(target, os.pread(source, min(count, COPY_CHUNK_BYTES), begin))
+        if done == 0:
+            raise OSError(f"the source ended {count} bytes early while it was copied")
+        begin, count = begin + done, count - done
+        advance(done)
+
+
+def write_all(target: int, data: bytes) -> int:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+    return len(data)
+
+
+def _errnos(*names: str) -> frozenset[int]:
+    import errno
+
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
+
+
+_NO_KERNEL_COPY = _errnos("EXDEV", "ENOSYS", "EOPNOTSUPP", "EINVAL", "EPERM")
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """One tensor of a file to be written: bytes of an existing file, or a new tensor."""
+
+    name: str
+    entry: TensorEntry
+    replacement: torch.Tensor | Callable[[], torch.Tensor] | None = None  # a function makes it when it is written
+
+
+def write_shard(
+    path: Path, pieces: list[TensorRange], metadata: dict[str, str], advance: Callable[[int], object]
+) -> None:
+    """Write one safetensors file. Unchanged tensors are copied as bytes, adjacent ones in one go.
+
+    Memory does not grow with the file: at most one replaced tensor is held beside what the caller holds.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for piece in pieces:
+        header[piece.name] = {
+            "dtype": piece.entry.dtype,
+            "shape": list(piece.entry.shape),
+            "data_offsets": [position, position + piece.entry.num_bytes],
+        }
+        position += piece.entry.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as target:
+        write_all(target.fileno(), struct.pack("<Q", len(text)) + text)
+        for run in _adjacent(pieces):
+            if (replacement := run[0].replacement) is not None:
+                write_all(target.fileno(), tensor_bytes(replacement() if callable(replacement) else replacement))
+                advance(run[0].entry.num_bytes)
+                continue
+            begin, end = run[0].entry.begin, run[-1].entry.end
+            with run[0].entry.path.open("rb") as source:
+                copy_range(source.fileno(), target.fileno(), begin, end - begin, advance)
+
+
+def _adjacent(pieces: list[TensorRange]) -> Iterator[list[TensorRange]]:
+    """Group pieces that lie side by side in the same source file; a replaced tensor stands alone."""
+    run: list[TensorRange] = []
+    for piece in pieces:
+        joins = (
+            run
+            and piece.replacement is None
+            and run[-1].replacement is None
+            and run[-1].entry.path == piece.entry.path
+            and run[-1].entry.end == piece.entry.begin
+        )
+        if not joins and run:
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,251 @@
+"""Opening what the user names: a local folder or a hub id, checked before anything expensive starts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..families import Decoder, Family, decoder_of, family_of
+from .config_file import ATTENTION_KEYS, check_raw_config, first_lines, load_config, places
+from .files import Companions, companions, file_hash, is_read
+from .hub_access import refuse_without_weights, resolve
+from .json_file import read_json
+from .processor_files import Repairs, check_tokens, class_repairs, setting_repairs
+from .processor_files import load_for as load_processor_for
+from .quantization import find_quantization
+from .safetensors_ranges import Weights
+from .source_view import make_decoded_view, make_view
+from .weight_files import NAMED_WEIGHTS, open_weights, refuse_adapter
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+
+LAYER_KEY = re.compile(r"^((?:model\.|language_model\.|text_model\.)*layers\.)(\d+)\.(.+)$")
+ATTENTION_HERE = ("eager", "sdpa")
+RECORD = "compression.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk that has passed every check that needs no forward pass."""
+
+    name: str  # as the user wrote it: a path or a hub id
+    folder: Path
+    revision: str | None  # the hub's commit
+    config: Any  # transformers' configuration
+    raw_config: dict[str, Any]  # config.json as it stands
+    weights: Weights
+    family: Family
+    decoder: Decoder
+    original: Path  # the folder itself, where `folder` is a view of it
+    stored: Weights  # as they lie there, where `weights` are decoded
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @cached_property
+    def layer_prefix(self) -> str:
+        """What comes before the layer index in the decoder's tensor names, 'language_model.model.layers.' for one."""
+        return next(m[1] for m in map(LAYER_KEY.match, self.weights.entries) if m)
+
+    def layer_of(self, tensor_name: str) -> int | None:
+        """The decoder layer that a tensor belongs to, None for the vision tower, embeddings, head."""
+        match = LAYER_KEY.match(tensor_name)
+        return int(match[2]) if match else None
+
+    @property
+    def parameters_per_layer(self) -> list[int]:
+        counts = [0] * self.num_layers
+        for name, entry in self.weights.entries.items():
+            if (layer := self.layer_of(name)) is not None:
+                counts[layer] += entry.num_parameters
+        return counts
+
+    @cached_property
+    def beside_weights(self) -> Companions:
+        """Sort what lies beside the weights into what goes along, repaired or not, and what stays behind."""
+        beside = companions(self.original)
+        if self.folder == self.original:
+            return beside
+        repaired = {path.name for path in self.folder.iterdir() if not path.is_symlink() and is_read(path.name)}
+        kept = (name for name in {*beside.kept, *repaired} if (self.folder / name).is_file())
+        return Companions(tuple(sorted(kept)), beside.left)
+
+    def companions(self) -> list[Path]:
+        """Files that go along, relative to the folder."""
+        return [Path(name) for name in self.beside_weights.kept]
+
+
+def open_source(name: str, revision: str | None = None) -> Source:
+    """Resolve, download where needed, and check. Raises InputError for everything that is wrong with the input.
+
+    What can be mended without a choice is mended in a view of the folder, which `Source.folder` is then: weights of
+    fewer bits are decoded, the processor is given what config.json says, attention that is not here is left out.
+    """
+    folder, revision = resolve(name, revision)
+    state = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*")) if p.exists())
+    source = _checked(name, folder.absolute(), revision, state)
+    return replace(source, config=copy.deepcopy(source.config), raw_config=copy.deepcopy(source.raw_config))
+
+
+@functools.lru_cache(maxsize=16)
+def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ...]) -> Source:
+    """The checks of one folder, which need seconds for a large one, once as long as no file of it changes."""
+    raw_config = read_json(folder / "config.json")
+    check_raw_config(name, raw_config)
+    config = load_config(folder, raw_config)
+    family, decoder = family_of(config), decoder_of(config)
+    refuse_adapter(folder, name)
+    if revision is not None:
+        refuse_without_weights(name, revision, folder)
+    weights = open_weights(folder, raw_config.get(NAMED_WEIGHTS))
+    found = find_quantization(raw_config, folder, weights)
+    if found is None:
+        source = Source(name, folder, revision, config, raw_config, weights, family, decoder, folder, weights)
+        check_layers(source)
+    else:
+        _refuse_own(name, folder, f"it is quantized by {found.method}")
+        view = make_decoded_view(name, folder, raw_config, found, weights)
+        logger.warning("%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, found.method)
+        raw_config = read_json(view / "config.json")
+        config, decoded = load_config(view, raw_config), open_weights(view)
+        source = Source(name, view, revision, config, raw_config, decoded, family, decoder, folder, weights)
+        check_layers(source)
+    source = _mended(source)
+    check_fit(source)
+    return source
+
+
+def check_layers(source: Source) -> None:
+    """Raise InputError where config.json and the weights differ in the number of decoder layers."""
+    found = {layer for layer in map(source.layer_of, source.weights.entries) if layer is not None}
+    expected = set(range(source.num_layers))
+    if found != expected:
+        raise InputError(
+            f"{source.name}: config.json says {len(expected)} decoder layers, the weights hold {len(found)}"
+            f"{_difference(expected, found)}. The checkpoint is incomplete, or its config is of another one."
+        )
+
+
+def _mended(source: Source) -> Source:
+    """The source with a processor and a configuration that can be used here; itself where nothing is to be done."""
+    changes: Repairs = class_repairs(source.folder) | _attention_repairs(source)
+    if changes:
+        source = _viewed(source, changes)
+    processor = load_processor_for(source.name, source.folder, source.config)
+    if repairs := setting_repairs(source.name, source.folder, processor, source.config):
+        stated = ", ".join(f"{key}={value}" for entries in repairs.values() for key, value in entries.items())
+        logger.warning(
+            "%s: its processor lacks settings that config.json has, they are filled in: %s", source.name, stated
+        )
+        source = _viewed(source, repairs)
+        processor = load_processor_for(source.name, source.folder, source.config)
+    check_tokens(source.name, processor, source.config, source.raw_config, _embeddings(source))
+    return source
+
+
+def _viewed(source: Source, changes: Repairs) -> Source:
+    _refuse_own(source.name, source.original, f"{', '.join(changes)} would have to be mended")
+    view = make_view(source.folder, changes)
+    raw_config = read_json(view / "config.json")
+    return replace(source, folder=view, raw_config=raw_config, config=load_config(view, raw_config))
+
+
+def _refuse_own(name: str, folder: Path, reason: str) -> None:
+    """Refuse to mend a checkpoint of ours: its record describes it as it was written."""
+    if (folder / RECORD).exists():
+        raise InputError(f"{name} is not as lvlm-exporter wrote it: {reason}. Make it again, or take {RECORD} out.")
+
+
+def _attention_repairs(source: Source) -> Repairs:
+    """config.json without an attention that needs a package or a GPU: it would not load elsewhere either."""
+    asked: set[str] = set()
+    entries: dict[str, Any] = {}
+    for settings in places(source.raw_config).values():
+        asked |= {str(settings[key]) for key in ATTENTION_KEYS if settings.get(key) not in (None, *ATTENTION_HERE)}
+    if not asked:
+        return {}
+    logger.warning(
+        "%s: config.json asks for the attention %s, which depends on the machine: sdpa is used, and the entry is left "
+        "out of what is written", source.name, ", ".join(sorted(asked)),
+    )  # fmt: skip
+    for key, value in source.raw_config.items():
+        if key in ATTENTION_KEYS:
+            entries[key] = None
+        elif isinstance(value, dict):
+            entries[key] = {k: v for k, v in value.items() if k not in ATTENTION_KEYS}
+    return {"config.json": entries}
+
+
+def _embeddings(source: Source) -> int:
+    """Rows of the input embeddings, as the weights have them."""
+    rows = [
+        entry.shape[0]
+        for name, entry in source.weights.entries.items()
+        if name.endswith("embed_tokens.weight") and "vision" not in name and entry.shape
+    ]
+    return rows[0] if rows else int(source.config.get_text_config().vocab_size)
+
+
+def check_fit(source: Source) -> None:
+    """Raise InputError where the weights are not those of config.json: a shape, a tensor too few.
+
+    transformers lays the model out without memory and compares names and shapes; no weight is read.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        _, report = AutoModelForImageTextToText.from_pretrained(
+            source.folder,
+            device_map="meta",
+            dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # whatever a model's class makes of sizes that do not go together
+        raise InputError(
+            f"{source.name}: transformers can't build a model from config.json and the weights: {first_lines(error)}"
+        ) from error
+    refuse_report(source.name, report)
+
+
+def refuse_report(name: str, report: dict[str, Any]) -> None:
+    """What transformers says of keys that are missing or of another shape, as an InputError."""
+    if shapes := sorted(report["mismatched_keys"], key=str):
+        key, held, wanted = shapes[0] if isinstance(shapes[0], tuple) else (shapes[0], "?", "?")
+        raise InputError(
+            f"{name}: {len(shapes)} tensors have another shape than config.json asks for, {key} {list(held)} instead "
+            f"of {list(wanted)} among them: weights and config.json do not belong together."
+        )
+    if names := sorted(map(str, report["missing_keys"])):
+        raise InputError(
+            f"{name}: {len(names)} missing keys when transformers loads it, {names[0]} among them: weights and "
+            "config.json do not belong together."
+        )
+
+
+def _difference(expected: set[int], found: set[int]) -> str:
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    parts = [f"missing {missing}"] * bool(missing) + [f"too many {extra}"] * bool(extra)
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def file_hashes(source: Source) -> dict[str, str]:
+    """SHA-256 of every file that the result depends on, as the source has it."""
+    folder = source.original
+    paths = [folder / "config.json", *(shard.path for shard in source.stored.shards)]
+    paths += [folder / path for path in source.companions() if (folder / path).exists()]
+    return {str(path.relative_to(folder)): file_hash(path) for path in paths}

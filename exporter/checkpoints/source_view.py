@@ -1,0 +1,104 @@
+"""A source as it should be: a temporary folder of links to its files, in which some are mended or decoded.
+
+Everything that reads a source reads the view, and what goes along is copied from it, so that a repair holds in memory
+and in the written checkpoint. The source itself is never touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import InputError
+from .json_file import parse_json
+from .quantization import SIDE_FILES, Decoded, Quantized, decoded_pieces
+from .safetensors_ranges import INDEX, SINGLE, TensorRange, Weights, write_shard
+
+PREFIX = "lvlm-exporter-source-"
+LOCK = ".lock"
+_locks: list[IO[str]] = []  # held as long as the process lives: a view without its lock is one to sweep
+
+
+def make_view(folder: Path, changes: dict[str, dict[str, Any]]) -> Path:
+    """Return a folder of links to everything in `folder`, with entries of some JSON files set (None: taken out)."""
+    view = _temporary()
+    for path in folder.iterdir():
+        if path.name not in changes and path.name != LOCK:
+            (view / path.name).symlink_to(path.absolute())
+    for name, entries in changes.items():
+        path = folder / name
+        content = (parse_json(path) if path.exists() else {}) | entries
+        content = {key: value for key, value in content.items() if value is not None or key not in entries}
+        (view / name).write_text(json.dumps(content, indent=2) + "\n")
+    return view
+
+
+def make_decoded_view(name: str, folder: Path, raw: dict[str, Any], found: Quantized, weights: Weights) -> Path:
+    """Return a folder as `make_view` does, with the quantized weights decoded to bfloat16 and config.json saying so.
+
+    Raises: InputError for a format that can't be decoded, and where the temporary disk is too small.
+    """
+    shards = list(decoded_pieces(name, found, folder, weights))
+    view = make_view(folder, {"config.json": {}})
+    for leave_out in (SINGLE, INDEX, *SIDE_FILES, *(str(shard.path.relative_to(folder)) for shard in weights.shards)):
+        (view / leave_out).unlink(missing_ok=True)
+    (view / "config.json").write_text(json.dumps(_unquantized(raw), indent=2) + "\n")
+    _check_space(name, view, shards, weights)
+    weight_map: dict[str, str] = {}
+    for number, pieces in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        written = [
+            TensorRange(piece.name, piece.entry, piece.read) if isinstance(piece, Decoded)
+            else TensorRange(piece, weights.entries[piece])
+            for piece in pieces
+        ]  # fmt: skip
+        write_shard(view / file, written, {"format": "pt"}, lambda done: None)
+        weight_map |= {piece.name: file for piece in written}
+    if len(shards) > 1:
+        (view / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}) + "\n")
+    return view
+
+
+def _unquantized(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json without a word of quantization, at any depth."""
+    left_out = {"quantization_config", "compression_config", "transformers_weights"}
+    config = {
+        key: _unquantized(value) if isinstance(value, dict) else value
+        for key, value in raw.items()
+        if key not in left_out
+    }
+    return config | {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
+
+
+def _check_space(name: str, view: Path, shards: list[list[Decoded | str]], weights: Weights) -> None:
+    needed = sum(
+        piece.entry.num_bytes if isinstance(piece, Decoded) else weights.entries[piece].num_bytes
+        for pieces in shards
+        for piece in pieces
+    )
+    free = shutil.disk_usage(view).free
+    if free < needed + (64 << 20):
+        raise InputError(
+            f"{name} is quantized: decoding it needs {needed / 1e9:.2f} GB for temporary files, "
+            f"{tempfile.gettempdir()} has {free / 1e9:.2f} GB free. Free some space, or name another disk with TMPDIR."
+        )
+
+
+def _temporary() -> Path:
+    """A folder that goes when the process ends; what a killed process has left goes now."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), (left / LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    view = Path(tempfile.mkdtemp(prefix=PREFIX))
+    lock = (view / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    _locks.append(lock)
+    atexit.register(shutil.rmtree, view, ignore_errors=True)
+    return view

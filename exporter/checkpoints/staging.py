@@ -1,0 +1,97 @@
+"""Output that appears whole or not at all: staged beside its target, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import InputError
+from .files import settled, umask
+
+LOCK = ".lock"
+SPARE_BYTES = 64 << 20  # for everything that is not weights
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder beside the target that becomes the target if the block ends well, and is removed if it does not.
+
+    A target that is a link is made where the link leads.
+    """
+    target = settled(target)
+    with staging_directory(target) as stage:
+        yield stage
+        stage.chmod(0o777 & ~umask())
+        check_target(target)
+        stage.rename(target)
+        (target / LOCK).unlink()  # only now: a stage without a lock is one to sweep
+
+
+@contextlib.contextmanager
+def staging_directory(target: Path) -> Iterator[Path]:
+    """A folder beside the target for work in progress, removed at the end.
+
+    What a killed run has left is removed by the next one: a live room is locked, a dead one is not.
+    """
+    target = settled(target)
+    check_target(target)
+    _sweep(target)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    lock = (made / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield made
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"the disk of {target.parent} is full; nothing was kept. Free some space.") from error
+        raise
+    finally:
+        lock.close()
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def stage_name(folder: Path) -> str:
+    """Return the name that a folder has, or will have when it is done: no message names a temporary folder."""
+    return re.sub(r"^\.(.+)\.partial-[^.]*$", r"\1", folder.absolute().name)
+
+
+def check_target(target: Path) -> None:
+    """Raise InputError if the folder can't be made. An empty folder may be there already, or a link to one."""
+    named, target = target, settled(target)
+    if os.path.ismount(target):
+        raise InputError(f"{named} is where a disk is mounted, which no folder can take the place of: name one in it.")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{named} exists already: name another folder, or remove it.")
+    parent = target.parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} is no folder: make it first, {target.name} is to be written there.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{parent} is not writable: {target.name} can't be made there.")
+
+
+def check_space(target: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(settled(target).parent).free
+    if free < num_bytes + SPARE_BYTES:
+        raise InputError(
+            f"{target.name} needs {num_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free. Free some space, or "
+            "name another disk."
+        )
+
+
+def _sweep(target: Path) -> None:
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        try:
+            with (left / LOCK).open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            continue  # a run that is alive
+        except FileNotFoundError:
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,95 @@
+"""Writes the compressed folder, whole or not at all: beside its target first, renamed into place at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..plan import PruningPlan
+from .files import copy_companions, left_behind, without_auto_map
+from .pruned_config import pruned_config
+from .safetensors_ranges import INDEX, SINGLE, TensorRange, write_shard
+from .source import LAYER_KEY, Source
+
+if TYPE_CHECKING:
+    from ..plan import Folded
+
+logger = logging.getLogger(__name__)
+
+
+def kept_pieces(source: Source, plan: PruningPlan, folded: Folded) -> list[list[TensorRange]]:
+    """The output's shards: the source's own, without the dropped layers, in the same order; empty ones left out."""
+    shards = []
+    for shard in source.weights.shards:
+        pieces = []
+        for name, entry in shard.entries.items():
+            match = LAYER_KEY.match(name)
+            if match is None:
+                if not _tied_copy(source, name):
+                    pieces.append(TensorRange(name, entry))
+            elif (old := int(match[2])) in plan.new_index:
+                renamed = f"{match[1]}{plan.new_index[old]}.{match[3]}"
+                pieces.append(TensorRange(renamed, entry, folded.get((old, match[3]))))
+        if pieces:
+            shards.append(pieces)
+    return shards
+
+
+def _tied_copy(source: Source, name: str) -> bool:
+    """A head that the configuration ties to the embeddings, and that the source stores a second time all the same."""
+    if not name.endswith("lm_head.weight") or not getattr(source.config, "tie_word_embeddings", False):
+        return False
+    embeddings = [n for n in source.weights.entries if n.endswith("embed_tokens.weight") and "vision" not in n]
+    if len(embeddings) != 1:
+        return False
+    return bool((source.weights.read(name) == source.weights.read(embeddings[0])).all())
+
+
+def write_checkpoint(
+    source: Source,
+    plan: PruningPlan,
+    folded: Folded,
+    folder: Path,
+    advance: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Weights, configuration and everything that goes along, into an existing folder; what stays behind is logged."""
+    write_weights(source, plan, folded, folder, advance)
+    # Without the mention of code, which stays behind: the plain class is what the checkpoint is verified with.
+    config = without_auto_map(pruned_config(source.raw_config, source.config, plan))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    carry_companions(source, folder)
+
+
+def carry_companions(source: Source, folder: Path) -> None:
+    """Copy processor, tokenizer, templates, generation settings and licence texts; say what stays behind."""
+    beside = source.beside_weights
+    copy_companions(source.folder, beside.kept, folder)
+    ours = "router" in source.raw_config  # then its modeling file is the package's, which a new router brings along
+    if line := left_behind(name for name in beside.left if not (ours and name.endswith(".py"))):
+        logger.warning("%s: %s", source.folder.name, line)
+
+
+def write_weights(
+    source: Source,
+    plan: PruningPlan,
+    folded: Folded,
+    folder: Path,
+    advance: Callable[[int], object] = lambda done: None,
+) -> None:
+    """The safetensors files, and the index where there is more than one."""
+    shards = kept_pieces(source, plan, folded)
+    metadata = {shard.path: shard.metadata for shard in source.weights.shards}
+    index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
+    parameters = 0
+    for number, pieces in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder / name, pieces, metadata[pieces[0].entry.path] or {"format": "pt"}, advance)
+        index["weight_map"] |= {piece.name: name for piece in pieces}
+        index["metadata"]["total_size"] += sum(piece.entry.num_bytes for piece in pieces)
+        parameters += sum(piece.entry.num_parameters for piece in pieces)
+    index["metadata"]["total_parameters"] = parameters
+    if len(shards) > 1:
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

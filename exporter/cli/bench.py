@@ -1,0 +1,41 @@
+"""The subcommand `bench`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .arguments import DATA, MODEL, bench_arguments, data_of
+from .from_flags import budgets_from_flags, progress_bar, write_json
+
+SUMMARY = "time, memory and operations, in turn with the original"
+EXAMPLE = f"bench small --reference {MODEL} --task {DATA}/test.jsonl --batch 1,8"
+
+
+def add_arguments(subcommand: argparse.ArgumentParser) -> None:
+    subcommand.add_argument("folders", nargs="+", metavar="DIR", help="checkpoints: folders or hub ids")
+    subcommand.add_argument(
+        "--reference", metavar="MODEL", help="what they are compared with, run whole (the first DIR)"
+    )
+    bench_arguments(subcommand)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..benchmark.bench import bench
+    from ..benchmark.figures import BenchOptions
+    from ..benchmark.table import benchmark_table
+    from ..benchmark.workload import Workload
+
+    how = ("device", "dtype", "new_tokens", "rounds", "attention", "compile")
+    done = bench(
+        options.folders,
+        reference=options.reference,
+        budgets=budgets_from_flags(options),
+        workload=Workload(options.task, options.visual_tokens, options.text_tokens, options.seed, **data_of(options)),
+        options=BenchOptions(batches=options.batch, **{name: getattr(options, name) for name in how}),
+        update_cards=not options.no_card,
+        progress=progress_bar(options),
+    )
+    write_json(options, done.to_data())
+    print(benchmark_table(done))
+    done.check_caches()
+    return 0

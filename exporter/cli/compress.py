@@ -1,0 +1,74 @@
+"""The subcommand `compress`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ..recipe import DEFAULT_FOLD, FOLD_NAMES, Recipe, RunOptions
+from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
+from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
+
+SUMMARY = "remove redundant layers and write a standalone checkpoint"
+EXAMPLE = f"compress {MODEL} --out small --drop-ratio 0.25 --calibration {DATA}/calibration.jsonl"
+
+
+def add_arguments(subcommand: argparse.ArgumentParser) -> None:
+    subcommand.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id (hub:USER/NAME@REVISION)")
+    subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    subcommand.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="everything below, from a file")
+    layer_budget_arguments(subcommand)
+    calibration_arguments(subcommand, required=False)
+    localizer_arguments(subcommand)
+    subcommand.add_argument("--fold", choices=FOLD_NAMES, help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
+    subcommand.add_argument("--fold-option", action="append", default=[], metavar="NAME=VALUE")
+    subcommand.add_argument("--router", action="store_true", help="train a router for the result too, see `route`")
+    subcommand.add_argument("--base-model", metavar="USER/NAME", help="hub id for the card, if MODEL is a folder")
+    subcommand.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+    run_arguments(subcommand)
+
+
+def run(options: argparse.Namespace) -> None:
+    recipe, run = recipe_from_flags(options), run_options_from_flags(options)
+    from ..checkpoints.record import read_record
+    from ..pipeline import compress
+
+    if options.dry_run:
+        dry_run(options, recipe, run)
+        return
+    folder = compress(recipe, options.out, run, progress_bar(options))
+    record = read_record(folder)
+    plan, measured, source = record["plan"], record["measured"], record["source"]
+    write_json(options, {"path": str(folder), **{k: record[k] for k in ("plan", "measured", "scores", "fold")}})
+    print(
+        f"dropped layers {', '.join(map(str, plan['drop'])) or 'none'} of {plan['num_layers']}; "
+        f"{source['parameters']:,} -> {measured['parameters']:,} parameters, "
+        f"{source['bytes'] / 1e6:,.1f} -> {measured['bytes'] / 1e6:,.1f} MB, {measured['seconds']:.0f} s"
+    )
+    print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
+
+
+def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> None:
+    from ..checkpoints.staging import check_space, check_target
+    from ..compression.estimate import estimate
+    from ..compression.job import prepare
+    from ..plan import may_break_period
+
+    check_target(options.out)
+    job = prepare(recipe, run, progress_bar(options))
+    guess = estimate(job)
+    check_space(options.out, guess.bytes_after)
+    write_json(options, asdict(guess))
+    print(f"would drop {guess.drop} of {guess.layers} layers by {recipe.localizer.name}, fold by {job.fold.name}")
+    print(
+        f"parameters {guess.parameters:,} -> {guess.parameters_after:,}, weights {guess.bytes / 1e6:,.1f} -> "
+        f"{guess.bytes_after / 1e6:,.1f} MB"
+    )
+    if broken := may_break_period(job.source.config, guess.drop, recipe.budget.layers):
+        print(f"lvlm-exporter: {options.out.name}: {broken}", file=sys.stderr)
+    print(
+        f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
+        f", as much as {guess.forward_passes:.1f} forward passes over them"
+    )

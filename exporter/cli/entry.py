@@ -1,0 +1,59 @@
+"""The command line: parse, call, print. One function a verb; heavy imports wait until a verb is known to be called for.
+
+Exit codes: 0 done; 1 a check ran and did not hold; 2 wrong input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Sequence
+
+from ..errors import CheckFailed, InputError
+from ..version import __version__
+from . import bench, card, compare, compress, evaluate, onnx, push, reproduce, route, score, verify
+from .arguments import Parser, add_subcommand
+from .exit_codes import complain, interrupted, reason_of
+from .outputs import check_outputs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        options = parser().parse_args(arguments)
+        check_outputs(options)
+        code = int(options.run(options) or 0)
+        return code or (2 if getattr(options, "unsaved", False) else 0)
+    except InputError as error:
+        return complain(str(error), 2)
+    except CheckFailed as error:
+        return complain(str(error), 1)
+    except KeyboardInterrupt as error:
+        return complain(str(error) or "interrupted; nothing was left behind.", 130)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if reason := reason_of(error):
+            return complain(reason, 2)
+        raise
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    top = Parser(
+        prog="lvlm-exporter",
+        description="Turn a large vision-language model into a smaller, faster standalone checkpoint.",
+    )
+    top.add_argument("--version", action="version", version=f"lvlm-exporter {__version__}")
+    subcommands = top.add_subparsers(required=True, metavar="SUBCOMMAND")
+    for name, module in SUBCOMMANDS.items():
+        subcommand = add_subcommand(subcommands, name, module.SUMMARY, module.EXAMPLE)
+        module.add_arguments(subcommand)
+        subcommand.set_defaults(run=module.run)
+    return top
+
+
+SUBCOMMANDS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (score, compress, route, verify, reproduce, evaluate, bench, compare, card, onnx, push)
+}

@@ -1,0 +1,29 @@
+"""From errors to one sentence and an exit code: 0 done, 1 a check did not hold, 2 wrong input, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def complain(message: str, code: int) -> int:
+    print(f"lvlm-exporter: {message}", file=sys.stderr)
+    return code
+
+
+def reason_of(error: Exception) -> str | None:
+    import errno
+
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; nothing was kept."
+    if isinstance(error, ValueError) and "features and image tokens do not match" in str(error):
+        return f"processor and config.json do not fit each other, copy both from the base model: {error}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory: lower --batch-size, or give --memory so that the model is streamed from disk."
+    return None

@@ -1,0 +1,47 @@
+"""The subcommand `onnx`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .arguments import DATA, MODEL, json_argument, positive_count, trust_argument
+from .from_flags import progress_bar, write_json
+
+SUMMARY = "write a checkpoint as ONNX graphs, validated against torch"
+EXAMPLE = f"onnx {MODEL} --out digits-onnx --calibration {DATA}/calibration.jsonl"
+
+
+def add_arguments(subcommand: argparse.ArgumentParser) -> None:
+    subcommand.add_argument("folder", metavar="DIR", help="checkpoint: folder or hub id")
+    subcommand.add_argument("--out", type=Path, required=True, metavar="DIR2", help="folder to make")
+    subcommand.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="what the graphs are fused for (cpu)"
+    )
+    subcommand.add_argument(
+        "--dtype", default="auto", help="float32, float16 (auto: float32 for the CPU, float16 for CUDA)"
+    )
+    subcommand.add_argument("--quantize", metavar="int8", help="integer weights in the decoder: int8, int4")
+    subcommand.add_argument("--opset", type=positive_count, metavar="N", help="version of ONNX's operators (20)")
+    subcommand.add_argument(
+        "--calibration", metavar="FILE", help="questions to compare with torch on, beside the usual ones"
+    )
+    subcommand.add_argument(
+        "--samples", type=positive_count, default=8, metavar="N", help="how many are drawn from it (8)"
+    )
+    trust_argument(subcommand)
+    json_argument(subcommand)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..onnx import ExportOptions, export
+    from ..onnx.manifest import read_manifest
+    from ..onnx.report import differences_table
+
+    progress_bar(options)
+    names = ("device", "dtype", "quantize", "opset", "calibration", "samples", "trust_remote_code")
+    folder = export(options.folder, options.out, ExportOptions(**{name: getattr(options, name) for name in names}))
+    manifest = read_manifest(folder)
+    write_json(options, {"path": str(folder), **manifest})
+    print(differences_table(manifest))
+    print(f"validated in a clean process. ONNX folder: {folder}")

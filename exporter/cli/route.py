@@ -1,0 +1,57 @@
+"""The subcommand `route`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..recipe import LOSS_NAMES, ROUTER_SAMPLES, RouterRecipe
+from .arguments import DATA, MODEL, calibration_arguments, number_in_range, positive_count, run_arguments, whole_number
+from .from_flags import progress_bar, router_from_flags, run_options_from_flags, write_json
+
+SUMMARY = "train a router that drops visual tokens and skips layers, question by question"
+EXAMPLE = f"route {MODEL} --out routed --calibration {DATA}/calibration.jsonl --steps 300"
+
+
+def add_arguments(subcommand: argparse.ArgumentParser) -> None:
+    subcommand.add_argument("model", metavar="MODEL", help="folder or hub id, pruned or not")
+    subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    calibration_arguments(subcommand, required=True, samples=ROUTER_SAMPLES)
+    subcommand.add_argument("--steps", type=positive_count, metavar="N", help=f"of training ({RouterRecipe.steps})")
+    subcommand.add_argument(
+        "--candidates", type=whole_number, metavar="N", help="last layers that may be skipped (half of them)"
+    )
+    subcommand.add_argument(
+        "--drop-at", type=whole_number, metavar="D", help="layer before which visual tokens leave (2)"
+    )
+    subcommand.add_argument(
+        "--learning-rate", type=number_in_range, metavar="R", help=f"({RouterRecipe.learning_rate})"
+    )
+    subcommand.add_argument(
+        "--loss", choices=LOSS_NAMES, help="what is learnt from (importance); preference is the paper's"
+    )
+    subcommand.add_argument("--loss-option", action="append", default=[], metavar="NAME=VALUE")
+    run_arguments(subcommand, batch_size=RouterRecipe.batch_size)
+
+
+def run(options: argparse.Namespace) -> None:
+    router, run = router_from_flags(options), run_options_from_flags(options)
+    from ..checkpoints.record import read_record
+    from ..pipeline import route
+
+    try:
+        folder = route(options.model, router, options.out, run, progress_bar(options))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on from the last saved step.") from None
+    record = read_record(folder)
+    made = record["router"]
+    write_json(options, {"path": str(folder), **{k: made[k] for k in made if k != "reference"}})
+    print(
+        f"trained a router of {made['parameters']:,} parameters on {made['questions']} questions in "
+        f"{made['seconds']:.0f} s, {made['held_out']} held out"
+        + f"; {options.model} had one, which stays behind"
+        * made["replaces_another"]
+    )
+    probes = {k: v for step in made["curve"] for k, v in step.items() if k.startswith("KL")}
+    print("\n".join(f"  {name}: {value:.4f}" for name, value in probes.items()))
+    print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")

@@ -1,0 +1,244 @@
+"""Runs the cells of a grid together, so that what they share is computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.staging import check_target
+from ..compression.job import CompressionJob
+from ..compression.steps import fold_job, localize
+from ..data.batches import make_batch, make_batches
+from ..data.samples import Sample
+from ..data.task import SPARE_TOKENS, Task, greedy_answers
+from ..errors import InputError
+from ..evaluation.scoring import Rate, is_right
+from ..fold import FOLDS
+from ..localize import STATISTICS
+from ..localize.greedy import greedy
+from ..localize.scores import LayerScores
+from ..models.answers import AnswerDivergence, AnsweredBatch, with_answers
+from ..models.capture import BatchStatistics, layer_statistics
+from ..models.questions import Questions
+from ..models.variants import AnswerAgreement, Variant, assembled, judge
+from ..plan import Folded, PruningPlan, make_plan
+from ..progress import Progress
+from ..recipe import Method
+from .grid import Cell, Grid, Key, label
+
+CELLS_AT_A_TIME = 16  # whose new tensors are held together
+
+
+def alike_together(keys: Sequence[Key], choices: dict[tuple[str, int], LayerScores]) -> Iterator[list[Key]]:
+    """The keys in parts of CELLS_AT_A_TIME different models: localizers that choose alike share their cells."""
+    models: dict[tuple[frozenset[int], str], list[Key]] = {}
+    for localizer, fold, count in keys:
+        models.setdefault((frozenset(choices[localizer, count].drop), fold), []).append((localizer, fold, count))
+    alike = list(models.values())
+    for start in range(0, len(alike), CELLS_AT_A_TIME):
+        yield [key for same in alike[start : start + CELLS_AT_A_TIME] for key in same]
+
+
+@dataclass
+class GridRunner:
+    """One model, its calibration statistics and the original's answers, from which every cell is computed."""
+
+    grid: Grid
+    job: CompressionJob
+    model: Any
+    task: Task
+    progress: Progress
+    clock: dict[str, list[float]] = field(default_factory=dict)
+
+    def timed(self, what: str, begin: float) -> None:
+        self.clock.setdefault(what, []).append(time.monotonic() - begin)
+
+    # localizers
+
+    def choose(self) -> dict[tuple[str, int], LayerScores]:
+        """The layers that each localizer drops at each budget."""
+        chosen = {}
+        for method in self.grid.localizers:
+            for count in self.grid.drop_layers:
+                chosen[label(method), count] = self._choose(method, count)
+        return chosen
+
+    def _choose(self, method: Method, count: int) -> LayerScores:
+        if method.name == "greedy":
+            return dataclasses.replace(self._greedy_order, drop=self._greedy_order.drop[:count])
+        if method.name in STATISTICS:
+            return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
+        options = tuple(sorted(method.options.items()))
+        return self._choice(method.name, options, count)
+
+    @functools.cache  # noqa: B019 - one runner a run
+    def _choice(self, name: str, options: tuple[tuple[str, Any], ...], count: int) -> LayerScores:
+        recipe = dataclasses.replace(self.job.recipe, localizer=Method(name, dict(options)))
+        return localize(dataclasses.replace(self.job, recipe=recipe, count=count), self.model, self.questions)
+
+    @functools.cached_property
+    def questions(self) -> Questions:
+        return self.job.questions(self.model)
+
+    @functools.cached_property
+    def statistics(self) -> list[BatchStatistics]:
+        begin = time.monotonic()
+        measured = list(layer_statistics(self.model, self.questions.batches("score layers")))
+        self.timed("statistics", begin)
+        return measured
+
+    @functools.cached_property
+    def _greedy_order(self) -> LayerScores:
+        begin = time.monotonic()
+        answered = list(self.questions.answered("score layers"))
+        order = greedy(AnswerDivergence.of(self.model, answered), max(self.grid.drop_layers), self.job.protect)
+        self.timed("greedy", begin)
+        return order
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    # cells
+
+    def keys(self, choices: dict[tuple[str, int], LayerScores]) -> list[Key]:
+        return [(name, label(fold), count) for name, count in choices for fold in self.grid.folds]
+
+    def fill(self, choices: dict[tuple[str, int], LayerScores], keys: Sequence[Key]) -> dict[Key, Cell]:
+        """Fold, judge against the original's answers, and generate where a cell departs from them."""
+        folds = {label(fold): fold for fold in self.grid.folds}
+        wanted = {key: (make_plan(self.job.source.num_layers, choices[key[0], key[2]].drop), key[1]) for key in keys}
+        distinct = {(plan, fold): Variant(plan, self.fold(plan, folds[fold])) for plan, fold in wanted.values()}
+        variants = list(distinct.values())
+        begin = time.monotonic()
+        bar = iter(self.progress(range(len(variants) * len(self.said)), "judge", len(variants) * len(self.said)))
+        agreements = judge(self.model, variants, self.said, lambda _: next(bar, None))
+        for _ in bar:
+            pass
+        correct = [self._correct(v, a) for v, a in zip(variants, agreements, strict=True)]
+        self.timed("judge", begin)
+        found = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
+        return {key: self._cell(key, plan, *found[plan, fold]) for key, (plan, fold) in wanted.items()}
+
+    def fold(self, plan: PruningPlan, method: Method) -> Folded:
+        if not plan.drop:
+            return {}
+        begin = time.monotonic()
+        given = fold_job(self.job, self.model, self.questions, plan, self._measured)
+        folded = FOLDS[method.name](given, **method.options)
+        self.timed("fold", begin)
+        return folded
+
+    @functools.cached_property
+    def _measured(self) -> dict[Any, Any]:
+        return {}
+
+    # the original's answers
+
+    @functools.cached_property
+    def said(self) -> list[AnsweredBatch]:
+        """The task's questions with what the original answers, in batches; also sets its correctness."""
+        begin = time.monotonic()
+        samples, size = self.task.samples, self.job.options.batch_size
+        answered, right = [], []
+        number = -(-len(samples) // size)
+        for batch in self.progress(
+            make_batches(samples, self.job.processor, self.job.source.config, size), "answer", number
+        ):
+            on_device = batch.to(self.model.device)
+            answers = greedy_answers(self.model, on_device, self.longest)
+            right += self._judge(answers, batch.samples)
+            answered.append(with_answers(self.model, on_device, answers))
+        self.correct = right
+        self.timed("answer", begin)
+        return answered
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return self.task.longest(self.job.processor) if self.task.samples else SPARE_TOKENS
+
+    @property
+    def original(self) -> Rate:
+        self.said  # noqa: B018
+        return Rate.of(self.correct)
+
+    def _judge(self, answers: Any, samples: Sequence[Sample]) -> list[bool]:
+        texts = self.job.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [is_right(text, s.answers, s.choices) for text, s in zip(texts, samples, strict=True)]
+
+    def _correct(self, variant: Variant, agreement: AnswerAgreement) -> list[bool]:
+        """Right or wrong for every question; only the questions that are answered otherwise are answered again."""
+        correct = list(self.correct)
+        departs = [i for i, follows in enumerate(agreement.follows) if not follows]
+        size = self.job.options.batch_size
+        with assembled(self.model, variant):
+            for start in range(0, len(departs), size):
+                indices = departs[start : start + size]
+                samples = [self.task.samples[i] for i in indices]
+                batch = make_batch(samples, self.job.processor, self.job.source.config).to(self.model.device)
+                answers = greedy_answers(self.model, batch, self.longest)
+                for i, right in zip(indices, self._judge(answers, samples), strict=True):
+                    correct[i] = right
+        return correct
+
+    def _cell(self, key: Key, plan: PruningPlan, agreement: AnswerAgreement, correct: list[bool]) -> Cell:
+        rate = Rate.of(correct)
+        types: dict[str, list[bool]] = {}
+        for sample, right in zip(self.task.samples, correct, strict=True):
+            types.setdefault(sample.type or "all", []).append(right)
+        gone = sum(self.job.source.parameters_per_layer[layer] for layer in plan.drop)
+        return Cell(
+            key[0],
+            key[1],
+            plan.drop,
+            self.job.source.weights.num_parameters - gone,
+            rate.n,
+            rate.accuracy,
+            rate.interval,
+            rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
+            {name: sum(values) / len(values) for name, values in sorted(types.items())},
+            agreement.kl / max(agreement.tokens, 1),
+            agreement.same / max(agreement.tokens, 1),
+            tuple(index for index, right in enumerate(correct) if not right),
+        )
+
+    def naive_seconds(self, cells: int) -> float:
+        """The loop over cells that shares nothing: each localizes, folds and answers every question anew."""
+        per_cell = {what: max(times) for what, times in self.clock.items()}
+        greedy_cells = sum(method.name == "greedy" for method in self.grid.localizers) / len(self.grid.localizers)
+        localizing = per_cell.get("statistics", 0.0) * (1 - greedy_cells) + per_cell.get("greedy", 0.0) * greedy_cells
+        return cells * (localizing + per_cell.get("fold", 0.0) + per_cell.get("answer", 0.0))
+
+
+class Progressive:
+    """Cells on disk as they are done, so that a broken-off run goes on."""
+
+    def __init__(self, out: Path, grid: Grid) -> None:
+        self.path = out / "cells.jsonl"
+        columns = [f.name for f in dataclasses.fields(Cell)]
+        fingerprint = hashlib.sha256(json.dumps([asdict(grid), columns], sort_keys=True).encode()).hexdigest()
+        self.cells: dict[Key, Cell] = {}
+        if out.exists() and self.path.exists():
+            first, *lines = self.path.read_text().splitlines()
+            if json.loads(first).get("grid") != fingerprint:
+                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
+            for line in lines:
+                self._keep(json.loads(line))
+            return
+        check_target(out)
+        out.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
+
+    def _keep(self, data: dict[str, Any]) -> None:
+        cell = Cell(**data | {name: tuple(data[name]) for name in ("drop", "interval", "wrong")})
+        self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell
+
+    def add(self, cells: dict[Key, Cell]) -> None:
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(asdict(cell)) + "\n" for cell in cells.values())

@@ -1,0 +1,133 @@
+"""How good any choice of so many visual tokens is known to be: a search that knows what the unpruned model answers.
+
+A router sees the question only. The search may try selections and look at KL(unpruned || pruned) on the unpruned
+model's own answer: what it finds is a lower bound of what is possible, and shows what a router leaves on the table.
+
+Shapes: B rows, S tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batch
+from ..modeling.routed_route import Budget, Route
+from ..routing.folder import has_router
+from ..routing.rules import Rule, assemble, drawn, fastv_scores, generators, make_route
+
+Divergence = Callable[[Route], Tensor]  # of each row under a route, [B]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How much is tried for each question."""
+
+    candidates: int = 16  # whole selections: the router's, FastV's, then noisy and random ones in turn
+    swaps: int = 32  # changes of the best one, each kept if it is better: many tokens first, one in the end
+
+    @property
+    def passes(self) -> int:
+        return self.candidates + self.swaps
+
+    def __str__(self) -> str:
+        return f"best of {self.candidates} selections and {self.swaps} swaps by KL on the unpruned answer"
+
+
+@contextlib.contextmanager
+def images_seen_once(model: Any) -> Iterator[None]:
+    """Run the vision tower for the first pass only: all passes inside must be over the same images."""
+    base, features = model.base_model, model.base_model.get_image_features
+    known: list[Any] = []
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        if not known:
+            known.append(features(*args, **kwargs))
+        return known[0]
+
+    base.get_image_features = remembered
+    try:
+        yield
+    finally:
+        del base.get_image_features
+
+
+def search(
+    model: Any,
+    batch: Batch,
+    budget: Budget,
+    divergence: Divergence,
+    effort: Search = Search(),
+    *,
+    layers: str = "all",
+    drop_at: int = 0,
+    seed: object = 0,
+    influence: Tensor | None = None,
+) -> Route:
+    """The best route of each question that was found, all questions of the batch at a time.
+
+    Args:
+        divergence: what is to be low, for each row.
+        layers: who chooses the layers, a rule's name; they are not searched.
+    """
+    batch = batch.to(model.device)
+    best: Route | None = None
+    lowest = torch.full((len(batch.samples),), torch.inf)
+    for route in _selections(model, batch, budget, effort, layers, drop_at, seed, influence):
+        best, lowest = better(best, lowest, route, divergence(route))
+    assert best is not None
+    for number in range(effort.swaps):
+        route = swapped(best, 1 - number / effort.swaps, generators(batch.samples, ("swap", seed, number)))
+        best, lowest = better(best, lowest, route, divergence(route))
+    return best
+
+
+def _selections(
+    model: Any,
+    batch: Batch,
+    budget: Budget,
+    effort: Search,
+    layers: str,
+    drop_at: int,
+    seed: object,
+    influence: Tensor | None,
+) -> Iterator[Route]:
+    """Whole selections under one choice of layers."""
+    first = Rule("router" if has_router(model) else "random", layers, drop_at)
+    start = make_route(model, batch, budget, first, seed=seed, influence=influence)
+    yield start
+    attention = fastv_scores(model, batch)
+    for number in range(effort.candidates - 1):
+        noise = drawn(batch.is_visual, generators(batch.samples, ("oracle", seed, number)))
+        scores = noise if number % 2 else attention + (noise if number else 0)
+        rule = Rule("fastv", layers, drop_at)
+        undecided = torch.zeros(len(scores), len(model.router_settings.candidates), device=scores.device)
+        yield replace(assemble(model, batch, budget, scores, undecided, rule), layers=start.layers)
+
+
+def better(best: Route | None, lowest: Tensor, route: Route, found: Tensor) -> tuple[Route, Tensor]:
+    """Row by row the route of the lower divergence, which ties leave as it is."""
+    if best is None:
+        return route, found
+    wins = found < lowest
+    keep = torch.where(wins.to(route.keep.device)[:, None], route.keep, best.keep)
+    return replace(best, keep=keep), torch.minimum(lowest, found)
+
+
+def swapped(route: Route, share: float, rows: Sequence[torch.Generator]) -> Route:
+    """Some kept visual tokens of each row exchanged for dropped ones: a quarter of them times `share`, at least one."""
+    keep = route.keep.clone()
+    for row, generator in enumerate(rows):
+        kept, gone = (
+            (which & route.visual[row]).nonzero()[:, 0].cpu() for which in (route.keep[row], ~route.keep[row])
+        )
+        count = min(max(1, round(share * len(kept) / 4)), len(kept), len(gone))
+        out = kept[torch.randperm(len(kept), generator=generator)[:count]]
+        into = gone[torch.randperm(len(gone), generator=generator)[:count]]
+        keep[row, out.to(keep.device)], keep[row, into.to(keep.device)] = False, True
+    return replace(route, keep=keep)

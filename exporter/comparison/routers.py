@@ -1,0 +1,57 @@
+"""Who should choose what runs: routers and rules on the user's own model and data, one table and one picture.
+
+Rows are routers (of one or several folders, so that ways of training are compared too), rules, and an oracle; columns
+are budgets. By default all rows of a column cost the same counted FLOPs: the first row has the column's budget as it
+is, a row that leaves tokens out only, or later, keeps as many of them as that leaves room for.
+
+Batches are made once for all columns of a row, and answers are generated again only where a cell departs from what the
+unrouted model says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..cards.figures import describe
+from ..checkpoints.source import open_source
+from ..data.task import load_task
+from ..errors import InputError
+from ..evaluation.scoring import Rate
+from ..progress import Progress, silent
+from ..recipe import RunOptions
+from ..routing.requests import BudgetRequest, router_settings
+from .routes import RouteComparison, RouteTables
+from .routes_runner import Finished, RoutesRunner
+from .routes_table import plot_routes, table_markdown
+
+
+def compare_routes(
+    tables: RouteTables, out: Path | str, options: RunOptions = RunOptions(batch_size=32), progress: Progress = silent
+) -> RouteComparison:
+    """Fill the table; write results.json, table.md and accuracy.png into `out`. Rows that are there are kept."""
+    out = Path(out)
+    sources = {name: open_source(name) for name in {tables.model, *(row.folder for row in tables.rows if row.folder)}}
+    for row in tables.rows:
+        source = sources[row.folder or tables.model]
+        settings = router_settings(source, row.parsed())
+        for budget in tables.budgets:
+            try:
+                budget.check(settings, source.num_layers)
+            except ValueError as error:
+                raise InputError(f"row '{row.name}': {error}") from error
+        if row.parsed().layers == "shortgpt" and tables.calibration is None:
+            raise InputError(f"row '{row.name}': shortgpt measures layers on questions: add calibration: FILE.")
+    task = load_task(tables.task, tables.task_samples, tables.seed)
+    kept = Finished(out, tables)
+    runner = RoutesRunner.of(tables, task, options, progress)
+    for row in tables.rows:
+        if row.name not in kept.cells:
+            kept.add(row.name, runner.fill(row))
+    names = tuple(describe(BudgetRequest(budget).to_data()) for budget in tables.budgets)
+    cells = tuple(cell for row in tables.rows for cell in kept.cells[row.name])
+    done = RouteComparison(out, Rate.of(runner.original.correct), names, tuple(row.name for row in tables.rows), cells)
+    (out / "results.json").write_text(json.dumps(done.to_data(), indent=2) + "\n")
+    (out / "table.md").write_text(table_markdown(done))
+    plot_routes(done, out / "accuracy.png")
+    return done

@@ -1,0 +1,118 @@
+"""A comparison of routers and rules, and its results, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..evaluation.scoring import Rate
+from ..modeling.routed_route import Budget
+from ..recipe import check_keys, paths_as_text
+from ..routing.rules import Rule
+from .oracle import Search
+
+FEWEST = 0.004  # share of the visual tokens
+OUT_OF_REACH = 0.03  # share of the FLOPs by which a row may miss its column's
+
+
+@dataclass(frozen=True)
+class Row:
+    """Who chooses. `rule` as in `evaluate --rule`; 'oracle' or 'oracle+LAYERS' searches tokens."""
+
+    name: str
+    rule: str = "router"
+    folder: str | None = None  # a routed checkpoint; None: the comparison's model, for rules and the oracle
+    drop_at: int | None = None
+
+    @property
+    def searches(self) -> bool:
+        return self.rule.split("+")[0] == "oracle"
+
+    def parsed(self) -> Rule:
+        """The oracle's tokens stand where a rule's would."""
+        tokens, _, layers = self.rule.partition("+")
+        rule = f"random+{layers or 'all'}" if tokens == "oracle" else self.rule
+        return Rule.parse(rule, self.drop_at)
+
+
+@dataclass(frozen=True)
+class RouteTables:
+    """A comparison as data; its YAML has the same keys."""
+
+    model: str  # unrouted: what everything is judged against
+    task: str  # questions with answers
+    rows: tuple[Row, ...]
+    budgets: tuple[Budget, ...]
+    calibration: str | None = None  # for the rule shortgpt
+    task_samples: int | None = None
+    equal: str = "flops"  # or "budget": every row has the column's counts, as far as it uses them
+    oracle: Search = field(default_factory=Search)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        paths_as_text(self, "model", "task", "calibration")
+
+
+def tables_from_data(data: Any) -> RouteTables:
+    check_keys(data, [f.name for f in dataclasses.fields(RouteTables)], "a comparison of routes")
+    for key in ("model", "task", "rows", "budgets"):
+        if not data.get(key):
+            raise InputError(f"a comparison of routes needs '{key}'.")
+    for key in ("rows", "budgets"):
+        if not isinstance(data[key], list):
+            raise InputError(f"{key} must be a list, not {data[key]!r}.")
+    if data.get("equal", "flops") not in ("flops", "budget"):
+        raise InputError(f"equal: {data['equal']!r} is not known: flops, budget.")
+    made = {
+        "rows": tuple(_part(Row, row, "a row") for row in data["rows"]),
+        "budgets": tuple(_part(Budget, budget, "a budget") for budget in data["budgets"]),
+        "oracle": _part(Search, data.get("oracle") or {}, "oracle"),
+    }
+    names = [row.name for row in made["rows"]]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"two rows are called '{twice[0]}'.")
+    for row in made["rows"]:
+        row.parsed()
+    return RouteTables(**{**data, **made})
+
+
+def _part(cls: Any, data: Any, what: str) -> Any:
+    check_keys(data, [f.name for f in dataclasses.fields(cls)], what)
+    if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in data]:
+        raise InputError(f"{what} needs '{missing[0]}'.")
+    return cls(**data)
+
+
+@dataclass(frozen=True)
+class RouteCell:
+    row: str
+    column: int  # number of the budget
+    budget: dict[str, Any]  # what the row ran under: `Ask.to_data`
+    n: int
+    accuracy: float
+    interval: tuple[float, float]
+    kept: float  # of the unrouted model's accuracy
+    by_type: dict[str, float]
+    kl: float  # per answer token of the unrouted model
+    agreement: float
+    flops_share: float
+    decoder_flops_share: float
+    searched: str | None = None
+
+
+@dataclass(frozen=True)
+class RouteComparison:
+    out: Path
+    original: Rate
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    cells: tuple[RouteCell, ...]  # one that is not here is out of the row's reach
+
+    def cell(self, row: str, column: int) -> RouteCell | None:
+        return next((cell for cell in self.cells if (cell.row, cell.column) == (row, column)), None)
+
+    def to_data(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}

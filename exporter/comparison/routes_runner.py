@@ -1,0 +1,247 @@
+"""Runs routers and rules at equal FLOPs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.source import open_source
+from ..checkpoints.staging import check_target
+from ..data.batches import Batch, make_batch, size_order
+from ..data.resumable import ResumableLines
+from ..data.task import Task, greedy_answers
+from ..errors import InputError
+from ..evaluation.judge import Judge, Reference
+from ..evaluation.loaded import Loaded, influence_of, load
+from ..evaluation.results import ModelResult
+from ..evaluation.scoring import Rate, is_right
+from ..modeling.routed_route import Budget, Route
+from ..models.loading import compute_dtype, pick_device
+from ..progress import Progress
+from ..recipe import RunOptions
+from ..routing.cost import few_prompts, flops_of
+from ..routing.folder import load_routed, routable
+from ..routing.requests import BudgetRequest
+from ..routing.rules import Rule, make_route
+from .oracle import images_seen_once, search
+from .routes import FEWEST, OUT_OF_REACH, RouteCell, RouteTables, Row
+
+FIT_PROMPTS, FIT_STEPS = 2, 3
+
+
+@dataclass
+class RoutesRunner:
+    """The unrouted model's answers, and one routed model after the other judged by them."""
+
+    tables: RouteTables
+    task: Task
+    options: RunOptions
+    progress: Progress
+    original: ModelResult
+    reference: Reference
+    unrouted: Loaded
+    loaded: dict[str | None, Loaded] = field(default_factory=dict)  # one at a time
+    targets: list[float] = field(default_factory=list)  # decoder FLOPs of each column
+    shares: dict[Any, float] = field(default_factory=dict)  # decoder FLOPs by budget and drop layer, alike in all rows
+
+    @classmethod
+    def of(cls, tables: RouteTables, task: Task, options: RunOptions, progress: Progress) -> RoutesRunner:
+        unrouted = load(tables.model, options)
+        reference = Reference.of(unrouted)
+        longest = task.longest(unrouted.processor)
+        judge = Judge(unrouted, task, options.batch_size, longest, remember=reference)
+        original = judge.run(ResumableLines(None), progress)
+        folder = next((row.folder for row in tables.rows if row.folder), None)
+        settings = None if folder is None else open_source(folder).raw_config["router"]
+        routable(unrouted.model, settings and {**settings, "presets": {}})
+        unrouted.prompts = few_prompts(task.samples, unrouted.processor, unrouted.model.config)
+        unrouted.unrouted = flops_of(unrouted.model, unrouted.prompts, None)
+        return cls(tables, task, options, progress, original, reference, unrouted)
+
+    def model_of(self, row: Row) -> Loaded:
+        """The row's model, loaded if the row before it had another."""
+        if row.folder is None:
+            found = self.unrouted
+        elif row.folder in self.loaded:
+            found = self.loaded[row.folder]
+        else:
+            source, device = open_source(row.folder), pick_device(self.options.device)
+            dtype = compute_dtype(self.options.dtype, source.config, device)
+            model = load_routed(source, device, dtype, self.options.memory)
+            found = replace(self.unrouted, path=row.folder, source=source, model=model, influence=None)
+            self.loaded = {row.folder: found}
+        if row.parsed().layers == "shortgpt" and found.influence is None:
+            found.influence = influence_of(found, str(self.tables.calibration), self.options.batch_size)
+        return replace(found, seed=self.tables.seed)
+
+    # budgets at equal cost
+
+    def asks(self, row: Row, loaded: Loaded) -> list[BudgetRequest | None]:
+        """What the row runs under in each column; None where it can't cost so little."""
+        if not self.targets:
+            first = self.tables.rows[0]
+            model = self.model_of(first)
+            self.targets = [self._share(model, self._plain(first, model, budget)) for budget in self.tables.budgets]
+        return [self.fitted(row, loaded, *of) for of in zip(self.tables.budgets, self.targets, strict=True)]
+
+    def _plain(self, row: Row, loaded: Loaded, budget: Budget) -> BudgetRequest:
+        """The column's counts, as far as the row uses them."""
+        rule = row.parsed()
+        tokens = None if rule.tokens == "all" else budget.keep_visual_tokens
+        layers = None if rule.layers == "all" else budget.keep_layers
+        return BudgetRequest(Budget(tokens, layers), rule)
+
+    def _share(self, loaded: Loaded, ask: BudgetRequest) -> float:
+        """Decoder FLOPs under a budget, whoever chooses, as a share of the unrouted model's."""
+        rule = Rule("random", "random", ask.rule.drops_at(loaded.model.router_settings))
+        prompts = loaded.prompts[:FIT_PROMPTS]
+        for one in (None, BudgetRequest(ask.budget, rule)):
+            key = one and (one.budget, rule.drop_at)
+            if key not in self.shares:
+                self.shares[key] = flops_of(loaded.model, prompts, one).decoder
+        return self.shares[ask.budget, rule.drop_at] / self.shares[None]
+
+    def fitted(self, row: Row, loaded: Loaded, column: Budget, target: float) -> BudgetRequest | None:
+        """The column's budget made to cost what its first row costs."""
+        ask = self._plain(row, loaded, column)
+        if ask.budget.is_off and self.tables.equal == "budget":
+            return None
+        if self.tables.equal == "budget" or abs(self._share(loaded, ask) - target) < 1e-3:
+            return ask
+        rule, layers = ask.rule, ask.budget.keep_layers
+        if rule.tokens == "all":
+            settings = loaded.model.router_settings
+            least = loaded.model.num_layers - len(settings.candidates)
+            tried = [replace(ask, budget=Budget(None, count)) for count in range(least, loaded.model.num_layers)]
+            ask = min(tried, key=lambda one: abs(self._share(loaded, one) - target))
+        else:
+            ask = self._fewer_tokens(loaded, rule, layers, target)
+        return ask if abs(self._share(loaded, ask) - target) <= OUT_OF_REACH else None
+
+    def _fewer_tokens(self, loaded: Loaded, rule: Rule, layers: int | None, target: float) -> BudgetRequest:
+        """The share of tokens at which the FLOPs are the target's, by interpolation: they are nearly linear in it."""
+
+        def ask(share: float) -> BudgetRequest:
+            return BudgetRequest(Budget(round(min(1.0, max(FEWEST, share)), 4), layers), rule)
+
+        (low, below), (high, above) = ((share, self._share(loaded, ask(share))) for share in (FEWEST, 1.0))
+        middle = low
+        for _ in range(FIT_STEPS):
+            if not below < target < above:
+                return ask(low if target <= below else high)
+            middle = low + (high - low) * (target - below) / (above - below)
+            found = self._share(loaded, ask(middle))
+            (low, below), (high, above) = (
+                ((low, below), (middle, found)) if found > target else ((middle, found), (high, above))
+            )
+        return ask(middle)
+
+    # cells
+
+    def fill(self, row: Row) -> list[RouteCell]:
+        loaded = self.model_of(row)
+        asks = self.asks(row, loaded)
+        answers: list[dict[int, dict[str, Any]]] = [{} for _ in asks]
+        size, samples = self.options.batch_size, self.task.samples
+        order = size_order(samples)
+        starts = range(0, len(samples), size)
+        for start in self.progress(starts, f"judge {row.name}", len(starts)):
+            indices = order[start : start + size]
+            batch = make_batch([samples[i] for i in indices], loaded.processor, loaded.model.config)
+            batch = batch.to(loaded.model.device)
+            for ask, found in zip(asks, answers, strict=True):
+                if ask is not None:
+                    found |= dict(zip(indices, self.judged(row, replace(loaded, ask=ask), batch, indices), strict=True))
+        return [
+            self._cell(row, column, replace(loaded, ask=ask), found)
+            for column, (ask, found) in enumerate(zip(asks, answers, strict=True))
+            if ask is not None
+        ]
+
+    def judged(self, row: Row, loaded: Loaded, batch: Batch, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """For each question of a batch its divergence, and whether the answer is right."""
+        with images_seen_once(loaded.model):
+            route = self._searched(loaded, batch, indices) if row.searches else self._route(loaded, batch)
+            compared = self.reference.compare(loaded, batch, indices, route)
+        departs = [place for place, one in enumerate(compared) if one["same"] < one["tokens"]]
+        right = [self.original.correct[i] for i in indices]
+        if departs:
+            samples = [batch.samples[place] for place in departs]
+            few = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
+            own = last_columns(route.select(torch.tensor(departs)), few.is_visual.shape[1])
+            said = greedy_answers(loaded.model, few, self.task.longest(loaded.processor), own)
+            texts = loaded.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+            for place, text, sample in zip(departs, texts, samples, strict=True):
+                right[place] = is_right(text, sample.answers, sample.choices)
+        return iter([one | {"correct": correct} for one, correct in zip(compared, right, strict=True)])
+
+    def _route(self, loaded: Loaded, batch: Batch) -> Route:
+        assert loaded.ask is not None
+        ask = loaded.ask
+        return make_route(loaded.model, batch, ask.budget, ask.rule, seed=loaded.seed, influence=loaded.influence)
+
+    def _searched(self, loaded: Loaded, batch: Batch, indices: Sequence[int]) -> Route:
+        assert loaded.ask is not None
+
+        def divergence(route: Route) -> torch.Tensor:
+            return torch.tensor([one["kl"] for one in self.reference.compare(loaded, batch, indices, route)])
+
+        rule = loaded.ask.rule
+        return search(
+            loaded.model, batch, loaded.ask.budget, divergence, self.tables.oracle, layers=rule.layers,
+            drop_at=rule.drops_at(loaded.model.router_settings), seed=loaded.seed, influence=loaded.influence,
+        )  # fmt: skip
+
+    def _cell(self, row: Row, column: int, loaded: Loaded, found: dict[int, dict[str, Any]]) -> RouteCell:
+        assert loaded.ask is not None
+        rate = Rate.of(found[i]["correct"] for i in range(len(found)))
+        types: dict[str, list[bool]] = {}
+        for i, sample in enumerate(self.task.samples):
+            types.setdefault(sample.type or "all", []).append(found[i]["correct"])
+        tokens = max(1, sum(one["tokens"] for one in found.values()))
+        total, decoder = loaded.flops_shares()
+        assert total is not None and decoder is not None
+        data = loaded.ask.to_data() | {"rule": row.rule}
+        return RouteCell(
+            row.name, column, data, rate.n, rate.accuracy, rate.interval,
+            rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
+            {name: sum(right) / len(right) for name, right in sorted(types.items())},
+            sum(one["kl"] for one in found.values()) / tokens, sum(one["same"] for one in found.values()) / tokens,
+            total, decoder, str(self.tables.oracle) if row.searches else None,
+        )  # fmt: skip
+
+
+def last_columns(route: Route, length: int) -> Route:
+    """The route for the same questions padded to a smaller length, on the left."""
+    cut = {name: getattr(route, name) for name in ("keep", "visual", "places", "token_logits")}
+    return replace(route, **{name: part if part is None else part[:, -length:] for name, part in cut.items()})
+
+
+class Finished:
+    """Rows on disk as they are done, so that a broken-off run goes on."""
+
+    def __init__(self, out: Path, tables: RouteTables) -> None:
+        self.path, self.cells = out / "rows.jsonl", dict[str, list[RouteCell]]()
+        fingerprint = hashlib.sha256(json.dumps(asdict(tables), sort_keys=True).encode()).hexdigest()
+        if self.path.exists():
+            first, *lines = self.path.read_text().splitlines()
+            if json.loads(first).get("tables") != fingerprint:
+                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
+            for line in lines:
+                row = json.loads(line)
+                self.cells[row["row"]] = [RouteCell(**c | {"interval": tuple(c["interval"])}) for c in row["cells"]]
+            return
+        check_target(out)
+        out.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps({"tables": fingerprint}) + "\n")
+
+    def add(self, name: str, cells: list[RouteCell]) -> None:
+        self.cells[name] = cells
+        with self.path.open("a") as file:
+            file.write(json.dumps({"row": name, "cells": [asdict(cell) for cell in cells]}) + "\n")

@@ -1,0 +1,57 @@
+"""The table and the plot of a comparison of routers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..cards.plots import MARKERS, PALETTE, figure, save
+from ..cards.tables import table
+from .routes import RouteComparison
+
+
+def table_rows(done: RouteComparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: exact match, in brackets the share of the unrouted model's, and decoder FLOPs."""
+    header = ["exact match % (kept %) at decoder FLOPs %", *done.columns]
+    rows = []
+    for name in done.rows:
+        cells = [done.cell(name, column) for column in range(len(done.columns))]
+        shown = [
+            "–" if c is None else f"{100 * c.accuracy:.1f} ({100 * c.kept:.1f}) at {100 * c.decoder_flops_share:.1f}"
+            for c in cells
+        ]
+        rows.append([name, *shown])
+    return header, rows
+
+
+def table_text(done: RouteComparison) -> str:
+    low, high = done.original.interval
+    text = table(*table_rows(done))
+    text += (
+        f"\n\nunrouted: {100 * done.original.accuracy:.1f} % ({100 * low:.1f}-{100 * high:.1f}) of {done.original.n}"
+    )
+    for searched in dict.fromkeys((cell.row, cell.searched) for cell in done.cells if cell.searched):
+        text += f"\n{searched[0]}: {searched[1]}"
+    return text
+
+
+def table_markdown(done: RouteComparison) -> str:
+    header, rows = table_rows(done)
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * len(done.columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def plot_routes(done: RouteComparison, path: Path) -> None:
+    """Exact match against the decoder's FLOPs, a line a row."""
+    drawn, axes = figure(8.5, 4.6)
+    for number, name in enumerate(done.rows):
+        cells = sorted((c for c in done.cells if c.row == name), key=lambda c: c.decoder_flops_share)
+        axes.plot(
+            [100 * c.decoder_flops_share for c in cells], [100 * c.accuracy for c in cells],
+            marker=MARKERS[number % len(MARKERS)], color=PALETTE[number % len(PALETTE)],
+            linestyle=("-", "--", ":")[number // len(PALETTE) % 3], markersize=5, linewidth=1, label=name,
+        )  # fmt: skip
+    axes.plot(100, 100 * done.original.accuracy, "*", color="black", markersize=11, label="unrouted", linestyle="")
+    axes.set_xlabel("decoder FLOPs of the prompt (% of the unrouted model's)")
+    axes.set_ylabel("exact match (%)")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    save(drawn, path)

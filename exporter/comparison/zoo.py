@@ -1,0 +1,132 @@
+"""The grid of `comparison.py` on several models, in one table: mean, worst case and rank of every method over them.
+
+A default is to hold on models that nobody tuned it on: rows say how much is kept on models by which nothing was chosen,
+and how far a method stays below the best cell of each model and budget. Each model's grid lies in a folder of its own
+and goes on where a broken-off run has left it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cards import tables as report
+from ..errors import InputError
+from ..progress import Progress, silent
+from ..recipe import RunOptions, check_keys
+from .grid import Cell, Comparison, Grid, grid_from_data
+from .layers import compare
+
+Compare = Callable[..., Comparison]
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model of the zoo with its questions."""
+
+    name: str
+    grid: Grid
+    in_view: bool = False  # something was chosen by looking at it
+
+
+@dataclass(frozen=True)
+class ZooRow:
+    """A localizer, a fold and a budget over all models, or over those by which nothing was chosen."""
+
+    localizer: str
+    fold: str
+    drop_share: float
+    models: int
+    mean: float  # of what is kept
+    worst: float
+    worst_model: str
+    rank: float  # mean place among the methods of the same budget
+    below_best: float  # points of exact match kept below the best method, worst over the models
+
+
+def zoo_from_data(data: Any) -> tuple[ZooModel, ...]:
+    """Read a zoo: 'models', each with name, model, calibration and task; everything else is a comparison's."""
+    models = data.get("models")
+    if not isinstance(models, list) or not models:
+        raise InputError(f"models must be a list, not {models!r}.")
+    shared = {key: value for key, value in data.items() if key != "models"}
+    found = []
+    for entry in models:
+        check_keys(entry, ["name", "in_view", *(f.name for f in dataclasses.fields(Grid))], "a model of the zoo")
+        own = dict(entry)
+        name, in_view = str(own.pop("name", Path(str(own.get("model"))).name)), bool(own.pop("in_view", False))
+        found.append(ZooModel(name, grid_from_data(shared | own), in_view))
+    names = [model.name for model in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"two models are called '{twice[0]}'.")
+    return tuple(found)
+
+
+def compare_zoo(
+    zoo: tuple[ZooModel, ...],
+    out: Path | str,
+    options: RunOptions = RunOptions(batch_size=32),
+    progress: Progress = silent,
+    compare_one: Compare = compare,
+) -> dict[str, list[ZooRow]]:
+    """Fill every model's grid in `out`/NAME; write table.md and results.json into `out`.
+
+    Returns: the rows over 'all' models and over the 'left out' ones, by which nothing was chosen.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    done = {model.name: compare_one(model.grid, out / model.name, options, progress) for model in zoo}
+    tables = {"all": rows(done)}
+    left_out = {model.name: done[model.name] for model in zoo if not model.in_view}
+    if left_out and len(left_out) < len(done):
+        tables["left out"] = rows(left_out)
+    (out / "results.json").write_text(json.dumps({k: [asdict(row) for row in v] for k, v in tables.items()}, indent=2))
+    (out / "table.md").write_text("\n".join(f"## {name}\n\n{markdown(table)}" for name, table in tables.items()))
+    return tables
+
+
+def rows(done: dict[str, Comparison]) -> list[ZooRow]:
+    """Every method at every share of the layers, the highest worst case first."""
+    cells: dict[tuple[str, str, float], dict[str, Cell]] = {}
+    for name, one in done.items():
+        for cell in one.cells:
+            layers = one.num_layers or 1
+            cells.setdefault((cell.localizer, cell.fold, round(len(cell.drop) / layers, 2)), {})[name] = cell
+    found = []
+    for (localizer, fold, share), of_model in cells.items():
+        places, gaps = [], []
+        for name, cell in of_model.items():
+            rivals = [other[name].kept for key, other in cells.items() if key[2] == share and name in other]
+            places.append(1 + sum(kept > cell.kept for kept in rivals))
+            gaps.append(100 * (max(rivals) - cell.kept))
+        kept = {name: cell.kept for name, cell in of_model.items()}
+        worst = min(kept, key=lambda name: kept[name])
+        mean = sum(kept.values()) / len(kept)
+        rank = sum(places) / len(places)
+        found.append(ZooRow(localizer, fold, share, len(kept), mean, kept[worst], worst, rank, max(gaps)))
+    return sorted(found, key=lambda row: (row.drop_share, -row.worst, -row.mean))
+
+
+HEADER = ("localizer", "fold", "layers gone", "models", "mean kept", "worst kept", "on", "rank", "below the best")
+
+
+def _cells(row: ZooRow) -> tuple[str, ...]:
+    percent = [f"{100 * value:.1f} %" for value in (row.mean, row.worst)]
+    places = (row.worst_model, f"{row.rank:.1f}", f"{row.below_best:.1f}")
+    return (row.localizer, row.fold, f"{100 * row.drop_share:.0f} %", str(row.models), *percent, *places)
+
+
+def markdown(table: list[ZooRow]) -> str:
+    lines = [f"| {' | '.join(HEADER)} |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
+    return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in table)]) + "\n"
+
+
+def zoo_text(tables: dict[str, list[ZooRow]]) -> str:
+    """For the terminal."""
+    return "\n\n".join(
+        f"{name} models\n{report.table(HEADER, list(map(_cells, rows)))}" for name, rows in tables.items()
+    )

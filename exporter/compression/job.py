@@ -1,0 +1,103 @@
+"""A recipe with everything that it names opened and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.source import Source, open_source
+from ..clean_room import load_processor
+from ..data.batches import check_prompt
+from ..data.calibration import Calibration, load_calibration
+from ..errors import InputError
+from ..families import protected_layers
+from ..fold import FOLDS
+from ..localize import LOCALIZERS
+from ..models.loading import compute_dtype, load_model, pick_device
+from ..models.questions import Questions
+from ..progress import Progress, silent
+from ..recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_options
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class CompressionJob:
+    """A recipe with everything it names opened and checked, but for the model itself."""
+
+    recipe: Recipe
+    options: RunOptions
+    source: Source
+    calibration: Calibration
+    processor: Any
+    device: str
+    dtype: torch.dtype
+    protect: tuple[int, ...]
+    count: int  # layers that are to go
+    progress: Progress
+
+    def questions(self, model: Any) -> Questions:
+        """The calibration questions, to be answered by the model when they are first read."""
+        return Questions(
+            model,
+            self.processor,
+            self.calibration.samples,
+            self.options.batch_size,
+            self.recipe.seed,
+            self.progress,
+            self.recipe.calibration.answer_tokens,
+        )
+
+    @property
+    def multiplier(self) -> float:
+        """Of what a block adds to the residual stream."""
+        return float(getattr(self.source.config.get_text_config(), self.source.decoder.residual_multiplier or "", 1.0))
+
+    @property
+    def fold(self) -> Method:
+        """The recipe's fold, the default where it names none."""
+        return self.recipe.fold or Method(DEFAULT_FOLD)
+
+    def load_model(self) -> tuple[Any, list[str]]:
+        """The model, and names of tensors that transformers ignores."""
+        return load_model(self.source, self.device, self.dtype, self.options.memory)
+
+
+def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) -> CompressionJob:
+    """Everything that can be wrong with the input is found here, the cheap things first."""
+    source = open_source(recipe.model, recipe.revision)
+    protect = protected_layers(source.config) if recipe.protect is None else recipe.protect
+    if bad := [layer for layer in protect if not 0 <= layer < source.num_layers]:
+        raise InputError(f"protect names layer {bad[0]}: the decoder has layers 0 to {source.num_layers - 1}.")
+    per_layer = source.parameters_per_layer
+    count = recipe.budget.count(per_layer, source.weights.num_parameters - sum(per_layer), protect)
+    check_options(LOCALIZERS[recipe.localizer.name], recipe.localizer, "localizer")
+    if recipe.fold is not None:
+        check_options(FOLDS[recipe.fold.name], recipe.fold, "fold")
+    calibration = load_for(recipe)
+    for sample in progress(calibration.samples, "check images", len(calibration.samples)):
+        sample.chat()
+        sample.open_images()
+    device = pick_device(options.device)
+    dtype = compute_dtype(options.dtype, source.config, device)
+    processor = load_processor(source.folder)
+    check_prompt(calibration.samples, processor, source.config)
+    return CompressionJob(
+        recipe, options, source, calibration, processor, device, dtype, tuple(protect), count, progress
+    )
+
+
+def load_for(recipe: Recipe) -> Calibration:
+    """The recipe's calibration questions."""
+    data = recipe.calibration
+    return load_calibration(
+        data.data,
+        samples=data.samples,
+        seed=recipe.seed,
+        columns=data.columns,
+        split=data.split,
+        prompt=data.prompt,
+        config=data.config,
+        allow_urls=data.allow_urls,
+    )

@@ -1,0 +1,95 @@
+"""The steps between a loaded model and a written checkpoint."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.source import Source
+from ..checkpoints.writer import write_checkpoint
+from ..fold import FOLDS
+from ..fold.held_out import HeldOut
+from ..fold.job import FoldJob
+from ..fold.sets import FoldedSets
+from ..localize import LOCALIZERS, LocalizeJob, check_scores, explicit
+from ..localize.scores import LayerScores
+from ..models.questions import Questions
+from ..plan import Folded, PruningPlan
+from ..progress import Progress
+from .job import CompressionJob
+
+
+def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScores:
+    """The layers to drop, by the recipe's localizer or as the recipe names them."""
+    if job.recipe.budget.layers is not None:
+        return explicit(job.source.num_layers, job.recipe.budget.layers)
+    method = job.recipe.localizer
+    folded = FoldedSets(model, HeldOut(model, questions), reader(job.source), job.source.decoder, job.multiplier)
+    measured_from = LocalizeJob(
+        model, job.source.num_layers, questions, job.recipe.seed, None if questions.split.too_few else folded
+    )
+    return check_scores(LOCALIZERS[method.name](measured_from, job.count, job.protect, **method.options), job.count)
+
+
+def fold_gaps(
+    job: CompressionJob, model: Any, questions: Questions, plan: PruningPlan
+) -> tuple[Folded, dict[str, Any]]:
+    """New weights for the layers that stay, and what the record says of them."""
+    method = job.fold
+    made = fold_job(job, model, questions, plan)
+    folded = FOLDS[method.name](made, **method.options) if plan.drop else {}
+    tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
+    told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **made.report}
+    return folded, {**told, "tensors": tensors}
+
+
+def fold_job(
+    job: CompressionJob, model: Any, questions: Questions, plan: PruningPlan, memo: dict[Any, Any] | None = None
+) -> FoldJob:
+    """What a fold of the plan works from.
+
+    Args:
+        memo: where gaps are kept that several folds of one model share.
+    """
+    return FoldJob(
+        model,
+        functools.partial(questions.batches, f"fold ({job.fold.name})"),
+        plan,
+        reader(job.source),
+        job.source.decoder,
+        job.multiplier,
+        {} if memo is None else memo,
+        HeldOut(model, questions),
+        half_of=questions.half_of,
+    )
+
+
+def reader(source: Source) -> Callable[[int, str], Any]:
+    """Reads a decoder layer's tensor by its name inside the layer, from disk; None where there is none."""
+
+    def read(layer: int, name: str) -> Any:
+        full = f"{source.layer_prefix}{layer}.{name}"
+        return source.weights.read(full) if full in source.weights.entries else None
+
+    return read
+
+
+def write_with_progress(
+    source: Source, plan: PruningPlan, folded: Folded, stage: Path, progress: Progress, num_bytes: int
+) -> None:
+    """Write the checkpoint, a step of the progress bar per MiB."""
+    unit = 1 << 20
+    ticks = iter(progress(range(num_bytes // unit + 1), "write", num_bytes // unit + 1))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        for _ in range((done + count) // unit - done // unit):
+            next(ticks, None)
+        done += count
+
+    write_checkpoint(source, plan, folded, stage, advance)
+    for _ in ticks:
+        pass

@@ -1,0 +1,1 @@
+"""Images with questions, and the batches that a model takes."""

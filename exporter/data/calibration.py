@@ -1,0 +1,121 @@
+"""Images with questions: from a file, a folder of images or a data set to batches that a model takes.
+
+Shapes: B samples, S tokens (padded on the left).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+from .images import open_bytes, short
+from .records import read_records
+from .samples import Sample, sample_from
+from .tables import is_saved, open_table
+
+DEFAULT_PROMPT = "Describe this image."
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+DATASETS_PREFIX = "datasets:"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A seeded choice of samples that can be gone through again and again."""
+
+    samples: tuple[Sample, ...]
+    origin: str
+    total: int  # samples that there were to choose from
+    seed: int
+    _fingerprint: list[str] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the chosen questions and image bytes, in order."""
+        if not self._fingerprint:
+            digest = hashlib.sha256()
+            for sample in self.samples:
+                digest.update(json.dumps(sample.messages, sort_keys=True).encode())
+                for image in sample.images:
+                    digest.update(open_bytes(image, sample.origin))
+            self._fingerprint.append(digest.hexdigest())
+        return self._fingerprint[0]
+
+
+def load_calibration(
+    spec: str | Path,
+    *,
+    samples: int | None,
+    seed: int = 0,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = "train",
+    prompt: str = DEFAULT_PROMPT,
+    config: str | None = None,
+    allow_urls: bool = False,
+) -> Calibration:
+    """Read a data source and choose `samples` of it (None: all of them, in order).
+
+    Args:
+        spec: a JSONL or JSON file, a parquet file, a folder of images or one that `datasets` saved, or
+            'datasets:ID_OR_FOLDER'.
+        columns: for a data set, what its columns are called: {"image": "img", "question": "text", "answer": "label"}.
+        split: of a data set; None: the only one.
+        prompt: the question put to every image of a folder.
+        config: of a data set that has several.
+        allow_urls: fetch images that stand as http and https addresses.
+    """
+    if samples is not None and samples < 1:
+        raise InputError(f"samples={samples}: at least 1 is needed.")
+    spec = str(spec)
+    found = read_samples(spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls)
+    chosen = range(len(found))
+    if samples is not None and samples < len(found):
+        return Calibration(
+            tuple(found[i] for i in sorted(random.Random(seed).sample(chosen, samples))), spec, len(found), seed
+        )
+    return Calibration(tuple(found[i] for i in chosen), spec, len(found), seed)
+
+
+def read_samples(
+    spec: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = "train",
+    prompt: str = DEFAULT_PROMPT,
+    config: str | None = None,
+    allow_urls: bool = False,
+) -> Sequence[Sample]:
+    """Every sample of a source. Those of a table are read when they are indexed. Raises InputError."""
+    if spec.startswith(DATASETS_PREFIX):
+        return open_table(spec.removeprefix(DATASETS_PREFIX), columns or {}, split, config, allow_urls=allow_urls)
+    path = Path(spec).expanduser()
+    if not os.path.exists(path):
+        raise InputError(f"there is no file or folder '{short(spec)}' to read questions from.")
+    if path.suffix.lower() == ".parquet" or (path.is_dir() and is_saved(path)):
+        return open_table(str(path), columns or {}, split, config, allow_urls=allow_urls)
+    for flag, value in (("--columns", columns), ("--config", config)):
+        if value:
+            raise InputError(f"{flag} is for data sets and parquet files, which {spec} is not: take it out.")
+    if path.is_dir():
+        return _from_folder(path, prompt)
+    return [sample_from(record, origin, path.parent, allow_urls=allow_urls) for origin, record in read_records(path)]
+
+
+def _from_folder(path: Path, prompt: str) -> list[Sample]:
+    files = sorted(file for file in path.rglob("*") if _is_image(file.relative_to(path)) and not file.is_dir())
+    if not files:
+        hint = " Data set files in it are read as datasets:FOLDER." if any(path.rglob("*.parquet")) else ""
+        raise InputError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).{hint}")
+    turn = {"role": "user", "content": prompt}
+    return [Sample(str(file), (file,), (turn,)) for file in files]
+
+
+def _is_image(file: Path) -> bool:
+    """By its name; what a Mac leaves beside every file (`._a.png`, `__MACOSX`) and hidden folders are none."""
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in file.parts)
+    return file.suffix.lower() in IMAGE_SUFFIXES and not hidden

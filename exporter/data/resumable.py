@@ -1,0 +1,90 @@
+"""Rows of a long run on disk, so that one that is broken off and repeated goes on from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.source import Source
+from ..errors import InputError
+from ..modeling.modeling_routed import ROUTER_FILE
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+class ResumableLines:
+    """A JSONL file of numbered rows, each under the fingerprint of the run that it belongs to.
+
+    The fingerprint covers everything that a row depends on: rows of another one are left alone and not used. A last
+    line that was cut off in the middle of writing is taken away.
+
+    Args:
+        path: None keeps nothing.
+        fields: what every row must hold, and of which type; a file with other lines is somebody else's.
+        what: 'answer of an evaluation', for messages.
+    Raises: InputError for a file that can't be read or written, or that holds something else.
+    """
+
+    def __init__(self, path: Path | None, fields: dict[str, type] | None = None, what: str = "row") -> None:
+        self.path, self.fields, self.what = path, fields or {}, what
+        self._known: dict[str, dict[int, Row]] = {}
+        if path is None:
+            return
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{path.absolute().parent} is no folder: {path.name} can't be written there.")
+        if not os.path.exists(path):
+            return
+        if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
+            raise InputError(f"{path} is no file that can be read and written: name another one.")
+        self._read(path)
+
+    def _read(self, path: Path) -> None:
+        content = path.read_bytes()
+        *lines, rest = content.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                index = row.pop("index")
+                good = isinstance(index, int) and all(isinstance(row[k], kind) for k, kind in self.fields.items())
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                raise InputError(f"{path} line {number} is no {self.what}: name another file.") from error
+            if not good:
+                raise InputError(f"{path} line {number} is no {self.what}: name another file.")
+            self._known.setdefault(str(row.pop("run", "")), {})[index] = row
+        if rest:
+            os.truncate(path, len(content) - len(rest))
+
+    def rows(self, fingerprint: str) -> dict[int, Row]:
+        """Return what is known of a run, by number."""
+        return dict(self._known.get(fingerprint, {}))
+
+    def add(self, fingerprint: str, rows: dict[int, Row]) -> None:
+        """Append rows of a run."""
+        if self.path is None:
+            return
+        text = "".join(json.dumps({"run": fingerprint, "index": index} | row) + "\n" for index, row in rows.items())
+        try:
+            with self.path.open("a") as file:
+                file.write(text)
+        except OSError as error:  # the run goes on all the same
+            logger.warning("%s can't be written (%s): rows are no longer kept.", self.path, error.strerror)
+            self.path = None
+
+
+def files_key(source: Source) -> str:
+    """What a folder's answers depend on: small files by their content, weights by name, size and time of change."""
+    digest = hashlib.sha256(source.name.encode())
+    companions = [path for path in source.companions() if path.suffix in (".json", ".jinja", ".txt", ".model")]
+    for path in [Path("config.json"), *companions]:
+        digest.update(str(path).encode() + (source.folder / path).read_bytes())
+    for file in [*(shard.path for shard in source.weights.shards), source.folder / ROUTER_FILE]:
+        if file.exists():
+            digest.update(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""`evaluate`: exact match and fidelity, under budgets."""

@@ -1,0 +1,106 @@
+"""A checkpoint ready to answer, under a budget if it is routed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.source import Source, open_source
+from ..clean_room import load_processor
+from ..data.batches import Batch, by_size, check_prompt, make_batches
+from ..data.calibration import load_calibration
+from ..data.task import Task
+from ..errors import InputError
+from ..modeling.routed_route import Route
+from ..models.answers import AnsweredBatch
+from ..models.loading import compute_dtype, load_model, pick_device
+from ..recipe import DEFAULT_SAMPLES, RunOptions
+from ..routing.cost import Flops, few_prompts, flops_of
+from ..routing.folder import load_routed
+from ..routing.requests import BudgetRequest
+from ..routing.rules import block_influences, make_route
+
+
+@dataclass
+class Loaded:
+    """A checkpoint ready to answer, under a budget if it is routed."""
+
+    path: str
+    source: Source
+    model: Any
+    processor: Any
+    prompts: Sequence[Batch] = ()  # a few, to count what they cost
+    unrouted: Flops = field(default_factory=Flops)  # what they cost without a budget
+    influence: Tensor | None = None  # of layers, for the rule that needs it
+    seed: int = 0
+    ask: BudgetRequest | None = None
+
+    @property
+    def influence_key(self) -> list[float] | None:
+        """The influence of layers, as a fingerprint takes it."""
+        return None if self.influence is None else self.influence.tolist()
+
+    def route(self, batch: Batch) -> Route | None:
+        """The route of questions, None for the model as it is."""
+        if self.ask is None:
+            return None
+        return make_route(self.model, batch, self.ask.budget, self.ask.rule, seed=self.seed, influence=self.influence)
+
+    def answer_logits(self, one: AnsweredBatch, route: Route | None) -> Tensor:
+        """At the positions that predict answer tokens, [N, vocabulary]; `route` is that of the questions."""
+        with torch.inference_mode():
+            if route is None:
+                return self.model.get_output_embeddings()(self.answer_states(one))
+            last = one.predicts.shape[1] - route.keep.shape[1] + 1  # the prompt's last token and the answer
+            made = self.model(**one.batch.inputs, route=route, use_cache=False, logits_to_keep=last)
+            return made.logits[one.predicts[:, -last:]]
+
+    def flops_shares(self) -> tuple[float, float] | tuple[None, None]:
+        """FLOPs of prompts as shares of those of the unrouted model: all of it, its decoder."""
+        if self.ask is None:
+            return None, None
+        own = flops_of(self.model, self.prompts, self.ask, seed=self.seed, influence=self.influence)
+        return own.total / self.unrouted.total, own.decoder / self.unrouted.decoder
+
+    def answer_states(self, one: AnsweredBatch) -> Tensor:
+        """Last hidden states at the positions that predict answer tokens, [N, D]."""
+        with torch.inference_mode():
+            return self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]
+
+
+def load(
+    path: str,
+    options: RunOptions,
+    asks: Sequence[BudgetRequest | None] = (None,),
+    task: Task | None = None,
+    calibration: str | None = None,
+) -> Loaded:
+    """The stock model; the routed one if it is asked to run under a budget."""
+    device = pick_device(options.device)
+    source = open_source(path)
+    dtype = compute_dtype(options.dtype, source.config, device)
+    processor = load_processor(source.folder)
+    if task is not None:
+        check_prompt(task.samples, processor, source.config)
+    if not any(asks):
+        return Loaded(path, source, load_model(source, device, dtype, options.memory)[0], processor)
+    model = load_routed(source, device, dtype, options.memory)
+    loaded = Loaded(path, source, model, processor)
+    if task is not None:
+        loaded.prompts = few_prompts(task.samples, processor, model.config)
+        loaded.unrouted = flops_of(model, loaded.prompts, None)
+    if any(ask is not None and ask.rule.layers == "shortgpt" for ask in asks):
+        if calibration is None:
+            raise InputError("the rule 'shortgpt' measures layers on questions: give --calibration FILE.")
+        loaded.influence = influence_of(loaded, calibration, options.batch_size)
+    return loaded
+
+
+def influence_of(loaded: Loaded, calibration: str, batch_size: int) -> Tensor:
+    """Block influence of the layers, [L], on a few calibration questions."""
+    chosen = by_size(load_calibration(calibration, samples=DEFAULT_SAMPLES).samples)
+    return block_influences(loaded.model, make_batches(chosen, loaded.processor, loaded.model.config, batch_size))

@@ -1,0 +1,57 @@
+"""The table that `evaluate` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..cards.plots import percent_or_dash
+from ..cards.tables import table
+
+PAIRED = 5  # models in a call whose paired tests are all shown; of more, those with the first one
+
+
+def evaluation_table(done: Any) -> str:
+    """One row a model and budget: size, exact match, share kept, fidelity; then question types and paired tests."""
+    base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
+    routed = any(model.budget for model in done.models)
+    rows = []
+    for model in done.models:
+        low, high = model.interval
+        kept = f"{100 * model.accuracy / base.accuracy:.1f} %" if base and base.accuracy else ""
+        rows.append(
+            (
+                model.label,
+                f"{model.parameters:,}",
+                f"{model.bytes:,}",
+                f"{100 * model.accuracy:.1f} %",
+                f"{100 * low:.1f}-{100 * high:.1f}",
+                kept,
+                "" if model.kl is None else f"{model.kl:.4f}",
+                "" if model.agreement is None else f"{100 * model.agreement:.1f} %",
+                f"{model.seconds:.0f}",
+                *[percent_or_dash(model.flops_share), percent_or_dash(model.decoder_flops_share)] * routed,
+            )
+        )
+    header = ["model", "parameters", "bytes", "exact match", "95 % CI", "kept", "KL", "agreement", "seconds"]
+    header += ["prefill FLOPs", "decoder FLOPs"] * routed
+    text = table(header, rows)
+    types = list(done.models[0].by_type)
+    if len(types) > 1:
+        by_type = [
+            (name, done.models[0].by_type[name].n, *(f"{100 * m.by_type[name].accuracy:.1f}" for m in done.models))
+            for name in types
+        ]
+        text += "\n\n" + table(("type", "n", *(Path(m.label).name for m in done.models)), by_type)
+    shown = done.pairs if len(done.models) <= PAIRED else [p for p in done.pairs if p.first == done.models[0].label]
+    for pair in shown:
+        text += (
+            f"\n{Path(pair.first).name} vs {Path(pair.second).name}: {pair.only_first} questions right only in the "
+            f"first, {pair.only_second} only in the second, p = {pair.p_value:.2g} (McNemar, exact)"
+        )
+    if len(shown) < len(done.pairs):
+        text += f"\nAll {len(done.pairs)} paired tests are in what --json writes."
+    for model in done.models:
+        if model.no_kl_because:
+            text += f"\n{model.path}: no KL, {model.no_kl_because}"
+    return text

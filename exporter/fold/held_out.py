@@ -1,0 +1,45 @@
+"""Variants of one model, judged by questions about pictures that nothing was fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.batches import Batch
+from ..models.divergence import Divergence
+from ..models.questions import Questions
+from ..models.variants import Variant, judge
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The two sides of a run's questions: what folds are fitted on, and what judges them."""
+
+    model: Any
+    questions: Questions
+
+    @property
+    def too_few(self) -> str:
+        """A sentence where there are too few pictures to hold some out; else empty."""
+        return self.questions.split.too_few
+
+    def fit(self, what: str, number: int | None = None) -> Iterable[Batch]:
+        """Prompts and answers to fit on: the first `number` that are drawn, all if none is given."""
+        return self.questions.batches(what, part="fit", number=number)
+
+    def judge(self, variants: Sequence[Variant], number: int | None = None) -> list[Divergence]:
+        """How far each variant departs from the original on the first `number` held-out questions."""
+        asked = self.questions.answered("judge on held-out questions", "held_out", number)
+        agreements = judge(self.model, variants, asked)
+        pictures = tuple(self.questions.split.pictures[i] for i in self.questions.indices("held_out", number))
+        return [
+            Divergence(
+                tuple(one.kl_of),
+                tuple(one.tokens_of),
+                pictures,
+                tuple(one.follows),
+                one.state_error / max(1, one.states),
+            )
+            for one in agreements
+        ]

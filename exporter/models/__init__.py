@@ -1,0 +1,1 @@
+"""A loaded model, opened up: layers run one by one, watched, and its answers."""

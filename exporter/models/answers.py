@@ -1,0 +1,148 @@
+"""How far a changed model departs from the original, on answers that the original gives itself.
+
+No labels are needed: the original answers every calibration question greedily, and a variant is judged by the
+likelihood that it gives to those tokens, all of them, since first tokens hide damage.
+
+Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a whole batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..clean_room import extend, greedy_answers
+from ..data.batches import Batch
+from .loading import text_decoder
+from .replay import Trace, last_output, last_outputs, logits, trace, walk
+
+ANSWER_TOKENS = 128  # that an answer may take: whole ones matter, since damage shows late in long ones
+
+
+@dataclass(frozen=True)
+class AnsweredBatch:
+    """A batch with answers appended, and which positions predict an answer token."""
+
+    batch: Batch
+    predicts: Tensor  # [B, S + A] True where the next token is an answer's
+    targets: Tensor  # [N] the answer tokens, row by row
+
+
+def answered(model: Any, batch: Batch, max_new_tokens: int = ANSWER_TOKENS) -> AnsweredBatch:
+    """Let the model answer, and append what it says, up to and with its end token."""
+    batch = batch.to(model.device)
+    return with_answers(model, batch, greedy_answers(model, batch.inputs, max_new_tokens))
+
+
+def with_answers(model: Any, batch: Batch, answers: Tensor, real: Tensor | None = None) -> AnsweredBatch:
+    """Append given answer tokens [B, A]; whatever follows an end token, or is not `real` [B, A], is padding."""
+    if real is None:
+        ends = torch.tensor(sorted(end_ids(model)), dtype=answers.dtype, device=answers.device)
+        is_end = torch.isin(answers, ends)
+        ended = is_end.cumsum(1) - is_end.long() > 0  # [B, A] strictly after the first end token
+    else:
+        ended = ~real
+    inputs = extend(batch.inputs, answers, ~ended, model.config.model_type)
+    nothing = torch.zeros_like(ended)
+    is_answer = torch.cat([torch.zeros_like(batch.is_visual), ~ended], 1)
+    is_visual, is_text = torch.cat([batch.is_visual, nothing], 1), torch.cat([batch.is_text, ~ended], 1)
+    extended = Batch(inputs, is_visual, is_text, batch.samples, is_answer)
+    predicts = torch.cat([torch.zeros_like(batch.is_visual[:, 1:]), ~ended, nothing[:, :1]], 1)
+    return AnsweredBatch(extended, predicts, answers[~ended])
+
+
+def end_ids(model: Any) -> set[int]:
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+
+
+@dataclass(frozen=True)
+class AnswerDivergence:
+    """KL(original || without some decoder layers) per token of the original's answers: a localizer's SetLoss.
+
+    It uses the whole distribution, where the likelihood knows only of the one token that was said.
+    """
+
+    model: Any
+    batches: Sequence[AnsweredBatch]
+    outputs: Sequence[Tensor]  # [N, D] the original's last layer's output where an answer token is predicted
+
+    @classmethod
+    def of(cls, model: Any, batches: Sequence[AnsweredBatch]) -> AnswerDivergence:
+        layers, outputs = text_decoder(model).layers, []
+        for one in batches:
+            given = trace(model, one.batch)
+            outputs.append(last_output(walk(layers, given), given.entry)[one.predicts])
+        return cls(model, batches, outputs)
+
+    @property
+    def num_layers(self) -> int:
+        return len(text_decoder(self.model).layers)
+
+    def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
+        """The divergence without each of the sets of layers, from one walk for all of them."""
+        layers = text_decoder(self.model).layers
+        totals = [0.0] * len(sets)
+        for one, original in zip(self.batches, self.outputs, strict=True):
+            for number, output in last_outputs(layers, trace(self.model, one.batch), sets):
+                totals[number] += self._kl(one, original, output)
+        return [total / self._tokens for total in totals]
+
+    @property
+    def _tokens(self) -> int:
+        return sum(len(one.targets) for one in self.batches)
+
+    def _kl(self, one: AnsweredBatch, original: Tensor, output: Tensor) -> float:
+        log_p = logits(self.model, original).float().log_softmax(-1)  # [N, vocabulary]
+        log_q = logits(self.model, output[one.predicts]).float().log_softmax(-1)
+        return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+@dataclass(frozen=True)
+class StateError:
+    """Relative squared error of the states that the head reads, over all tokens: a SetLoss for few questions.
+
+    Every token tells something of a set of layers, where the divergence hangs on the few answers that go wrong: a dozen
+    questions rank sets by it as steadily as hundreds do by the divergence, and by what folds can make up for.
+    """
+
+    model: Any
+    batches: Sequence[tuple[Trace, Tensor, Tensor]]  # per batch: what layers get, counted tokens [B, S], states [N, D]
+
+    @classmethod
+    def of(cls, model: Any, batches: Iterable[Batch]) -> StateError:
+        decoder, kept = text_decoder(model), []
+        for batch in batches:
+            given = trace(model, batch.to(model.device))
+            counted = (batch.is_visual | batch.is_text).to(model.device)
+            with torch.inference_mode():
+                kept.append(
+                    (given, counted, decoder.norm(last_output(walk(decoder.layers, given), given.entry)[counted]))
+                )
+        return cls(model, kept)
+
+    @property
+    def num_layers(self) -> int:
+        return len(text_decoder(self.model).layers)
+
+    def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
+        """The mean error without each of the sets of layers, from one walk for all of them."""
+        decoder = text_decoder(self.model)
+        totals, number = [0.0] * len(sets), 0
+        for given, counted, states in self.batches:
+            original = states.float()
+            number += len(original)
+            sizes = original.square().sum(-1)
+            for which, output in last_outputs(decoder.layers, given, sets):
+                with torch.inference_mode():
+                    changed = decoder.norm(output[counted]).float()
+                    totals[which] += float(((changed - original).square().sum(-1) / sizes).sum())
+        return [total / max(1, number) for total in totals]
+
+
+def answer_all(model: Any, batches: Iterable[Batch], max_new_tokens: int = ANSWER_TOKENS) -> list[AnsweredBatch]:
+    return [answered(model, batch, max_new_tokens) for batch in batches]

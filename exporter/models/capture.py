@@ -1,0 +1,222 @@
+"""What a forward pass over the calibration data is asked to remember: sums and per-token numbers, no activations.
+
+Everything is streamed: at any time there are the activations of the layer that runs and [B, S] numbers for each layer
+of the current batch.
+
+Shapes: B samples, S tokens, L layers, D hidden size, I intermediate size, H heads, d head size, Q queries of a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batch
+from ..errors import InputError
+from .loading import text_decoder
+from .replay import trace, walk
+
+BLOCK_BYTES = 32 << 20  # of attention probabilities that may exist at a time
+IMPLEMENTATION = "lvlm_exporter_blockwise"
+
+
+@dataclass(frozen=True)
+class AttentionMeans:
+    """Head-mean causal attention A [S, S] of one layer, reduced to four block means per token: [B, S] each.
+
+    METHODS section 1 (Short-LVLM, Token Importance Scores). Division by constant counts (|V|, |T|) is left in, so that
+    the two terms of a visual token's score weigh alike whatever the lengths.
+    """
+
+    visual_from_visual: Tensor  # mean over visual queries i of A[i, j]
+    visual_from_text: Tensor  # mean over text queries i of A[i, j]
+    text_to_visual: Tensor  # mean over visual keys j of A[i, j]
+    text_to_text: Tensor  # mean over earlier text keys j of A[i, j]: along the row
+    text_from_text: Tensor  # mean over text queries i' of A[i', i]: along the column
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """Per-token numbers of one batch, for every layer."""
+
+    cosine: Tensor  # [L, B, S] between a layer's input and output
+    visual_scores: Tensor | None  # [L, B, S] importance among the visual tokens, 0 elsewhere
+    text_scores: dict[str, Tensor] | None  # the same among text tokens, by way of averaging: 'rows', 'columns'
+    last_states: Tensor  # [L + 1, B, D] at the last token: input of layer 0, outputs of all layers
+    is_visual: Tensor  # [B, S]
+    is_text: Tensor  # [B, S]
+
+
+@contextlib.contextmanager
+def on_module(module: Any, seen: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `seen(input, output)` after each call of a module with one tensor argument."""
+    handle = module.register_forward_hook(lambda _, args, output: seen(args[0], output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# --- attention, block by block ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def attention_means(model: Any) -> Iterator[AttentionReducer]:
+    """Make the decoder's attention reduce its probabilities as it goes; the model's outputs stay what they were.
+
+    Uses transformers' AttentionInterface, so that it works for every family: the function gets query, key and value
+    after rotary embedding and normalisation, and replaces the kernel rather than running beside it.
+    """
+    reducer = AttentionReducer()
+    with attention_replaced(model, IMPLEMENTATION, reducer):
+        yield reducer
+
+
+@contextlib.contextmanager
+def attention_replaced(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """The decoder's attention goes through `function`, with masks as sdpa takes them; `name` is transformers' key."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    decoder = text_decoder(model)
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
+class AttentionReducer:
+    """Exact attention over blocks of queries, of which only AttentionMeans are kept: O(S) per layer."""
+
+    def __init__(self) -> None:
+        self.is_visual: Tensor | None = None  # [B, S], set for every batch
+        self.is_text: Tensor | None = None
+        self.means: AttentionMeans | None = None  # of the layer that ran last
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        assert self.is_visual is not None and self.is_text is not None
+        visual, text = (kind.to(query.device, torch.float32) for kind in (self.is_visual, self.is_text))  # [B, S]
+        batch, heads, length, size = query.shape
+        scaling = scaling if scaling is not None else size**-0.5
+        groups = heads // key.shape[1]
+        keys = key.repeat_interleave(groups, 1).transpose(-1, -2) if groups > 1 else key.transpose(-1, -2)
+        values = value.repeat_interleave(groups, 1) if groups > 1 else value
+        received = query.new_zeros(batch, 2, length, dtype=torch.float32)  # by each key from visual, from text queries
+        given = query.new_zeros(batch, length, 2, dtype=torch.float32)  # by each query to visual, to text keys
+        output = torch.empty(batch, length, heads, values.shape[-1], dtype=query.dtype, device=query.device)
+        kinds = torch.stack([visual, text], dim=1)  # [B, 2, S]
+        rows = max(1, BLOCK_BYTES // (batch * heads * length * 4))
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            seen = stop if attention_mask is None else length  # keys that a plain causal block can attend to
+            scores = torch.matmul(query[:, :, start:stop] * scaling, keys[..., :seen])  # [B, H, Q, S]
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            scores = _masked(scores, attention_mask, start, stop, seen)
+            probabilities = scores.softmax(-1, dtype=torch.float32)
+            mean = probabilities.mean(1)  # [B, Q, S]
+            received[:, :, :seen] += kinds[:, :, start:stop] @ mean
+            given[:, start:stop] = mean @ kinds[:, :, :seen].transpose(1, 2)
+            block = torch.matmul(probabilities.to(values.dtype), values[:, :, :seen])
+            output[:, start:stop] = block.transpose(1, 2)
+        self.means = _normalised(received, given, visual, text)
+        return output, None
+
+    def take(self) -> AttentionMeans:
+        assert self.means is not None, "a decoder layer whose attention does not go through transformers' interface"
+        means, self.means = self.means, None
+        return means
+
+
+def _masked(scores: Tensor, mask: Tensor | None, start: int, stop: int, seen: int) -> Tensor:
+    if mask is None:  # transformers leaves out a mask that is merely causal
+        future = torch.ones(stop - start, seen, dtype=torch.bool, device=scores.device).triu(start + 1)
+        return scores.masked_fill(future, -math.inf)
+    part = mask[:, :, start:stop, :seen]
+    floor = torch.finfo(scores.dtype).min  # not -inf: a padded query sees nothing at all
+    return scores.masked_fill(~part, floor) if part.dtype == torch.bool else scores + part
+
+
+def _normalised(received: Tensor, given: Tensor, visual: Tensor, text: Tensor) -> AttentionMeans:
+    visual_count = visual.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    text_count = text.sum(1, keepdim=True).clamp(min=1)
+    earlier_text = text.cumsum(1).clamp(min=1)  # [B, S] causal rows have unequal lengths
+    return AttentionMeans(
+        visual_from_visual=received[:, 0] / visual_count,
+        visual_from_text=received[:, 1] / text_count,
+        text_to_visual=given[..., 0] / visual_count,
+        text_to_text=given[..., 1] / earlier_text,
+        text_from_text=received[:, 1] / text_count,
+    )
+
+
+# --- one pass over the data -------------------------------------------------------------------------------------------
+
+
+def layer_statistics(model: Any, batches: Iterable[Batch], *, attention: bool = True) -> Iterator[BatchStatistics]:
+    """One forward pass per batch: everything that the one-pass localizers need.
+
+    Args:
+        attention: also the importance scores of tokens (only `tis` needs them).
+    """
+    with attention_means(model) if attention else contextlib.nullcontext() as reducer:
+        for batch in batches:
+            yield _batch_statistics(model, batch.to(model.device), reducer)
+
+
+def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None) -> BatchStatistics:
+    layers = text_decoder(model).layers
+    visual, text = batch.is_visual, batch.is_text
+    if reducer is not None:
+        reducer.is_visual, reducer.is_text = visual, text
+    given = trace(model, batch)
+    last_states = [given.entry[:, -1].float()]
+    cosines, visual_scores, text_rows, text_columns = [], [], [], []
+    for layer_idx, before, after in walk(layers, given):
+        cosines.append(_cosine(before, after, visual | text, layer_idx))
+        last_states.append(after[:, -1].float())
+        if reducer is not None:
+            means = reducer.take()
+            visual_scores.append((means.visual_from_visual + means.visual_from_text) * visual / 2)
+            text_rows.append((means.text_to_visual + means.text_to_text) * text / 2)
+            text_columns.append((means.text_to_visual + means.text_from_text) * text / 2)
+    return BatchStatistics(
+        cosine=torch.stack(cosines).cpu(),
+        visual_scores=torch.stack(visual_scores).cpu() if visual_scores else None,
+        text_scores={"rows": torch.stack(text_rows).cpu(), "columns": torch.stack(text_columns).cpu()}
+        if text_rows
+        else None,
+        last_states=torch.stack(last_states).cpu(),
+        is_visual=visual.cpu(),
+        is_text=text.cpu(),
+    )
+
+
+def _cosine(before: Tensor, after: Tensor, counted: Tensor, layer_idx: int) -> Tensor:
+    cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, S]
+    if not cosine[counted].isfinite().all():
+        raise InputError(
+            f"decoder layer {layer_idx} puts out NaN or infinite values: the weights are damaged, or the dtype "
+            "overflows (try --dtype float32)."
+        )
+    return cosine

@@ -1,0 +1,142 @@
+"""Calibration questions with the answers that the model itself gives to them, as localizers and folds read them.
+
+Prompts alone hold no answer token, and what a smaller model loses shows where it answers: everything is measured on
+prompt and answer. The model answers each question once, whole, greedily; the tokens are kept, the batches are made anew
+for every pass over them. No labels are needed.
+
+Shapes: B samples, S tokens, A answer tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..data.batches import Batch, make_batch
+from ..data.pictures import Split, split_by_picture
+from ..data.samples import Sample
+from .answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
+
+PORTIONS = {  # of the questions, and how many at least: together they cost under four forward passes over all of them
+    "held_out": (1 / 5, 16),  # that nothing is fitted on
+    "fit": (9 / 16, 64),  # that folds are fitted on
+    "rank": (1 / 32, 12),  # that rankings of layers are read from
+    "sets": (1 / 32, 12),  # that sets of layers are judged by without a fold
+    "fold_sets": (1 / 16, 24),  # that sets of layers are folded on
+    "judge_sets": (1 / 16, 24),  # held-out ones that all folded sets, or all folds, are judged by
+    "judge_few_sets": (1 / 8, 32),  # held-out ones that the best few folded sets are judged by
+}
+Part = Literal["all", "fit", "held_out"]
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+def portion(name: str, questions: int) -> int:
+    """How many of so many questions a step reads."""
+    share, least = PORTIONS[name]
+    if name == "held_out":  # of a few, a quarter
+        return max(round(share * questions), min(least, questions // 4))
+    return min(questions, max(round(share * questions), least))
+
+
+@dataclass
+class Questions:
+    """A model's calibration questions and its answers to them."""
+
+    model: Any
+    processor: Any
+    samples: tuple[Sample, ...]
+    batch_size: int
+    seed: int
+    progress: Progress
+    answer_tokens: int = ANSWER_TOKENS
+    answers: dict[int, Tensor] = field(default_factory=dict)  # [A] by index, up to and with the end token
+    tokens: dict[str, int] = field(default_factory=dict)  # visual and text, of the pass that read most
+
+    @functools.cached_property
+    def split(self) -> Split:
+        return split_by_picture(self.samples, portion("held_out", len(self.samples)), self.seed)
+
+    def portion(self, name: str) -> int:
+        """How many questions a step reads."""
+        return portion(name, len(self.samples))
+
+    @functools.cached_property
+    def _half(self) -> dict[int, bool]:
+        """Whose pictures have an odd number, by the sample's identity."""
+        return {id(sample): picture % 2 == 1 for sample, picture in zip(self.samples, self.split.pictures, strict=True)}
+
+    def half_of(self, sample: Sample) -> bool:
+        """Which half of the pictures a question belongs to, for cross-validation."""
+        return self._half[id(sample)]
+
+    def indices(self, part: Part = "all", number: int | None = None) -> list[int]:
+        """The first `number` questions that are drawn of a part, ordered by size: batches hold little padding."""
+        drawn = {"all": self.split.drawn, "fit": self.split.fit, "held_out": self.split.held_out}[part]
+        if part == "fit":
+            number = self.portion("fit") if number is None else number
+        return sorted(drawn[:number], key=lambda index: (self.samples[index].pixels, index))
+
+    def batches(self, what: str, share: float = 1.0, part: Part = "all", number: int | None = None) -> Iterator[Batch]:
+        """Prompt and answer of a part of the questions, the same in the same order every time.
+
+        Args:
+            what: is done with them, for the progress bar.
+            share: of the part, one question at least; or
+            number: of its questions.
+        """
+        if number is None and share < 1:
+            number = max(1, round(share * len(self.indices(part))))
+        answered = self.answered(what, part, number)
+        return (one.batch for one in answered)
+
+    def answered(self, what: str, part: Part = "all", number: int | None = None) -> Iterator[AnsweredBatch]:
+        """The same, with what divergence needs to know of the answers.
+
+        The model answers when this is called, not when the first batch is taken: what reads batches may have changed it
+        by then.
+        """
+        chosen = self.indices(part, number)
+        self.answer(self.indices(part, max(len(chosen), self.portion("fit")) if part == "fit" else None))
+        return self._answered(what, chosen)
+
+    def _answered(self, what: str, chosen: list[int]) -> Iterator[AnsweredBatch]:
+        starts = range(0, len(chosen), self.batch_size)
+        visual = text = 0
+        for start in self.progress(starts, what, len(starts)):
+            one = self._with_answers(chosen[start : start + self.batch_size])
+            visual, text = visual + int(one.batch.is_visual.sum()), text + int(one.batch.is_text.sum())
+            yield one
+        if visual + text > sum(self.tokens.values()):
+            self.tokens.update(visual=visual, text=text)
+
+    def answer(self, indices: Sequence[int]) -> None:
+        """Let the model answer those of the questions that it has not: like ones together, with answers as long."""
+        order = sorted((index for index in indices if index not in self.answers), key=self._kind)
+        starts = range(0, len(order), self.batch_size)
+        for start in self.progress(starts, "answer questions", len(starts)):
+            some = order[start : start + self.batch_size]
+            one = answered(self.model, self._batch(some), self.answer_tokens)
+            lengths = one.predicts.sum(1).tolist()
+            for index, tokens in zip(some, one.targets.split(lengths), strict=True):
+                self.answers[index] = tokens.cpu()
+
+    def _kind(self, index: int) -> tuple[str, int, int]:
+        sample = self.samples[index]
+        return json.dumps(sample.messages, sort_keys=True), sample.pixels, index
+
+    def _with_answers(self, indices: list[int]) -> AnsweredBatch:
+        answers = [self.answers[index] for index in indices]
+        lengths = torch.tensor([len(tokens) for tokens in answers])
+        tokens = pad_sequence(answers, batch_first=True).to(self.model.device)  # [B, A]
+        real = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.model.device)
+        return with_answers(self.model, self._batch(indices).to(self.model.device), tokens, real)
+
+    def _batch(self, indices: list[int]) -> Batch:
+        return make_batch([self.samples[index] for index in indices], self.processor, self.model.config)

@@ -1,0 +1,145 @@
+"""Many variants of one model judged on the same answers, sharing all that they share.
+
+A variant leaves out layers and replaces a few tensors. Image features, embeddings and the layers before its first
+change are computed once a batch for all variants; no copy of the model is made.
+
+Shapes: B samples, S tokens, N answer tokens of a batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch
+from ..plan import Folded, PruningPlan
+from .answers import AnsweredBatch
+from .loading import text_decoder
+from .replay import Trace, last_output, logits, replaced, trace, walk
+
+
+@dataclass(frozen=True)
+class Variant:
+    plan: PruningPlan
+    folded: Folded = field(default_factory=dict)
+
+    @property
+    def first_change(self) -> int:
+        """The first layer that the variant does not share with the original."""
+        return min([*self.plan.drop, *(layer for layer, _ in self.folded)], default=self.plan.num_layers)
+
+
+@dataclass
+class AnswerAgreement:
+    """How one variant does on answers given to it: sums over answer tokens, and per sample."""
+
+    nll: float = 0.0  # of the answers
+    kl: float = 0.0  # KL(original || variant) at the answers' tokens
+    same: int = 0  # answer tokens that the variant ranks first
+    tokens: int = 0
+    follows: list[bool] = field(default_factory=list)  # per sample: it would say the very same answer
+    kl_of: list[float] = field(default_factory=list)  # per sample: KL summed over its answer
+    tokens_of: list[int] = field(default_factory=list)  # per sample
+    state_error: float = 0.0  # relative squared error of the states that the head reads, summed over all tokens
+    states: int = 0  # that it is summed over
+
+
+@contextlib.contextmanager
+def assembled(model: Any, variant: Variant) -> Iterator[None]:
+    """The loaded model as the variant's checkpoint would be: for `generate`, which wants a cache without gaps."""
+    decoder, config = text_decoder(model), model.config.get_text_config()
+    indexed = [module for layer in decoder.layers for module in layer.modules() if hasattr(module, "layer_idx")]
+    before = (decoder.layers, config.num_hidden_layers, getattr(config, "layer_types", None))
+    indices = [module.layer_idx for module in indexed]
+    keep = variant.plan.keep
+    try:
+        with replaced(model, variant.folded):
+            decoder.layers = nn.ModuleList(decoder.layers[layer] for layer in keep)
+            config.num_hidden_layers = len(keep)
+            if before[2]:
+                config.layer_types = [before[2][layer] for layer in keep]
+            for module in indexed:  # the cache is indexed by it
+                module.layer_idx = variant.plan.new_index.get(module.layer_idx, module.layer_idx)
+            yield
+    finally:
+        decoder.layers, config.num_hidden_layers = before[:2]
+        if before[2]:
+            config.layer_types = before[2]
+        for module, index in zip(indexed, indices, strict=True):
+            module.layer_idx = index
+
+
+def judge(
+    model: Any,
+    variants: Sequence[Variant],
+    batches: Iterable[AnsweredBatch],
+    done: Callable[[int], object] = lambda number: None,
+) -> list[AnswerAgreement]:
+    """Run every variant over the same answered questions.
+
+    Args:
+        batches: with the answers appended, the original's own or the right ones.
+        done: called with the number of variants after each batch of each.
+    """
+    results = [AnswerAgreement() for _ in variants]
+    for one in batches:
+        given = trace(model, one.batch)
+        states, output = _original(model, given, {variant.first_change for variant in variants})
+        log_p = logits(model, output[one.predicts]).float().log_softmax(-1)  # [N, vocabulary]
+        for variant, result in zip(variants, results, strict=True):
+            changed = _run(model, variant, given, states)
+            _add(result, one, log_p, log_p if changed is None else logits(model, changed[one.predicts]).float())
+            result.states += int((one.batch.is_visual | one.batch.is_text).sum())
+            if changed is not None:
+                result.state_error += state_error(model, one.batch, output, changed)
+            done(1)
+    return results
+
+
+def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> float:
+    """Relative squared error of what the head reads, summed over visual and text tokens; outputs are [B, S, D]."""
+    counted = (batch.is_visual | batch.is_text).to(original.device)
+    with torch.inference_mode():
+        before, after = (text_decoder(model).norm(output[counted]).float() for output in (original, changed))  # [N, D]
+        return float(((after - before).square().sum(-1) / before.square().sum(-1)).sum())
+
+
+def _original(model: Any, given: Trace, starts: set[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """The unchanged model's states at the layers where variants begin to differ, and its last output."""
+    states: dict[int, Tensor] = {}
+    last = given.entry
+    for layer_idx, before, output in walk(text_decoder(model).layers, given):
+        if layer_idx in starts:
+            states[layer_idx] = before
+        last = output
+    return states, last
+
+
+def _run(model: Any, variant: Variant, given: Trace, states: dict[int, Tensor]) -> Tensor | None:
+    """The variant's last output [B, S, D]; None where nothing is changed."""
+    start = variant.first_change
+    if start == variant.plan.num_layers:
+        return None
+    with replaced(model, variant.folded):
+        layers = text_decoder(model).layers
+        steps = walk(layers, given, start=start, state=states[start], leave_out=set(variant.plan.drop))
+        return last_output(steps, states[start])
+
+
+def _add(result: AnswerAgreement, one: AnsweredBatch, log_p: Tensor, own: Tensor) -> None:
+    log_q = own.log_softmax(-1)
+    result.nll -= float(log_q.gather(1, one.targets[:, None]).sum())
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [N]
+    result.kl += float(kl.sum())
+    right = log_q.argmax(-1) == one.targets
+    result.same += int(right.sum())
+    result.tokens += len(right)
+    lengths = one.predicts.sum(1).tolist()
+    result.follows += [bool(part.all()) for part in right.split(lengths)]
+    result.kl_of += [float(part.double().sum()) for part in kl.split(lengths)]
+    result.tokens_of += lengths

@@ -1,0 +1,1 @@
+"""Modules that trace, and what is done with their graphs."""

@@ -1,0 +1,33 @@
+"""Opens a folder of graphs as the model that it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .folder import check_provider, located, read_manifest
+from .model import OnnxModel
+from .prepare import InputError
+
+
+def load(folder: Path | str, device: str | None = None, threads: int | None = None) -> OnnxModel:
+    """Open a folder that `lvlm-exporter onnx` wrote, or such a repository of the hub.
+
+    Args:
+        folder: its path, or USER/NAME.
+        device: 'cpu' or 'cuda'; it must be the one that the folder was exported for, and is if left out.
+        threads: of one operator; ONNX Runtime's choice if left out.
+    """
+    folder = located(folder)
+    manifest = read_manifest(folder)
+    device = device or manifest["device"]
+    if device != manifest["device"]:
+        raise InputError(
+            f"{folder} was exported for {manifest['device']}: its operators are fused for that. Export again with "
+            f"--device {device}."
+        )
+    check_provider(device)
+    if "router" in manifest:
+        from .routed import RoutedOnnxModel
+
+        return RoutedOnnxModel(folder, manifest, device, threads)
+    return OnnxModel(folder, manifest, device, threads)

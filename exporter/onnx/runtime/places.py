@@ -1,0 +1,107 @@
+"""Patch coordinates of visual tokens: which image, row and column each one shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .prepare import Array, best_grid, images_of, shrunk, unpadded
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """How consecutive visual tokens lie in an image: tiles of rows and columns one after the other."""
+
+    height: int
+    width: int
+    top: float = 0.0  # where it begins in its image, and how much of it it covers, from 0 to 1
+    share: float = 1.0
+    first_of_image: bool = True
+    finer: tuple[int, int] | None = None  # a grid over the same image that follows, its line ends not counted
+
+    @property
+    def length(self) -> int:
+        rows, columns = self.finer or (0, 0)
+        return self.height * self.width + rows * (columns + 1)
+
+    def coordinates(self, length: int) -> Array:
+        """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
+        rows = (np.arange(self.height) + 0.5) / self.height * self.share + self.top
+        columns = (np.arange(self.width) + 0.5) / self.width
+        grid = product(rows, columns)
+        if self.finer is not None:
+            rows = (np.arange(self.finer[0]) + 0.5) / self.finer[0]
+            columns = np.append((np.arange(self.finer[1]) + 0.5) / max(1, self.finer[1]), 1.0)
+            return np.concatenate([grid, product(rows, columns)])
+        tiles = length // len(grid)
+        spare = length - tiles * len(grid)
+        rest = (np.arange(spare) + 0.5) / max(1, spare)
+        return np.concatenate([np.tile(grid, (tiles, 1)), np.stack([rest, np.full(spare, 0.5)], 1)])
+
+
+def product(rows: Array, columns: Array) -> Array:
+    """All pairs, line by line: [R], [C] -> [R * C, 2]"""
+    return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+
+
+def places(manifest: Mapping[str, Any], rows: list[Array], given: Mapping[str, Any]) -> list[Array]:
+    """For each row, image number, row and column of each visual token, [S, 3]; zero at text. As at training."""
+    spans = [(row, *span) for row, visual in enumerate(rows) for span in spans_of(visual)]
+    shapes = run_shapes(manifest, [end - start for _, start, end in spans], given)
+    out = [np.zeros((len(row), 3)) for row in rows]
+    number, previous = -1, None
+    for (row, start, end), shape in zip(spans, shapes, strict=True):
+        if shape.first_of_image:
+            number = 0 if row != previous else number + 1
+            previous = row
+        out[row][start:end, 0] = number
+        out[row][start:end, 1:] = shape.coordinates(end - start)
+    return out
+
+
+def spans_of(visual: Array) -> list[tuple[int, int]]:
+    """Start and end of each run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], visual.astype(np.int8), [0]]))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def run_shapes(manifest: Mapping[str, Any], lengths: list[int], given: Mapping[str, Any]) -> list[ImageShape]:
+    """The shape of each run, by what the inputs say of the images, and by the run's length where they say nothing."""
+    vision, known = manifest["vision"], []
+    if vision["kind"] == "patches" and given.get("image_grid_thw") is not None:
+        grids = np.asarray(given["image_grid_thw"]).tolist()
+        known = [ImageShape(height // vision["merge"], width // vision["merge"]) for _, height, width in grids]
+    elif vision["kind"] == "sized" and given.get("image_sizes") is not None:
+        for height, width in np.asarray(given["image_sizes"]).tolist():  # a run is one row, then comes [IMG_BREAK]
+            count = int(height) // vision["side"]
+            known += [
+                ImageShape(1, int(width) // vision["side"], row / count, 1 / count, row == 0) for row in range(count)
+            ]
+    elif vision["kind"] == "anyres" and given.get("image_sizes") is not None:
+        known = [any_resolution(vision, *image) for image in images_of(given)]
+    if [shape.length for shape in known] == lengths:
+        return known
+    return [guessed(manifest["router"]["tile_lengths"], length) for length in lengths]
+
+
+def any_resolution(vision: Mapping[str, Any], size: list[int], in_tiles: bool) -> ImageShape:
+    """The whole image in one tile, then a finer grid of it whose lines each end with a token of their own."""
+    side = vision["grid"]
+    if not in_tiles:
+        return ImageShape(side, side, finer=(1, 0))
+    rows, columns = best_grid(size, vision)
+    index, _ = shrunk(unpadded(np.zeros((rows * side, columns * side)), size), side, vision["max_tiles"])
+    return ImageShape(side, side, finer=(index.shape[0], index.shape[1]))
+
+
+def guessed(tile_lengths: list[int], length: int) -> ImageShape:
+    """Square tiles of a size that the configuration speaks of, or one square; else one token a row."""
+    for tile in (*tile_lengths, length):
+        side = math.isqrt(tile)
+        if 1 < tile <= length and side * side == tile:
+            return ImageShape(side, side)
+    return ImageShape(length, 1)

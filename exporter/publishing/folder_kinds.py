@@ -1,0 +1,79 @@
+"""The two kinds of folder that this package writes, checkpoints and ONNX graphs, and what can be done with either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cards import model_card
+from ..checkpoints import verification
+from ..checkpoints.files import check_written
+from ..checkpoints.hub_access import WEIGHT_FILES, resolve
+from ..checkpoints.record import RECORD, read_record
+from ..checkpoints.verification import Verification
+from ..onnx import card as onnx_card
+from ..onnx import verification as onnx_verification
+from ..onnx.manifest import GRAPH_FILES, is_onnx, read_manifest
+from ..onnx.runtime.folder import MANIFEST
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder."""
+
+    record: str  # the file that its card is made from
+    weights: tuple[str, ...]  # globs of the files that a later push replaces
+    require: Callable[[Path, str, bool], object]  # folder, device, trust_remote_code; raises CheckFailed
+    hashes: Callable[[dict[str, Any]], dict[str, str]]  # of its record: SHA-256 of each file that makes it up
+    card: Callable[[Path, str | None], Path]
+
+
+CHECKPOINT = FolderKind(
+    RECORD, WEIGHT_FILES, verification.require, lambda record: record["measured"]["files"], model_card.card
+)
+GRAPHS = FolderKind(MANIFEST, GRAPH_FILES, onnx_verification.require, lambda record: record["sha256"], onnx_card.card)
+
+
+def kind_of(folder: Path) -> FolderKind:
+    """Return what kind of folder it is. Raises: InputError for one that is not ours, or has a damaged record."""
+    kind = GRAPHS if is_onnx(folder) else CHECKPOINT
+    recorded(folder, kind)
+    return kind
+
+
+def recorded(folder: Path, kind: FolderKind) -> dict[str, str]:
+    """Return the SHA-256 of each file that makes up a folder, by its record."""
+    return kind.hashes(read_manifest(folder) if kind is GRAPHS else read_record(folder))
+
+
+def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = False) -> Verification:
+    """Tell whether a folder is what was made.
+
+    Every file is the one whose SHA-256 its record holds, and none was added. A checkpoint is loaded then in a clean
+    process, with transformers alone: no key missing or unexpected, cached = uncached, the tokens recorded at export.
+    The graphs of an ONNX folder are those that were compared with torch, and its processor loads.
+
+    Args:
+        folder: on disk, or a name on the hub.
+        device: that a checkpoint runs on.
+        trust_remote_code: run Python of the folder even where it is none that this package shipped.
+    Raises: InputError where the folder is not one of ours or its record is damaged.
+    """
+    place, _ = resolve(str(folder), whole=True)
+    if is_onnx(place):
+        return onnx_verification.verify(place, trust_remote_code)
+    return verification.verify(place, device, trust_remote_code)
+
+
+def card(folder: Path | str, name: str | None = None) -> Path:
+    """Render a folder's README.md, and the pictures of a checkpoint, from what was recorded of it.
+
+    Args:
+        name: hub id under which it is or will be loaded; the folder's name where there is none.
+    Raises: InputError where the folder is not one of ours.
+    """
+    folder = Path(folder)
+    check_written(folder)
+    return (GRAPHS if is_onnx(folder) else CHECKPOINT).card(folder, name)

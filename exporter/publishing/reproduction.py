@@ -1,0 +1,92 @@
+"""Making a compressed checkpoint again from its record, and comparing it bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoints.files import file_hash
+from ..checkpoints.hub_access import resolve
+from ..checkpoints.record import read_record
+from ..checkpoints.source import open_source
+from ..checkpoints.staging import check_target
+from ..checkpoints.weight_files import open_weights
+from ..compression.job import load_for
+from ..errors import InputError
+from ..pipeline import compress
+from ..progress import silent
+from ..recipe import Recipe, RunOptions, recipe_from_data
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    folder: Path
+    identical: bool
+    differing: tuple[str, ...]  # files that differ; only weights where the record is of a version that hashed no others
+    largest_difference: float  # over all tensors, absolute
+
+
+def reproduce(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    model: str | Path | None = None,
+    calibration: str | Path | None = None,
+    progress: Callable[..., object] = silent,
+) -> Reproduction:
+    """Run a checkpoint's recipe again on the source it was made from.
+
+    Args:
+        model, calibration: where source and data lie now, if they have moved since.
+    Raises: InputError where the source or the data are not what they were.
+    """
+    folder, _ = resolve(str(folder))
+    record = read_record(folder)
+    check_target(Path(out))
+    recipe = recipe_from_data(record["recipe"])
+    if model is not None:
+        recipe = dataclasses.replace(recipe, model=str(model))
+    elif record["source"]["revision"]:
+        recipe = dataclasses.replace(recipe, revision=record["source"]["revision"])
+    if calibration is not None:
+        recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, data=str(calibration)))
+    _check_source(recipe.model, recipe.revision, record["source"]["files"])
+    _check_data(recipe, record["calibration"]["fingerprint"])
+    run = record["run"]
+    options = RunOptions(run["device"], run["dtype"], run["memory"], run["batch_size"])
+    made = compress(recipe, out, options, progress)  # type: ignore[arg-type]
+    fresh = read_record(made)["measured"]["files"]
+    before = {name: digest.lower() for name, digest in record["measured"]["files"].items()}
+    differing = tuple(name for name, digest in before.items() if fresh.get(name) != digest)
+    return Reproduction(made, not differing, differing, _largest_difference(folder, made) if differing else 0.0)
+
+
+def _check_source(name: str, revision: str | None, expected: dict[str, str]) -> None:
+    folder = open_source(name, revision).folder
+    changed = sorted(file for file, digest in expected.items() if _hash_of(folder / file) != digest.lower())
+    if changed:
+        raise InputError(
+            f"{name} is not the source that the checkpoint was made from: {', '.join(changed[:3])}"
+            f"{' and others' * (len(changed) > 3)} differ{'s' * (len(changed) == 1)}. Name the right one with --model."
+        )
+
+
+def _hash_of(path: Path) -> str | None:
+    return file_hash(path) if path.is_file() else None
+
+
+def _check_data(recipe: Recipe, expected: str) -> None:
+    if load_for(recipe).fingerprint != expected:
+        raise InputError(
+            f"{recipe.calibration.data} does not hold the questions and images that the checkpoint was made from. Name "
+            "the right file with --calibration."
+        )
+
+
+def _largest_difference(first: Path, second: Path) -> float:
+    one, other = open_weights(first), open_weights(second)
+    if one.entries.keys() != other.entries.keys():
+        return float("inf")
+    return max(float((one.read(name).double() - other.read(name).double()).abs().max()) for name in one.entries)

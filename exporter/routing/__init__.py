@@ -1,0 +1,1 @@
+"""Routed checkpoints: budgets, rules, and the steps of `route`."""

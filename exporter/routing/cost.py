@@ -1,0 +1,73 @@
+"""FLOPs of a prompt under a budget, counted."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data.batches import Batch, make_batch, spread
+from ..data.samples import Sample
+from ..models.loading import text_decoder
+from .requests import BudgetRequest
+from .rules import make_route
+
+COUNTED_SAMPLES = 8  # questions whose prompts are counted
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of prompts, by torch's counter: all of the model, and its decoder with the router alone."""
+
+    total: int = 0
+    decoder: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.total + other.total, self.decoder + other.decoder)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """torch's counter; attention is made of matrix products meanwhile, since not every kernel of it is counted."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def prefill_flops(model: Any, batch: Batch, **options: Any) -> Flops:
+    """One pass over prompts, keys and values cached; `options` as the model's forward takes them."""
+    with torch.inference_mode(), counted() as counter:
+        model(**batch.to(model.device).inputs, use_cache=True, logits_to_keep=1, **options)
+    decoder = text_decoder(model)
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    of_decoder = counter.get_flop_counts()[f"{type(model).__name__}.{name}"]
+    return Flops(counter.get_total_flops(), sum(of_decoder.values()))
+
+
+def few_prompts(samples: Sequence[Sample], processor: Any, config: Any, number: int = COUNTED_SAMPLES) -> list[Batch]:
+    """A few questions, evenly spread, one a batch, so that no padding is counted."""
+    chosen = itertools.islice(spread(samples, number / len(samples)), number)
+    return [make_batch([sample], processor, config) for sample in chosen]
+
+
+def flops_of(model: Any, prompts: Sequence[Batch], ask: BudgetRequest | None, **given: Any) -> Flops:
+    """Under a budget, or of the unrouted model (None). What it takes a rule to choose is not counted, the router is.
+
+    Args:
+        given: what `make_route` needs more.
+    """
+    total = Flops()
+    for batch in prompts:
+        if ask is None:
+            options: dict[str, Any] = {"preset": "off"}
+        elif ask.natural:
+            options = {name: value for name, value in vars(ask.budget).items() if value is not None}
+        else:
+            options = {"route": make_route(model, batch, ask.budget, ask.rule, **given)}
+        total += prefill_flops(model, batch, **options)
+    return total

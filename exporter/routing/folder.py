@@ -1,0 +1,254 @@
+"""Puts a router into a checkpoint: its weights, its settings, and the modeling file that runs the model with it.
+
+The folder stays what it was for everybody who does not trust remote code: config.json keeps its model_type, and the
+router's weights lie in a folder of their own, which neither transformers nor serving engines look into.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.source import Source
+from ..checkpoints.trust import warn_of_foreign_code
+from ..errors import InputError
+from ..modeling.released import is_released, sha256_of
+from ..models.loading import load_model
+from .settings import check_routable, default_settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+MODELING_FILES = (  # what travels with a routed checkpoint; config.json names the first, which imports the others
+    "modeling_routed.py",
+    "routed_api.py",
+    "routed_cache.py",
+    "routed_pass.py",
+    "routed_places.py",
+    "routed_request.py",
+    "routed_route.py",
+    "routed_router.py",
+)
+MODELING_FOLDER = Path(__file__).parent.parent / "modeling"
+RECORD = "compression.json"
+AUTO_CLASS = "AutoModelForImageTextToText"
+
+
+def has_router(model: Any) -> bool:
+    return getattr(model, "router", None) is not None
+
+
+def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | None = None) -> Any:
+    """The model of a folder, able to follow routes: with its router if it has one, else for routes by rule only.
+
+    It runs whole until it is given a budget. The class is this package's own: nothing in the folder is trusted to run.
+    """
+    if "router" not in source.raw_config:
+        return routable(load_model(source, device, dtype, memory)[0])
+    check_routable(source.config)
+    warn_of_foreign_code(source.folder, source.name)
+    try:
+        from ..modeling import modeling_routed
+        from ..modeling.modeling_routed import class_name
+
+        cls = getattr(modeling_routed, class_name(source.config.model_type))
+        model = load_model(source, device, dtype, memory, cls)[0]
+    except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source.name}: {error}") from error
+    model.set_budget("off")
+    return model
+
+
+def routable(model: Any, settings: Mapping[str, Any] | None = None) -> Any:
+    """A loaded stock model made able to follow routes, in place; it has no router, so that budgets alone won't do."""
+    from ..modeling.modeling_routed import routed
+    from ..modeling.routed_pass import make_routable
+    from ..modeling.routed_route import OFF, RouterSettings
+
+    check_routable(model.config)
+    model.config.router = dict(settings or default_settings(model.config)) | {"default": "off"}
+    stock: Any = type(model)
+    model.__class__ = routed(stock)
+    model.router_settings, model.budget = RouterSettings.of(model.config), OFF
+    try:
+        make_routable(model._text_model())
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return model
+
+
+def add_router(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write a router into a checkpoint folder: weights, modeling file, and the two entries of config.json, last."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    from ..modeling.modeling_routed import ROUTER_FILE, class_name
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_routable(config)
+    path = folder / ROUTER_FILE
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
+    for name in MODELING_FILES:
+        shutil.copyfile(MODELING_FOLDER / name, folder / name)
+    raw = json.loads((folder / "config.json").read_text())
+    module = MODELING_FILES[0].removesuffix(".py")
+    raw["auto_map"] = {**raw.get("auto_map", {}), AUTO_CLASS: f"{module}.{class_name(config.model_type)}"}
+    raw["router"] = dict(settings)
+    _replace_text(folder / "config.json", _as_json(raw))
+
+
+def set_default(folder: Path | str, preset: str) -> None:
+    """Set the preset of a routed folder that calls without a budget run under, for clients that pass none.
+
+    config.json is replaced in one step; where compression.json records its SHA-256, that follows.
+
+    Args:
+        folder: on disk.
+        preset: one of the router's presets, or "off".
+
+    Raises:
+        InputError: the folder has no router, the preset is not one of its, or config.json is not the recorded file.
+    """
+    folder = Path(folder)
+    raw = _read_json(folder, "config.json")
+    router = raw.get("router")
+    if not isinstance(router, dict) or not isinstance(router.get("presets"), dict):
+        raise InputError(f"{folder} has no router, so that it has no preset to run under.")
+    if preset not in {"off", *router["presets"]}:
+        names = ", ".join(["off", *router["presets"]])
+        raise InputError(f"preset {preset!r} is not known: {folder} has {names}.")
+    before = router.get("default", "off")
+    text = _as_json({**raw, "router": {**router, "default": preset}})
+    record = _read_json(folder, RECORD) if (folder / RECORD).exists() else {}
+    routed_record = record.get("router")
+    if isinstance(routed_record, dict):
+        if isinstance(reference := routed_record.get("reference"), dict):
+            reference.setdefault("preset", before)  # under which the recorded answer was given
+        if isinstance(settings := routed_record.get("settings"), dict):
+            settings["default"] = preset
+    _replace(folder, {"config.json": text.encode()}, record)
+    if "recipe" in record:
+        from ..cards.model_card import card
+
+        card(folder)  # it names the default
+
+
+def update_modeling_files(folder: Path | str) -> list[str]:
+    """Put the modeling files of this release into a routed folder in place of those of an earlier one.
+
+    Folders that an earlier release published answer wrongly under a transformers that is newer than their files. Only
+    files that a release shipped are replaced; router and settings stay as they are.
+
+    Returns:
+        The names of the files that were written; none if the folder is up to date.
+
+    Raises:
+        InputError: the folder has no router, or a modeling file that no release shipped.
+    """
+    folder = Path(folder)
+    if "router" not in _read_json(folder, "config.json"):
+        raise InputError(f"{folder} has no router, so that it has no modeling files.")
+    foreign = [name for name in MODELING_FILES if (folder / name).exists() and not is_released(folder / name)]
+    if foreign:
+        raise InputError(f"{folder / foreign[0]} is no file that a release shipped: it was edited, and is left alone.")
+    files = {name: (MODELING_FOLDER / name).read_bytes() for name in MODELING_FILES}
+    files = {n: data for n, data in files.items() if not (folder / n).exists() or (folder / n).read_bytes() != data}
+    if files:
+        _replace(folder, files, _read_json(folder, RECORD) if (folder / RECORD).exists() else {})
+    return list(files)
+
+
+def has_earlier_code(folder: Path) -> bool:
+    """Tell whether a routed folder's modeling file is one that an earlier release shipped, byte for byte."""
+    main = folder / MODELING_FILES[0]
+    return is_released(main) and main.read_bytes() != (MODELING_FOLDER / main.name).read_bytes()
+
+
+@contextlib.contextmanager
+def with_current_code(folder: Path) -> Iterator[Path]:
+    """Give a view of a folder as it would be with this release's modeling files: links to its other files.
+
+    The folder itself is given where its modeling files are none of an earlier release.
+    """
+    if not has_earlier_code(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-view-") as made:
+        view = Path(made) / folder.name
+        view.mkdir()
+        for path in folder.iterdir():
+            if path.name not in MODELING_FILES and path.name != "__pycache__":
+                (view / path.name).symlink_to(path.absolute())
+        for name in MODELING_FILES:
+            shutil.copyfile(MODELING_FOLDER / name, view / name)
+        yield view
+
+
+def _replace(folder: Path, files: Mapping[str, bytes], record: dict[str, Any]) -> None:
+    """Replace files of a folder, and their hashes in its record wherever those are named."""
+    for name, data in files.items():
+        old = sha256_of(folder / name) if (folder / name).exists() else None
+        new = hashlib.sha256(data).hexdigest()
+        for hashes in _hashes(record):
+            is_beside_modeling_file = old is None and MODELING_FILES[0] in hashes
+            if is_beside_modeling_file or (old is not None and str(hashes.get(name)).lower() == old):
+                hashes[name] = new
+            elif hashes is record.get("measured", {}).get("files") and name in hashes:
+                raise InputError(
+                    f"{folder / name} is not the file that {RECORD} records: it was edited since, and is left alone."
+                )
+    for name, data in files.items():
+        _replace_bytes(folder / name, data)
+    if record:
+        _replace_text(folder / RECORD, _as_json(record))
+
+
+def _hashes(data: Any) -> Iterator[dict[str, Any]]:
+    """Yield every dict of file names to hashes in a record."""
+    if isinstance(data, dict):
+        if "config.json" in data or MODELING_FILES[0] in data:
+            yield data
+        data = list(data.values())
+    if isinstance(data, list):
+        for item in data:
+            yield from _hashes(item)
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}.")
+    try:
+        data = json.loads((folder / name).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {name}: it is no checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / name} can't be read ({error}).") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{folder / name} is no JSON object.")
+    return data
+
+
+def _as_json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _replace_text(path: Path, text: str) -> None:
+    _replace_bytes(path, text.encode())
+
+
+def _replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file in one step, so that a reader never meets half of it."""
+    part = path.with_name(f"{path.name}.partial")
+    part.write_bytes(data)
+    part.replace(path)

@@ -1,0 +1,160 @@
+"""Pictures of routes: the visual tokens that stay, over the image, and the layers that run, a question a picture.
+
+Shapes: V visual tokens of an image, H x W pixels, L layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cards.plots import KEPT, PROTECTED, save
+from ..checkpoints.files import is_snapshot
+from ..checkpoints.record import RECORD, check_updatable, read_record, write_record
+from ..clean_room import greedy_answers
+from ..data.batches import make_batch
+from ..data.samples import Sample
+from ..modeling.routed_route import Budget, Route
+from .rules import Rule, make_route
+
+FADED, GRAY = 0.25, 0.6  # what was left out: that much of the picture, the rest gray, which neither night nor snow is
+PICTURES = 4  # of a checkpoint, in its card
+ANSWER_TOKENS = 32  # of the answer over a picture
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """One grid of visual tokens over an image, and which of them stay."""
+
+    kept: Tensor  # [rows, columns] bool
+
+    def mask(self, height: int, width: int) -> np.ndarray[Any, Any]:
+        """True at the pixels of kept tokens, [height, width]."""
+        rows = np.arange(height) * self.kept.shape[0] // height
+        columns = np.arange(width) * self.kept.shape[1] // width
+        return np.asarray(self.kept.numpy()[rows[:, None], columns[None]])
+
+
+def grids(places: Tensor, kept: Tensor) -> list[PatchGrid]:
+    """The grids of one image, in order: a finer one or a further tile begins where the rows begin again.
+
+    Args:
+        places: [V, 2] row and column, 0 to 1; a column of 1 is the end of a line, which shows nothing.
+        kept: [V]
+    """
+    inside = places[:, 1] < 1
+    places, kept = places[inside], kept[inside]
+    starts = [0, *(torch.nonzero(places[1:, 0] < places[:-1, 0])[:, 0] + 1).tolist(), len(places)]
+    found = []
+    for begin, end in itertools.pairwise(starts):
+        part = places[begin:end]
+        (rows, row), (columns, column) = (part[:, axis].unique(return_inverse=True) for axis in (0, 1))
+        cells = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+        cells[row, column] = kept[begin:end]
+        found.append(PatchGrid(cells))
+    return found
+
+
+def image_grids(route: Route, row: int) -> list[list[PatchGrid]]:
+    """For each image of a row of the batch its grids."""
+    visual = route.visual[row].cpu()
+    places, kept = route.places[row].cpu()[visual], route.keep[row].cpu()[visual]
+    numbers = places[:, 0].long()
+    return [grids(places[numbers == n, 1:], kept[numbers == n]) for n in numbers.unique().tolist()]
+
+
+def draw_route(images: Sequence[Any], route: Route, row: int, question: str, answer: str, path: Path) -> None:
+    """One picture: each grid of each image with what was left out faded, and the layers below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(image, grid) for image, of in zip(images, image_grids(route, row), strict=True) for grid in of]
+    layers = route.layers[row].tolist()
+    drawn = pyplot.figure(figsize=(max(3.2, 2.2 * len(panels)), 3.3), layout="constrained")
+    parts: Any = drawn.subfigures(2, 1, height_ratios=(5, 1))
+    above, below = parts
+    for axes, (image, grid) in zip(np.atleast_1d(above.subplots(1, len(panels))), panels, strict=True):
+        pixels = np.asarray(image, dtype=float) / 255
+        mask = grid.mask(*pixels.shape[:2])[..., None]
+        faded = FADED * pixels + (1 - FADED) * GRAY
+        axes.imshow(np.where(mask, pixels, faded), interpolation="nearest")
+        axes.set_title(f"{int(grid.kept.sum())} of {grid.kept.numel()} tokens", fontsize="small")
+        axes.set_axis_off()
+    axes = below.subplots()
+    colors = [KEPT if runs else "white" for runs in layers]
+    axes.bar(range(len(layers)), 1, color=colors, edgecolor=PROTECTED, width=0.85)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(0, len(layers), max(1, len(layers) // 12)))
+    axes.tick_params(length=0, labelsize="small")
+    axes.set_xlabel(f"{sum(layers)} of {len(layers)} layers run", fontsize="small")
+    drawn.suptitle("\n".join(textwrap.wrap(f"{question} {answer}", 60)), fontsize="medium")
+    save(drawn, path)
+
+
+def show_routes(folder: Path, model: Any, processor: Any, samples: Sequence[Sample], budget: Budget) -> bool:
+    """Draw what the router keeps of a few questions, for a checkpoint's card. False: not ours, nothing is drawn."""
+    if not (folder / RECORD).exists() or is_snapshot(folder):
+        return False
+    check_updatable(folder)
+    routes = draw_examples(model, processor, spread_out(samples), budget, folder)
+    write_record(folder, read_record(folder) | {"routes": routes})
+    return True
+
+
+def draw_examples(
+    model: Any, processor: Any, samples: Sequence[Sample], budget: Budget, folder: Path, rule: Rule | None = None
+) -> list[dict[str, str]]:
+    """Pictures of a few questions in `folder`/assets; what the record says of them.
+
+    Args:
+        model: a routed one, whose router chooses unless there is a rule.
+    """
+    (folder / "assets").mkdir(exist_ok=True)
+    made = []
+    for number, sample in enumerate(samples[:PICTURES]):
+        batch = make_batch([sample], processor, model.config).to(model.device)
+        route = make_route(model, batch, budget, rule or Rule("router", "router"))
+        said = greedy_answers(model, batch.inputs, ANSWER_TOKENS, route=route)
+        answer = processor.tokenizer.decode(said[0], skip_special_tokens=True)
+        images = [as_seen(image, processor) for image in sample.open_images()]
+        file = Path("assets") / f"route_{number}.png"
+        question = question_of(sample)
+        draw_route(images, route, 0, question, answer.strip(), folder / file)
+        made.append({"file": str(file), "question": question})
+    return made
+
+
+def question_of(sample: Sample) -> str:
+    content = next(turn for turn in reversed(sample.messages) if turn["role"] == "user")["content"]
+    text = content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+    return " ".join(text.split())
+
+
+def as_seen(image: Any, processor: Any) -> Any:
+    """The part of an image that the model sees: processors that crop (CLIP's for LLaVA 1.5) take the middle square."""
+    own = processor.image_processor
+    if not getattr(own, "do_center_crop", False) or hasattr(own, "image_grid_pinpoints"):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def spread_out(samples: Sequence[Sample], number: int = PICTURES) -> list[Sample]:
+    """A few samples of different types of question, as far as there are, and of different images."""
+    first: dict[str, Sample] = {}
+    step = max(1, len(samples) // (8 * number))
+    for sample in samples[::step]:
+        first.setdefault(sample.type or question_of(sample), sample)
+    return list(first.values())[:number]

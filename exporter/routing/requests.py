@@ -1,0 +1,103 @@
+"""What `evaluate` and `compare` are asked of a routed model: budgets, who chooses under them, and what a prompt costs.
+
+Shapes: B rows, S tokens of a pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from ..cards.figures import describe
+from ..checkpoints.source import Source
+from ..errors import InputError
+from ..modeling.routed_route import OFF, Budget, RouterSettings
+from .rules import Rule
+from .settings import default_settings
+
+ROUTER = Rule("router", "router")
+
+
+@dataclass(frozen=True)
+class BudgetRequest:
+    """A budget and who chooses under it."""
+
+    budget: Budget
+    rule: Rule = ROUTER
+    preset: str | None = None  # by whose name the budget was asked for
+
+    def __str__(self) -> str:
+        return describe(self.to_data())
+
+    def to_data(self) -> dict[str, Any]:
+        """As it stands in JSON and in compression.json."""
+        who = {"rule": str(Rule(self.rule.tokens, self.rule.layers)), "drop_at": self.rule.drop_at}
+        return {"preset": self.preset, **vars(self.budget), **who}
+
+    @property
+    def natural(self) -> bool:
+        """The model itself does it when it is given the budget."""
+        return self.rule == ROUTER
+
+    def parts(self) -> Rule:
+        """The rule without what the budget has no use for: FastV alone where all layers run."""
+        tokens = "all" if self.budget.keep_visual_tokens is None else self.rule.tokens
+        layers = "all" if self.budget.keep_layers is None else self.rule.layers
+        return Rule(tokens, layers, self.rule.drop_at)
+
+
+@dataclass(frozen=True)
+class BudgetGrid:
+    """Lists of budgets, before it is known for which folder; every token count goes with every layer count."""
+
+    keep_visual_tokens: tuple[int | float | None, ...] = ()
+    keep_layers: tuple[int | None, ...] = ()
+    presets: tuple[str, ...] = ()
+    rule: str = "router"
+    drop_at: int | None = None
+
+    @property
+    def any(self) -> bool:
+        return bool(self.keep_visual_tokens or self.keep_layers or self.presets)
+
+    def of(self, source: Source) -> list[BudgetRequest | None]:
+        """The asks for one folder, checked against it; None is the model as it is. Raises InputError."""
+        rule = Rule.parse(self.rule, self.drop_at)
+        if not self.any:
+            if self.rule != "router" or self.drop_at is not None:
+                raise InputError(
+                    f"--rule {self.rule} chooses under a budget: give --keep-visual-tokens or --keep-layers."
+                )
+            return [None]
+        settings = router_settings(source, rule)
+        asked = [
+            Budget(*pair) for pair in itertools.product(self.keep_visual_tokens or (None,), self.keep_layers or (None,))
+        ]
+        asked = [] if not (self.keep_visual_tokens or self.keep_layers) else asked
+        asks = [BudgetRequest(budget, rule) for budget in asked]
+        try:
+            asks += [BudgetRequest(settings.preset(name), rule, name) for name in self.presets]
+            for ask in asks:
+                ask.budget.check(settings, source.num_layers)
+                ask.rule.check(ask.budget)
+        except ValueError as error:
+            raise InputError(f"{source.name}: {error}") from error
+        if rule.drop_at is not None and not 0 <= rule.drop_at <= source.num_layers:
+            raise InputError(f"--drop-at {rule.drop_at}: give a number from 0 to {source.num_layers}.")
+        return [ask if ask.budget != OFF else None for ask in asks]
+
+
+def router_settings(source: Source, rule: Rule = ROUTER) -> RouterSettings:
+    """Settings of a folder's router; without one, for rules that need none, what a router of it would have."""
+    if "router" not in source.raw_config:
+        if "router" in (rule.tokens, rule.layers):
+            raise InputError(
+                f"{source.name} has no router, so that it can't run under a budget: train one with `lvlm-exporter "
+                "route`, or have a rule choose (--rule fastv+shortgpt)."
+            )
+        source.config.router = default_settings(source.config)
+    try:
+        return RouterSettings.of(source.config)
+    except ValueError as error:
+        raise InputError(f"{source.name}: {error}") from error

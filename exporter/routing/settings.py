@@ -1,0 +1,60 @@
+"""The settings that a new router starts from, and the models that can have one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import InputError
+from ..families import FAMILIES, family_of
+
+IMAGE_FLOOR = 0.25  # of an even share of the tokens that stay: what each image of a row keeps at least
+DROP_AT = 2  # measured: dropped before layer 0, tokens take with them what the first layers would have passed on
+
+
+def check_routable(config: Any) -> None:
+    """Raise InputError, with the reason, if a model of this family can't be routed."""
+    if reason := family_of(config).unroutable:
+        raise InputError(f"a {FAMILIES[config.model_type].title} model can't have a router: {reason}.")
+
+
+def default_settings(config: Any, drop_at: int | None = None, candidates: int | None = None) -> dict[str, Any]:
+    """Router settings that fit a model, as they stand in config.json.
+
+    Args:
+        config: transformers' configuration of the model as it is now, pruned or not.
+        drop_at: the layer before which visual tokens leave; the router reads what enters it. None: DROP_AT, or the
+            first layer that may be skipped where that comes before.
+        candidates: how many of the last layers may be skipped; half of them if None.
+    """
+    from ..modeling.routed_route import ROUTER_FORMAT
+
+    text = config.get_text_config()
+    num_layers, hidden = text.num_hidden_layers, text.hidden_size
+    candidates = num_layers // 2 if candidates is None else candidates
+    first = num_layers - candidates
+    drop_at = min(DROP_AT, max(first, 0)) if drop_at is None else drop_at
+    if not drop_at <= first <= num_layers:
+        raise InputError(
+            f"candidates={candidates} of {num_layers} layers begin at layer {first}, before drop_at={drop_at}: a layer "
+            "that has run before the router can't be skipped any more. Lower one of them."
+        )
+    head = 64 if hidden >= 1024 else 16
+    most, fewer = (num_layers - candidates // part for part in (4, 3))
+    return {
+        "drop_at": drop_at,
+        "read_at": drop_at,
+        "candidates": list(range(first, num_layers)),
+        "bottleneck": max(1, hidden // 4 // head) * head,
+        "num_heads": max(1, hidden // 4 // head),
+        "presets": {
+            "quality": {"keep_visual_tokens": 0.5},
+            "balanced": {"keep_visual_tokens": 0.5, "keep_layers": most},
+            "fast": {"keep_visual_tokens": 0.25, "keep_layers": fewer},
+            "token-only": {"keep_visual_tokens": 0.25},
+            "layer-only": {"keep_layers": fewer},
+        },
+        "default": "balanced",
+        "trained_for": {"model_type": config.model_type, "hidden_size": hidden, "num_hidden_layers": num_layers},
+        "format": ROUTER_FORMAT,
+        "image_floor": IMAGE_FLOOR,
+    }

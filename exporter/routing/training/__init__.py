@@ -1,0 +1,1 @@
+"""Training a router with the model frozen."""

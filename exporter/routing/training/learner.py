@@ -1,0 +1,228 @@
+"""A frozen model, a router, and a batch of questions as losses see them: what a route would change about the answers.
+
+The original answers every question once. From then on a route is judged by KL(original || routed) at the tokens of
+those answers, put through the decoder with gates (`relaxation.py`). The answers cost two forward passes a question,
+once.
+
+Shapes: B samples, S tokens, A answer tokens, N candidate layers, L layers, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from ...data.batches import Batch, make_batch, size_order
+from ...data.samples import Sample
+from ...modeling.routed_places import places_of
+from ...modeling.routed_route import RouterSettings
+from ...modeling.routed_router import Router
+from ...models.answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
+from ...models.loading import text_decoder
+from ...models.replay import Trace, trace
+from ..rules import fastv_scores
+from .relaxation import GatedAttention, Gates, gated_states, straight_through
+
+PROBES = ((0.5, 0.0), (0.25, 0.0), (0.25, 1 / 3))  # budgets of the learning curve: tokens kept, candidates skipped
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """What the original answers to one question, and the states behind it."""
+
+    tokens: Tensor  # [A] up to and with the end token
+    states: Tensor  # [A, D] last hidden states at the positions that predict them
+
+
+# --- what the original says -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Teacher:
+    """The original model with its answers to all questions."""
+
+    model: Any
+    processor: Any
+    samples: tuple[Sample, ...]
+    said: dict[int, TeacherOutputs] = field(default_factory=dict)
+
+    def ask(self, progress: Progress, batch_size: int, answer_tokens: int = ANSWER_TOKENS) -> None:
+        """Let it answer every question, once."""
+        order = size_order(self.samples)
+        starts = range(0, len(order), batch_size)
+        for start in progress(starts, "answer questions", len(starts)):
+            indices = order[start : start + batch_size]
+            one = answered(self.model, self._batch(indices), answer_tokens)
+            with torch.inference_mode():
+                states = self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]
+            lengths = one.predicts.sum(1).tolist()
+            for index, tokens, state in zip(indices, one.targets.split(lengths), states.split(lengths), strict=True):
+                self.said[index] = TeacherOutputs(tokens.cpu(), state.cpu())
+
+    def question(self, indices: Sequence[int]) -> tuple[Batch, AnsweredBatch, Tensor]:
+        """Questions, the same with their answers appended, and the original's log-probabilities [A of all rows, V]."""
+        said = [self.said[i] for i in indices]
+        tokens = pad_sequence([one.tokens for one in said], batch_first=True).to(self.model.device)  # [B, A]
+        lengths = torch.tensor([len(one.tokens) for one in said])
+        real = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.model.device)
+        prompt = self._batch(indices).to(self.model.device)
+        one = with_answers(self.model, prompt, tokens, real)
+        with torch.no_grad():
+            states = torch.cat([each.states for each in said]).to(self.model.device)
+            log_p = self.model.get_output_embeddings()(states).float().log_softmax(-1)
+        return prompt, one, log_p
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        return make_batch([self.samples[i] for i in indices], self.processor, self.model.config)
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A batch of questions as the router sees them, and all that is needed to try a route on them."""
+
+    learner: Learner
+    prompt: Batch
+    one: AnsweredBatch
+    given: Trace
+    state: Tensor  # [B, S, D] input of layer drop_at
+    log_p: Tensor  # [A of all rows, V] the original's
+    token_logits: Tensor  # [B, S]
+    layer_logits: Tensor  # [B, N]
+
+    @property
+    def visual(self) -> Tensor:
+        return self.one.batch.is_visual
+
+    def gates(self, tokens: Tensor, candidates: Tensor) -> Gates:
+        """From gates of visual tokens [B, S] and of candidate layers [B, N]."""
+        layers = torch.ones(len(tokens), self.learner.num_layers, device=tokens.device)
+        places = torch.tensor(self.learner.settings.candidates, device=tokens.device, dtype=torch.long)
+        layers = layers.scatter(1, places.expand(len(tokens), -1), candidates.to(layers.dtype))
+        return Gates(torch.where(self.visual, tokens, torch.ones_like(tokens)), layers)
+
+    def kl(self, gates: Gates) -> Tensor:
+        """KL(original || routed) at each answer token, [A of all rows], differentiable in the gates."""
+        return self._divergence(self.log_q(gates))
+
+    def log_q(self, gates: Gates) -> Tensor:
+        """Log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
+        model, start = self.learner.teacher.model, self.learner.settings.drop_at
+        return self._said(gated_states(model, self.given, self.learner.attention, self.state, start, gates))
+
+    @torch.no_grad()
+    def kl_of_layers(self, tried: Sequence[Tensor]) -> Tensor:
+        """KL(original || routed) of each row's answer under several choices of candidate layers, [choices, B].
+
+        All tokens stay. What comes before the first candidate is run once for all choices.
+
+        Args:
+            tried: [B, N] each, 1 where a layer runs and 0 where it is skipped.
+        """
+        model, settings = self.learner.teacher.model, self.learner.settings
+        state, layers = self.state, text_decoder(model).layers
+        first = max(settings.drop_at, min(settings.candidates))
+        for layer_idx in range(settings.drop_at, first):
+            state = self.given.after(layer_idx, self.given.step(layers[layer_idx], layer_idx, state))
+        found = []
+        for candidates in tried:
+            gates = self.gates(torch.ones_like(self.token_logits), candidates)
+            log_q = self._said(gated_states(model, self.given, self.learner.attention, state, first, gates))
+            found.append(self.per_sample(self._divergence(log_q)))
+        return torch.stack(found)
+
+    def _divergence(self, log_q: Tensor) -> Tensor:
+        """KL(original || q) at each answer token, [A of all rows, V] -> [A of all rows]."""
+        return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
+
+    def _said(self, output: Tensor) -> Tensor:
+        """Log-probabilities at each answer token, [A of all rows, V], from the last layer's output [B, S, D]."""
+        model = self.learner.teacher.model
+        hidden = text_decoder(model).norm(output[self.one.predicts])
+        return model.get_output_embeddings()(hidden).float().log_softmax(-1)
+
+    @property
+    def fastv(self) -> Tensor:
+        """FastV's scores of the visual tokens, on a logarithmic scale, [B, S]."""
+        scores = fastv_scores(self.learner.teacher.model, self.prompt)
+        answers = self.visual.shape[1] - scores.shape[1]
+        return F.pad(scores, (0, answers), value=-math.inf).clone()  # no inference tensor: gradients go past it
+
+    def per_sample(self, kl: Tensor) -> Tensor:
+        """Sums over each row's answer: [A of all rows] -> [B]."""
+        return torch.stack([part.sum() for part in kl.split(self.one.predicts.sum(1).tolist())])
+
+
+@dataclass
+class Learner:
+    """The frozen model and the router that learns from it."""
+
+    teacher: Teacher
+    router: Router
+    settings: RouterSettings
+    attention: GatedAttention
+
+    @property
+    def num_layers(self) -> int:
+        return len(text_decoder(self.teacher.model).layers)
+
+    def look(self, indices: Sequence[int]) -> TrainingBatch:
+        prompt, one, log_p = self.teacher.question(indices)
+        model = self.teacher.model
+        given = trace(model, one.batch, torch.no_grad)
+        read, state = self._prefix(given)
+        visible = one.batch.inputs["attention_mask"].bool() & ~answer_tokens(one)
+        places = places_of(model.config, one.batch.is_visual, one.batch.inputs)
+        tokens, layers = self.router(read, one.batch.is_visual, visible, places)
+        return TrainingBatch(self, prompt, one, given, state, log_p, tokens, layers)
+
+    @torch.no_grad()
+    def _prefix(self, given: Trace) -> tuple[Tensor, Tensor]:
+        """What enters layer `read_at` and layer `drop_at`, [B, S, D] each."""
+        state = read = given.entry
+        for layer_idx in range(self.settings.drop_at):
+            output = given.step(text_decoder(self.teacher.model).layers[layer_idx], layer_idx, state)
+            state = given.after(layer_idx, output)
+            if layer_idx + 1 == self.settings.read_at:
+                read = state
+        return read, state
+
+    @torch.no_grad()
+    def probe(self, indices: Sequence[int], batch_size: int) -> dict[str, float]:
+        """Mean KL per answer token on held-out questions at the PROBES, without noise."""
+        totals, number = dict.fromkeys(map(probe_name, PROBES), 0.0), 0
+        for start in range(0, len(indices), batch_size):
+            look = self.look(indices[start : start + batch_size])
+            number += len(look.log_p)
+            for share, skipped in PROBES:
+                visual = look.visual.sum(1)
+                count = (visual * share).round().long().clamp(min=1)
+                tokens = straight_through(look.token_logits, look.visual, count)
+                free = look.layer_logits.shape[1]
+                kept = torch.full_like(count, free - round(free * skipped))
+                candidates = straight_through(
+                    look.layer_logits, torch.ones_like(look.layer_logits, dtype=torch.bool), kept
+                )
+                totals[probe_name((share, skipped))] += look.kl(look.gates(tokens, candidates)).sum().item()
+        return {name: round(total / max(1, number), 6) for name, total in totals.items()}
+
+
+def probe_name(probe: tuple[float, float]) -> str:
+    share, skipped = probe
+    return f"KL at {share:.0%} of the tokens" + (f", {skipped:.0%} of the candidates skipped" if skipped else "")
+
+
+def answer_tokens(one: AnsweredBatch) -> Tensor:
+    """[B, S] True at the tokens of the answers, which no question comes with."""
+    return F.pad(one.predicts[:, :-1], (1, 0))
