@@ -34,6 +34,7 @@ __all__ = [
     "route",
     "score",
     "set_default",
+    "update_modeling_files",
     "verify",
 ]
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from .publishing.push import push
     from .publishing.reproduction import reproduce
     from .recipe import Recipe, RouterRecipe, RunOptions, load_recipe
-    from .routing.folder import set_default
+    from .routing.folder import set_default, update_modeling_files
     from .routing.requests import BudgetGrid
 
 _HOMES = {
@@ -75,6 +76,7 @@ _HOMES = {
     "load_grid": "comparison.grid",
     "reproduce": "publishing.reproduction",
     "set_default": "routing.folder",
+    "update_modeling_files": "routing.folder",
     "verify": "publishing.folder_kinds",
     "card": "publishing.folder_kinds",
     "push": "publishing.push",

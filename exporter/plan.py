@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from .errors import InputError
 from .families import LAYER_INDEX_LISTS, PER_LAYER_LISTS, PERIODIC_LISTS
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -197,4 +194,4 @@ def refuse_unknown_lists(text: Any, plan: PruningPlan) -> None:
             )
 
 
-Folded: TypeAlias = "dict[tuple[int, str], Tensor]"  # (layer index, tensor name inside the layer) -> its new value
+Folded = dict[tuple[int, str], Any]  # (layer index, tensor name inside the layer) -> its new value, a tensor

@@ -43,7 +43,7 @@ RENAMED = (5, 24)
 RENAMED_SENTENCE = (
     "release 0.1.0 put a modeling file into its folders that knows the key-value cache by a name which transformers "
     "5.24 gave up, so that transformers alone answers wrongly there; this package runs such folders by its own file, "
-    "and `exporter.routing.update_modeling_files(FOLDER)` puts that into them"
+    "and `exporter.update_modeling_files(FOLDER)` puts that into them"
 )
 
 

@@ -124,7 +124,7 @@ def test_answers_on_disk_are_kept_apart_by_budget(folder, task, tmp_path):  # no
     path = tmp_path / "answers.jsonl"
     for tokens in (3, 6):
         evaluate([folder], task, budgets=BudgetGrid((tokens,)), predictions=path, update_cards=False, **TOKENS)
-    models = {json.loads(line)["model"] for line in path.read_text().splitlines()}
+    models = {json.loads(line)["run"] for line in path.read_text().splitlines()}
     assert len(models) == 2 and len(path.read_text().splitlines()) == 24
 
 

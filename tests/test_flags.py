@@ -44,7 +44,7 @@ EVALUATE = ("evaluate", "m", "--task", "t")
         ((*SCORE, "--drop-layers", "1", "--drop-ratio", "0.5"), "not allowed with"),
         (("score", "m"), "the following arguments are required: --calibration"),
         (("scroe",), "invalid choice: 'scroe'"),
-        ((), "the following arguments are required: VERB"),
+        ((), "the following arguments are required: SUBCOMMAND"),
         ((*EVALUATE, "--samples", "0"), "--samples: 0: at least 1"),
         ((*EVALUATE, "--max-new-tokens", "0"), "--max-new-tokens: 0: at least 1"),
         ((*EVALUATE, "--keep-visual-tokens", "x"), "--keep-visual-tokens: 'x' is no list of counts or shares"),

@@ -72,7 +72,7 @@ def test_evaluation_refuses_before_it_loads(tiny, questions, tmp_path, monkeypat
     line = json.loads(questions.read_text().splitlines()[0])
     task = tmp_path / "task.jsonl"
     task.write_text(json.dumps(line | {"image": str(questions.parent / line["image"]), "answer": "red"}))
-    monkeypatch.setattr("exporter.evaluation.evaluate.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("exporter.evaluation.loaded.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match="has no chat template"):
         evaluate([folder], task)
 
