@@ -20,7 +20,14 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
     def begun(*_: object, **__: object) -> None:
         raise AssertionError("the work began")
 
-    for name in ("evaluation.evaluate", "pipeline.score", "benchmark.bench", "kinds.card", "kinds.verify"):
+    kinds = "publishing.folder_kinds"
+    for name in (
+        "evaluation.evaluate.evaluate",
+        "pipeline.score",
+        "benchmark.bench.bench",
+        f"{kinds}.card",
+        f"{kinds}.verify",
+    ):
         monkeypatch.setattr(f"exporter.{name}", begun)
 
 
@@ -134,4 +141,4 @@ def test_answers_that_can_not_be_kept_are_judged_all_the_same(tiny, questions, t
     monkeypatch.setattr(Path, "open", full)
     model = shutil.copytree(tiny("llava"), tmp_path / "model")
     done = evaluate([model], task, samples=4, max_new_tokens=2, predictions=kept)
-    assert done.models[0].n == 4 and "answers are no longer kept" in caplog.text
+    assert done.models[0].n == 4 and "rows are no longer kept" in caplog.text

@@ -45,7 +45,7 @@ def test_every_entry_point_takes_text_and_paths(kind, tiny, questions, task, tmp
     assert verified.folder == small
 
     router = exporter.RouterRecipe(CalibrationData(kind(questions), samples=None), steps=1, batch_size=2)
-    monkeypatch.setattr("exporter.routing.with_router.routed_reference", lambda *_: {})
+    monkeypatch.setattr("exporter.routing.with_router.routed_reference", lambda *_: {"tokens": [5], "margins": [0.5]})
     assert exporter.route(kind(small), router, kind(tmp_path / "routed")) == tmp_path / "routed"
 
     options = exporter.RunOptions(batch_size=4)
