@@ -127,7 +127,7 @@ def test_training_is_repeatable_and_goes_on_where_it_was(loss, options, tiny, qu
     source.config.router = default_settings(source.config)
     settings = RouterSettings.of(source.config)
     samples = load_calibration(str(questions), samples=None).samples * 2
-    training = Training(steps=4, batch_size=4, loss=loss, options=options)
+    training = Training(steps=4, batch_size=4, loss=loss, options=options, answer_tokens=8)
 
     def run(progress=silent, **keep):
         model, _ = load_model(source, "cpu", torch.float32)

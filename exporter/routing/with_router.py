@@ -56,7 +56,15 @@ def with_router(
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
     loss = router.loss
-    training = Training(router.steps, router.batch_size, router.learning_rate, loss.name, loss.options, router.seed)
+    training = Training(
+        steps=router.steps,
+        batch_size=router.batch_size,
+        learning_rate=router.learning_rate,
+        loss=loss.name,
+        options=loss.options,
+        seed=router.seed,
+        answer_tokens=data.answer_tokens,
+    )
     state_file = out.absolute().parent / f".{out.name}.training"
     trained = train_router(
         load_model(source, device, dtype, options.memory)[0],

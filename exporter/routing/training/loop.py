@@ -25,6 +25,7 @@ from ...data.samples import Sample
 from ...errors import InputError
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
+from ...models.answers import ANSWER_TOKENS
 from .learner import Learner, Progress, Teacher
 from .losses import LOSSES
 from .relaxation import gated_attention
@@ -45,6 +46,7 @@ class Training:
     loss: str = "importance"
     options: dict[str, Any] = field(default_factory=dict)  # of the loss
     seed: int = 0
+    answer_tokens: int = ANSWER_TOKENS  # that the model's own answer to a question may take
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def train_router(
     teacher = Teacher(model, processor, tuple(samples))
     trained_on, held_out = parted(samples, training.seed)
     sizes = [sample.pixels for sample in samples]
-    teacher.ask(progress, training.batch_size)
+    teacher.ask(progress, training.batch_size, training.answer_tokens)
     torch.manual_seed(training.seed)
     router = Router(model.config.get_text_config().hidden_size, settings).to(model.device)
     optimizer = torch.optim.AdamW(router.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
