@@ -115,6 +115,11 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not sorted(needs.keys() - settled)
 
 
+def test_the_namespace_of_optimums_plug_ins_stays_one():
+    # An __init__.py there would hide optimum's own packages, or be one of theirs (PEP 420); __init__ of plugins is ours.
+    assert not list((PACKAGE / "plugins" / "optimum").rglob("__init__.py"))
+
+
 def test_files_and_functions_are_small():
     assert not [f"{path}: {n}" for path in source_files() if (n := len(path.read_text().splitlines())) > LARGEST_FILE]
     functions = [

@@ -288,7 +288,7 @@ def test_export_from_the_command_line(exported, tmp_path, questions, capsys):
     carried = {path.name for path in source.iterdir() if path.suffix in (".json", ".jinja")}
     assert {path.name for path in out.iterdir()} == carried | set(result["files"]) | {"onnx.json", "README.md"}
     text = (out / "README.md").read_text()
-    assert "decoder (step): logits" in text and "How fast it is has not been measured" in text
+    assert "decoder (step): logits" in text and "Its speed has not been measured yet" in text
     assert main(["card", str(out)]) == 0 and (out / "README.md").read_text() == text
 
 

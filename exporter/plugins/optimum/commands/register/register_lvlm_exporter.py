@@ -22,7 +22,7 @@ class LvlmCommand(BaseOptimumCLICommand):
         parser.add_argument("arguments", nargs=REMAINDER, help="as lvlm-exporter takes them; see lvlm-exporter --help")
 
     def run(self) -> None:
-        from .....cli import main
+        from exporter.cli import main
 
         sys.exit(main([*self.VERB, *self.args.arguments]))
 
