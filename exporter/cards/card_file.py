@@ -12,14 +12,13 @@ import contextlib
 import difflib
 import hashlib
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.files import replace_bytes
 from ..errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -101,18 +100,7 @@ def read_text(path: Path) -> str | None:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file in one step, with the rights that it had; half of it is never seen."""
-    mode = path.stat().st_mode & 0o777 if path.exists() else None
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask if mode is None else mode)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    replace_bytes(path, content, path.stat().st_mode & 0o777 if path.exists() else None)
 
 
 @contextlib.contextmanager

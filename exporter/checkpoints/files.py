@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .temporary import file_beside
 
 CARD = "README.md"
 RECORDS = ("compression.json", "onnx.json")  # what they say is checked, and measurements are added to them
@@ -253,15 +253,14 @@ def _names_code(path: Path) -> bool:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file in one step, so that a reader never meets half of it. A link in its place is not followed."""
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(part, 0o666 & ~umask())
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write a file as `replace_text` does. Args: mode: its rights; None: those of a new file."""
+    with file_beside(path) as file:
+        file.write(content)
+        os.fchmod(file.fileno(), 0o666 & ~umask() if mode is None else mode)
 
 
 def umask() -> int:

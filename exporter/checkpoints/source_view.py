@@ -6,28 +6,22 @@ and in the written checkpoint. The source itself is never touched.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import fcntl
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..errors import InputError
 from .json_file import parse_json
 from .quantization import SIDE_FILES, Decoded, Quantized, decoded_pieces
 from .safetensors_ranges import INDEX, SINGLE, TensorRange, Weights, write_shard
-
-PREFIX = "lvlm-exporter-source-"
-LOCK = ".lock"
-_locks: list[IO[str]] = []  # held as long as the process lives: a view without its lock is one to sweep
+from .temporary import LOCK, folder_of_process
 
 
 def make_view(folder: Path, changes: dict[str, dict[str, Any]]) -> Path:
     """Return a folder of links to everything in `folder`, with entries of some JSON files set (None: taken out)."""
-    view = _temporary()
+    view = folder_of_process("source")
     for path in folder.iterdir():
         if path.name not in changes and path.name != LOCK:
             (view / path.name).symlink_to(path.absolute())
@@ -88,17 +82,3 @@ def _check_space(name: str, view: Path, shards: list[list[Decoded | str]], weigh
             f"{name} is quantized: decoding it needs {needed / 1e9:.2f} GB for temporary files, "
             f"{tempfile.gettempdir()} has {free / 1e9:.2f} GB free. Free some space, or name another disk with TMPDIR."
         )
-
-
-def _temporary() -> Path:
-    """A folder that goes when the process ends; what a killed process has left goes now."""
-    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), (left / LOCK).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-    view = Path(tempfile.mkdtemp(prefix=PREFIX))
-    lock = (view / LOCK).open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    _locks.append(lock)
-    atexit.register(shutil.rmtree, view, ignore_errors=True)
-    return view

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError
 from .files import settled, umask
+from .temporary import LOCK, locked_folder, sweep
 
-LOCK = ".lock"
 SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 
@@ -38,14 +36,13 @@ def staged(target: Path) -> Iterator[Path]:
 def staging_directory(target: Path) -> Iterator[Path]:
     """A folder beside the target for work in progress, removed at the end.
 
-    What a killed run has left is removed by the next one: a live room is locked, a dead one is not.
+    What a killed run has left is removed by the next one.
     """
     target = settled(target)
     check_target(target)
-    _sweep(target)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    lock = (made / LOCK).open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    prefix = f".{target.name}.partial-"
+    sweep(target.parent, prefix)
+    made, lock = locked_folder(prefix, target.parent)
     try:
         yield made
     except OSError as error:
@@ -83,15 +80,3 @@ def check_space(target: Path, num_bytes: int) -> None:
             f"{target.name} needs {num_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free. Free some space, or "
             "name another disk."
         )
-
-
-def _sweep(target: Path) -> None:
-    for left in target.parent.glob(f".{target.name}.partial-*"):
-        try:
-            with (left / LOCK).open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-        except BlockingIOError:
-            continue  # a run that is alive
-        except FileNotFoundError:
-            shutil.rmtree(left, ignore_errors=True)

@@ -7,10 +7,6 @@ in a clean process that cannot import this package.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +14,12 @@ from typing import Any
 
 from .. import clean_room
 from ..errors import CheckFailed
+from .clean_process import CleanProcessFailed, report_of
 from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
 from .hub_access import resolve
 from .record import read_record
 from .staging import stage_name
+from .temporary import temporary_folder
 from .trust import foreign_code, replaced_weights
 from .weight_files import open_weights
 
@@ -112,22 +110,12 @@ def _router_problems(folder: Path, record: dict[str, Any]) -> list[str]:
 
 def _in_clean_process(folder: Path, device: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Run `clean_room` on the folder; its copies of modeling files go to a place of their own, used by nobody else."""
-    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-modules-") as modules:
-        alone = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "HF_MODULES_CACHE": modules}
-        ran = subprocess.run(
-            [sys.executable, "-P", clean_room.__file__, str(folder.absolute()), device],
-            capture_output=True,
-            text=True,
-            env=os.environ | alone,
-            cwd="/",
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    lines = ran.stdout.strip().splitlines()
-    if ran.returncode != 0 or not lines:
-        reason = (ran.stderr.strip().splitlines() or ["no output"])[-1]
-        return (f"loading it in a clean process failed: {reason}",), {}
-    report = json.loads(lines[-1])
+    with temporary_folder("modules") as modules:
+        alone = {"HF_MODULES_CACHE": str(modules)}
+        try:
+            report = report_of(clean_room.__file__, str(folder.absolute()), device, environment=alone)
+        except CleanProcessFailed as failure:
+            return (f"loading it in a clean process failed: {failure}",), {}
     return tuple(report.pop("problems")), report
 
 

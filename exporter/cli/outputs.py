@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.files import replace_text
 from ..errors import InputError
 
 FLAGS = ("json", "plot", "predictions")  # options that name a file for results
@@ -81,10 +82,4 @@ def _write(path: Path, text: str) -> None:
     if (place.exists() and not place.is_file()) or not os.access(place.parent, os.W_OK):
         place.write_text(text)
         return
-    part = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    try:
-        part.write_text(text)
-        part.replace(place)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    replace_text(place, text)

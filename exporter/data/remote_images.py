@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
-import shutil
-import tempfile
 import urllib.request
 from pathlib import Path
 
+from ..checkpoints.temporary import folder_of_process
 from ..errors import InputError
 
 TIMEOUT_S = 30
@@ -39,6 +37,4 @@ def _download(address: str) -> bytes:
 
 @functools.cache
 def _folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="lvlm-exporter-images-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return folder_of_process("images")

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.source import Source, refuse_report
+from ..checkpoints.temporary import folder_of_process
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ def load_model(
     placement: dict[str, Any] = {"device_map": device}
     if memory:
         first = 0 if device != "cpu" else "cpu"
-        placement = {"device_map": "auto", "max_memory": {first: memory}, "offload_folder": _offload_folder()}
+        placement = {
+            "device_map": "auto",
+            "max_memory": {first: memory},
+            "offload_folder": str(folder_of_process("offload")),
+        }
     model, report = (cls or AutoModelForImageTextToText).from_pretrained(
         source.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **placement
     )
@@ -38,16 +43,6 @@ def load_model(
         logger.warning("%s holds tensors that transformers ignores: %s", source.name, sorted(report["unexpected_keys"]))
     check_finite(model, source.name)
     return model.eval().requires_grad_(False), sorted(map(str, report["unexpected_keys"]))
-
-
-def _offload_folder() -> str:
-    import atexit
-    import shutil
-    import tempfile
-
-    folder = tempfile.mkdtemp(prefix="lvlm-exporter-offload-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def check_finite(model: Any, name: str) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.clean_process import CleanProcessFailed, report_of
+from ..checkpoints.temporary import temporary_folder
 from ..errors import CheckFailed
 from . import comparison
 
@@ -23,11 +21,11 @@ def validate(folder: Path, job: dict[str, Any], inputs: list[dict[str, Any]]) ->
     """
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-") as place:
-        saved = Path(place) / "inputs.pt"
+    with temporary_folder("onnx") as place:
+        saved = place / "inputs.pt"
         if inputs:
             torch.save(inputs, saved)
-        path = Path(place) / "job.json"
+        path = place / "job.json"
         path.write_text(json.dumps({**job, "folder": str(folder), "inputs": str(saved) if inputs else None}))
         report = _in_clean_process(path)
     if problems := report.pop("problems"):
@@ -36,17 +34,7 @@ def validate(folder: Path, job: dict[str, Any], inputs: list[dict[str, Any]]) ->
 
 
 def _in_clean_process(job: Path) -> dict[str, Any]:
-    ran = subprocess.run(
-        [sys.executable, "-P", comparison.__file__, str(job)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
-        cwd="/",
-        check=False,
-    )
-    lines = ran.stdout.strip().splitlines()
-    if ran.returncode != 0 or not lines:
-        reason = (ran.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"problems": [f"comparing it in a clean process failed: {reason}"]}
-    report: dict[str, Any] = json.loads(lines[-1])
-    return report
+    try:
+        return report_of(comparison.__file__, str(job))
+    except CleanProcessFailed as failure:
+        return {"problems": [f"comparing it in a clean process failed: {failure}"]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..cards.model_card import loading_name
 from ..checkpoints.files import CARD, is_published_document, listed, refuse_links_out
 from ..checkpoints.hub_access import hub_errors
+from ..checkpoints.temporary import temporary_folder
 from ..errors import InputError
 from .folder_kinds import CHECKPOINT, GRAPHS, FolderKind, kind_of, recorded
 
@@ -187,9 +187,9 @@ def contents(
     folder: Path, repo_id: str, kind: FolderKind, names: Iterable[str]
 ) -> Iterator[tuple[dict[str, Path], bool]]:
     """Files to publish by their name in the repository, and whether the card is somebody's own."""
-    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-push-") as made:
-        own_card = write_card(folder, repo_id, kind, Path(made))
-        yield {name: folder / name for name in names} | listed(Path(made)), own_card
+    with temporary_folder("push") as made:
+        own_card = write_card(folder, repo_id, kind, made)
+        yield {name: folder / name for name in names} | listed(made), own_card
 
 
 def published(folder: Path, kind: FolderKind) -> list[str]:

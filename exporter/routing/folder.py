@@ -10,12 +10,13 @@ import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.files import replace_bytes
 from ..checkpoints.source import Source
+from ..checkpoints.temporary import temporary_folder
 from ..checkpoints.trust import warn_of_foreign_code
 from ..errors import InputError
 from ..modeling.released import is_released, sha256_of
@@ -184,8 +185,8 @@ def with_current_code(folder: Path) -> Iterator[Path]:
     if not has_earlier_code(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-view-") as made:
-        view = Path(made) / folder.name
+    with temporary_folder("view") as made:
+        view = made / folder.name
         view.mkdir()
         for path in folder.iterdir():
             if path.name not in MODELING_FILES and path.name != "__pycache__":
@@ -209,7 +210,7 @@ def _replace(folder: Path, files: Mapping[str, bytes], record: dict[str, Any]) -
                     f"{folder / name} is not the file that {RECORD} records: it was edited since, and is left alone."
                 )
     for name, data in files.items():
-        _replace_bytes(folder / name, data)
+        replace_bytes(folder / name, data)
     if record:
         _replace_text(folder / RECORD, _as_json(record))
 
@@ -244,11 +245,4 @@ def _as_json(data: Mapping[str, Any]) -> str:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    _replace_bytes(path, text.encode())
-
-
-def _replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file in one step, so that a reader never meets half of it."""
-    part = path.with_name(f"{path.name}.partial")
-    part.write_bytes(data)
-    part.replace(path)
+    replace_bytes(path, text.encode())

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoints.temporary import file_beside
 from ...data.pictures import split_by_picture
 from ...data.samples import Sample
 from ...errors import InputError
@@ -187,6 +188,5 @@ class TrainingState:
             "curve": self.curve,
             "step": step,
         }
-        part = path.with_suffix(".partial")
-        torch.save(saved, part)
-        part.replace(path)
+        with file_beside(path) as file:
+            torch.save(saved, file)
