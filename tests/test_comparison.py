@@ -64,7 +64,9 @@ def test_a_broken_off_comparison_goes_on(grid, tmp_path):
     small = grid | {"localizers": ["tis"], "folds": ["none"], "drop_layers": [1, 2]}
     first = compare(grid_from_data(small), tmp_path / "out")
     lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    assert compare(grid_from_data(small), tmp_path / "out") == first  # as it was read from its results
     (tmp_path / "out" / "cells.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    (tmp_path / "out" / "results.json").write_text('{"out": ')
     again = compare(grid_from_data(small), tmp_path / "out")
     assert again.cells == first.cells
     with pytest.raises(InputError, match="holds another comparison"):

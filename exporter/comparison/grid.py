@@ -125,6 +125,10 @@ class Cell:
     wrong: tuple[int, ...]  # questions, by their number in the task sorted by size
 
 
+def cell_from_data(data: dict[str, Any]) -> Cell:
+    return Cell(**data | {name: tuple(data[name]) for name in ("drop", "interval", "wrong")})
+
+
 @dataclass(frozen=True)
 class Comparison:
     out: Path
@@ -148,6 +152,16 @@ class Comparison:
     def to_data(self) -> dict[str, Any]:
         cells = [asdict(cell) | {"p_value": self.p_value(cell)} for cell in self.cells]
         return asdict(self) | {"out": str(self.out), "cells": cells}
+
+    @staticmethod
+    def from_data(data: dict[str, Any], out: Path) -> Comparison:
+        """Read what to_data wrote into results.json."""
+        cells = tuple(cell_from_data({k: v for k, v in cell.items() if k != "p_value"}) for cell in data["cells"])
+        best = {int(count): cell_from_data(cell) for count, cell in data["best"].items()}
+        rate = data["original"]
+        original = Rate(rate["n"], rate["accuracy"], tuple(rate["interval"]))
+        same = {"out": out, "original": original, "cells": cells, "best": best}
+        return Comparison(**data | same | {name: tuple(data[name]) for name in ("counts", "ratios")})
 
 
 Key = tuple[str, str, int]  # localizer, fold, number of dropped layers

@@ -32,7 +32,7 @@ from ..models.variants import AnswerAgreement, Variant, assembled, judge
 from ..plan import Folded, PruningPlan, make_plan
 from ..progress import Progress
 from ..recipe import Method
-from .grid import Cell, Grid, Key, label
+from .grid import Cell, Comparison, Grid, Key, cell_from_data, label
 
 CELLS_AT_A_TIME = 16  # whose new tensors are held together
 
@@ -244,8 +244,16 @@ class Progressive:
         self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
 
     def _keep(self, data: dict[str, Any]) -> None:
-        cell = Cell(**data | {name: tuple(data[name]) for name in ("drop", "interval", "wrong")})
+        cell = cell_from_data(data)
         self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell
+
+    def finished(self) -> Comparison | None:
+        """Return the result of an earlier run that came to its end, if there is one."""
+        results = self.path.with_name("results.json")
+        try:
+            return Comparison.from_data(json.loads(results.read_text()), results.parent)
+        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: made again from the cells
+            return None
 
     def add(self, cells: dict[Key, Cell]) -> None:
         with self.path.open("a") as file:

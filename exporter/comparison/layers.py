@@ -30,6 +30,8 @@ def compare(
     """
     out = Path(out)
     kept = Progressive(out, grid)
+    if finished := kept.finished():
+        return finished
     begin = time.monotonic()
     job = prepare(grid.recipe(), options, progress)
     task = load_task(grid.task, grid.task_samples, grid.seed)
