@@ -6,7 +6,8 @@ Imports nothing heavy: the command line reads it to explain usage.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -172,11 +173,15 @@ def from_yaml(path: Path | str, parse: Callable[[Any], T]) -> T:
 
     path = Path(path).expanduser()
     try:
-        data = yaml.safe_load(path.read_text())
+        if path.exists() and not path.is_file():  # a pipe or a device would be read without end
+            raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, not a recipe.")
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError(f"there is no recipe {path}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: other bytes, a date that there is not
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
     try:
         return parse(data)
     except InputError as error:
@@ -185,27 +190,24 @@ def from_yaml(path: Path | str, parse: Callable[[Any], T]) -> T:
 
 def recipe_from_data(data: Any) -> Recipe:
     check_keys(data, RECIPE_KEYS, "a recipe")
+    check_types(Recipe, data, ("model", "revision", "seed", "base_model"))
+    check_types(LayerBudget, data, ("drop_layers", "drop_ratio", "target_params"))
     for key in ("model", "calibration"):
         if key not in data:
             raise InputError(f"a recipe needs '{key}'.")
     budget = {key: data[key] for key in BUDGET_KEYS if data.get(key) is not None}
     if "layers" in budget:
         budget["layers"] = integers(budget["layers"], "layers")
-    for key in ("drop_layers", "target_params"):
-        if key in budget and not isinstance(budget[key], int):
-            raise InputError(f"{key} must be a whole number, not {budget[key]!r}.")
-    if not isinstance(budget.get("drop_ratio", 0.0), float | int):
-        raise InputError(f"drop_ratio must be a number, not {budget['drop_ratio']!r}.")
     protect = data.get("protect")
     return Recipe(
-        model=str(data["model"]),
+        model=data["model"],
         calibration=calibration_from_data(data["calibration"]),
         budget=LayerBudget(**budget),
         revision=data.get("revision"),
         localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZER_NAMES, "localizer"),
         fold=read_method(data["fold"], FOLD_NAMES, "fold") if data.get("fold") is not None else None,
         protect=None if protect is None else integers(protect, "protect"),
-        seed=int(data.get("seed", 0)),
+        seed=data.get("seed", 0),
         base_model=data.get("base_model"),
         router=router_from_data(data["router"]) if data.get("router") not in (None, False) else None,
     )
@@ -222,6 +224,8 @@ def calibration_from_data(data: Any) -> CalibrationData:
             raise InputError(f"calibration: config must be a text, not {value!r}.")
         if name == "samples" and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise InputError(f"calibration: samples must be a whole number or null, not {value!r}.")
+        if name == "columns" and isinstance(value, Mapping) and not all(isinstance(v, str) for v in value.values()):
+            raise InputError(f"calibration: columns must name a column for each role, not {value!r:.80}.")
         if name in hints and not isinstance(value, hints[name]):
             raise InputError(f"calibration: {name} must be a {KIND_NAMES[hints[name]]}, not {value!r}.")
     return CalibrationData(**data)
@@ -275,7 +279,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if arguments:  # a union
         return any(_fits(value, one) for one in arguments)
     if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < math.inf
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return isinstance(value, hint)
@@ -290,11 +294,22 @@ def _said(hint: Any) -> str:
         return f"a list of {_said(arguments[0])}"
     if arguments:
         return " or ".join(_said(one) for one in arguments)
-    return {float: "a number from 0 up", int: "a whole number from 0 up", type(None): "null"}.get(hint, hint.__name__)
+    words = {float: "a number from 0 up", int: "a whole number from 0 up", str: "a text", bool: "true or false"}
+    return words.get(hint, "null" if hint is type(None) else hint.__name__)
+
+
+def check_types(cls: type, data: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise InputError where an entry that was read is not of the type that the data class has it in."""
+    from typing import get_type_hints
+
+    hints = get_type_hints(cls)
+    for name in names:
+        if name in data and not _fits(data[name], hints[name]):
+            raise InputError(f"{name} must be {_said(hints[name])}, not {data[name]!r:.80}.")
 
 
 def integers(value: Any, name: str) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(v, int) for v in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         raise InputError(f"{name} must be a list of layer numbers, not {value!r}.")
     return tuple(value)
 

@@ -42,7 +42,7 @@ def report_of(script: Path | str, *arguments: str, environment: Mapping[str, str
             [sys.executable, "-P", "-c", WATCHED, str(script), *arguments],
             capture_output=True,
             text=True,
-            env=os.environ | ALONE | (environment or {}),
+            env={**os.environ, **ALONE, **(environment or {})},
             cwd="/",
             check=False,
             stdin=reading,

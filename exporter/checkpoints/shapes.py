@@ -136,7 +136,17 @@ def read_json(path: Path) -> Any:
     Raises: Misfit for what is no JSON: other bytes, NaN and Infinity, nesting beyond all measure.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
+        return parse_line(path.read_text(encoding="utf-8-sig"))
+    except Misfit:
+        raise
+    except ValueError as error:
+        raise Misfit(str(error) or type(error).__name__) from error
+
+
+def parse_line(text: str) -> Any:
+    """Return what a text says in JSON. Raises Misfit for what is none, as `read_json` does."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
     except Misfit:
         raise
     except (ValueError, RecursionError) as error:

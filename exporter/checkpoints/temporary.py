@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -101,7 +102,7 @@ def sweep(place: Path, prefix: str) -> None:
     for left in place.glob(f"{glob_escape(prefix)}*"):
         if left.is_symlink() or not left.is_dir():
             continue
-        _remove_unlocked(left / LOCK, lambda left=left: shutil.rmtree(left, ignore_errors=True))  # type: ignore[misc]
+        _remove_unlocked(left / LOCK, functools.partial(shutil.rmtree, left, ignore_errors=True))
         with contextlib.suppress(OSError):
             if not (left / LOCK).exists():
                 left.rmdir()  # killed before it had a lock; one that holds something stays
@@ -110,11 +111,10 @@ def sweep(place: Path, prefix: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _remove_unlocked(lock_file: Path, remove: object) -> None:
+def _remove_unlocked(lock_file: Path, remove: Callable[[], object]) -> None:
     """Call `remove` unless somebody holds the lock; holds it meanwhile."""
     with contextlib.suppress(OSError), lock_file.open("r+") as lock:  # BlockingIOError: a run that is alive
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert callable(remove)
         remove()
 
 

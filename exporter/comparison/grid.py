@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.shapes import COUNT, NUMBER, TEXT, ListOf, MapOf, check
 from ..errors import InputError
 from ..evaluation.scoring import Rate, mcnemar
 from ..fold import FOLDS
@@ -21,6 +22,7 @@ from ..recipe import (
     calibration_from_data,
     check_keys,
     check_options,
+    check_types,
     from_yaml,
     integers,
     paths_as_text,
@@ -80,6 +82,7 @@ def grid_from_data(data: Any) -> Grid:
     for key in ("localizers", "folds", "drop_layers", "drop_ratios"):
         if key in data and (not isinstance(data[key], list) or not data[key]):
             raise InputError(f"{key} must be a list, not {data[key]!r}.")
+    check_types(Grid, data, ("model", "task", "task_samples", "revision", "seed"))
     localizers = tuple(read_method(value, LOCALIZER_NAMES, "localizer") for value in data["localizers"])
     folds = tuple(read_method(value, FOLD_NAMES, "fold") for value in data["folds"])
     for method in localizers:
@@ -89,9 +92,9 @@ def grid_from_data(data: Any) -> Grid:
     rest = {key: data[key] for key in ("task_samples", "revision", "seed") if key in data}
     protect = data.get("protect")
     return Grid(
-        str(data["model"]),
+        data["model"],
         calibration_from_data(data["calibration"]),
-        str(data["task"]),
+        data["task"],
         localizers,
         folds,
         integers(data.get("drop_layers", []), "drop_layers"),
@@ -125,8 +128,41 @@ class Cell:
     wrong: tuple[int, ...]  # questions, by their number in the task sorted by size
 
 
-def cell_from_data(data: dict[str, Any]) -> Cell:
-    return Cell(**data | {name: tuple(data[name]) for name in ("drop", "interval", "wrong")})
+CELL = {
+    "localizer": TEXT,
+    "fold": TEXT,
+    "drop": ListOf(COUNT),
+    "parameters": COUNT,
+    "n": COUNT,
+    "accuracy": NUMBER,
+    "interval": ListOf(NUMBER, 2),
+    "kept": NUMBER,
+    "by_type": MapOf(NUMBER),
+    "kl": NUMBER,
+    "agreement": NUMBER,
+    "wrong": ListOf(COUNT),
+}
+
+
+def cell_from_data(data: Any) -> Cell:
+    """Read a cell as it is kept. Raises Misfit."""
+    check(data, CELL)
+    read: dict[str, Any] = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in CELL}
+    return Cell(**read)
+
+
+RESULTS = {
+    "original": {"n": COUNT, "accuracy": NUMBER, "interval": ListOf(NUMBER, 2)},
+    "parameters": COUNT,
+    "cells": ListOf(CELL),
+    "seconds": NUMBER,
+    "naive_seconds": NUMBER,
+    "best": MapOf(CELL),
+    "num_layers": COUNT,
+    "counts": ListOf(COUNT),
+    "ratios": ListOf(NUMBER),
+    "refused": MapOf(TEXT),
+}
 
 
 @dataclass(frozen=True)
@@ -155,8 +191,9 @@ class Comparison:
 
     @staticmethod
     def from_data(data: dict[str, Any], out: Path) -> Comparison:
-        """Read what to_data wrote into results.json."""
-        cells = tuple(cell_from_data({k: v for k, v in cell.items() if k != "p_value"}) for cell in data["cells"])
+        """Read what to_data wrote into results.json. Raises ValueError, KeyError, TypeError for a damaged one."""
+        check(data, RESULTS)
+        cells = tuple(cell_from_data(cell) for cell in data["cells"])
         best = {int(count): cell_from_data(cell) for count, cell in data["best"].items()}
         rate = data["original"]
         original = Rate(rate["n"], rate["accuracy"], tuple(rate["interval"]))

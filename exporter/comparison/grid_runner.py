@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.staging import check_target
+from ..checkpoints.shapes import read_json
 from ..compression.job import CompressionJob
 from ..compression.steps import fold_job, localize
 from ..data.batches import make_batch, make_batches
+from ..data.resumable import KeptLines
 from ..data.samples import Sample
 from ..data.task import SPARE_TOKENS, Task, greedy_answers
-from ..errors import InputError
 from ..evaluation.scoring import Rate, is_right
 from ..fold import FOLDS
 from ..fold.job import FoldRefused
@@ -228,33 +228,22 @@ class Progressive:
     """Cells on disk as they are done, so that a broken-off run goes on."""
 
     def __init__(self, out: Path, grid: Grid) -> None:
-        self.path = out / "cells.jsonl"
         columns = [f.name for f in dataclasses.fields(Cell)]
         fingerprint = hashlib.sha256(json.dumps([asdict(grid), columns], sort_keys=True).encode()).hexdigest()
+        self.kept = KeptLines(out / "cells.jsonl", "grid", fingerprint)
         self.cells: dict[Key, Cell] = {}
-        if out.exists() and self.path.exists():
-            first, *lines = self.path.read_text().splitlines()
-            if json.loads(first).get("grid") != fingerprint:
-                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
-            for line in lines:
-                self._keep(json.loads(line))
-            return
-        check_target(out)
-        out.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
-
-    def _keep(self, data: dict[str, Any]) -> None:
-        cell = cell_from_data(data)
-        self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell
+        for cell in self.kept.read(cell_from_data):
+            self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell
 
     def finished(self) -> Comparison | None:
         """Return the result of an earlier run that came to its end, if there is one."""
-        results = self.path.with_name("results.json")
+        results = self.kept.path.with_name("results.json")
+        if not results.is_file():
+            return None
         try:
-            return Comparison.from_data(json.loads(results.read_text()), results.parent)
-        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: made again from the cells
+            return Comparison.from_data(read_json(results), results.parent)
+        except (OSError, ValueError, KeyError, TypeError):  # a damaged one is made again from the cells
             return None
 
     def add(self, cells: dict[Key, Cell]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(asdict(cell)) + "\n" for cell in cells.values())
+        self.kept.add(asdict(cell) for cell in cells.values())

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.record import BUDGET
+from ..checkpoints.shapes import COUNT, NUMBER, TEXT, ListOf, MapOf, Maybe, check
 from ..errors import InputError
 from ..evaluation.scoring import Rate
 from ..modeling.routed_route import Budget
-from ..recipe import check_keys, paths_as_text
+from ..recipe import check_keys, check_types, paths_as_text
 from ..routing.rules import Rule
 from .oracle import Search
 
@@ -64,6 +66,7 @@ def tables_from_data(data: Any) -> RouteTables:
     for key in ("rows", "budgets"):
         if not isinstance(data[key], list):
             raise InputError(f"{key} must be a list, not {data[key]!r}.")
+    check_types(RouteTables, data, ("model", "task", "calibration", "task_samples", "seed"))
     if data.get("equal", "flops") not in ("flops", "budget"):
         raise InputError(f"equal: {data['equal']!r} is not known: flops, budget.")
     made = {
@@ -83,6 +86,7 @@ def _part(cls: Any, data: Any, what: str) -> Any:
     check_keys(data, [f.name for f in dataclasses.fields(cls)], what)
     if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in data]:
         raise InputError(f"{what} needs '{missing[0]}'.")
+    check_types(cls, data, data)
     return cls(**data)
 
 
@@ -101,6 +105,30 @@ class RouteCell:
     flops_share: float
     decoder_flops_share: float
     searched: str | None = None
+
+
+ROUTE_CELL = {
+    "row": TEXT,
+    "column": COUNT,
+    "budget": BUDGET,
+    "n": COUNT,
+    "accuracy": NUMBER,
+    "interval": ListOf(NUMBER, 2),
+    "kept": NUMBER,
+    "by_type": MapOf(NUMBER),
+    "kl": NUMBER,
+    "agreement": NUMBER,
+    "flops_share": NUMBER,
+    "decoder_flops_share": NUMBER,
+    "searched": Maybe(TEXT),
+}
+
+
+def row_from_data(data: Any) -> tuple[str, list[RouteCell]]:
+    """Read a row of cells as it is kept. Raises Misfit."""
+    check(data, {"row": TEXT, "cells": ListOf(ROUTE_CELL)})
+    cells = [{name: cell[name] for name in ROUTE_CELL} for cell in data["cells"]]
+    return data["row"], [RouteCell(**cell | {"interval": tuple(cell["interval"])}) for cell in cells]
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 
 from ..checkpoints.source import open_source
-from ..checkpoints.staging import check_target
 from ..data.batches import Batch, make_batch, size_order
-from ..data.resumable import ResumableLines
+from ..data.resumable import KeptLines, ResumableLines
 from ..data.task import Task, greedy_answers
-from ..errors import InputError
 from ..evaluation.judge import Judge, Reference
 from ..evaluation.loaded import Loaded, influence_of, load
 from ..evaluation.results import ModelResult
@@ -30,7 +28,7 @@ from ..routing.folder import load_routed, routable
 from ..routing.requests import BudgetRequest
 from ..routing.rules import Rule, make_route
 from .oracle import images_seen_once, search
-from .routes import FEWEST, OUT_OF_REACH, RouteCell, RouteTables, Row
+from .routes import FEWEST, OUT_OF_REACH, RouteCell, RouteTables, Row, row_from_data
 
 FIT_PROMPTS, FIT_STEPS = 2, 3
 
@@ -227,21 +225,10 @@ class Finished:
     """Rows on disk as they are done, so that a broken-off run goes on."""
 
     def __init__(self, out: Path, tables: RouteTables) -> None:
-        self.path, self.cells = out / "rows.jsonl", dict[str, list[RouteCell]]()
         fingerprint = hashlib.sha256(json.dumps(asdict(tables), sort_keys=True).encode()).hexdigest()
-        if self.path.exists():
-            first, *lines = self.path.read_text().splitlines()
-            if json.loads(first).get("tables") != fingerprint:
-                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
-            for line in lines:
-                row = json.loads(line)
-                self.cells[row["row"]] = [RouteCell(**c | {"interval": tuple(c["interval"])}) for c in row["cells"]]
-            return
-        check_target(out)
-        out.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"tables": fingerprint}) + "\n")
+        self.kept = KeptLines(out / "rows.jsonl", "tables", fingerprint)
+        self.cells: dict[str, list[RouteCell]] = dict(self.kept.read(row_from_data))
 
     def add(self, name: str, cells: list[RouteCell]) -> None:
         self.cells[name] = cells
-        with self.path.open("a") as file:
-            file.write(json.dumps({"row": name, "cells": [asdict(cell) for cell in cells]}) + "\n")
+        self.kept.add([{"row": name, "cells": [asdict(cell) for cell in cells]}])

@@ -114,7 +114,7 @@ def prepare(model: str, options: ExportOptions) -> ExportJob:
     source = open_verified(model, options.trust_remote_code)
     dtype = chosen_dtype(options)
     cache = cache_kind(source.config, dtype, options.device)
-    route = read_settings(source.config, cache) if "router" in source.raw_config else None
+    route = read_settings(source.config, source.name, cache) if "router" in source.raw_config else None
     return ExportJob(source, options, support_of(source.config), dtype, cache, route)
 
 

@@ -21,7 +21,7 @@ from ..checkpoints.trust import warn_of_foreign_code
 from ..errors import InputError
 from ..modeling.released import is_released, sha256_of
 from ..models.loading import load_model
-from .settings import check_routable, default_settings
+from .settings import check_routable, default_settings, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +56,16 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
         return routable(load_model(source, device, dtype, memory)[0])
     check_routable(source.config)
     warn_of_foreign_code(source.folder, source.name)
+    read_settings(source.config, source.name)
     try:
+        from safetensors import SafetensorError
+
         from ..modeling import modeling_routed
         from ..modeling.modeling_routed import class_name
 
         cls = getattr(modeling_routed, class_name(source.config.model_type))
         model = load_model(source, device, dtype, memory, cls)[0]
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source.name}: {error}") from error
@@ -74,13 +77,13 @@ def routable(model: Any, settings: Mapping[str, Any] | None = None) -> Any:
     """A loaded stock model made able to follow routes, in place; it has no router, so that budgets alone won't do."""
     from ..modeling.modeling_routed import routed
     from ..modeling.routed_pass import make_routable
-    from ..modeling.routed_route import OFF, RouterSettings
+    from ..modeling.routed_route import OFF
 
     check_routable(model.config)
     model.config.router = dict(settings or default_settings(model.config)) | {"default": "off"}
     stock: Any = type(model)
     model.__class__ = routed(stock)
-    model.router_settings, model.budget = RouterSettings.of(model.config), OFF
+    model.router_settings, model.budget = read_settings(model.config, "the model"), OFF
     try:
         make_routable(model._text_model())
     except ValueError as error:

@@ -14,7 +14,7 @@ from ..checkpoints.source import Source
 from ..errors import InputError
 from ..modeling.routed_route import OFF, Budget, RouterSettings
 from .rules import Rule
-from .settings import default_settings
+from .settings import default_settings, read_settings
 
 ROUTER = Rule("router", "router")
 
@@ -97,7 +97,4 @@ def router_settings(source: Source, rule: Rule = ROUTER) -> RouterSettings:
                 "route`, or have a rule choose (--rule fastv+shortgpt)."
             )
         source.config.router = default_settings(source.config)
-    try:
-        return RouterSettings.of(source.config)
-    except ValueError as error:
-        raise InputError(f"{source.name}: {error}") from error
+    return read_settings(source.config, source.name)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 QUESTIONS = ("what color is the circle?", "how many dots are there?", "is there a red square?", "what is the number?")
 ANSWERS = ("red", "three", "no", "seven")
 SOURCE_CARD = "---\nlicense: mit\nlanguage:\n- en\nbase_model: user/base\ntags: [vision]\n---\n# A model\n\nBy hand.\n"
@@ -54,7 +55,7 @@ def make(folder: Path) -> Path:
     Names in it are relative: records name each other so, and a copy elsewhere is as good.
     """
     done = folder / "complete"
-    if done.exists():
+    if done.exists() and done.read_text() == key():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -64,7 +65,7 @@ def make(folder: Path) -> Path:
         _make_all()
     finally:
         os.chdir(before)
-    done.touch()
+    done.write_text(key())
     return folder
 
 
@@ -139,7 +140,7 @@ def _make_questions() -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(with_bytes), task / "q.parquet")
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818 - no error
     """Training is broken off here."""
 
 
@@ -193,12 +194,12 @@ def copied(material: Path, names: Iterable[str], into: Path) -> None:
             shutil.copy2(material / name, into / name)
 
 
-def key(root: Path) -> str:
-    """Return what the results depend on: the commit, and whether files were changed since."""
-    told = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip() or "unknown"
+def key() -> str:
+    """Return what the material depends on: this package's source, and this file's."""
+    digest = hashlib.sha256()
+    for path in (*sorted((ROOT / "exporter").rglob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def chosen(generator: random.Random, folder: Path, pattern: str) -> Path:

@@ -23,6 +23,7 @@ from ...modeling.modeling_routed import ROUTER_FILE
 from ...modeling.routed_api import cache_name
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
+from ...routing.settings import read_settings as settings_of
 from ..runtime.routed import FRONT
 from ..support import SHARED, Support
 from .decoder import Embeddings, Samples, SharedDecoder, SharedStep, group_query_attention, last_tokens, named_cache
@@ -60,9 +61,9 @@ def parts(settings: RouterSettings, num_layers: int) -> list[Part]:
     return found
 
 
-def read_settings(config: Any, cache: str) -> RouterSettings:
+def read_settings(config: Any, name: str, cache: str) -> RouterSettings:
     """The router's settings, or InputError if this route can't be written as graphs."""
-    settings = RouterSettings.of(config)
+    settings = settings_of(config, name)
     text = config.get_text_config()
     if cache != SHARED:
         raise InputError("this routed model needs a mask, which routed graphs have not: export the plain checkpoint.")
