@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> None:
     if isinstance(wanted, tuple):
         tables = compare_zoo(wanted, options.out, run, progress_bar(options))
         print(zoo_text(tables))
-        print(f"written: {options.out / 'table.md'}, {options.out / 'results.json'}, and a folder for each model")
         write_json(options, {name: [asdict(row) for row in rows] for name, rows in tables.items()})
+        _say_where(options, "table.md", "results.json")
         return
     if isinstance(wanted, RouteTables):
         done = compare_routes(wanted, options.out, run, progress_bar(options))
@@ -63,4 +63,12 @@ def run(options: argparse.Namespace) -> None:
         text = comparison_table(done)
     write_json(options, done.to_data())
     print(text)
-    print(f"written: {options.out / 'table.md'}, {options.out / 'accuracy.png'}, {options.out / 'results.json'}")
+    _say_where(options, "table.md", "accuracy.png", "results.json")
+
+
+def _say_where(options: argparse.Namespace, *names: str) -> None:
+    """Name the files that were written; results that could not be are printed, and the exit code says so."""
+    if (options.out / names[-1]).is_file():
+        print(f"written: {', '.join(str(options.out / name) for name in names)}")
+    else:
+        options.unsaved = True

@@ -101,7 +101,7 @@ class GridRunner:
     def _greedy_order(self) -> LayerScores:
         begin = time.monotonic()
         answered = list(self.questions.answered("score layers"))
-        order = greedy(AnswerDivergence.of(self.model, answered), max(self.counts), self.job.protect)
+        order = greedy(AnswerDivergence.of(self.model, answered, self.progress), max(self.counts), self.job.protect)
         self.timed("greedy", begin)
         return order
 

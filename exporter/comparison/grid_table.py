@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ..cards.plots import MARKERS, PALETTE, figure, save
 from ..cards.tables import table
 from .grid import Comparison
+from .saved import write_all
 
 
 def comparison_rows(done: Any) -> list[tuple[Any, ...]]:
@@ -100,8 +100,5 @@ def pareto_front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]
 
 
 def write_results(done: Comparison) -> None:
-    (done.out / "table.md").write_text(comparison_markdown(done))
-    plot_comparison(done, done.out / "accuracy.png")
-    (done.out / "results.json").write_text(
-        json.dumps(done.to_data(), indent=2) + "\n"
-    )  # last: it says that all is there
+    pictures = {"accuracy.png": lambda path: plot_comparison(done, path)}
+    write_all(done.out, {"table.md": comparison_markdown(done)}, pictures, done.to_data())

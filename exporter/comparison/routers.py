@@ -10,7 +10,6 @@ unrouted model says.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..cards.figures import describe
@@ -24,6 +23,7 @@ from ..routing.requests import BudgetRequest, router_settings
 from .routes import RouteComparison, RouteTables
 from .routes_runner import Finished, RoutesRunner
 from .routes_table import plot_routes, table_markdown
+from .saved import write_all
 
 
 def compare_routes(
@@ -51,7 +51,6 @@ def compare_routes(
     names = tuple(describe(BudgetRequest(budget).to_data()) for budget in tables.budgets)
     cells = tuple(cell for row in tables.rows for cell in kept.cells[row.name])
     done = RouteComparison(out, Rate.of(runner.original.correct), names, tuple(row.name for row in tables.rows), cells)
-    (out / "results.json").write_text(json.dumps(done.to_data(), indent=2) + "\n")
-    (out / "table.md").write_text(table_markdown(done))
-    plot_routes(done, out / "accuracy.png")
+    pictures = {"accuracy.png": lambda path: plot_routes(done, path)}
+    write_all(out, {"table.md": table_markdown(done)}, pictures, done.to_data())
     return done

@@ -8,7 +8,6 @@ and goes on where a broken-off run has left it.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..progress import Progress, silent
 from ..recipe import RunOptions, check_keys
 from .grid import Cell, Comparison, Grid, grid_from_data
 from .layers import compare
+from .saved import write_all
 
 Compare = Callable[..., Comparison]
 
@@ -117,10 +117,10 @@ def compare_zoo(
     left_out = {model.name: done[model.name] for model in zoo if not model.in_view}
     if left_out and len(left_out) < len(done):
         tables["left out"] = rows(left_out)
-    (out / "results.json").write_text(json.dumps({k: [asdict(row) for row in v] for k, v in tables.items()}, indent=2))
     text = "\n".join(f"## {name}\n\n{markdown(table)}" for name, table in tables.items())
     notes = [f"- {name}, {fold}: {reason}" for name, folds in refused.items() for fold, reason in folds.items()]
-    (out / "table.md").write_text(text + ("\nLeft out:\n\n" + "\n".join(notes) + "\n" if notes else ""))
+    text += "\nLeft out:\n\n" + "\n".join(notes) + "\n" if notes else ""
+    write_all(out, {"table.md": text}, {}, {name: [asdict(row) for row in table] for name, table in tables.items()})
     return tables
 
 

@@ -96,6 +96,7 @@ class KeptLines:
 
     def __init__(self, path: Path, key: str, run: str) -> None:
         self.path = path
+        self.head: str | None = None
         self.lines: list[str] = []
         if os.path.lexists(path):
             require_file(path, "what a comparison keeps")
@@ -118,8 +119,7 @@ class KeptLines:
                 return
         else:
             check_target(path.parent)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({key: run}) + "\n")
+        self.head = json.dumps({key: run}) + "\n"  # not written yet: what is refused leaves no folder
 
     def read(self, parse: Callable[[Any], T]) -> Iterator[T]:
         """Yield what `parse` makes of each line. Raises InputError that names the line which it does not take."""
@@ -132,8 +132,15 @@ class KeptLines:
                 raise self._damaged(number, misfit) from misfit
 
     def add(self, rows: Iterable[Any]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        """Append rows. Where they can't be written the run goes on all the same."""
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            with self.path.open("a" if self.head is None else "w") as file:
+                file.write(self.head or "")
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            self.head = None
+        except OSError as error:
+            logger.warning("%s can't be written (%s): what is done is not kept.", self.path, error.strerror)
 
     def _damaged(self, number: int, why: object) -> InputError:
         return InputError(

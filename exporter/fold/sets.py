@@ -43,9 +43,9 @@ class FoldedSets:
         if not sets:
             return
         number = self.held_out.questions.portion("fold_sets")
-        batches = list(self.held_out.fit("fold sets of layers", number))
+        batches = list(self.held_out.fit("read for folds", number))
         originals = Originals()
-        for drop in sets:
+        for drop in self.held_out.questions.progress(sets, "fold sets of layers", len(sets)):
             plan = make_plan(len(text_decoder(self.model).layers), drop)
             job = FoldJob(
                 self.model,

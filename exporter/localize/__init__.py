@@ -64,7 +64,7 @@ def by_angular(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerSco
 
 
 def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
-    loss = AnswerDivergence.of(job.model, list(job.asked.answered("score layers")))
+    loss = AnswerDivergence.of(job.model, list(job.asked.answered("score layers")), job.asked.progress)
     return greedy(loss, count, tuple(protect))
 
 
@@ -95,7 +95,8 @@ def by_best_of(
     samples, judged_by = samples or job.asked.portion("rank"), judged_by or job.asked.portion("sets")
     batches = list(job.asked.batches("score layers", part="fit", number=samples))
     statistics = list(layer_statistics(job.model, batches))
-    loss = StateError.of(job.model, job.asked.batches("score layers", part="fit", number=judged_by))
+    few = job.asked.batches("score layers", part="fit", number=judged_by)
+    loss = StateError.of(job.model, few, job.asked.progress)
     judge = job.folded if folded else None
     scores = best_of(statistics, count, tuple(protect), loss, exchanges, judge)
     read = len(job.asked.indices("fit", max(samples, judged_by)))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..clean_room import extend, greedy_answers
 from ..data.batches import Batch
+from ..progress import Progress, silent
 from .loading import text_decoder
 from .replay import Trace, last_output, last_outputs, logits, trace, walk
 
@@ -70,14 +71,15 @@ class AnswerDivergence:
     model: Any
     batches: Sequence[AnsweredBatch]
     outputs: Sequence[Tensor]  # [N, D] the original's last layer's output where an answer token is predicted
+    progress: Progress = silent
 
     @classmethod
-    def of(cls, model: Any, batches: Sequence[AnsweredBatch]) -> AnswerDivergence:
+    def of(cls, model: Any, batches: Sequence[AnsweredBatch], progress: Progress = silent) -> AnswerDivergence:
         layers, outputs = text_decoder(model).layers, []
         for one in batches:
             given = trace(model, one.batch)
             outputs.append(last_output(walk(layers, given), given.entry)[one.predicts])
-        return cls(model, batches, outputs)
+        return cls(model, batches, outputs, progress)
 
     @property
     def num_layers(self) -> int:
@@ -87,7 +89,8 @@ class AnswerDivergence:
         """The divergence without each of the sets of layers, from one walk for all of them."""
         layers = text_decoder(self.model).layers
         totals = [0.0] * len(sets)
-        for one, original in zip(self.batches, self.outputs, strict=True):
+        pairs = zip(self.batches, self.outputs, strict=True)
+        for one, original in self.progress(pairs, "leave layers out", len(self.batches)):
             for number, output in last_outputs(layers, trace(self.model, one.batch), sets):
                 totals[number] += self._kl(one, original, output)
         return [total / self._tokens for total in totals]
@@ -112,9 +115,10 @@ class StateError:
 
     model: Any
     batches: Sequence[tuple[Trace, Tensor, Tensor]]  # per batch: what layers get, counted tokens [B, S], states [N, D]
+    progress: Progress = silent
 
     @classmethod
-    def of(cls, model: Any, batches: Iterable[Batch]) -> StateError:
+    def of(cls, model: Any, batches: Iterable[Batch], progress: Progress = silent) -> StateError:
         decoder, kept = text_decoder(model), []
         for batch in batches:
             given = trace(model, batch.to(model.device))
@@ -123,7 +127,7 @@ class StateError:
                 kept.append(
                     (given, counted, decoder.norm(last_output(walk(decoder.layers, given), given.entry)[counted]))
                 )
-        return cls(model, kept)
+        return cls(model, kept, progress)
 
     @property
     def num_layers(self) -> int:
@@ -133,7 +137,7 @@ class StateError:
         """The mean error without each of the sets of layers, from one walk for all of them."""
         decoder = text_decoder(self.model)
         totals, number = [0.0] * len(sets), 0
-        for given, counted, states in self.batches:
+        for given, counted, states in self.progress(self.batches, "leave layers out", len(self.batches)):
             original = states.float()
             number += len(original)
             sizes = original.square().sum(-1)

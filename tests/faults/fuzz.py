@@ -330,6 +330,7 @@ def worker(
 def fuzz(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the cases that are not done yet, and return the results of all of them."""
     material.prepare()
+    material.verify_here()
     source = material.make(options.work / "material")
     results = Results(
         options.work / f"results-{options.seed}-{(options.kind or 'all').replace(' ', '_')}.jsonl", options.again
@@ -420,6 +421,7 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
 def replay(options: argparse.Namespace) -> int:
     """Run one case again, show what it says, and keep its folder."""
     material.prepare()
+    material.verify_here()
     source = material.make(options.work / "material")
     home = options.work / f"replay-{options.replay}"
     damages.clear(home)

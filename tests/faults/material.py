@@ -17,23 +17,29 @@ ANSWERS = ("red", "three", "no", "seven")
 SOURCE_CARD = "---\nlicense: mit\nlanguage:\n- en\nbase_model: user/base\ntags: [vision]\n---\n# A model\n\nBy hand.\n"
 
 
-def prepare(threads: int = 1) -> None:
-    """Set this process up: offline, one thread, quiet, and the clean process's work done in this one."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
-    os.environ.pop("HF_TOKEN", None)
+def prepare(offline: bool = True) -> None:
+    """Set this process up: one thread, quiet."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ.pop("HF_TOKEN", None)
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def verify_here() -> None:
+    """Have the clean process's work done in this process, without the seconds that its start takes."""
     from exporter.checkpoints import verification
 
     verification._in_clean_process = _in_this_process
 
 
 def _in_this_process(folder: Path, device: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Do what the clean process does, without the seconds that its start takes."""
+    """Do what the clean process does."""
     from exporter import clean_room
 
     try:
