@@ -8,6 +8,7 @@ and goes on where a broken-off run has left it.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +59,11 @@ def zoo_from_data(data: Any) -> tuple[ZooModel, ...]:
     for entry in models:
         check_keys(entry, ["name", "in_view", *(f.name for f in dataclasses.fields(Grid))], "a model of the zoo")
         own = dict(entry)
-        name, in_view = str(own.pop("name", Path(str(own.get("model"))).name)), bool(own.pop("in_view", False))
+        name, in_view = own.pop("name", Path(str(own.get("model"))).name), own.pop("in_view", False)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .=+-]{0,99}", name):  # its folder's name, too
+            raise InputError(f"a model of the zoo is called {name!r:.80}: letters, digits and . _ - are fine.")
+        if not isinstance(in_view, bool):
+            raise InputError(f"{name}: in_view must be true or false, not {in_view!r:.80}.")
         found.append(ZooModel(name, grid_from_data(shared | own), in_view))
     names = [model.name for model in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
