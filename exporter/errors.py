@@ -9,13 +9,34 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_shown_as: dict[str, str] = {}  # paths of temporary folders, and what a user knows their content as
+
+
+def show_as(path: object, name: object) -> None:
+    """Have messages name a temporary folder as what it stands for: a user never sees where it lies."""
+    _shown_as[str(path)] = str(name)
+
+
+def shown(message: object) -> str:
+    """Return a message without a temporary folder in it."""
+    text = str(message)
+    for path, name in _shown_as.items():
+        text = text.replace(path, name)
+    return text
+
 
 class InputError(ValueError):
     """Wrong input or an environment that can't do what was asked. The message says what, the numbers and the fix."""
 
+    def __str__(self) -> str:
+        return shown(super().__str__())
+
 
 class CheckFailed(Exception):  # noqa: N818 - not an error of anybody: a check ran and did not hold
     """A check ran and did not hold (verification, ONNX validation): exit code 1."""
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from ..onnx.runtime.load import load
 from ..onnx.runtime.model import DecodingState, OnnxModel
 from ..onnx.runtime.prepare import Prompt
 from ..onnx.runtime.routed import FRONT, OnnxRouteBudget, RoutedOnnxModel, RoutedState
+from ..onnx.verification import verify
 from .onnx_counting import GraphSize, graph_size
 from .subject import Cost, GenerateKwargs
 
@@ -160,6 +161,8 @@ class OnnxRuntime:
         from transformers import AutoConfig
 
         if path not in self._loaded:
+            if problems := verify(path).problems:
+                raise InputError(f"{path} does not verify: {'; '.join(problems)}. Export it again.")
             model = load(path, self.device.partition(":")[0], self.threads)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self._loaded[path] = OnnxSubject(path, None, model, load_processor(path), config, self.new_tokens)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .json_file import read_json
+from .json_file import parse_json, read_json
 
-__all__ = ["ATTENTION_KEYS", "check_raw_config", "first_lines", "load_config", "places", "read_json"]
+__all__ = [
+    "ATTENTION_KEYS",
+    "check_generation",
+    "check_raw_config",
+    "first_lines",
+    "load_config",
+    "places",
+    "read_json",
+]
 
 NESTED = ("text_config", "vision_config")
 LAYERS = ("num_hidden_layers", "num_layers", "depth")  # each is built, so that a wrong number is hours of building
@@ -106,6 +115,22 @@ def load_config(folder: Path, raw_config: dict[str, Any]) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a class makes of its settings: KeyError, ZeroDivisionError, strict validation
         raise InputError(f"{folder}/config.json is not accepted by transformers: {first_lines(error)}") from error
+
+
+def check_generation(name: str, folder: Path) -> None:
+    """Refuse a generation_config.json that is none, or whose tokens are none: transformers would pass over it."""
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return
+    settings = parse_json(path)
+    for key in ("bos_token_id", "eos_token_id"):
+        value = settings.get(key)
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int or not 0 <= token < 1 << 31 for token in several):
+            raise InputError(
+                f"{name}: generation_config.json says {key}={_shown(value)}; the id of a token is needed, or a list of "
+                "them."
+            )
 
 
 def _unknown_type(folder: Path, model_type: Any, has_code: bool) -> str:

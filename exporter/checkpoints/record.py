@@ -91,7 +91,7 @@ ROUTER = {
     "reference": REFERENCE,
 }
 CHECKPOINT = {
-    "recipe": MapOf(ANYTHING),
+    "recipe": {"model": TEXT, "calibration": ANYTHING},
     "run": {
         "device": TEXT,
         "dtype": one_of(*DTYPES),

@@ -21,7 +21,7 @@ from .temporary import LOCK, folder_of_process
 
 def make_view(folder: Path, changes: dict[str, dict[str, Any]]) -> Path:
     """Return a folder of links to everything in `folder`, with entries of some JSON files set (None: taken out)."""
-    view = folder_of_process("source")
+    view = folder_of_process("source", folder)
     for path in folder.iterdir():
         if path.name not in changes and path.name != LOCK:
             (view / path.name).symlink_to(path.absolute())

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, show_as
 from .files import settled, umask
 from .temporary import LOCK, locked_folder, sweep
 
@@ -43,6 +43,7 @@ def staging_directory(target: Path) -> Iterator[Path]:
     prefix = f".{target.name}.partial-"
     sweep(target.parent, prefix)
     made, lock = locked_folder(prefix, target.parent)
+    show_as(made, target)
     try:
         yield made
     except OSError as error:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from ..errors import show_as
+
 LOCK = ".lock"
 PREFIX = "lvlm-exporter-"
 WITHOUT_LOCK_S = 24 * 3600  # after which a folder without a lock is nobody's: earlier releases made some
@@ -25,10 +27,15 @@ _held: list[IO[str]] = []  # locks of what is kept as long as the process lives
 
 
 @contextlib.contextmanager
-def temporary_folder(kind: str) -> Iterator[Path]:
-    """Give a folder in the system's place for temporary files, removed at the end of the block."""
+def temporary_folder(kind: str, stands_for: object) -> Iterator[Path]:
+    """Give a folder in the system's place for temporary files, removed at the end of the block.
+
+    Args:
+        stands_for: what messages name in its place.
+    """
     sweep_temporary()
     folder, lock = locked_folder(f"{PREFIX}{kind}-", Path(tempfile.gettempdir()))
+    show_as(folder, stands_for)
     try:
         yield folder
     finally:
@@ -36,11 +43,12 @@ def temporary_folder(kind: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def folder_of_process(kind: str) -> Path:
-    """Return a folder in the system's place for temporary files, removed when the process ends."""
+def folder_of_process(kind: str, stands_for: object) -> Path:
+    """Return a folder as `temporary_folder` gives, removed when the process ends."""
     sweep_temporary()
     folder, lock = locked_folder(f"{PREFIX}{kind}-", Path(tempfile.gettempdir()))
     _held.append(lock)
+    show_as(folder, stands_for)
     atexit.register(_removed_by, os.getpid(), folder)
     return folder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import clean_room
-from ..errors import CheckFailed
+from ..errors import CheckFailed, shown
 from .clean_process import CleanProcessFailed, report_of
 from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
 from .hub_access import resolve
@@ -110,12 +110,12 @@ def _router_problems(folder: Path, record: dict[str, Any]) -> list[str]:
 
 def _in_clean_process(folder: Path, device: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Run `clean_room` on the folder; its copies of modeling files go to a place of their own, used by nobody else."""
-    with temporary_folder("modules") as modules:
+    with temporary_folder("modules", folder) as modules:
         alone = {"HF_MODULES_CACHE": str(modules)}
         try:
             report = report_of(clean_room.__file__, str(folder.absolute()), device, environment=alone)
         except CleanProcessFailed as failure:
-            return (f"loading it in a clean process failed: {failure}",), {}
+            return (f"loading it in a clean process failed: {shown(failure)}",), {}
     return tuple(report.pop("problems")), report
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..errors import shown
+
 
 def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
 def complain(message: str, code: int) -> int:
-    print(f"lvlm-exporter: {message}", file=sys.stderr)
+    print(f"lvlm-exporter: {shown(message)}", file=sys.stderr)
     return code
 
 

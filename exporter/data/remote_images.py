@@ -37,4 +37,4 @@ def _download(address: str) -> bytes:
 
 @functools.cache
 def _folder() -> Path:
-    return folder_of_process("images")
+    return folder_of_process("images", "the images that were fetched")

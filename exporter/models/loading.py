@@ -33,7 +33,7 @@ def load_model(
         placement = {
             "device_map": "auto",
             "max_memory": {first: memory},
-            "offload_folder": str(folder_of_process("offload")),
+            "offload_folder": str(folder_of_process("offload", "the folder for what --memory leaves on disk")),
         }
     model, report = (cls or AutoModelForImageTextToText).from_pretrained(
         source.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **placement

@@ -11,14 +11,27 @@ from ..cards.licence import inherited_licence
 from ..cards.model_card import base_model_of
 from ..checkpoints.files import hashes
 from ..checkpoints.record import BENCHMARK_HEAD, LICENCE, NOT_EMPTY, RATIOS, TIMES, replace_json
-from ..checkpoints.shapes import ANYTHING, COUNT, HASHES, INNER_PATH, NUMBER, TEXT, ListOf, MapOf, Maybe, Misfit, check
+from ..checkpoints.shapes import (
+    ANYTHING,
+    COUNT,
+    HASHES,
+    INNER_PATH,
+    NUMBER,
+    TEXT,
+    ListOf,
+    MapOf,
+    Maybe,
+    Misfit,
+    check,
+    one_of,
+)
 from ..checkpoints.source import Source
 from ..errors import InputError
 from ..version import __version__
 from .graphs.decoder import cache_shape
 from .runtime import folder as runner
 from .runtime.folder import FORMAT, MANIFEST
-from .support import Support
+from .support import Support, cache_kind, support_of
 
 __all__ = [
     "GRAPH_FILES",
@@ -42,8 +55,8 @@ SHAPE = {
     "files": MapOf(COUNT, key=INNER_PATH),
     "sha256": HASHES,
     "model_type": TEXT,
-    "device": TEXT,
-    "dtype": TEXT,
+    "device": one_of("cpu", "cuda"),
+    "dtype": one_of("float32", "float16"),
     "opset": COUNT,
     "quantize": Maybe(TEXT),
     "layers": COUNT,
@@ -99,26 +112,59 @@ def _check_benchmark(entry: dict[str, Any], where: str) -> None:
         check(each["batches"], ListOf(figures), f"{where}.models[{number}].batches")
 
 
-def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
-    layers, heads, head_size = cache_shape(model)
-    base_model = base_model_of(source.name, source.folder, None)
-    text = source.config.get_text_config()
-    pad = getattr(text, "pad_token_id", None)
+def differing_facts(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return what a manifest says of its model otherwise than the folder's config.json, a sentence each.
+
+    The hashes in a manifest cover every file but itself: a fact that the runner goes by has to stand in both.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text, support = config.get_text_config(), support_of(config)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        facts = {
+            **model_facts(config, support),
+            "layers": text.num_hidden_layers,
+            "heads": heads,
+            "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            "cache": cache_kind(config, manifest["dtype"], manifest["device"]),
+        }
+    except Exception as error:  # whatever a class of transformers makes of its settings
+        return [f"its config.json is not accepted by transformers ({type(error).__name__})"]
+    return [
+        f"{MANIFEST} says {name}={manifest.get(name)!r:.80}, config.json {value!r:.80}"
+        for name, value in facts.items()
+        if manifest.get(name) != value
+    ]
+
+
+def model_facts(config: Any, support: Support) -> dict[str, Any]:
+    """What the runner goes by and a configuration says."""
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
     return {
-        "format": FORMAT,
-        "model_type": source.config.model_type,
-        **settings,
-        "layers": layers,
-        "heads": heads,
-        "head_size": head_size,
-        "hidden_size": text.hidden_size,
-        "image_token_id": source.config.image_token_id,
+        "model_type": config.model_type,
+        "hidden_size": config.get_text_config().hidden_size,
+        "image_token_id": config.image_token_id,
         "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
         "first_position": support.first_position,
         "mrope": support.mrope,
         "blocks": support.blocks,
-        "vision": vision_settings(source.config, support.kind),
+        "vision": vision_settings(config, support.kind),
+    }
+
+
+def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
+    layers, heads, head_size = cache_shape(model)
+    base_model = base_model_of(source.name, source.folder, None)
+    return {
+        "format": FORMAT,
+        **settings,
+        "layers": layers,
+        "heads": heads,
+        "head_size": head_size,
+        **model_facts(source.config, support),
         "source": {
             "name": source.name,
             "revision": source.revision,

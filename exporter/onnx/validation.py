@@ -21,7 +21,7 @@ def validate(folder: Path, job: dict[str, Any], inputs: list[dict[str, Any]]) ->
     """
     import torch
 
-    with temporary_folder("onnx") as place:
+    with temporary_folder("onnx", folder) as place:
         saved = place / "inputs.pt"
         if inputs:
             torch.save(inputs, saved)

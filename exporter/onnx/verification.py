@@ -8,7 +8,7 @@ from ..checkpoints.trust import foreign_code, replaced_weights
 from ..checkpoints.verification import Verification, compared
 from ..clean_room import load_processor
 from ..errors import CheckFailed
-from .manifest import read_manifest
+from .manifest import differing_facts, read_manifest
 
 
 def verify(folder: Path | str, trust_remote_code: bool = False) -> Verification:
@@ -22,7 +22,7 @@ def verify(folder: Path | str, trust_remote_code: bool = False) -> Verification:
     problems += replaced_weights(folder)
     if not trust_remote_code:
         problems += foreign_code(folder)
-    problems = list(dict.fromkeys(problems)) or _processor_problems(folder)
+    problems = list(dict.fromkeys(problems)) or differing_facts(folder, manifest) or _processor_problems(folder)
     outcome = manifest.get("quantized") or manifest["validation"]
     details = {
         "graphs": len(manifest["files"]),

@@ -187,7 +187,7 @@ def contents(
     folder: Path, repo_id: str, kind: FolderKind, names: Iterable[str]
 ) -> Iterator[tuple[dict[str, Path], bool]]:
     """Files to publish by their name in the repository, and whether the card is somebody's own."""
-    with temporary_folder("push") as made:
+    with temporary_folder("push", folder) as made:
         own_card = write_card(folder, repo_id, kind, made)
         yield {name: folder / name for name in names} | listed(made), own_card
 

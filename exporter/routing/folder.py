@@ -188,7 +188,7 @@ def with_current_code(folder: Path) -> Iterator[Path]:
     if not has_earlier_code(folder):
         yield folder
         return
-    with temporary_folder("view") as made:
+    with temporary_folder("view", folder.parent) as made:
         view = made / folder.name
         view.mkdir()
         for path in folder.iterdir():

@@ -192,7 +192,7 @@ def _left(home: Path, expected: tuple[str, ...]) -> set[str]:
     """What lies about beside what was there before, in the folder of the target and in that for temporary files."""
     known = {*expected, "stdout", "stderr", "tmp", "made"}
     found = {path.name for path in home.iterdir() if path.name not in known}
-    found |= {f"tmp/{path.name}" for path in (home / "tmp").iterdir()}
+    found |= {f"tmp/{path.name}" for path in (home / "tmp").iterdir() if path.name != ".ses"}  # ONNX Runtime's
     return found | {str(path.relative_to(home)) for path in (home / "ours").rglob(".*.partial")}
 
 

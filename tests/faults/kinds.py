@@ -26,7 +26,7 @@ MADE = ("--samples", "3", "--fold", "none", "--out", "out", "--json", "result.js
 
 
 def evaluate(folder: str, task: str = "task/q.jsonl", *more: str) -> Command:
-    return ("evaluate", folder, "--task", task, *TASK, *more)
+    return ("evaluate", folder, "--task", task, *TASK, *more, "--json", "result.json")
 
 
 def dry_run(folder: str, data: str = "task/q.jsonl") -> Command:
@@ -63,23 +63,26 @@ class Kind:
     hashed: bool = False  # a record holds its hash: no change may pass `verify` or `push`
 
 
-SOURCE, SHARDED = ("source", "task"), ("sharded", "task")
-OURS, ROUTED, GRAPHS = ("ours", "source", "task"), ("routed", "ours", "source", "task"), ("graphs", "ours", "source")
-PRESET = ("--preset", "fast")
-BENCH = (
-    "bench",
-    "graphs",
-    "--reference",
-    "ours",
-    "--rounds",
-    "2",
-    "--new-tokens",
-    "1",
-    "--no-card",
-    "--json",
-    "result.json",
-)
-REPRODUCE = ("reproduce", "ours", "--out", "out", "--json", "result.json")
+SOURCE, SHARDED, OURS, ROUTED = ("source", "task"), ("sharded", "task"), ("ours", "source", "task"), ("routed", "task")
+GRAPHS = ("graphs", "ours", "source")
+RESULT = ("--json", "result.json")
+UNDER_BUDGET = (evaluate("routed", "task/q.jsonl", "--preset", "fast"),)
+BENCH = ("bench", "graphs", "--reference", "ours", "--rounds", "2", "--new-tokens", "1", "--no-card", *RESULT)
+REPRODUCE = ("reproduce", "ours", "--out", "out", *RESULT)
+FROM_RECIPE = (("compress", "--recipe", "recipe.yaml", *DRY_RUN[2:]),)
+RESUMED = ("evaluate", "source", "--task", "task/q.jsonl", "--max-new-tokens", "4", "--no-card", *RESULT)
+CHATS, MESSAGES, TABLE = "task/chats.json", "task/messages.jsonl", "task/q.parquet"
+
+
+def compare(recipe: str, out: str = "out") -> tuple[Command, ...]:
+    return (("compare", recipe, "--out", out, *RESULT),)
+
+
+def both(data: str) -> tuple[Command, ...]:
+    """What reads questions."""
+    return (dry_run("source", data), evaluate("source", data))
+
+
 KINDS = (
     Kind("config.json", "source/config.json", damages.JSON, of_folder("source"), SOURCE, 5),
     Kind("config.json, nested", "sharded/config.json", damages.JSON, of_folder("sharded"), SHARDED, 3),
@@ -97,25 +100,30 @@ KINDS = (
     Kind("compression.json, routed", "routed/compression.json", damages.JSON, of_record("routed"), ROUTED, 3),
     Kind("files of a checkpoint", "ours/[!Rc]*", damages.ANY, of_record("ours")[1:], OURS, 3, hashed=True),
     Kind("card", "ours/README.md", damages.CARD, of_record("ours"), OURS, 4),
-    Kind("router weights", "routed/router/*", damages.WEIGHTS, (evaluate("routed", "task/q.jsonl", *PRESET),), ROUTED, 3),
-    Kind("router weights, checked", "routed/router/*", damages.WEIGHTS, of_record("routed")[1:], ROUTED, 1, hashed=True),
-    Kind("config.json, routed", "routed/config.json", damages.JSON, (evaluate("routed", "task/q.jsonl", *PRESET),), ROUTED, 4),
-    Kind("modeling files", "routed/*.py", damages.TEXT, of_record("routed")[1:], ROUTED, 1, hashed=True),
+    Kind("router weights", "routed/router/*", damages.WEIGHTS, UNDER_BUDGET, ROUTED, 3),
+    Kind("router weights, checked", "routed/router/*", damages.WEIGHTS, of_record("routed")[1:], ROUTED, hashed=True),
+    Kind("config.json, routed", "routed/config.json", damages.JSON, UNDER_BUDGET, ROUTED, 4),
+    Kind("modeling files", "routed/*.py", damages.TEXT, of_record("routed")[1:], ROUTED, hashed=True),
     Kind("onnx.json", "graphs/onnx.json", damages.JSON, (*of_record("graphs") * 2, BENCH), GRAPHS, 5),
     Kind("graphs", "graphs/*.onnx*", damages.ANY, (BENCH,), GRAPHS, 2),
     Kind("files of an ONNX folder", "graphs/[!Ro]*", damages.ANY, of_record("graphs")[1:], GRAPHS, 2, hashed=True),
-    Kind("card of an ONNX folder", "graphs/README.md", damages.CARD, of_record("graphs"), GRAPHS, 1),
-    Kind("questions, JSONL", "task/q.jsonl", damages.LINES, (dry_run("source"), *(evaluate("source"),) * 2), SOURCE, 6),
-    Kind("questions, messages", "task/messages.jsonl", damages.LINES, (dry_run("source", "task/messages.jsonl"),), SOURCE, 3),
-    Kind("questions, JSON", "task/chats.json", damages.JSON, (dry_run("source", "task/chats.json"), evaluate("source", "task/chats.json")), SOURCE, 4),
-    Kind("questions, parquet", "task/q.parquet", damages.TABLE, (dry_run("source", "task/q.parquet"), evaluate("source", "task/q.parquet")), SOURCE, 3),
-    Kind("images", "task/[0-3].*", damages.IMAGE, (dry_run("source"), evaluate("source")), SOURCE, 5),
-    Kind("folder of images", "task/[0-7].*", damages.IMAGE, (dry_run("source", "task"),), SOURCE, 1),
-    Kind("recipe", "recipe.yaml", damages.YAML, (("compress", "--recipe", "recipe.yaml", *DRY_RUN[2:]),), ("recipe.yaml", *SOURCE), 5),
-    Kind("comparison", "compare.yaml", damages.YAML, (("compare", "compare.yaml", "--out", "out", "--json", "result.json"),), ("compare.yaml", *SOURCE), 4),
-    Kind("comparison of models", "zoo.yaml", damages.YAML, (("compare", "zoo.yaml", "--out", "out", "--json", "result.json"),), ("zoo.yaml", *SOURCE), 2),
-    Kind("comparison of routes", "routes.yaml", damages.YAML, (("compare", "routes.yaml", "--out", "out", "--json", "result.json"),), ("routes.yaml", *ROUTED), 3),
-    Kind("answers that are kept", "answers.jsonl", damages.LINES, (("evaluate", "source", "--task", "task/q.jsonl", "--max-new-tokens", "4", "--no-card", "--predictions", "answers.jsonl", "--json", "result.json"),), ("answers.jsonl", *SOURCE), 3),
-    Kind("cells that are kept", "compared/cells.jsonl", damages.LINES, (("compare", "compare.yaml", "--out", "compared", "--json", "result.json"),), ("compare.yaml", "compared", *SOURCE), 3),
-    Kind("state of a training", ".again.training", damages.STATE, ((*ROUTE, "--out", "again", "--json", "result.json"),), (".again.training", *OURS), 2),
+    Kind("card of an ONNX folder", "graphs/README.md", damages.CARD, of_record("graphs"), GRAPHS),
+    Kind("questions, JSONL", "task/q.jsonl", damages.LINES, (*both("task/q.jsonl"), evaluate("source")), SOURCE, 6),
+    Kind("questions, messages", MESSAGES, damages.LINES, (dry_run("source", MESSAGES),), SOURCE, 3),
+    Kind("questions, JSON", CHATS, damages.JSON, both(CHATS), SOURCE, 4),
+    Kind("questions, parquet", TABLE, damages.TABLE, both(TABLE), SOURCE, 3),
+    Kind("images", "task/[0-3].*", damages.IMAGE, both("task/q.jsonl"), SOURCE, 5),
+    Kind("folder of images", "task/[0-7].*", damages.IMAGE, (dry_run("source", "task"),), SOURCE),
+    Kind("recipe", "recipe.yaml", damages.YAML, FROM_RECIPE, ("recipe.yaml", *SOURCE), 5),
+    Kind("comparison", "compare.yaml", damages.YAML, compare("compare.yaml"), ("compare.yaml", *SOURCE), 4),
+    Kind("comparison of models", "zoo.yaml", damages.YAML, compare("zoo.yaml"), ("zoo.yaml", *SOURCE), 2),
+    Kind("comparison of routes", "routes.yaml", damages.YAML, compare("routes.yaml"), ("routes.yaml", "ours", *ROUTED), 3),
+    Kind("answers kept", "answers.jsonl", damages.LINES, ((*RESUMED, "--predictions", "answers.jsonl"),),
+         ("answers.jsonl", *SOURCE), 3),
+    Kind("cells kept", "compared/cells.jsonl", damages.LINES, compare("compare.yaml", "compared"),
+         ("compare.yaml", "compared/cells.jsonl", *SOURCE), 3),
+    Kind("results kept", "compared/results.json", damages.JSON, compare("compare.yaml", "compared"),
+         ("compare.yaml", "compared", *SOURCE), 2),
+    Kind("state of a training", ".again.training", damages.STATE, ((*ROUTE, "--out", "again", *RESULT),),
+         (".again.training", *OURS), 2),
 )  # fmt: skip
