@@ -1,16 +1,21 @@
 # make demo   the main job on the reference model in this repository
 # make test   the tests, the linter and the type checker
 # make matrix the compatibility matrix, which writes docs/compatibility.md: minutes, and some 100 MB from the package index
+# make fuzz   damages CASES=5000 files of every kind and runs what reads them, which writes docs/faults.md: an hour
+# make kills  ends RUNS=50 runs of four subcommands at random moments, which writes docs/kills.md: an hour
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
 # All make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
 VENV ?= .venv
 ZOO ?= zoo
+CASES ?= 5000
+RUNS ?= 50
+SEED ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint matrix zoo clean
+.PHONY: demo test lint matrix fuzz kills zoo clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -25,6 +30,12 @@ lint: $(VENV)/ready-dev
 
 matrix: $(VENV)/ready-dev
 	$(BIN)/python tests/matrix.py --out docs/compatibility.md
+
+fuzz: $(VENV)/ready-dev
+	PYTHONPATH=tests $(BIN)/python -m faults.fuzz --cases $(CASES) --seed $(SEED) --write docs/faults.md
+
+kills: $(VENV)/ready-dev
+	PYTHONPATH=tests $(BIN)/python -m faults.kills --runs $(RUNS) --seed $(SEED) --write docs/kills.md
 
 zoo: $(VENV)/ready-dev
 	$(BIN)/python examples/zoo/train.py --out $(ZOO)

@@ -6,6 +6,7 @@ of a set of large photographs cost four photographs, one at a time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,15 +143,30 @@ def _loaded(name: str, split: str | None, config: str | None) -> Any:
             return _one_split(datasets.load_from_disk(str(path)), shown, split)
         if path.is_file():
             # Its own split is called train, whatever split of a set the file once was.
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+            with _quiet(datasets):
+                return datasets.load_dataset("parquet", data_files=str(path), split="train")
         if split is None:
             split = _only_split(datasets.get_dataset_split_names(name, config), shown)
         return datasets.load_dataset(name, config, split=split)
     except InputError:
         raise
     except Exception as error:  # datasets raises dozens of types, each a user's matter: name, split, network
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
         raise InputError(f"data set {shown} (split '{split}') can't be loaded: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Keep progress bars and log lines of `datasets` off the terminal: what goes wrong is said in one sentence."""
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _one_split(loaded: Any, shown: str, split: str | None) -> Any:

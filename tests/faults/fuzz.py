@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from . import damages, material
-from .kinds import CHECKS, KINDS, Command, Kind
+from .kinds import CHECKS, KINDS, Command, Kind, cheap
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 20.0
@@ -83,10 +83,10 @@ class Outcome:
     seconds: float
 
 
-def case_of(seed: int, number: int, only: str | None, home: Path, source: Path) -> tuple[Case, Kind, Command, bytes]:
+def case_of(options: argparse.Namespace, number: int, home: Path, source: Path) -> tuple[Case, Kind, Command, bytes]:
     """Lay out case `number` in the folder `home`: copy what it needs, and damage one file."""
-    generator = random.Random(f"{seed}:{number}")
-    kinds = [kind for kind in KINDS if only is None or kind.name == only]
+    generator = random.Random(f"{options.seed}:{number}")
+    kinds = kinds_of(options)
     kind = generator.choices(kinds, [kind.share for kind in kinds])[0]
     command = generator.choice(list(kind.commands))
     material.copied(source, kind.needs, home)
@@ -97,6 +97,11 @@ def case_of(seed: int, number: int, only: str | None, home: Path, source: Path) 
         said = damage(generator, path)
     shown = f"{damage.__name__}: {said}".encode(errors="backslashreplace").decode()
     return Case(number, kind.name, str(path.relative_to(home)), shown, " ".join(command)), kind, command, before
+
+
+def kinds_of(options: argparse.Namespace) -> list[Kind]:
+    """The kinds that are asked for."""
+    return [kind for kind in (cheap() if options.cheap else KINDS) if options.kind in (None, kind.name)]
 
 
 @contextlib.contextmanager
@@ -260,11 +265,11 @@ def class_of(got: Outcome, wanted: Outcome, kind: Kind, command: Command, form: 
 
 
 def run_case(
-    seed: int, number: int, only: str | None, source: Path, baselines: dict[Command, Outcome], home: Path
+    options: argparse.Namespace, number: int, source: Path, baselines: dict[Command, Outcome], home: Path
 ) -> dict[str, Any]:
     """Run one case and return its line of the results."""
     home.mkdir(parents=True)
-    case, kind, command, before = case_of(seed, number, only, home, source)
+    case, kind, command, before = case_of(options, number, home, source)
     form = form_of(home / case.file, before)
     got = outcome_of(home, command, may_read_all=not case.damage.startswith("unreadable"))
     wanted = baselines[command]
@@ -290,25 +295,32 @@ def form_of(path: Path, before: bytes) -> str:
 
 
 def baselines_for(kinds: list[Kind], source: Path, work: Path) -> dict[Command, Outcome]:
-    """The outcome of every command with undamaged files; they also import what the forks then have."""
+    """The outcome of every command with undamaged files. The first of each subcommand also runs in this process: what
+    it imports, the forks then have.
+    """
     found: dict[Command, Outcome] = {}
+    imported: set[str] = set()
     for kind in kinds:
         for command in dict.fromkeys(kind.commands):
             if command in found:
                 continue
-            for attempt in ("here", "forked"):
-                home = work / f"baseline-{attempt}"
-                damages.clear(home)
-                home.mkdir(parents=True)
-                material.copied(source, kind.needs, home)
-                if attempt == "here":
-                    with inside(home), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                        material.run(*command)
-                    continue
-                found[command] = outcome_of(home, command)
-                if found[command].code != 0:
-                    raise SystemExit(f"{' '.join(command)} fails with undamaged files: {found[command].said}")
+            home = work / "baseline"
+            if command[0] not in imported:
+                imported.add(command[0])
+                _laid_out(kind, source, home)
+                with inside(home), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                    material.run(*command)
+            _laid_out(kind, source, home)
+            found[command] = outcome_of(home, command)
+            if found[command].code != 0:
+                raise SystemExit(f"{' '.join(command)} fails with undamaged files: {found[command].said}")
     return found
+
+
+def _laid_out(kind: Kind, source: Path, home: Path) -> None:
+    damages.clear(home)
+    home.mkdir(parents=True)
+    material.copied(source, kind.needs, home)
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -321,9 +333,11 @@ def worker(
     for number in numbers:
         home = options.work / f"case-{number}"
         try:
-            queue.put(run_case(options.seed, number, options.kind, source, baselines, home))
+            queue.put(run_case(options, number, source, baselines, home))
         except Exception:
-            queue.put({"number": number, "class": "fuzzer", "said": traceback.format_exc(), "kind": "?", "damage": "?"})
+            queue.put(
+                {"number": number, "class": "fuzzer", "said": traceback.format_exc(), "kind": "?", "damage": "?"}
+            )  # a bug of this file
         finally:
             damages.clear(home)
     queue.put(None)
@@ -333,14 +347,13 @@ def fuzz(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the cases that are not done yet, and return the results of all of them."""
     material.prepare()
     material.verify_here()
-    source = material.make(options.work / "material")
+    source = material.make(options.work / "material", options.keep_material, whole=not options.cheap)
     results = Results(
         options.work / f"results-{options.seed}-{(options.kind or 'all').replace(' ', '_')}.jsonl", options.again
     )
     todo = [number for number in range(options.cases) if number not in results.done]
     if todo:
-        kinds = [kind for kind in KINDS if options.kind in (None, kind.name)]
-        baselines = baselines_for(kinds, source, options.work)
+        baselines = baselines_for(kinds_of(options), source, options.work)
         context = multiprocessing.get_context("fork")
         queue: Any = context.Queue()
         parts = [todo[index :: options.workers] for index in range(options.workers)]
@@ -424,11 +437,11 @@ def replay(options: argparse.Namespace) -> int:
     """Run one case again, show what it says, and keep its folder."""
     material.prepare()
     material.verify_here()
-    source = material.make(options.work / "material")
+    source = material.make(options.work / "material", options.keep_material, whole=not options.cheap)
     home = options.work / f"replay-{options.replay}"
     damages.clear(home)
     home.mkdir(parents=True)
-    case, kind, command, before = case_of(options.seed, options.replay, options.kind, home, source)
+    case, kind, command, before = case_of(options, options.replay, home, source)
     form = form_of(home / case.file, before)
     alone = [dataclasses.replace(kind, commands=(command,))]
     wanted = baselines_for(alone, source, options.work)[command]
@@ -446,7 +459,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2))
     parser.add_argument("--kind", choices=[kind.name for kind in KINDS])
+    parser.add_argument("--cheap", action="store_true", help="only what a dry run on a source reads")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "faults", help="material, cases, results")
+    parser.add_argument("--keep-material", action="store_true", help="made by an earlier version of this package")
     parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
     parser.add_argument("--replay", type=int, metavar="N", help="this case only")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="document with the figures")

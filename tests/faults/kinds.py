@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,14 @@ def compare(recipe: str, out: str = "out") -> tuple[Command, ...]:
 def both(data: str) -> tuple[Command, ...]:
     """What reads questions."""
     return (dry_run("source", data), evaluate("source", data))
+
+
+def cheap() -> tuple[Kind, ...]:
+    """The kinds that a dry run on a source reads."""
+    few = (dataclasses.replace(kind, commands=[c for c in kind.commands if "--dry-run" in c]) for kind in KINDS)
+    return tuple(
+        kind for kind in few if kind.commands and {*kind.needs} <= {"source", "sharded", "task", "recipe.yaml"}
+    )
 
 
 KINDS = (

@@ -55,27 +55,33 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, as_it_is: bool = False, whole: bool = True) -> Path:
     """Return a folder with everything that a case may need, made there unless it is complete already.
 
     Names in it are relative: records name each other so, and a copy elsewhere is as good.
+
+    Args:
+        as_it_is: take one that an earlier version of this package made.
+        whole: else a source, its questions and recipes alone, which takes a second.
     """
     done = folder / "complete"
-    if done.exists() and done.read_text() == key():
+    if done.exists() and (as_it_is or done.read_text() == key()):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     before = Path.cwd()
     os.chdir(folder)
     try:
-        _make_all()
+        _make_sources()
+        if whole:
+            _make_folders()
     finally:
         os.chdir(before)
     done.write_text(key())
     return folder
 
 
-def _make_all() -> None:
+def _make_sources() -> None:
     from tiny_models import build
 
     build("llava", Path("source"), layers=4)
@@ -83,6 +89,10 @@ def _make_all() -> None:
     Path("source/LICENSE").write_text("MIT\n")
     build("smolvlm", Path("sharded"), layers=4, max_shard_size="300KB")
     _make_questions()
+    _make_recipes()
+
+
+def _make_folders() -> None:
     task = ("--task", "task/q.jsonl", "--max-new-tokens", 4)
     _must("compress", "source", "--out", "ours", "--layers", "1", "--fold", "none", "--calibration", "task/q.jsonl")
     _must("evaluate", "ours", "--reference", "source", *task)
@@ -91,7 +101,6 @@ def _make_all() -> None:
     _must("evaluate", "routed", "--reference", "source", "--preset", "fast", *task)
     _must("onnx", "ours", "--out", "graphs")
     _must("evaluate", "source", *task, "--no-card", "--predictions", "answers.jsonl")
-    _make_recipes()
     _must("compare", "compare.yaml", "--out", "compared")
 
 
