@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import replace_bytes
-from ..errors import InputError
+from ..errors import InputError, shown
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
@@ -73,9 +73,9 @@ def write_card(folder: Path, metadata: str, body: str) -> Path:
         logger.warning(
             "%s was edited by hand where new text belongs (%s): your text stays. For a fresh card move the file away "
             "and run `lvlm-exporter card %s`.",
-            path,
+            shown(path),
             ", ".join(merged.unmerged),
-            folder,
+            shown(folder),
         )
     text = merged.text
     if theirs is not None and theirs.count("\r\n") * 2 > theirs.count("\n"):

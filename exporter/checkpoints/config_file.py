@@ -12,6 +12,7 @@ from .json_file import parse_json, read_json
 
 __all__ = [
     "ATTENTION_KEYS",
+    "check_feature_layers",
     "check_generation",
     "check_raw_config",
     "first_lines",
@@ -115,6 +116,19 @@ def load_config(folder: Path, raw_config: dict[str, Any]) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a class makes of its settings: KeyError, ZeroDivisionError, strict validation
         raise InputError(f"{folder}/config.json is not accepted by transformers: {first_lines(error)}") from error
+
+
+def check_feature_layers(name: str, config: Any) -> None:
+    """Refuse layers of the vision tower that there are not: the first question would end in an IndexError."""
+    asked = getattr(config, "vision_feature_layer", None)
+    total = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    several = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    for layer in several:
+        if type(layer) is not int or (isinstance(total, int) and not -total - 1 <= layer <= total):
+            raise InputError(
+                f"{name}: config.json says vision_feature_layer={_shown(asked)}; the number of a layer is needed, from "
+                f"{-(total or 0) - 1} to {total}, or a list of them."
+            )
 
 
 def check_generation(name: str, folder: Path) -> None:

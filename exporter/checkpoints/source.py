@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..families import Decoder, Family, decoder_of, family_of
-from .config_file import ATTENTION_KEYS, check_generation, check_raw_config, first_lines, load_config, places
+from .config_file import (
+    ATTENTION_KEYS,
+    check_feature_layers,
+    check_generation,
+    check_raw_config,
+    first_lines,
+    load_config,
+    places,
+)
 from .files import Companions, companions, file_hash, is_read
 from .hub_access import refuse_without_weights, resolve
 from .json_file import read_json
@@ -106,6 +114,7 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
     check_raw_config(name, raw_config)
     check_generation(name, folder)
     config = load_config(folder, raw_config)
+    check_feature_layers(name, config)
     family, decoder = family_of(config), decoder_of(config)
     refuse_adapter(folder, name)
     if revision is not None:

@@ -69,7 +69,7 @@ def carry_companions(source: Source, folder: Path) -> None:
     copy_companions(source.folder, beside.kept, folder)
     ours = "router" in source.raw_config  # then its modeling file is the package's, which a new router brings along
     if line := left_behind(name for name in beside.left if not (ours and name.endswith(".py"))):
-        logger.warning("%s: %s", source.folder.name, line)
+        logger.warning("%s: %s", source.original.name, line)
 
 
 def write_weights(

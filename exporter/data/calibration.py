@@ -72,6 +72,8 @@ def load_calibration(
     if samples is not None and samples < 1:
         raise InputError(f"samples={samples}: at least 1 is needed.")
     spec = str(spec)
+    if not spec.strip():  # would be the working directory
+        raise InputError("the questions have an empty name: give a file, a folder of images or datasets:ID.")
     found = read_samples(spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls)
     chosen = range(len(found))
     if samples is not None and samples < len(found):

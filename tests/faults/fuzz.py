@@ -425,10 +425,10 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"`{command}` damages copies of every kind of file that is read, each in its own way, and runs a subcommand "
         "that reads it. A case is classed by what comes of it. This file is written by that command.\n\n"
         f"{time.strftime('%d %B %Y')}; lvlm-exporter {__version__}, transformers {transformers.__version__}, Python "
-        f"{sys.version.split()[0]}. Seed {options.seed}, {len(rows):,} cases, of which **{len(faults)}** are faults; the "
-        f"longest took {longest:.1f} s.\n\n{table(rows)}\n{meanings}\n"
-        "The clean process that verifies a checkpoint is run in the case's own process here, for speed. What a flipped "
-        "bit makes of the weights or pictures of a source can't be told from other weights or another picture; a folder "
+        f"{sys.version.split()[0]}. Seed {options.seed}, {len(rows):,} cases, of which **{len(faults)}** are faults; "
+        f"the longest took {longest:.1f} s.\n\n{table(rows)}\n{meanings}\n"
+        "The clean process that verifies a checkpoint is run in the case's own process here, for speed. What a "
+        "flipped bit makes of the weights or pictures of a source can't be told from other weights or another picture; a folder "
         "that lvlm-exporter wrote has the SHA-256 of every file, and there no change may pass.\n"
     ) + (f"\n## Faults\n\n{listed}" if faults else "")
 
