@@ -21,7 +21,7 @@ PACKAGE = ROOT / "exporter"
 # floor's other rooms or from above. docs/architecture.md and CONTRIBUTING.md show the same table.
 FLOORS = (
     ("errors", "version", "progress", "clean_room", "modeling"),
-    ("families",),
+    ("families", "methods"),
     ("plan",),
     ("checkpoints", "recipe"),
     ("data",),

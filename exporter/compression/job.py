@@ -11,12 +11,11 @@ from ..data.batches import check_prompt
 from ..data.calibration import Calibration, load_calibration
 from ..errors import InputError
 from ..families import protected_layers
-from ..fold import FOLDS
-from ..localize import LOCALIZERS
+from ..methods import FOLDS, LOCALIZERS
 from ..models.loading import compute_dtype, load_model, pick_device
 from ..models.questions import Questions
 from ..progress import Progress, silent
-from ..recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_options
+from ..recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_method
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +71,9 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
         raise InputError(f"protect names layer {bad[0]}: the decoder has layers 0 to {source.num_layers - 1}.")
     per_layer = source.parameters_per_layer
     count = recipe.budget.count(per_layer, source.weights.num_parameters - sum(per_layer), protect)
-    check_options(LOCALIZERS[recipe.localizer.name], recipe.localizer, "localizer")
+    check_method(recipe.localizer, LOCALIZERS, "localizer")
     if recipe.fold is not None:
-        check_options(FOLDS[recipe.fold.name], recipe.fold, "fold")
+        check_method(recipe.fold, FOLDS, "fold")
     calibration = load_for(recipe)
     for sample in progress(calibration.samples, "check images", len(calibration.samples)):
         sample.chat()
