@@ -20,6 +20,7 @@ from ..data.samples import Sample
 from ..data.task import SPARE_TOKENS, Task, greedy_answers
 from ..errors import InputError
 from ..evaluation.scoring import Rate, is_right
+from ..fold.job import FoldRefused
 from ..localize.scores import LayerScores
 from ..methods import FOLDS, LOCALIZERS, resolve
 from ..models.answers import AnsweredBatch, with_answers
@@ -29,7 +30,7 @@ from ..models.variants import AnswerAgreement, Variant, assembled, judge
 from ..plan import Folded, PruningPlan, make_plan
 from ..progress import Progress
 from ..recipe import Method
-from .grid import Cell, Grid, Key, label
+from .grid import Cell, Comparison, Grid, Key, cell_from_data, label
 
 CELLS_AT_A_TIME = 16  # whose new tensors are held together
 
@@ -53,7 +54,9 @@ class GridRunner:
     model: Any
     task: Task
     progress: Progress
+    counts: tuple[int, ...]  # of layers that go
     clock: dict[str, list[float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # folds that this model does not take, and why
 
     def timed(self, what: str, begin: float) -> None:
         self.clock.setdefault(what, []).append(time.monotonic() - begin)
@@ -64,7 +67,7 @@ class GridRunner:
         """The layers that each localizer drops at each budget."""
         chosen = {}
         for method in self.grid.localizers:
-            for count in self.grid.drop_layers:
+            for count in self.counts:
                 chosen[label(method), count] = self._choose(method, count)
         return chosen
 
@@ -76,7 +79,7 @@ class GridRunner:
         options = tuple(sorted(method.options.items()))
         if not row.nested:
             return self._choice(method.name, options, count)
-        longest = self._choice(method.name, options, max(self.grid.drop_layers))
+        longest = self._choice(method.name, options, max(self.counts))
         return dataclasses.replace(longest, drop=longest.drop[:count])
 
     @functools.cache  # noqa: B019 - one runner a run
@@ -110,7 +113,12 @@ class GridRunner:
         """Fold, judge against the original's answers, and generate where a cell departs from them."""
         folds = {label(fold): fold for fold in self.grid.folds}
         wanted = {key: (make_plan(self.job.source.num_layers, choices[key[0], key[2]].drop), key[1]) for key in keys}
-        distinct = {(plan, fold): Variant(plan, self.fold(plan, folds[fold])) for plan, fold in wanted.values()}
+        distinct: dict[tuple[PruningPlan, str], Variant] = {}
+        for plan, fold in dict.fromkeys(wanted.values()):
+            try:
+                distinct[plan, fold] = Variant(plan, self.fold(plan, folds[fold]))
+            except FoldRefused as error:
+                self.refused[fold] = str(error)
         variants = list(distinct.values())
         begin = time.monotonic()
         bar = iter(self.progress(range(len(variants) * len(self.said)), "judge", len(variants) * len(self.said)))
@@ -120,7 +128,7 @@ class GridRunner:
         correct = [self._correct(v, a) for v, a in zip(variants, agreements, strict=True)]
         self.timed("judge", begin)
         found = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
-        return {key: self._cell(key, plan, *found[plan, fold]) for key, (plan, fold) in wanted.items()}
+        return {key: self._cell(key, at[0], *found[at]) for key, at in wanted.items() if at in found}
 
     def fold(self, plan: PruningPlan, method: Method) -> Folded:
         if not plan.drop:
@@ -234,8 +242,16 @@ class Progressive:
         self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
 
     def _keep(self, data: dict[str, Any]) -> None:
-        cell = Cell(**data | {name: tuple(data[name]) for name in ("drop", "interval", "wrong")})
+        cell = cell_from_data(data)
         self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell
+
+    def finished(self) -> Comparison | None:
+        """Return the result of an earlier run that came to its end, if there is one."""
+        results = self.path.with_name("results.json")
+        try:
+            return Comparison.from_data(json.loads(results.read_text()), results.parent)
+        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: made again from the cells
+            return None
 
     def add(self, cells: dict[Key, Cell]) -> None:
         with self.path.open("a") as file:
