@@ -292,7 +292,10 @@ def _said(hint: Any) -> str:
         return f"a list of {_said(arguments[0])}"
     if arguments:
         return " or ".join(_said(one) for one in arguments)
-    return {float: "a number from 0 up", int: "a whole number from 0 up", type(None): "null"}.get(hint, hint.__name__)
+    words: str = {float: "a number from 0 up", int: "a whole number from 0 up", type(None): "null"}.get(
+        hint, hint.__name__
+    )
+    return words
 
 
 def integers(value: Any, name: str) -> tuple[int, ...]:

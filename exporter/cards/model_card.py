@@ -199,7 +199,8 @@ def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
     if not Path(name).expanduser().is_dir():
         return name.removeprefix("hub:").split("@")[0]
     if (folder / RECORD).exists():
-        return read_json(folder / RECORD).get("source", {}).get("base_model")
+        recorded: str | None = read_json(folder / RECORD).get("source", {}).get("base_model")
+        return recorded
     return None
 
 

@@ -106,7 +106,8 @@ def cache_difference(model: Any, processor: Any, **routing: Any) -> float:
     with torch.no_grad():
         logits = model(**whole, use_cache=False, **routing).logits[0, length - 1 : -1].float()
     decoded = torch.stack([step[0] for step in made.logits]).float()
-    return ((logits - decoded).abs().max() / decoded.abs().max()).item()
+    difference: float = ((logits - decoded).abs().max() / decoded.abs().max()).item()
+    return difference
 
 
 def first_difference(said: list[int], expected: list[int], margins: list[float], tolerance: float) -> int | None:

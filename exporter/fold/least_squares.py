@@ -25,7 +25,8 @@ def linear_map(mm: Tensor, my: Tensor, ridge: float) -> Tensor:
     mm, my = mm.double(), my.double()
     alpha = ridge * mm.diagonal().mean()
     eye = torch.eye(len(mm), dtype=torch.double, device=mm.device)
-    return torch.linalg.solve(mm + alpha * eye, my + alpha * eye)
+    solution: Tensor = torch.linalg.solve(mm + alpha * eye, my + alpha * eye)
+    return solution
 
 
 def least_squares(weight: Tensor, transform: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ def _refit(
                 moments.add((inputs * weights)[rows], (wanted * weights)[rows])
     old = [_weight(job, layer_idx, module) for module in modules]
     device = job.model.device if job.model.device.type == "cuda" else "cpu"  # others have no float64, or gain nothing
-    new = solve(halves, torch.cat(old, dim=1), ridge, device).split([weight.shape[1] for weight in old], dim=1)
+    new = torch.split(solve(halves, torch.cat(old, dim=1), ridge, device), [weight.shape[1] for weight in old], dim=1)
     return {
         (layer_idx, f"{module}.weight"): fitted.to(weight.dtype).contiguous()
         for module, fitted, weight in zip(modules, new, old, strict=True)

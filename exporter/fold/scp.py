@@ -19,7 +19,8 @@ from .outputs import Matrix, Tokens, change_outputs
 def top_directions(gram: Tensor, k: int) -> Tensor:
     """The first k right singular vectors of H from its Gram matrix HᵀH [D, D]: [D, k], float64."""
     _, vectors = torch.linalg.eigh(gram.double())  # ascending
-    return vectors[:, max(0, len(gram) - k) :]
+    last: Tensor = vectors[:, max(0, len(gram) - k) :]
+    return last
 
 
 def scp(weight: Tensor, gram: Tensor, k: int) -> Tensor:

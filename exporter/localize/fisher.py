@@ -110,7 +110,8 @@ def _gated_log_p(model: Any, one: AnsweredBatch, gates: Tensor) -> Tensor:
         gate = gates[:, layer_idx, None, None].to(state.dtype)
         state = given.after(layer_idx, state + gate * (given.step(layer, layer_idx, state) - state))
     hidden = text_decoder(model).norm(state[one.predicts])
-    return model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    return log_p
 
 
 def by_fisher(

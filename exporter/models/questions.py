@@ -144,7 +144,7 @@ class Questions:
             some = order[start : start + self.batch_size]
             one = answered(self.model, self._batch(some), self.answer_tokens)
             lengths = one.predicts.sum(1).tolist()
-            for index, tokens in zip(some, one.targets.split(lengths), strict=True):
+            for index, tokens in zip(some, torch.split(one.targets, lengths), strict=True):
                 self.answers[index] = tokens.cpu()
 
     def _kind(self, index: int) -> tuple[str, int, int]:
