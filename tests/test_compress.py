@@ -18,11 +18,12 @@ from exporter.checkpoints.writer import write_checkpoint
 from exporter.clean_room import load_processor
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
+from exporter.methods import FOLDS, LOCALIZERS
 from exporter.models.loading import text_decoder
 from exporter.pipeline import compress
 from exporter.plan import LayerBudget, make_plan
 from exporter.publishing.reproduction import reproduce
-from exporter.recipe import FOLD_NAMES, LOCALIZER_NAMES, CalibrationData, Method, Recipe, RunOptions
+from exporter.recipe import CalibrationData, Method, Recipe, RunOptions
 
 
 def recipe(model: Path, questions: Path, **changes) -> Recipe:
@@ -125,8 +126,8 @@ def test_half_precision_is_kept(tiny, questions, tmp_path):
     assert {entry.dtype for entry in open_weights(out).entries.values()} == {"BF16"}
 
 
-@pytest.mark.parametrize("localizer", LOCALIZER_NAMES)
-@pytest.mark.parametrize("fold", FOLD_NAMES)
+@pytest.mark.parametrize("localizer", LOCALIZERS)
+@pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.usefixtures("unverified")
 def test_every_localizer_goes_with_every_fold(localizer, fold, tiny, questions, tmp_path):
     made = recipe(tiny("llava"), questions, localizer=Method(localizer), fold=Method(fold))

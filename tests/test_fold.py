@@ -10,11 +10,10 @@ from exporter.clean_room import load_processor
 from exporter.compression.steps import reader
 from exporter.data.batches import Batch, make_batches, spread
 from exporter.data.calibration import load_calibration
-from exporter.fold import fold_reconstruction
 from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
 from exporter.fold.moments import Moments
-from exporter.fold.reconstruction import Fit, solve, token_weights
+from exporter.fold.reconstruction import Fit, fold_reconstruction, solve, token_weights
 from exporter.fold.scp import scp, top_directions
 from exporter.models.answers import answer_all
 from exporter.models.loading import load_model, text_decoder

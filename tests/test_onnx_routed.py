@@ -20,10 +20,10 @@ from exporter import CheckFailed, InputError
 from exporter.benchmark.figures import BenchOptions
 from exporter.benchmark.onnx_counting import branch_of, graph_size
 from exporter.benchmark.workload import Workload
-from exporter.clean_room import load_processor
+from exporter.clean_room import compare_onnx, load_processor
+from exporter.clean_room.onnx_components import NEW_TOKENS, undecided
 from exporter.modeling.routed_places import places_of
-from exporter.onnx import ExportOptions, comparison, pipeline
-from exporter.onnx.comparison import NEW_TOKENS, undecided
+from exporter.onnx import ExportOptions, pipeline
 from exporter.onnx.graphs.router import Part, parts, read_settings
 from exporter.onnx.manifest import vision_settings
 from exporter.onnx.pipeline import export
@@ -83,14 +83,14 @@ def test_a_choice_among_equals_is_no_difference():
 
 def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed, tmp_path, monkeypatch):
     source, _ = routed("llava")
-    compare_routes = comparison.compare_routes
+    compare_routes = compare_onnx.compare_routes
 
     def undecided_when_fast(model, runner, *others):
         problems, same = compare_routes(model, runner, *others)
         return problems, same & (runner.budget == runner.budget_for("off"))
 
     monkeypatch.setattr(pipeline, "validate", here)
-    monkeypatch.setattr(comparison, "compare_routes", undecided_when_fast)
+    monkeypatch.setattr(compare_onnx, "compare_routes", undecided_when_fast)
     with pytest.raises(CheckFailed, match=r"decoder \(fast\): the router is undecided in every question"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -41,10 +41,11 @@ UNVERIFIED = (
     "sys.exit(cli.main(sys.argv[1:]))"
 )
 FROM_PRETRAINED = """
-import importlib.util, json, sys
+import importlib, importlib.util, json, sys
 room = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("clean_room", sys.argv[1]))
+sys.modules["clean_room"] = room
 spec.loader.exec_module(room)
-sys.meta_path.insert(0, room._Blocked())
+importlib.import_module("clean_room.process").block_exporter()
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[2]).eval()
 processor = AutoProcessor.from_pretrained(sys.argv[2])

@@ -29,9 +29,9 @@ from exporter.pipeline import route
 from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_from_data
 from exporter.routing.folder import routable
 from exporter.routing.settings import default_settings
+from exporter.routing.training.importance_loss import layer_risk, ranking_loss
 from exporter.routing.training.learner import Learner, TrainingBatch
 from exporter.routing.training.loop import Training, drawn, train_router
-from exporter.routing.training.losses import layer_risk, ranking_loss
 from exporter.routing.training.relaxation import Gates, gated_attention, gated_states, straight_through
 from exporter.routing.with_router import forget_router
 
