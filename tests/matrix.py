@@ -321,7 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run the compatibility matrix.")
-    parser.add_argument("--rows", help="only these, by comma: pinned, floor, between, newest, all-floors, all-newest, older")
+    parser.add_argument(
+        "--rows", help="only these, by comma: pinned, floor, between, newest, all-floors, all-newest, older"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="(WORK/matrix.json)")
     parser.add_argument(

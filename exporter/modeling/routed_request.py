@@ -115,7 +115,7 @@ def warn_of_excess(budget: Budget, visual: Tensor) -> None:
 def tell_of_default(settings: RouterSettings) -> None:
     """Log once what runs when no budget is named: some clients drop what they are given for `generate`."""
     logger.warning_once(
-        f"No budget reached `generate`: it runs under {settings.default!r}, this checkpoint's default. If you passed one "
-        f"to a pipeline, pass it as generate_kwargs={{'preset': {settings.default!r}}}. The presets are "
+        f"No budget reached `generate`: it runs under {settings.default!r}, this checkpoint's default. If you passed "
+        f"one to a pipeline, pass it as generate_kwargs={{'preset': {settings.default!r}}}. The presets are "
         f"{', '.join(dict.fromkeys(['off', *settings.presets]))}; `set_budget` chooses one for all calls."
     )

@@ -43,7 +43,7 @@ class OnnxRouteBudget:
 
     def check(self, num_layers: int, free: int) -> None:
         tokens, layers = self.keep_visual_tokens, self.keep_layers
-        if tokens is not None and not (is_count(tokens) and tokens >= 1 or is_share(tokens)):
+        if tokens is not None and not ((is_count(tokens) and tokens >= 1) or is_share(tokens)):
             raise InputError(f"keep_visual_tokens={tokens!r} is neither a count from 1 (144) nor a share (0.25).")
         if layers is not None and not (is_count(layers) and num_layers - free <= layers <= num_layers):
             raise InputError(
