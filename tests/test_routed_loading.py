@@ -119,9 +119,9 @@ def test_a_budget_that_a_pipeline_keeps_to_itself_is_missed(case, monkeypatch):
     chat = [{"role": "user", "content": [{"type": "text", "text": "what color is the digit?"}]}]
     pipe(text=chat, preset="turbo", generate_kwargs={"max_new_tokens": 1})
     assert [message for message in said if "budget" in message] == [
-        "No budget reached `generate`: it runs under 'off', this checkpoint's default. If you passed one to a pipeline, "
-        "pass it as generate_kwargs={'preset': 'off'}. The presets are off, quality, balanced, fast, token-only, "
-        "layer-only; `set_budget` chooses one for all calls."
+        "No budget reached `generate`: it runs under 'off', this checkpoint's default. If you passed one to a "
+        "pipeline, pass it as generate_kwargs={'preset': 'off'}. The presets are off, quality, balanced, fast, "
+        "token-only, layer-only; `set_budget` chooses one for all calls."
     ]
     pipe(text=chat, generate_kwargs={"max_new_tokens": 1, "keep_layers": 5})
     model.set_budget("fast")

@@ -18,6 +18,7 @@ from ..recipe import (
     CalibrationData,
     Method,
     Recipe,
+    TaskData,
     calibration_from_data,
     check_keys,
     check_options,
@@ -25,6 +26,7 @@ from ..recipe import (
     integers,
     paths_as_text,
     read_method,
+    task_from_data,
 )
 
 
@@ -34,7 +36,7 @@ class Grid:
 
     model: str
     calibration: CalibrationData
-    task: str  # questions with answers
+    task: TaskData
     localizers: tuple[Method, ...]
     folds: tuple[Method, ...]
     drop_layers: tuple[int, ...]
@@ -44,7 +46,7 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        paths_as_text(self, "model", "task")
+        paths_as_text(self, "model")
 
     def recipe(self, count: int) -> Recipe:
         return Recipe(
@@ -82,7 +84,7 @@ def grid_from_data(data: Any) -> Grid:
     return Grid(
         str(data["model"]),
         calibration_from_data(data["calibration"]),
-        str(data["task"]),
+        task_from_data(data["task"]),
         localizers,
         folds,
         integers(data["drop_layers"], "drop_layers"),

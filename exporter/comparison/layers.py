@@ -32,7 +32,7 @@ def compare(
     kept = Progressive(out, grid)
     begin = time.monotonic()
     job = prepare(grid.recipe(max(grid.drop_layers)), options, progress)
-    task = load_task(grid.task, grid.task_samples, grid.seed)
+    task = load_task(grid.task.data, grid.task_samples, grid.seed, **grid.task.options)
     task = dataclasses.replace(task, samples=tuple(by_size(task.samples)))
     model, _ = job.load_model()
     runner = GridRunner(grid, job, model, task, progress)
