@@ -87,7 +87,7 @@ def test_mistakes_in_a_grid(grid, tmp_path):
     assert "localizers must be a list" in refused(localizers="tis")
     assert "localizer 'tsi' is not known" in refused(localizers=["tsi"])
     assert "no option 'kk'" in refused(folds=[{"name": "scp", "kk": 1}])
-    assert "task has no key 'splits', did you mean 'split'" in refused(task={"data": "q.jsonl", "splits": "test"})
+    assert "task has no key 'splits': did you mean 'split'" in refused(task={"data": "q.jsonl", "splits": "test"})
     assert "task needs 'data'" in refused(task={"split": "test"})
     assert "task: split must be a text, not 3" in refused(task={"data": "datasets:a/b", "split": 3})
     with pytest.raises(InputError, match="there is no recipe"):
