@@ -155,7 +155,6 @@ def test_fold_that_is_not_exact_is_refused(capsys, tiny, questions, tmp_path):
     [
         ("{broken", "line 2 is no JSON"),
         ("[1]", "line 2 holds a list"),
-        ('{"question": "what?"}', "line 2: a question without an image"),
         ('{"image": "0.png"}', "line 2: neither 'question' nor 'messages'"),
         ('{"image": "none.png", "question": "what?"}', "line 2: there is no image"),
         ('{"image": "zero.png", "question": "what?"}', "can't be read as an image (0 bytes)"),

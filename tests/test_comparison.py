@@ -6,12 +6,15 @@ import json
 
 import pytest
 import yaml
+from PIL import Image
 from test_evaluation import task  # noqa: F401 - a fixture
 
 from exporter.comparison.grid import Cell, Comparison, grid_from_data, load_grid
 from exporter.comparison.grid_table import pareto_front
 from exporter.comparison.layers import compare
+from exporter.comparison.routes import tables_from_data
 from exporter.comparison.zoo import compare_zoo, zoo_from_data, zoo_in_folder
+from exporter.data.task import load_task
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
 from exporter.evaluation.scoring import Rate
@@ -86,8 +89,26 @@ def test_mistakes_in_a_grid(grid, tmp_path):
     assert "localizers must be a list" in refused(localizers="tis")
     assert "localizer 'tsi' is not known" in refused(localizers=["tsi"])
     assert "no option 'kk'" in refused(folds=[{"name": "scp", "kk": 1}])
+    assert "task has no key 'splits': did you mean 'split'" in refused(task={"data": "q.jsonl", "splits": "test"})
+    assert "task needs 'data'" in refused(task={"split": "test"})
+    assert "task: split must be a text, not 3" in refused(task={"data": "datasets:a/b", "split": 3})
     with pytest.raises(InputError, match="there is no recipe"):
         load_grid(tmp_path / "none.yaml")
+
+
+def test_tasks_are_named_as_evaluate_takes_them(grid, tmp_path):
+    pytest.importorskip("datasets").Dataset.from_dict(
+        {"img": [str(tmp_path / "a.png")], "question": ["what?"], "label": ["red"]}
+    ).save_to_disk(tmp_path / "saved")
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    task = {"data": f"datasets:{tmp_path / 'saved'}", "columns": {"image": "img", "answer": "label"}}
+    routes = {"model": "m", "task": task, "rows": [{"name": "a", "rule": "router"}], "budgets": [{"keep_layers": 3}]}
+    for read in (grid_from_data(grid | {"task": task}).task, tables_from_data(routes).task):
+        assert load_task(read.data, None, 0, **read.options).samples[0].answers == ("red",)
+    assert (
+        grid_from_data(grid).task.data == str(grid["task"])
+        and tables_from_data(routes | {"task": "q"}).task.data == "q"
+    )
 
 
 def test_pareto_front():

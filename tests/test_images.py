@@ -172,7 +172,7 @@ def test_addresses_of_all_kinds(tmp_path):
         ("HTTPS://localhost/a.png", "nothing is fetched unasked"),
         ("s3://bucket/a.png", "s3:// addresses are not read"),
         ("file://elsewhere/a.png", "names another machine"),
-        (None, "a question without an image|is null"),
+        (None, "none of its questions has an image|is null"),
         ([None], "an image is null"),
         ([3], "an image is a path, not 3"),
         ([["a.png"]], "an image is a path, not"),

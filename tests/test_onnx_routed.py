@@ -188,6 +188,21 @@ def test_budgets_count_as_in_torch():
         assert np.array_equal(OnnxRouteBudget(asked).tokens_of(available), expected)
 
 
+@pytest.mark.parametrize("tokens", [np.int64(5), np.float32(0.25), np.array(7), torch.tensor(6), torch.tensor(0.5)])
+@pytest.mark.parametrize("layers", [None, np.int32(4), torch.tensor(5)])
+def test_numbers_of_numpy_and_torch_are_budgets(tokens, layers):
+    budget = OnnxRouteBudget(tokens, layers)
+    budget.check(num_layers=6, free=2)
+    assert budget == OnnxRouteBudget(tokens.item(), layers and layers.item())
+
+
+@pytest.mark.parametrize("asked", [True, np.bool_(True), "144", [3], np.array([3]), float("nan"), -1, 1.5, np.int64(0)])
+def test_what_is_no_number_is_refused(asked):
+    for wrong in (OnnxRouteBudget(asked), OnnxRouteBudget(keep_layers=asked)):
+        with pytest.raises(InputError, match=r"is neither a count from 1|keep_layers=.* is out of range"):
+            wrong.check(num_layers=6, free=2)
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_5_vl"])
 def test_visual_tokens_lie_where_the_router_learnt_that_they_lie(family, tiny):
     folder = tiny(family)

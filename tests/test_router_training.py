@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FAMILIES
+from loopback_hub import OWNER
+from test_push import here, hub  # noqa: F401 - fixtures
 
 from exporter.checkpoints.record import read_record
 from exporter.checkpoints.source import open_source
@@ -21,11 +23,13 @@ from exporter.cli.entry import main
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
+from exporter.modeling.released import shipped_files
 from exporter.modeling.routed_route import Route, RouterSettings
 from exporter.models.answers import answered
 from exporter.models.loading import load_model
 from exporter.models.replay import logits, trace
 from exporter.pipeline import route
+from exporter.publishing.push import push
 from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_from_data
 from exporter.routing.folder import routable
 from exporter.routing.settings import default_settings
@@ -263,6 +267,15 @@ def test_compress_with_a_router_makes_one_verified_folder(routed_folder):
     )
     found = verify(routed)
     assert found.holds and found.details["routed"]["class"].startswith("Routed")
+
+
+def test_a_routed_folder_verifies_by_its_name_on_the_hub(routed_folder, here):  # noqa: F811
+    """Nothing stands in for the clean process: the modeling file and its siblings run from what was downloaded."""
+    push(routed_folder / "routed", f"{OWNER}/routed")
+    by_name = verify(f"{OWNER}/routed")
+    assert by_name.problems == () and by_name.details["routed"]["class"] == "RoutedLlavaForConditionalGeneration"
+    assert {path.name for path in shipped_files()} <= {path.name for path in by_name.folder.iterdir()}
+    assert not by_name.folder.is_relative_to(routed_folder)
 
 
 def test_a_router_that_is_not_the_recorded_one_does_not_verify(routed_folder, tmp_path):

@@ -369,7 +369,10 @@ PROCESSOR_ROWS: dict[str, tuple[Change, str | None]] = {
     "another number of class tokens": (edit("processor_config.json", num_additional_image_tokens=0), "asks for 1"),
     "another crop": (edit("preprocessor_config.json", crop_size={"height": 32, "width": 32}), "asks for 40"),
     "no padding token": (edit("tokenizer_config.json", pad_token=None), None),
-    "a template that does not parse": (edit("chat_template.json", chat_template="{{"), "its chat template fails"),
+    "a template that does not parse": (
+        edit("chat_template.json", chat_template="{{"),
+        "model: the chat template fails",
+    ),
     "a template that raises": (edit("chat_template.json", chat_template="{{ 1 / 0 }}"), "fails .*division by zero"),
     "a template that refuses": (
         edit("chat_template.json", chat_template="{{ raise_exception('none') }}"),
