@@ -101,9 +101,9 @@ def test_tasks_are_named_as_evaluate_takes_them(grid, tmp_path):
         {"img": [str(tmp_path / "a.png")], "question": ["what?"], "label": ["red"]}
     ).save_to_disk(tmp_path / "saved")
     Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
-    task = {"data": f"datasets:{tmp_path / 'saved'}", "columns": {"image": "img", "answer": "label"}}
-    routes = {"model": "m", "task": task, "rows": [{"name": "a", "rule": "router"}], "budgets": [{"keep_layers": 3}]}
-    for read in (grid_from_data(grid | {"task": task}).task, tables_from_data(routes).task):
+    saved = {"data": f"datasets:{tmp_path / 'saved'}", "columns": {"image": "img", "answer": "label"}}
+    routes = {"model": "m", "task": saved, "rows": [{"name": "a", "rule": "router"}], "budgets": [{"keep_layers": 3}]}
+    for read in (grid_from_data(grid | {"task": saved}).task, tables_from_data(routes).task):
         assert load_task(read.data, None, 0, **read.options).samples[0].answers == ("red",)
     assert (
         grid_from_data(grid).task.data == str(grid["task"])

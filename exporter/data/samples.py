@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TURN_KEYS = ("messages", "conversations", "conversation")
 
 
-class TextOnly(InputError):
+class TextOnly(InputError):  # noqa: N818 - found, and no fault
     """A question without an image: there is nothing wrong with it, but it says nothing of how a picture is seen."""
 
 
