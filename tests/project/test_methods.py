@@ -18,7 +18,7 @@ from exporter.localize.scores import LayerScores
 from exporter.methods import FOLDS, LOCALIZERS, LOSSES, Fold, Localizer, RouterLoss, resolve
 from exporter.recipe import RunOptions, recipe_from_data
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 DUMMIES = """
 from exporter.localize.scores import LayerScores, most_redundant
 
