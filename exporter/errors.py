@@ -20,7 +20,7 @@ def show_as(path: object, name: object) -> None:
 def shown(message: object) -> str:
     """Return a message without a temporary folder in it."""
     text = str(message)
-    for path, name in _shown_as.items():
+    for path, name in reversed(_shown_as.items()):  # one may stand for another one that was there before
         text = text.replace(path, name)
     return text
 

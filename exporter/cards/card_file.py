@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -287,6 +288,7 @@ def _mapping(metadata: str) -> dict[str, Any] | None:
 
     try:
         data = yaml.safe_load(metadata) or {}
+        json.dumps(data, default=str, skipkeys=True)  # ValueError: a list that holds itself
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: dates that there are not
         return None
     return {str(key): value for key, value in data.items()} if isinstance(data, dict) else None

@@ -6,6 +6,7 @@ config.json leaves one answer it is filled in; else the file to copy from the ba
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..clean_room import REFERENCE_QUESTION, load_processor, reference_inputs
+from ..clean_room import REFERENCE_QUESTION, PromptError, load_processor, reference_inputs
 from ..errors import InputError
 from ..families import FAMILIES
 from .config_file import first_lines
@@ -93,7 +94,7 @@ def load_for(name: str, folder: Path, config: Any) -> Any:
     """The folder's processor. Raises InputError that names the file where it does not load."""
     for file in JSON_FILES:
         if (folder / file).exists():
-            parse_json(folder / file)
+            _check_numbers(f"{name}: {file}", parse_json(folder / file))
     try:
         processor = load_processor(folder)
         if processor.image_processor is None:
@@ -144,6 +145,23 @@ def class_repairs(folder: Path) -> Repairs:
         return {}
     renamed = given.removesuffix(OLD_CLASS) + CLASS
     return {IMAGES: {"image_processor_type": renamed, "feature_extractor_type": None}}
+
+
+def _check_numbers(where: str, settings: dict[str, Any]) -> None:
+    """Refuse what images are scaled by where it is no number: transformers would make NaN of every picture."""
+    for part in (settings, settings.get("image_processor")):
+        for key in ("image_mean", "image_std", "rescale_factor"):
+            value = part.get(key) if isinstance(part, dict) else None
+            several = value if isinstance(value, list) else [] if value is None else [value]
+            if any(
+                isinstance(number, bool)
+                or not isinstance(number, int | float)
+                or not math.isfinite(number)
+                or (number <= 0 and key != "image_mean")
+                for number in several
+            ):
+                least = "" if key == "image_mean" else " above 0"
+                raise InputError(f"{where} says {key}={value!r:.80}; finite numbers{least} are needed.")
 
 
 def setting_repairs(name: str, folder: Path, processor: Any, config: Any) -> Repairs:
@@ -249,11 +267,11 @@ def _probe(name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return ask()
     except InputError:
         raise
+    except PromptError as error:
+        raise InputError(f"{name}: {error}.") from error
     except Exception as error:
-        raised_by = type(error).__module__.split(".")[0]
-        what = "chat template" if raised_by == "jinja2" or "template" in str(error).lower() else "processor"
         raise InputError(
-            f"{name}: its {what} fails at a short question about a picture: {first_lines(error)}"
+            f"{name}: its processor fails at a short question about a picture: {first_lines(error)}"
         ) from error
 
 

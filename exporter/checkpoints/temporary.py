@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ..errors import show_as
 
@@ -126,7 +126,7 @@ def _remove_unlocked(lock_file: Path, remove: Callable[[], object]) -> None:
         remove()
 
 
-def _is_at(file: IO, path: Path) -> bool:
+def _is_at(file: IO[Any], path: Path) -> bool:
     """Tell whether an open file still lies at a path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())

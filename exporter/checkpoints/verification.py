@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import clean_room
-from ..errors import CheckFailed, shown
-from .clean_process import CleanProcessFailed, report_of
+from ..errors import CheckFailed
+from .clean_process import run_check
 from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
 from .hub_access import resolve
 from .record import read_record
 from .staging import stage_name
-from .temporary import temporary_folder
 from .trust import foreign_code, replaced_weights
 from .weight_files import open_weights
 
@@ -38,7 +36,7 @@ class Verification:
 
 
 def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = False) -> Verification:
-    """Compare every file with the record; then load with transformers alone, as `clean_room` describes.
+    """Compare every file with the record; then load with transformers alone, as `exporter/clean_room/` describes.
 
     Args:
         folder: on disk, or the name of a repository on the hub.
@@ -109,13 +107,8 @@ def _router_problems(folder: Path, record: dict[str, Any]) -> list[str]:
 
 
 def _in_clean_process(folder: Path, device: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Run `clean_room` on the folder; its copies of modeling files go to a place of their own, used by nobody else."""
-    with temporary_folder("modules", folder) as modules:
-        alone = {"HF_MODULES_CACHE": str(modules)}
-        try:
-            report = report_of(clean_room.__file__, str(folder.absolute()), device, environment=alone)
-        except CleanProcessFailed as failure:
-            return (f"loading it in a clean process failed: {shown(failure)}",), {}
+    """Load the folder where this package cannot be imported. Returns: problems, and what else was found."""
+    report = run_check("verify", str(folder.absolute()), device, doing="loading it", stands_for=folder)
     return tuple(report.pop("problems")), report
 
 

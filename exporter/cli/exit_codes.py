@@ -7,13 +7,17 @@ from typing import Any
 
 from ..errors import shown
 
+LONGEST = 1200  # characters of a message
+
 
 def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
 def complain(message: str, code: int) -> int:
-    print(f"lvlm-exporter: {shown(message)}", file=sys.stderr)
+    text = shown(message)
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."  # of a file that says things of any length
+    print(f"lvlm-exporter: {text}", file=sys.stderr)
     return code
 
 

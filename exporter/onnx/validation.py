@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.clean_process import CleanProcessFailed, report_of
+from ..checkpoints.clean_process import run_check
 from ..checkpoints.temporary import temporary_folder
 from ..errors import CheckFailed
-from . import comparison
 
 
 def validate(folder: Path, job: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -27,14 +26,7 @@ def validate(folder: Path, job: dict[str, Any], inputs: list[dict[str, Any]]) ->
             torch.save(inputs, saved)
         path = place / "job.json"
         path.write_text(json.dumps({**job, "folder": str(folder), "inputs": str(saved) if inputs else None}))
-        report = _in_clean_process(path)
+        report = run_check("compare-onnx", str(path), doing="comparing it", stands_for=folder)
     if problems := report.pop("problems"):
         raise CheckFailed(f"the ONNX export differs from the model and was not kept: {'; '.join(problems)}.")
     return report
-
-
-def _in_clean_process(job: Path) -> dict[str, Any]:
-    try:
-        return report_of(comparison.__file__, str(job))
-    except CleanProcessFailed as failure:
-        return {"problems": [f"comparing it in a clean process failed: {failure}"]}

@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.config_file import first_lines
 from ..checkpoints.files import replace_bytes
+from ..checkpoints.router_entry import read_settings
 from ..checkpoints.source import Source
 from ..checkpoints.temporary import temporary_folder
 from ..checkpoints.trust import warn_of_foreign_code
 from ..errors import InputError
 from ..modeling.released import is_released, sha256_of
 from ..models.loading import load_model
-from .settings import check_routable, default_settings, read_settings
+from .settings import check_routable, default_settings
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +70,7 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{source.name}: {error}") from error
+        raise InputError(f"{source.name}: {first_lines(error)}") from error
     model.set_budget("off")
     return model
 

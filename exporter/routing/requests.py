@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cards.figures import describe
+from ..checkpoints.router_entry import read_settings
 from ..checkpoints.source import Source
 from ..errors import InputError
 from ..modeling.routed_route import OFF, Budget, RouterSettings
 from .rules import Rule
-from .settings import default_settings, read_settings
+from .settings import default_settings
 
 ROUTER = Rule("router", "router")
 

@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..checkpoints.shapes import ANYTHING, COUNT, NUMBER, POSITIVE, TEXT, ListOf, MapOf, Maybe, Misfit, check
 from ..errors import InputError
 from ..families import FAMILIES, family_of
 
-if TYPE_CHECKING:
-    from ..modeling.routed_route import RouterSettings
-
 IMAGE_FLOOR = 0.25  # of an even share of the tokens that stay: what each image of a row keeps at least
 DROP_AT = 2  # measured: dropped before layer 0, tokens take with them what the first layers would have passed on
-
-
-ROUTER_ENTRY = {
-    "drop_at": COUNT,
-    "candidates": ListOf(COUNT),
-    "bottleneck": POSITIVE,
-    "num_heads": POSITIVE,
-    "read_at?": COUNT,
-    "presets?": MapOf({"keep_visual_tokens?": Maybe(NUMBER), "keep_layers?": Maybe(COUNT)}),
-    "default?": TEXT,
-    "trained_for?": MapOf(ANYTHING),
-    "format?": COUNT,
-    "image_floor?": NUMBER,
-}  # of config.json
-
-
-def read_settings(config: Any, name: str) -> RouterSettings:
-    """Return the router's settings of a configuration. Raises InputError where they are damaged or don't fit it."""
-    from ..modeling.routed_route import RouterSettings
-
-    try:
-        check(config.router, ROUTER_ENTRY, "router")
-        settings = RouterSettings.of(config)
-        for preset in settings.presets:
-            settings.preset(preset).check(settings, config.get_text_config().num_hidden_layers)
-    except Misfit as misfit:
-        raise InputError(f"{name}: config.json is damaged ({misfit}): train the router again.") from misfit
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{name}: {error}") from error
-    return settings
 
 
 def check_routable(config: Any) -> None:

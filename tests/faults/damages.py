@@ -230,7 +230,7 @@ def other_type(random: random.Random, value: Any) -> Any:
         )
     if isinstance(value, list):
         return random.choice(({}, str(value), dict(enumerate(map(str, value))), value * 2, value[:-1], value[::-1]))
-    return random.choice(([], "x", 0, list(value or ())))
+    return random.choice(([], "x", 0, None, {}))
 
 
 def json_changed(random: random.Random, path: Path) -> str:
@@ -532,7 +532,10 @@ def same_form(before: bytes, after: bytes, name: str) -> bool:
         if ending in (".yaml", ".yml"):
             import yaml
 
-            return _alike(yaml.safe_load(before), yaml.safe_load(after))
+            old, new = yaml.safe_load(before), yaml.safe_load(after)
+            added = {key: value for key, value in new.items() if key not in old}  # what is no key is refused
+            emptied = {key: [] for key, value in new.items() if value == [] and isinstance(old.get(key), list)}
+            return _alike(old | added | emptied, new)
         if ending == ".safetensors":
             return _weights_alike(before, after)
         if ending in (".png", ".jpg"):

@@ -206,7 +206,7 @@ def result_of(home: Path, command: Command, printed: str) -> str:
     parts: list[Any] = []
     if (home / "result.json").is_file():
         told = json.loads((home / "result.json").read_text())
-        unsaid = ("files", "bytes") if command[0] == "push" else ()  # the damaged file's own size
+        unsaid = ("bytes",) if command[0] == "push" else ()  # the damaged file's own size
         parts.append(without_times({key: value for key, value in told.items() if key not in unsaid}))
     else:
         parts.append(printed)
@@ -271,7 +271,14 @@ def run_case(
     home.mkdir(parents=True)
     case, kind, command, before = case_of(options, number, home, source)
     form = form_of(home / case.file, before)
-    got = outcome_of(home, command, may_read_all=not case.damage.startswith("unreadable"))
+    may_read_all = not case.damage.startswith("unreadable")
+    got = outcome_of(home, command, may_read_all)
+    hung = got.code is None
+    if hung:  # on a machine that does much else: what hangs, hangs again
+        damages.clear(home)
+        home.mkdir()
+        case_of(options, number, home, source)
+        got = outcome_of(home, command, may_read_all)
     wanted = baselines[command]
     return asdict(case) | {
         "class": class_of(got, wanted, kind, command, form),
@@ -280,6 +287,7 @@ def run_case(
         "said": got.said[-1500:],
         "left": list(got.left),
         "seconds": round(got.seconds, 2),
+        "slow_once": hung and got.code is not None,
     }
 
 
@@ -414,6 +422,8 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     from exporter.version import __version__
 
     faults = [row for row in rows if row["class"] not in GOOD]
+    slow = sum(row.get("slow_once", False) for row in rows)
+    hung = f", and {slow} were not done in {LIMIT_S:.0f} s at first and then in less" if slow else ""
     longest = max(row.get("seconds", 0.0) for row in rows)
     meanings = "".join(f"- **{name}**: {meaning}\n" for name, meaning in MEANING.items())
     listed = "".join(
@@ -426,10 +436,10 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "that reads it. A case is classed by what comes of it. This file is written by that command.\n\n"
         f"{time.strftime('%d %B %Y')}; lvlm-exporter {__version__}, transformers {transformers.__version__}, Python "
         f"{sys.version.split()[0]}. Seed {options.seed}, {len(rows):,} cases, of which **{len(faults)}** are faults; "
-        f"the longest took {longest:.1f} s.\n\n{table(rows)}\n{meanings}\n"
+        f"the longest took {longest:.1f} s{hung}.\n\n{table(rows)}\n{meanings}\n"
         "The clean process that verifies a checkpoint is run in the case's own process here, for speed. What a "
-        "flipped bit makes of the weights or pictures of a source can't be told from other weights or another picture; a folder "
-        "that lvlm-exporter wrote has the SHA-256 of every file, and there no change may pass.\n"
+        "flipped bit makes of the weights or pictures of a source can't be told from other weights or another "
+        "picture; a folder that lvlm-exporter wrote has the SHA-256 of every file, and there no change may pass.\n"
     ) + (f"\n## Faults\n\n{listed}" if faults else "")
 
 

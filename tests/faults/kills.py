@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import getpass
 import json
 import os
 import random
@@ -34,6 +35,7 @@ from . import material
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300.0
 SIGNALS = (signal.SIGKILL,) * 8 + (signal.SIGTERM, signal.SIGINT)
+OTHERS = (".ses", f"torchinductor_{getpass.getuser()}")  # ONNX Runtime's and torch's own, which they keep there
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.link", "shutil.rmtree", "subprocess.Popen")
 QUESTIONS = ("--calibration", "task/all.jsonl")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -192,7 +194,7 @@ def _left(home: Path, expected: tuple[str, ...]) -> set[str]:
     """What lies about beside what was there before, in the folder of the target and in that for temporary files."""
     known = {*expected, "stdout", "stderr", "tmp", "made"}
     found = {path.name for path in home.iterdir() if path.name not in known}
-    found |= {f"tmp/{path.name}" for path in (home / "tmp").iterdir() if path.name != ".ses"}  # ONNX Runtime's
+    found |= {f"tmp/{path.name}" for path in (home / "tmp").iterdir() if path.name not in OTHERS}
     return found | {str(path.relative_to(home)) for path in (home / "ours").rglob(".*.partial")}
 
 
@@ -302,10 +304,10 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     listed = "".join(f"- {r['subcommand']} {r['index']}, {r['signal']}: {r['fault']}\n" for r in rows if r["fault"])
     return (
         "# Killed runs\n\n"
-        "`make kills` ends runs of tiny models at random: half at a moment of the time that a run takes, half at one of "
-        "its file operations. What stands under the target's name then is whole or not there, no process of the run is "
-        "left, and the same command succeeds and sweeps what was left: nothing lies beside the target or in the folder "
-        "for temporary files afterwards. This file is written by that command.\n\n"
+        "`make kills` ends runs of tiny models at random: half at a moment of the time that a run takes, half at one "
+        "of its file operations. What stands under the target's name then is whole or not there, no process of the run "
+        "is left, and the same command succeeds and sweeps what was left: nothing lies beside the target or in the "
+        "folder for temporary files afterwards. This file is written by that command.\n\n"
         f"{time.strftime('%d %B %Y')}; lvlm-exporter {__version__}, transformers {transformers.__version__}, Python "
         f"{sys.version.split()[0]}; seed {options.seed}, one thread.\n\n" + "\n".join(lines) + "\n\n"
         "'Left something' counts what was there after the kill and gone after the next run. The runs are forks of one "

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints.router_entry import read_settings as settings_of
 from ...errors import InputError
 from ...modeling.modeling_routed import ROUTER_FILE
 from ...modeling.routed_api import cache_name
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
-from ...routing.settings import read_settings as settings_of
 from ..runtime.routed import FRONT
 from ..support import SHARED, Support
 from .decoder import Embeddings, Samples, SharedDecoder, SharedStep, group_query_attention, last_tokens, named_cache
@@ -266,9 +266,11 @@ class FrontGraph(PartGraph):
     ) -> dict[str, Tensor]:
         """As PartGraph's and Embeddings'. What enters the first layer is an output too, for those who compare."""
         entered = self.embeddings(input_ids, image_features)
-        return entered | super().forward(
+        outputs: dict[str, Tensor] = super().forward(
             entered["inputs_embeds"], position_ids, row_lengths, total_length, past_key_values
         )
+        named_outputs: dict[str, Tensor] = entered | outputs
+        return named_outputs
 
     def samples(self) -> Samples:
         layers = super().samples()
