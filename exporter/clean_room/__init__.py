@@ -5,7 +5,7 @@ show that a checkpoint needs nothing of ours. The files here therefore import th
 and PIL only (onnx and onnxruntime to compare an ONNX folder), and `__main__.py` blocks any import of `exporter`.
 
 Files: `processing` turns images and questions into model inputs; `reference` asks the reference question;
-`verify_checkpoint` and `compare_onnx` (with `onnx_components`) are the two checks; `process` starts them.
+`verify_checkpoint` and `compare_onnx` (with `onnx_components`) are the two checks; `process` keeps `exporter` out.
 """
 
 from .processing import PromptError, encode, extend, load_processor, render

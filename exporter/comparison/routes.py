@@ -66,7 +66,7 @@ def tables_from_data(data: Any) -> RouteTables:
     for key in ("rows", "budgets"):
         if not isinstance(data[key], list):
             raise InputError(f"{key} must be a list, not {data[key]!r}.")
-    check_types(RouteTables, data, ("model", "task", "calibration", "task_samples", "seed"))
+    check_types(RouteTables, data, ("model", "calibration", "task_samples", "seed"))
     if data.get("equal", "flops") not in ("flops", "budget"):
         raise InputError(f"equal: {data['equal']!r} is not known: flops, budget.")
     made = {

@@ -40,10 +40,10 @@ def verify_here() -> None:
 
 def _in_this_process(folder: Path, device: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Do what the clean process does."""
-    from exporter import clean_room
+    from exporter.clean_room.verify_checkpoint import verify
 
     try:
-        report = clean_room.verify(Path(folder).absolute(), device)
+        report = verify(Path(folder).absolute(), device)
     except Exception as error:
         return (f"loading it in a clean process failed: {type(error).__name__}: {str(error)[:200]}",), {}
     return tuple(report.pop("problems")), report
