@@ -220,7 +220,7 @@ def test_figures_go_into_record_and_card(tiny, questions, tmp_path, unverified):
     assert "How fast it is" not in (folder / "README.md").read_text()
     for _ in range(2):  # the second replaces the first
         done = bench([folder], reference=tiny("llava"), workload=SMALL, options=QUICK)
-    (entry,) = read_record(folder)["benchmarks"]
+    (entry,) = read_record(folder).to_data()["benchmarks"]
     figures = done.models[1].batches[0]
     assert entry["batches"][0]["prefill_ms"] == figures.prefill_ms
     assert entry["hardware"]["device"] and entry["date"] and entry["versions"]["transformers"]

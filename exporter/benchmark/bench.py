@@ -275,9 +275,9 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
     entry = same | {"date": done.date, "versions": done.versions}
     if is_onnx(folder):
         shown = [one for one in done.models if one is base or one is model or one.path != model.path]
-        record, entry["models"] = read_manifest(folder), [one.to_data() for one in shown]
+        record, entry["models"] = read_manifest(folder).to_data(), [one.to_data() for one in shown]
     elif model.runtime == base.runtime and (folder / RECORD).exists():
-        record = read_record(folder)
+        record = read_record(folder).to_data()
         entry["reference_is_this_model"] = base.path == model.path
         entry["batches"] = [asdict(figures) for figures in model.batches]
         entry["reference"] = [asdict(figures) for figures in base.batches]

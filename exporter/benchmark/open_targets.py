@@ -35,7 +35,7 @@ class Runtimes:
 
 def onnx_device(paths: Sequence[str]) -> str | None:
     """The device that the first ONNX folder was exported for; None where there is none."""
-    made: list[str] = [read_manifest(Path(path))["device"] for path in paths if is_onnx(path)]
+    made = [read_manifest(Path(path)).device for path in paths if is_onnx(path)]
     return made[0] if made else None
 
 
@@ -47,7 +47,7 @@ def onnx_versions(subjects: Sequence[Subject]) -> dict[str, str]:
 
 def made_from(path: str) -> str:
     """The checkpoint that an ONNX folder was exported from."""
-    name: str = read_manifest(Path(path))["source"]["name"]
+    name = read_manifest(Path(path)).source.name
     try:
         resolve(name)
     except InputError as error:

@@ -16,7 +16,7 @@ from ..clean_room.process import run_check
 from ..errors import CheckFailed
 from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
 from .hub_access import resolve
-from .record import read_record
+from .record import CheckpointRecord, read_record
 from .staging import stage_name
 from .trust import foreign_code, replaced_weights
 from .weight_files import open_weights
@@ -45,7 +45,7 @@ def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = Fa
     """
     folder, _ = resolve(str(folder), whole=True)
     record = read_record(folder)
-    problems = compared(folder, record["measured"]["files"], "lvlm-exporter reproduce FOLDER --out NEW")
+    problems = compared(folder, record.measured.files, "lvlm-exporter reproduce FOLDER --out NEW")
     problems += replaced_weights(folder)
     if not trust_remote_code:
         problems += foreign_code(folder)
@@ -94,14 +94,14 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:NAMED_AT_MOST]) + more
 
 
-def _router_problems(folder: Path, record: dict[str, Any]) -> list[str]:
+def _router_problems(folder: Path, record: CheckpointRecord) -> list[str]:
     """Return what does not fit between the record's router and config.json's."""
     try:
         config = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8-sig"))
         in_config = "router" in config and "auto_map" in config
     except (OSError, ValueError, TypeError):
         return [f"{CONFIG_JSON} is missing or no JSON"]
-    if in_config == ("router" in record):
+    if in_config == (record.router is not None):
         return []
     return [f"a router is named in {'config.json' if in_config else 'compression.json'} only"]
 

@@ -45,20 +45,20 @@ def reproduce(
     folder, _ = resolve(str(folder))
     record = read_record(folder)
     check_target(Path(out))
-    recipe = recipe_from_data(record["recipe"])
+    recipe = recipe_from_data(record.recipe)
     if model is not None:
         recipe = dataclasses.replace(recipe, model=str(model))
-    elif record["source"]["revision"]:
-        recipe = dataclasses.replace(recipe, revision=record["source"]["revision"])
+    elif record.source.revision:
+        recipe = dataclasses.replace(recipe, revision=record.source.revision)
     if calibration is not None:
         recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, data=str(calibration)))
-    _check_source(recipe.model, recipe.revision, record["source"]["files"])
-    _check_data(recipe, record["calibration"]["fingerprint"])
-    run = record["run"]
-    options = RunOptions(run["device"], run["dtype"], run["memory"], run["batch_size"])
+    _check_source(recipe.model, recipe.revision, record.source.files)
+    _check_data(recipe, record.calibration.fingerprint)
+    run = record.run
+    options = RunOptions(run.device, run.dtype, run.memory, run.batch_size)
     made = compress(recipe, out, options, progress)  # type: ignore[arg-type]
-    fresh = read_record(made)["measured"]["files"]
-    before = {name: digest.lower() for name, digest in record["measured"]["files"].items()}
+    fresh = read_record(made).measured.files
+    before = {name: digest.lower() for name, digest in record.measured.files.items()}
     differing = tuple(name for name, digest in before.items() if fresh.get(name) != digest)
     return Reproduction(made, not differing, differing, _largest_difference(folder, made) if differing else 0.0)
 

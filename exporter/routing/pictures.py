@@ -108,7 +108,7 @@ def show_routes(folder: Path, model: Any, processor: Any, samples: Sequence[Samp
         return False
     check_updatable(folder)
     routes = draw_examples(model, processor, spread_out(samples), budget, folder)
-    write_record(folder, read_record(folder) | {"routes": routes})
+    write_record(folder, read_record(folder).to_data() | {"routes": routes})
     return True
 
 

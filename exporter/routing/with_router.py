@@ -52,7 +52,7 @@ def with_router(
     source.config.router = settings
     questions = unlabelled(data, router.seed)
     check_space(out, source.weights.num_bytes)
-    record = read_record(plain)
+    record = read_record(plain).to_data()
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
     loss = router.loss
