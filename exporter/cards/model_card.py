@@ -248,7 +248,10 @@ def _places(tensors: list[str]) -> str:
     for tensor in tensors:
         layer, name = tensor.removeprefix("layer ").split("'s ")
         layers.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
-    return " and ".join(f"{name} of layer{'s' * (len(of) > 1)} {', '.join(of)}" for name, of in layers.items())
+    return " and ".join(
+        f"{name} of {'layers' if len(numbers) > 1 else 'layer'} {', '.join(numbers)}"
+        for name, numbers in layers.items()
+    )
 
 
 def ratio_cell(ratios: dict[str, Any], name: str) -> str:

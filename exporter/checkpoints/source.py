@@ -239,7 +239,7 @@ def refuse_report(name: str, report: dict[str, Any]) -> None:
 
 def _difference(expected: set[int], found: set[int]) -> str:
     missing, extra = sorted(expected - found), sorted(found - expected)
-    parts = [f"missing {missing}"] * bool(missing) + [f"too many {extra}"] * bool(extra)
+    parts = [f"{what} {names}" for what, names in (("missing", missing), ("too many", extra)) if names]
     return f" ({', '.join(parts)})" if parts else ""
 
 

@@ -75,10 +75,13 @@ def compared(folder: Path, recorded: Mapping[str, str], again: str) -> list[str]
         if name in found and name not in [*links, *odd] and sha256(found[name]) != digest.lower()
     ]
     unrecorded = [name for name in found if name not in recorded and not is_licence(name)]
-    problems = [f"{_names(links)} leads out of the folder by a link"] * bool(links)
-    problems += [f"{_names(odd)} is no regular file"] * bool(odd)
-    problems += [f"{_names(missing)} is missing"] * bool(missing)
-    problems += [f"{_names(changed)} is not the file that was made: its SHA-256 is another"] * bool(changed)
+    kinds = (
+        (links, "leads out of the folder by a link"),
+        (odd, "is no regular file"),
+        (missing, "is missing"),
+        (changed, "is not the file that was made: its SHA-256 is another"),
+    )
+    problems = [f"{_names(names)} {problem}" for names, problem in kinds if names]
     if CONFIG_JSON not in recorded:
         problems.append(
             f"its record has the SHA-256 of {len(recorded.keys() & found.keys())} of its {len(found)} files, as "

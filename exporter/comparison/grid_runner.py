@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -12,13 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.staging import check_target
 from ..compression.job import CompressionJob
 from ..compression.steps import fold_job, localize
 from ..data.batches import make_batch, make_batches
 from ..data.samples import Sample
 from ..data.task import SPARE_TOKENS, Task, greedy_answers
-from ..errors import InputError
 from ..evaluation.scoring import Rate, is_right
 from ..fold.job import FoldRefused
 from ..localize.scores import LayerScores
@@ -30,6 +27,7 @@ from ..models.variants import AnswerAgreement, Variant, assembled, judge
 from ..plan import Folded, PruningPlan, make_plan
 from ..progress import Progress
 from ..recipe import Method
+from .cells_file import CellsFile
 from .grid import Cell, Comparison, Grid, Key, cell_from_data, label
 
 CELLS_AT_A_TIME = 16  # whose new tensors are held together
@@ -222,24 +220,16 @@ class GridRunner:
         return cells * (localizing + per_cell.get("fold", 0.0) + per_cell.get("answer", 0.0))
 
 
-class Progressive:
-    """Cells on disk as they are done, so that a broken-off run goes on."""
+class FinishedCells:
+    """Cells of the grid on disk as they are done."""
 
     def __init__(self, out: Path, grid: Grid) -> None:
-        self.path = out / "cells.jsonl"
+        self.out = out
         columns = [f.name for f in dataclasses.fields(Cell)]
-        fingerprint = hashlib.sha256(json.dumps([asdict(grid), columns], sort_keys=True).encode()).hexdigest()
+        self.file = CellsFile(out / "cells.jsonl", [asdict(grid), columns])
         self.cells: dict[Key, Cell] = {}
-        if out.exists() and self.path.exists():
-            first, *lines = self.path.read_text().splitlines()
-            if json.loads(first).get("grid") != fingerprint:
-                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
-            for line in lines:
-                self._keep(json.loads(line))
-            return
-        check_target(out)
-        out.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
+        for data in self.file.cells:
+            self._keep(data)
 
     def _keep(self, data: dict[str, Any]) -> None:
         cell = cell_from_data(data)
@@ -247,12 +237,11 @@ class Progressive:
 
     def finished(self) -> Comparison | None:
         """Return the result of an earlier run that came to its end, if there is one."""
-        results = self.path.with_name("results.json")
+        results = self.out / "results.json"
         try:
             return Comparison.from_data(json.loads(results.read_text()), results.parent)
         except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: made again from the cells
             return None
 
     def add(self, cells: dict[Key, Cell]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(asdict(cell)) + "\n" for cell in cells.values())
+        self.file.add([asdict(cell) for cell in cells.values()])

@@ -17,7 +17,7 @@ from ..data.task import load_task
 from ..progress import Progress, silent
 from ..recipe import RunOptions
 from .grid import Comparison, Grid
-from .grid_runner import GridRunner, Progressive, alike_together
+from .grid_runner import FinishedCells, GridRunner, alike_together
 from .grid_table import write_results
 
 
@@ -29,7 +29,7 @@ def compare(
     Cells that an earlier, broken-off run of the same grid has left in `out` are not computed again.
     """
     out = Path(out)
-    kept = Progressive(out, grid)
+    kept = FinishedCells(out, grid)
     if finished := kept.finished():
         return finished
     begin = time.monotonic()

@@ -22,7 +22,7 @@ from ..progress import Progress, silent
 from ..recipe import RunOptions
 from ..routing.requests import BudgetRequest, router_settings
 from .routes import RouteComparison, RouteTables
-from .routes_runner import Finished, RoutesRunner
+from .routes_runner import FinishedRows, RoutesRunner
 from .routes_table import plot_routes, table_markdown
 
 
@@ -43,7 +43,7 @@ def compare_routes(
         if row.parsed().layers == "shortgpt" and tables.calibration is None:
             raise InputError(f"row '{row.name}': shortgpt measures layers on questions: add calibration: FILE.")
     task = load_task(tables.task, tables.task_samples, tables.seed)
-    kept = Finished(out, tables)
+    kept = FinishedRows(out, tables)
     runner = RoutesRunner.of(tables, task, options, progress)
     for row in tables.rows:
         if row.name not in kept.cells:

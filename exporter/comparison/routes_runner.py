@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,11 +10,9 @@ from typing import Any
 import torch
 
 from ..checkpoints.source import open_source
-from ..checkpoints.staging import check_target
 from ..data.batches import Batch, make_batch, size_order
 from ..data.resumable import ResumableLines
 from ..data.task import Task, greedy_answers
-from ..errors import InputError
 from ..evaluation.judge import Judge, Reference
 from ..evaluation.loaded import Loaded, influence_of, load
 from ..evaluation.results import ModelResult
@@ -29,6 +25,7 @@ from ..routing.cost import few_prompts, flops_of
 from ..routing.folder import load_routed, routable
 from ..routing.requests import BudgetRequest
 from ..routing.rules import Rule, make_route
+from .cells_file import CellsFile
 from .oracle import images_seen_once, search
 from .routes import FEWEST, OUT_OF_REACH, RouteCell, RouteTables, Row
 
@@ -223,25 +220,16 @@ def last_columns(route: Route, length: int) -> Route:
     return replace(route, **{name: part if part is None else part[:, -length:] for name, part in cut.items()})
 
 
-class Finished:
-    """Rows on disk as they are done, so that a broken-off run goes on."""
+class FinishedRows:
+    """Rows of the tables on disk as they are done."""
 
     def __init__(self, out: Path, tables: RouteTables) -> None:
-        self.path, self.cells = out / "rows.jsonl", dict[str, list[RouteCell]]()
-        fingerprint = hashlib.sha256(json.dumps(asdict(tables), sort_keys=True).encode()).hexdigest()
-        if self.path.exists():
-            first, *lines = self.path.read_text().splitlines()
-            if json.loads(first).get("tables") != fingerprint:
-                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
-            for line in lines:
-                row = json.loads(line)
-                self.cells[row["row"]] = [RouteCell(**c | {"interval": tuple(c["interval"])}) for c in row["cells"]]
-            return
-        check_target(out)
-        out.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"tables": fingerprint}) + "\n")
+        self.file = CellsFile(out / "rows.jsonl", asdict(tables))
+        self.cells = {
+            row["row"]: [RouteCell(**cell | {"interval": tuple(cell["interval"])}) for cell in row["cells"]]
+            for row in self.file.cells
+        }
 
     def add(self, name: str, cells: list[RouteCell]) -> None:
         self.cells[name] = cells
-        with self.path.open("a") as file:
-            file.write(json.dumps({"row": name, "cells": [asdict(cell) for cell in cells]}) + "\n")
+        self.file.add([{"row": name, "cells": [asdict(cell) for cell in cells]}])

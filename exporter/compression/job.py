@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.source import Source, open_source
 from ..clean_room import load_processor
 from ..data.batches import check_prompt
-from ..data.calibration import Calibration, load_calibration
+from ..data.calibration import Calibration, questions_of
 from ..errors import InputError
 from ..families import protected_layers
 from ..methods import FOLDS, LOCALIZERS
@@ -98,15 +98,5 @@ def layers_to_go(budget: LayerBudget, source: Source, protect: Collection[int]) 
 
 
 def load_for(recipe: Recipe) -> Calibration:
-    """The recipe's calibration questions."""
-    data = recipe.calibration
-    return load_calibration(
-        data.data,
-        samples=data.samples,
-        seed=recipe.seed,
-        columns=data.columns,
-        split=data.split,
-        prompt=data.prompt,
-        config=data.config,
-        allow_urls=data.allow_urls,
-    )
+    """Load the recipe's calibration questions."""
+    return questions_of(recipe.calibration, recipe.seed)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..recipe import CalibrationData
 from .images import open_bytes, short
 from .records import read_records
 from .samples import Sample, sample_from
@@ -79,6 +80,20 @@ def load_calibration(
             tuple(found[i] for i in sorted(random.Random(seed).sample(chosen, samples))), spec, len(found), seed
         )
     return Calibration(tuple(found[i] for i in chosen), spec, len(found), seed)
+
+
+def questions_of(data: CalibrationData, seed: int) -> Calibration:
+    """Load the questions that a recipe names."""
+    return load_calibration(
+        data.data,
+        samples=data.samples,
+        seed=seed,
+        columns=data.columns,
+        split=data.split,
+        prompt=data.prompt,
+        config=data.config,
+        allow_urls=data.allow_urls,
+    )
 
 
 def read_samples(

@@ -116,8 +116,10 @@ def _placed(text: str) -> list[Turn]:
         return [{"type": "text", "text": text}]
     parts: list[Turn] = []
     for number, piece in enumerate(PLACE.split(text)):
-        parts += [{"type": "image"}] * (number > 0)
-        parts += [{"type": "text", "text": piece}] * bool(piece)
+        if number > 0:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
     return parts
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from ..data.batches import Batch, make_batch
 from ..data.pictures import Split, split_by_picture
 from ..data.samples import Sample
 from ..plan import PruningPlan
+from ..progress import Progress
 from .answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
 
 PORTIONS = {  # of the questions, and how many at least: together they cost under four forward passes over all of them
@@ -36,7 +37,6 @@ PORTIONS = {  # of the questions, and how many at least: together they cost unde
 }
 SUFFIX = 0.5  # share of the layers that a variant does not share with the original, roughly
 Part = Literal["all", "fit", "held_out"]
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def portion(name: str, questions: int) -> int:

@@ -277,7 +277,8 @@ def default_message() -> str:
 
 
 def page(api: HfApi, repo_id: str, branch: str) -> str:
-    return f"{api.endpoint}/{repo_id}" + f"/tree/{branch}" * (branch != "main")
+    address = f"{api.endpoint}/{repo_id}"
+    return address if branch == "main" else f"{address}/tree/{branch}"
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------

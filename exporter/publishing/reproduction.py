@@ -67,9 +67,10 @@ def _check_source(name: str, revision: str | None, expected: dict[str, str]) -> 
     folder = open_source(name, revision).folder
     changed = sorted(file for file, digest in expected.items() if _hash_of(folder / file) != digest.lower())
     if changed:
+        others = " and others" if len(changed) > 3 else ""
         raise InputError(
-            f"{name} is not the source that the checkpoint was made from: {', '.join(changed[:3])}"
-            f"{' and others' * (len(changed) > 3)} differ{'s' * (len(changed) == 1)}. Name the right one with --model."
+            f"{name} is not the source that the checkpoint was made from: {', '.join(changed[:3])}{others} "
+            f"{'differs' if len(changed) == 1 else 'differ'}. Name the right one with --model."
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ from ..checkpoints.staging import check_space, check_target, staged
 from ..checkpoints.verification import require
 from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer
-from ..data.calibration import Calibration, load_calibration
+from ..data.calibration import Calibration, questions_of
 from ..errors import InputError
 from ..models.loading import compute_dtype, load_model, pick_device
 from ..plan import PruningPlan
+from ..progress import Progress
 from ..recipe import CalibrationData, RouterRecipe, RunOptions
 from .folder import add_router, load_routed
 from .settings import check_routable, default_settings
-
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def with_router(
@@ -111,16 +109,7 @@ def forget_router(record: dict[str, Any]) -> None:
 
 def unlabelled(data: CalibrationData, seed: int) -> Calibration:
     """The questions to train on, with every image looked at."""
-    found = load_calibration(
-        data.data,
-        samples=data.samples,
-        seed=seed,
-        columns=data.columns,
-        split=data.split,
-        prompt=data.prompt,
-        config=data.config,
-        allow_urls=data.allow_urls,
-    )
+    found = questions_of(data, seed)
     if len(found.samples) < 8:
         raise InputError(
             f"{data.data} holds {len(found.samples)} questions: a router needs 8 to learn from, better 500."

@@ -10,7 +10,7 @@ Shapes: B samples, S tokens, A answer tokens, N candidate layers, L layers, D hi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,11 @@ from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
 from ...models.loading import text_decoder
 from ...models.replay import Trace, trace
+from ...progress import Progress
 from ..rules import fastv_scores
 from .relaxation import GatedAttention, Gates, gated_states, straight_through
 
 PROBES = ((0.5, 0.0), (0.25, 0.0), (0.25, 1 / 3))  # budgets of the learning curve: tokens kept, candidates skipped
-
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from ...methods import LOSSES, resolve
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS
-from .learner import Learner, Progress, Teacher
+from ...progress import Progress
+from .learner import Learner, Teacher
 from .relaxation import gated_attention
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...models.capture import attention_replaced
+from ...models.attention import attention_inputs, attention_replaced, attention_scores
 from ...models.loading import text_decoder
 from ...models.replay import Trace
 
@@ -61,12 +61,8 @@ class GatedAttention:
         softcap: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-        groups = query.shape[1] // key.shape[1]
-        key, value = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (key, value))
-        scores = torch.matmul(query * scaling, key.transpose(-1, -2))  # [B, H, S, S]
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
+        query, keys, value = attention_inputs(query, key, value, scaling)
+        scores = attention_scores(query, keys, softcap)  # [B, H, S, S]
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             length = scores.shape[-1]
             attention_mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
