@@ -275,7 +275,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and bool(value) and all(_fits(item, arguments[0]) for item in value)
     if arguments:  # a union
-        return any(_fits(value, one) for one in arguments)
+        return any(_fits(value, choice) for choice in arguments)
     if hint is float:
         return isinstance(value, float | int) and not isinstance(value, bool) and value >= 0
     if hint is int:

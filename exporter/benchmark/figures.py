@@ -98,11 +98,11 @@ class Benchmark:
     def check_caches(self) -> None:
         """Raise CheckFailed where a cache is not as large as configuration, prompt and route say."""
         for model in self.models:
-            for one in model.batches:
-                if one.kv_bytes != one.kv_bytes_formula:
+            for batch in model.batches:
+                if batch.kv_bytes != batch.kv_bytes_formula:
                     raise CheckFailed(
-                        f"{model.path}: the cache holds {one.kv_bytes:,} bytes at batch {one.batch}, and should hold "
-                        f"{one.kv_bytes_formula:,}."
+                        f"{model.path}: the cache holds {batch.kv_bytes:,} bytes at batch {batch.batch}, "
+                        f"and should hold {batch.kv_bytes_formula:,}."
                     )
 
     def to_data(self) -> dict[str, Any]:

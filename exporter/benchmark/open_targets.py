@@ -35,8 +35,8 @@ class Runtimes:
 
 def onnx_device(paths: Sequence[str]) -> str | None:
     """The device that the first ONNX folder was exported for; None where there is none."""
-    made = [read_manifest(Path(path)).device for path in paths if is_onnx(path)]
-    return made[0] if made else None
+    devices = [read_manifest(Path(path)).device for path in paths if is_onnx(path)]
+    return devices[0] if devices else None
 
 
 def onnx_versions(subjects: Sequence[Subject]) -> dict[str, str]:

@@ -64,8 +64,10 @@ class TorchSubject:
         if PIXELS[0] not in prompt.inputs:
             return None
         encode = self.model.base_model.get_image_features
-        given = {name: prompt.inputs[name] for name in inspect.signature(encode).parameters if name in prompt.inputs}
-        return encode(**given, return_dict=True)
+        encoder_inputs = {
+            name: prompt.inputs[name] for name in inspect.signature(encode).parameters if name in prompt.inputs
+        }
+        return encode(**encoder_inputs, return_dict=True)
 
     @torch.inference_mode()
     def prefill(self, prompt: Batch, seen: Any) -> TorchDecodingState:
@@ -113,14 +115,14 @@ class TorchSubject:
             state = self.decode(state)
         for _ in range(new_tokens - 1):
             state = self.decode(state)
-        own = {id(p): p for p in (*self.model.parameters(), *self.model.buffers())}
+        tensors = {id(p): p for p in (*self.model.parameters(), *self.model.buffers())}
         return Cost(
             flops=prefill.get_total_flops(),
             vision_flops=vision.get_total_flops(),
             decode_flops=step.get_total_flops(),
             kv_bytes=begin,
             kv_bytes_formula=formula,
-            weight_bytes=sum(tensor.nbytes for tensor in own.values()),
+            weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             step_bytes=weights_read(self.model, state.route) + (begin + cache_bytes(state.cache)) // 2,
         )
 

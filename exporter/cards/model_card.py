@@ -219,8 +219,8 @@ def _choice(record: CheckpointRecord) -> str:
         return row.title
     tokens = data.tokens
     counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
-    read, given = record.scores.details.get("questions", data.samples), data.samples
-    questions = f"{given}" if read == given else f"{read} of {given}"
+    read, total = record.scores.details.get("questions", data.samples), data.samples
+    questions = f"{total}" if read == total else f"{read} of {total}"
     return f"They were chosen by [{row.title}]({row.link}) from {questions} unlabelled questions about images{counted}."
 
 

@@ -130,9 +130,9 @@ def _limited_waiting() -> Iterator[None]:
     limit = hub_timeout()
 
     def set_limit(request: Any) -> None:
-        given = request.extensions.get("timeout", {})
+        timeouts = request.extensions.get("timeout", {})
         kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: given.get(kind) or limit for kind in kinds}
+        request.extensions["timeout"] = {kind: timeouts.get(kind) or limit for kind in kinds}
 
     client = get_session()
     hooks = client.event_hooks

@@ -65,11 +65,11 @@ def find_quantization(raw: dict[str, Any], folder: Path, weights: Weights) -> Qu
     return Quantized("an unnamed method", {}, parts) if parts else None
 
 
-def refusal(name: str, found: Quantized, folder: Path, reason: str) -> InputError:
+def refusal(name: str, quantized: Quantized, folder: Path, reason: str) -> InputError:
     """What a user is told of a quantized checkpoint that can't be read."""
     base = base_in_card(folder)
     where = f"{base}, which its card names as base model," if base else "the checkpoint that it was made from"
-    return InputError(f"{name} is quantized by {found.method}: {reason}. Name {where} instead.")
+    return InputError(f"{name} is quantized by {quantized.method}: {reason}. Name {where} instead.")
 
 
 def base_in_card(folder: Path) -> str | None:
@@ -94,26 +94,26 @@ class Decoded:
     read: Callable[[], Tensor]
 
 
-def decoded_pieces(name: str, found: Quantized, folder: Path, weights: Weights) -> Iterator[list[Decoded | str]]:
+def decoded_pieces(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Iterator[list[Decoded | str]]:
     """For each shard what is to be written of it: names of tensors that stay as they are, and decoded weights.
 
     Raises: InputError for what can't be decoded, before anything is read.
     """
-    method, decode = found.method, DECODERS.get(found.method)
-    if not found.parts:
+    method, decode = quantized.method, DECODERS.get(quantized.method)
+    if not quantized.parts:
         raise refusal(
             name,
-            found,
+            quantized,
             folder,
             "so says its configuration, while its weights are plain floats, which must be a mistake",
         )
     if decode is None:
         known = ", ".join(DECODERS)
-        raise refusal(name, found, folder, f"this version reads weights quantized by {known}, not by {method}")
-    plan = decode(name, found, folder, weights)
+        raise refusal(name, quantized, folder, f"this version reads weights quantized by {known}, not by {method}")
+    plan = decode(name, quantized, folder, weights)
     used = {part for parts, _, _ in plan.values() for part in parts}
-    if left := sorted(set(found.parts) - used - set(plan) - {n for n in found.parts if PASSED_OVER.search(n)}):
-        raise refusal(name, found, folder, f"the tensor '{left[0]}' is not one that this version can decode")
+    if left := sorted(set(quantized.parts) - used - set(plan) - {n for n in quantized.parts if PASSED_OVER.search(n)}):
+        raise refusal(name, quantized, folder, f"the tensor '{left[0]}' is not one that this version can decode")
     for shard in weights.shards:
         pieces: list[Decoded | str] = []
         for tensor in shard.entries:
@@ -138,23 +138,23 @@ def _bfloat16(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
     return TensorEntry(entry.path, "BF16", shape, 0, 2 * prod(shape))
 
 
-def _fp8(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
+def _fp8(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Plan:
     """Block scales under .weight_scale_inv, the format of Qwen's and DeepSeek's own fp8 checkpoints."""
     plan: Plan = {}
-    for weight in found.parts:
+    for weight in quantized.parts:
         scale = f"{weight}_scale_inv"
         if not weight.endswith(".weight"):
             continue
         if scale not in weights.entries or not weights.entries[weight].dtype.startswith("F8"):
-            raise refusal(name, found, folder, f"'{weight}' has no scales ('{scale}')")
+            raise refusal(name, quantized, folder, f"'{weight}' has no scales ('{scale}')")
         shape = weights.entries[weight].shape
         scales = weights.entries[scale].shape
         if len(shape) != 2 or (len(scales) not in (0, 2) and scales != (1,)):
-            raise refusal(name, found, folder, f"'{scale}' has the shape {list(scales)} for {list(shape)}")
-        block = found.settings.get("weight_block_size") or list(shape)
+            raise refusal(name, quantized, folder, f"'{scale}' has the shape {list(scales)} for {list(shape)}")
+        block = quantized.settings.get("weight_block_size") or list(shape)
         if len(scales) == 2 and [-(-size // side) for size, side in zip(shape, block, strict=True)] != list(scales):
             raise refusal(
-                name, found, folder, f"'{scale}' has the shape {list(scales)}, not one scale a block of {block}"
+                name, quantized, folder, f"'{scale}' has the shape {list(scales)}, not one scale a block of {block}"
             )
 
         def read(weight: str = weight, scale: str = scale, block: Any = tuple(block)) -> Tensor:
@@ -168,20 +168,20 @@ def _fp8(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
     return plan
 
 
-def _compressed_tensors(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
+def _compressed_tensors(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Plan:
     """Codes under .weight or .weight_packed with .weight_scale and, where asymmetric, .weight_zero_point."""
     plan: Plan = {}
-    for part in found.parts:
+    for part in quantized.parts:
         module, _, kind = part.rpartition(".")
         if kind not in ("weight", "weight_packed"):
             continue
         others = [f"{module}.{n}" for n in ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")]
         parts = (part, *(other for other in others if other in weights.entries))
         if others[0] not in parts or others[3] in parts or f"{module}.weight_global_scale" in weights.entries:
-            raise refusal(name, found, folder, f"'{part}' is in a format that this version does not decode")
-        bits = _bits(found.settings) if kind == "weight_packed" else 0
+            raise refusal(name, quantized, folder, f"'{part}' is in a format that this version does not decode")
+        bits = _bits(quantized.settings) if kind == "weight_packed" else 0
         if kind == "weight_packed" and (bits is None or others[2] not in parts or others[1] in parts):
-            raise refusal(name, found, folder, f"'{part}' is packed in a way that this version does not decode")
+            raise refusal(name, quantized, folder, f"'{part}' is packed in a way that this version does not decode")
         shape = (
             weights.entries[part].shape if not bits else tuple(int(size) for size in weights.read(others[2]).tolist())
         )
@@ -192,12 +192,12 @@ def _compressed_tensors(name: str, found: Quantized, folder: Path, weights: Weig
 
 def _affine(weights: Weights, parts: tuple[str, ...], shape: tuple[int, ...], bits: int) -> Tensor:
     """(Q - Z) * S with S [], [1], [R, 1] or [R, C / g]."""
-    given = {part.rpartition(".")[2]: weights.read(part) for part in parts}
-    codes = given["weight_packed"] if bits else given["weight"]
+    by_name = {part.rpartition(".")[2]: weights.read(part) for part in parts}
+    codes = by_name["weight_packed"] if bits else by_name["weight"]
     values = (unpack(codes, bits, shape[1]) if bits else codes).float()
-    scale = _spread(given["weight_scale"].float(), shape)
-    if "weight_zero_point" in given:
-        values = values - _spread(given["weight_zero_point"].float(), shape)
+    scale = _spread(by_name["weight_scale"].float(), shape)
+    if "weight_zero_point" in by_name:
+        values = values - _spread(by_name["weight_zero_point"].float(), shape)
     return (values * scale).bfloat16()
 
 
@@ -227,13 +227,13 @@ def _bits(settings: dict[str, Any]) -> int | None:
     return bits if bits in (4, 8) else None
 
 
-def _bitsandbytes(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
+def _bitsandbytes(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Plan:
     """8 bit: int8 codes under .weight, row maxima under .SCB."""
     plan: Plan = {}
-    for weight in (part for part in found.parts if part.endswith(".weight")):
+    for weight in (part for part in quantized.parts if part.endswith(".weight")):
         scale = f"{weight.removesuffix('.weight')}.SCB"
         if scale not in weights.entries or weights.entries[weight].dtype != "I8":
-            raise refusal(name, found, folder, "this version reads its 8-bit format, not its 4-bit one")
+            raise refusal(name, quantized, folder, "this version reads its 8-bit format, not its 4-bit one")
 
         def read(weight: str = weight, scale: str = scale) -> Tensor:
             return (weights.read(weight).float() * weights.read(scale).float()[:, None] / 127).bfloat16()

@@ -163,11 +163,11 @@ def _sizes(values: Any) -> bool:
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of the header; a name that stands twice would hide a tensor."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise _damaged(path, f"'{next(name for name in names if names.count(name) > 1)}' stands in it twice")
-    return found
+    return entries
 
 
 def _no_number(name: str) -> None:

@@ -110,14 +110,16 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
     if revision is not None:
         refuse_without_weights(name, revision, folder)
     weights = open_weights(folder, raw_config.get(NAMED_WEIGHTS))
-    found = find_quantization(raw_config, folder, weights)
-    if found is None:
+    quantized = find_quantization(raw_config, folder, weights)
+    if quantized is None:
         source = Source(name, folder, revision, config, raw_config, weights, family, decoder, folder, weights)
         check_layers(source)
     else:
-        _refuse_own(name, folder, f"it is quantized by {found.method}")
-        view = make_decoded_view(name, folder, raw_config, found, weights)
-        logger.warning("%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, found.method)
+        _refuse_own(name, folder, f"it is quantized by {quantized.method}")
+        view = make_decoded_view(name, folder, raw_config, quantized, weights)
+        logger.warning(
+            "%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, quantized.method
+        )
         raw_config = read_json(view / "config.json")
         config, decoded = load_config(view, raw_config), open_weights(view)
         source = Source(name, view, revision, config, raw_config, decoded, family, decoder, folder, weights)
@@ -129,12 +131,12 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
 
 def check_layers(source: Source) -> None:
     """Raise InputError where config.json and the weights differ in the number of decoder layers."""
-    found = {layer for layer in map(source.layer_of, source.weights.entries) if layer is not None}
+    layers = {layer for layer in map(source.layer_of, source.weights.entries) if layer is not None}
     expected = set(range(source.num_layers))
-    if found != expected:
+    if layers != expected:
         raise InputError(
-            f"{source.name}: config.json says {len(expected)} decoder layers, the weights hold {len(found)}"
-            f"{_difference(expected, found)}. The checkpoint is incomplete, or its config is of another one."
+            f"{source.name}: config.json says {len(expected)} decoder layers, the weights hold {len(layers)}"
+            f"{_difference(expected, layers)}. The checkpoint is incomplete, or its config is of another one."
         )
 
 
@@ -237,8 +239,8 @@ def refuse_report(name: str, report: dict[str, Any]) -> None:
         )
 
 
-def _difference(expected: set[int], found: set[int]) -> str:
-    missing, extra = sorted(expected - found), sorted(found - expected)
+def _difference(expected: set[int], actual: set[int]) -> str:
+    missing, extra = sorted(expected - actual), sorted(actual - expected)
     parts = [f"{what} {names}" for what, names in (("missing", missing), ("too many", extra)) if names]
     return f" ({', '.join(parts)})" if parts else ""
 

@@ -76,7 +76,7 @@ def shape_of(annotation: Any) -> Any:
                 return shape_of(arguments[0]).shape
         return shape_of(arguments[0])
     if origin in (Union, UnionType):
-        (inner,) = (one for one in arguments if one is not type(None))
+        (inner,) = (part for part in arguments if part is not type(None))
         return Maybe(shape_of(inner))
     if origin is tuple:
         return ListOf(shape_of(arguments[0]))
@@ -106,7 +106,7 @@ def _built(annotation: Any, value: Any) -> Any:
     if origin is Annotated:
         return _built(arguments[0], value)
     if origin in (Union, UnionType):
-        return _built(next(one for one in arguments if one is not type(None)), value)
+        return _built(next(part for part in arguments if part is not type(None)), value)
     if origin is tuple:
         return tuple(_built(arguments[0], item) for item in value)
     if origin is dict:

@@ -65,16 +65,16 @@ def compared(folder: Path, recorded: Mapping[str, str], again: str) -> list[str]
         recorded: SHA-256 by name, of every file that was made.
         again: the command that makes the folder again.
     """
-    found = made_files(folder)
-    links = [name for name, path in found.items() if leads_out(path, folder)]
-    odd = [name for name, path in found.items() if name not in links and not path.is_file()]
-    missing = [name for name in recorded if name not in found]
+    files = made_files(folder)
+    links = [name for name, path in files.items() if leads_out(path, folder)]
+    odd = [name for name, path in files.items() if name not in links and not path.is_file()]
+    missing = [name for name in recorded if name not in files]
     changed = [
         name
         for name, digest in recorded.items()
-        if name in found and name not in [*links, *odd] and sha256(found[name]) != digest.lower()
+        if name in files and name not in [*links, *odd] and sha256(files[name]) != digest.lower()
     ]
-    unrecorded = [name for name in found if name not in recorded and not is_licence(name)]
+    unrecorded = [name for name in files if name not in recorded and not is_licence(name)]
     kinds = (
         (links, "leads out of the folder by a link"),
         (odd, "is no regular file"),
@@ -84,7 +84,7 @@ def compared(folder: Path, recorded: Mapping[str, str], again: str) -> list[str]
     problems = [f"{_names(names)} {problem}" for names, problem in kinds if names]
     if CONFIG_JSON not in recorded:
         problems.append(
-            f"its record has the SHA-256 of {len(recorded.keys() & found.keys())} of its {len(found)} files, as "
+            f"its record has the SHA-256 of {len(recorded.keys() & files.keys())} of its {len(files)} files, as "
             f"records of lvlm-exporter 0.1.0 do: make it again for one that can be verified ({again})"
         )
     elif unrecorded:

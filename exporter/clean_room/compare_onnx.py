@@ -203,8 +203,8 @@ def compare_batch(
             if preset is not None and not job["quantize"]:
                 wrong, rows = compare_routes(model, runner, inputs, prompt, tolerance)
                 findings.problems += [f"router, {what}: {problem}" for problem in wrong]
-            made = generate(model, inputs, NEW_TOKENS)
-            findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, rows, findings.outputs)
+            generated = generate(model, inputs, NEW_TOKENS)
+            findings.equal_tokens += compare_decoder(runner, inputs, prompt, generated, rows, findings.outputs)
             findings.tokens[part] += NEW_TOKENS * int(rows.sum())
             findings.left_out += int((~rows).sum())
             if not job["quantize"]:
@@ -223,9 +223,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def out_of_tolerance(found: dict[str, Difference], dtype: str, quantized: str | None) -> list[str]:
+def out_of_tolerance(differences: dict[str, Difference], dtype: str, quantized: str | None) -> list[str]:
     problems = []
-    for name, difference in found.items():
+    for name, difference in differences.items():
         if quantized:
             if "logits" in name and not difference.mean <= MEAN_TOLERANCE[quantized] * difference.scale:
                 limit = MEAN_TOLERANCE[quantized] * difference.scale

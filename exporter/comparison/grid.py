@@ -143,8 +143,8 @@ class Comparison:
     def p_value(self, cell: Cell) -> float:
         """Whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
         best = self.best[len(cell.drop)]
-        wrong = [set(one.wrong) for one in (best, cell)]
-        return mcnemar(*([index not in one for index in range(cell.n)] for one in wrong))[2]
+        wrong = [set(each.wrong) for each in (best, cell)]
+        return mcnemar(*([index not in each for index in range(cell.n)] for each in wrong))[2]
 
     def to_data(self) -> dict[str, Any]:
         cells = [asdict(cell) | {"p_value": self.p_value(cell)} for cell in self.cells]

@@ -119,21 +119,25 @@ class GridRunner:
                 self.refused[fold] = str(error)
         variants = list(distinct.values())
         begin = time.monotonic()
-        bar = iter(self.progress(range(len(variants) * len(self.said)), "judge", len(variants) * len(self.said)))
-        agreements = judge(self.model, variants, self.said, lambda _: next(bar, None))
+        bar = iter(
+            self.progress(
+                range(len(variants) * len(self.reference_answers)), "judge", len(variants) * len(self.reference_answers)
+            )
+        )
+        agreements = judge(self.model, variants, self.reference_answers, lambda _: next(bar, None))
         for _ in bar:
             pass
         correct = [self._correct(v, a) for v, a in zip(variants, agreements, strict=True)]
         self.timed("judge", begin)
-        found = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
-        return {key: self._cell(key, at[0], *found[at]) for key, at in wanted.items() if at in found}
+        judged = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
+        return {key: self._cell(key, at[0], *judged[at]) for key, at in wanted.items() if at in judged}
 
     def fold(self, plan: PruningPlan, method: Method) -> Folded:
         if not plan.drop:
             return {}
         begin = time.monotonic()
-        given = fold_job(self.job, self.model, self.questions, plan, self._measured)
-        folded: Folded = resolve(FOLDS[method.name].run)(given, **method.options)
+        fold_inputs = fold_job(self.job, self.model, self.questions, plan, self._measured)
+        folded: Folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options)
         self.timed("fold", begin)
         return folded
 
@@ -144,7 +148,7 @@ class GridRunner:
     # the original's answers
 
     @functools.cached_property
-    def said(self) -> list[AnsweredBatch]:
+    def reference_answers(self) -> list[AnsweredBatch]:
         """The task's questions with what the original answers, in batches; also sets its correctness."""
         begin = time.monotonic()
         samples, size = self.task.samples, self.job.options.batch_size
@@ -167,7 +171,7 @@ class GridRunner:
 
     @property
     def original(self) -> Rate:
-        self.said  # noqa: B018
+        self.reference_answers  # noqa: B018
         return Rate.of(self.correct)
 
     def _judge(self, answers: Any, samples: Sequence[Sample]) -> list[bool]:

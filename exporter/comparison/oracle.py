@@ -110,13 +110,13 @@ def _selections(
         yield replace(assemble(model, batch, budget, scores, undecided, rule), layers=start.layers)
 
 
-def better(best: Route | None, lowest: Tensor, route: Route, found: Tensor) -> tuple[Route, Tensor]:
+def better(best: Route | None, lowest: Tensor, route: Route, divergence: Tensor) -> tuple[Route, Tensor]:
     """Row by row the route of the lower divergence, which ties leave as it is."""
     if best is None:
-        return route, found
-    wins = found < lowest
+        return route, divergence
+    wins = divergence < lowest
     keep = torch.where(wins.to(route.keep.device)[:, None], route.keep, best.keep)
-    return replace(best, keep=keep), torch.minimum(lowest, found)
+    return replace(best, keep=keep), torch.minimum(lowest, divergence)
 
 
 def swapped(route: Route, share: float, rows: Sequence[torch.Generator]) -> Route:

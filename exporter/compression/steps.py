@@ -37,10 +37,10 @@ def fold_gaps(
 ) -> tuple[Folded, dict[str, Any]]:
     """New weights for the layers that stay, and what the record says of them."""
     method = job.fold
-    made = fold_job(job, model, questions, plan)
-    folded = resolve(FOLDS[method.name].run)(made, **method.options) if plan.drop else {}
+    fold_inputs = fold_job(job, model, questions, plan)
+    folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options) if plan.drop else {}
     tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
-    told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **made.report}
+    told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **fold_inputs.report}
     return folded, {**told, "tensors": tensors}
 
 

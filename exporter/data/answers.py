@@ -92,9 +92,9 @@ def _choice(item: Any, origin: str) -> str:
 
 def _without_letters(texts: list[str]) -> list[str]:
     """'A. red', 'B. blue' without what is counted anyway."""
-    found = [LABELLED.match(text) for text in texts]
-    if all(match and match[1].lower() == letter for match, letter in zip(found, LETTERS, strict=False)):
-        return [match[2] for match in found if match]
+    matches = [LABELLED.match(text) for text in texts]
+    if all(match and match[1].lower() == letter for match, letter in zip(matches, LETTERS, strict=False)):
+        return [match[2] for match in matches if match]
     return texts
 
 

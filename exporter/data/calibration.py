@@ -73,13 +73,13 @@ def load_calibration(
     if samples is not None and samples < 1:
         raise InputError(f"samples={samples}: at least 1 is needed.")
     spec = str(spec)
-    found = read_samples(spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls)
-    chosen = range(len(found))
-    if samples is not None and samples < len(found):
+    available = read_samples(spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls)
+    chosen = range(len(available))
+    if samples is not None and samples < len(available):
         return Calibration(
-            tuple(found[i] for i in sorted(random.Random(seed).sample(chosen, samples))), spec, len(found), seed
+            tuple(available[i] for i in sorted(random.Random(seed).sample(chosen, samples))), spec, len(available), seed
         )
-    return Calibration(tuple(found[i] for i in chosen), spec, len(found), seed)
+    return Calibration(tuple(available[i] for i in chosen), spec, len(available), seed)
 
 
 def questions_of(data: CalibrationData, seed: int) -> Calibration:

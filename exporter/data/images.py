@@ -227,17 +227,17 @@ def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
 def _regular_size(path: Path, name: str, origin: str) -> int:
     """The size of a file. Raises InputError for what is none: opening a named pipe would wait for ever."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError) as error:  # no such file, a name too long, a NUL in it
         if isinstance(error, PermissionError):
             raise InputError(f"{origin}: {name} may not be read (permission denied).") from error
         raise InputError(f"{origin}: there is no image {name}.") from error
     for is_kind, kind in KINDS.items():
-        if is_kind(found.st_mode):
+        if is_kind(status.st_mode):
             raise InputError(f"{origin}: {name} is {kind}, not an image file.")
     if not os.access(path, os.R_OK):
         raise InputError(f"{origin}: {name} may not be read (permission denied).")
-    return found.st_size
+    return status.st_size
 
 
 def _is_there(path: Path) -> bool:

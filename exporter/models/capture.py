@@ -168,10 +168,10 @@ def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None
     visual, text = batch.is_visual, batch.is_text
     if reducer is not None:
         reducer.is_visual, reducer.is_text = visual, text
-    given = trace(model, batch)
-    last_states = [given.entry[:, -1].float()]
+    traced = trace(model, batch)
+    last_states = [traced.entry[:, -1].float()]
     cosines, visual_scores, text_rows, text_columns = [], [], [], []
-    for layer_idx, before, after in walk(layers, given):
+    for layer_idx, before, after in walk(layers, traced):
         cosines.append(_cosine(before, after, visual | text, layer_idx))
         last_states.append(after[:, -1].float())
         if reducer is not None:

@@ -194,8 +194,8 @@ def contents(
 
 def published(folder: Path, kind: FolderKind) -> list[str]:
     """What goes to the hub: the record, the files that it holds the hashes of, and documents; nothing hidden."""
-    made = recorded(folder, kind)
-    return [name for name in listed(folder) if name == kind.record or name in made or is_published_document(name)]
+    hashes = recorded(folder, kind)
+    return [name for name in listed(folder) if name == kind.record or name in hashes or is_published_document(name)]
 
 
 def write_card(folder: Path, repo_id: str, kind: FolderKind, into: Path) -> bool:

@@ -87,7 +87,10 @@ def _check_data(recipe: Recipe, expected: str) -> None:
 
 
 def _largest_difference(first: Path, second: Path) -> float:
-    one, other = open_weights(first), open_weights(second)
-    if one.entries.keys() != other.entries.keys():
+    first_weights, second_weights = open_weights(first), open_weights(second)
+    if first_weights.entries.keys() != second_weights.entries.keys():
         return float("inf")
-    return max(float((one.read(name).double() - other.read(name).double()).abs().max()) for name in one.entries)
+    return max(
+        float((first_weights.read(name).double() - second_weights.read(name).double()).abs().max())
+        for name in first_weights.entries
+    )

@@ -184,8 +184,8 @@ def with_current_code(folder: Path) -> Iterator[Path]:
     if not has_earlier_code(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-view-") as made:
-        view = Path(made) / folder.name
+    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-view-") as place:
+        view = Path(place) / folder.name
         view.mkdir()
         for path in folder.iterdir():
             if path.name not in MODELING_FILES and path.name != "__pycache__":

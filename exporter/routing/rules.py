@@ -135,10 +135,10 @@ def fastv_scores(
     batch = batch.to(model.device)
     with attention_means(model) as reducer:
         reducer.is_visual, reducer.is_text = batch.is_visual, _asking(batch, asked_by)
-        given = trace(model, batch)
-        state = given.entry
+        traced = trace(model, batch)
+        state = traced.entry
         for layer_idx in range(layer):
-            state = given.after(layer_idx, given.step(layers[layer_idx], layer_idx, state))
+            state = traced.after(layer_idx, traced.step(layers[layer_idx], layer_idx, state))
         received = reducer.take().visual_from_text  # "text" is whoever asks
     scores = received.clamp(min=torch.finfo(received.dtype).tiny).log()  # 0 outside a sliding window
     scores = scores.to(batch.is_visual.device)

@@ -109,15 +109,15 @@ def forget_router(record: dict[str, Any]) -> None:
 
 def unlabelled(data: CalibrationData, seed: int) -> Calibration:
     """The questions to train on, with every image looked at."""
-    found = questions_of(data, seed)
-    if len(found.samples) < 8:
+    questions = questions_of(data, seed)
+    if len(questions.samples) < 8:
         raise InputError(
-            f"{data.data} holds {len(found.samples)} questions: a router needs 8 to learn from, better 500."
+            f"{data.data} holds {len(questions.samples)} questions: a router needs 8 to learn from, better 500."
         )
-    for sample in found.samples:
+    for sample in questions.samples:
         sample.chat()
         sample.open_images()
-    return found
+    return questions
 
 
 def fingerprint(router: RouterRecipe, files: dict[str, str], questions: Calibration, dtype: str) -> str:

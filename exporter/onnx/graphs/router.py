@@ -49,15 +49,15 @@ class Part:
 
 def parts(settings: RouterSettings, num_layers: int) -> list[Part]:
     """All layers in order, cut where tokens leave and around every layer that may be skipped."""
-    found: list[Part] = []
+    listed: list[Part] = []
     for layer in range(num_layers):
         if layer in settings.candidates:
-            found.append(Part((layer,), settings.candidates.index(layer)))
-        elif found and found[-1].candidate is None and layer != settings.drop_at:
-            found[-1] = Part((*found[-1].layers, layer))
+            listed.append(Part((layer,), settings.candidates.index(layer)))
+        elif listed and listed[-1].candidate is None and layer != settings.drop_at:
+            listed[-1] = Part((*listed[-1].layers, layer))
         else:
-            found.append(Part((layer,)))
-    return found
+            listed.append(Part((layer,)))
+    return listed
 
 
 def read_settings(config: Any, cache: str) -> RouterSettings:
@@ -116,14 +116,14 @@ class RouterGraph(nn.Module):
         scores = tokens.masked_fill(~visual, torch.finfo(tokens.dtype).min)
         if self.image_floor:
             scores = floors_first(scores, visual, places[..., 0], keep_counts, self.image_floor)
-        ranked = highest(scores)  # [B, S]
+        ranked = argsort_descending(scores)  # [B, S]
         best = (place[None] < keep_counts[:, None]).expand_as(visual)
         keep = (torch.zeros_like(visual).scatter(1, ranked, best) | ~visual) & real
         # Those that stay come first, in their order.
         length = states.shape[1]
-        order = highest(torch.where(keep, 2 * length - place, length - place))  # [B, S]
+        order = argsort_descending(torch.where(keep, 2 * length - place, length - place))  # [B, S]
         index = order[:, slots]  # [B, K]
-        lowest = highest(-layers)  # [B, N]
+        lowest = argsort_descending(-layers)  # [B, N]
         numbers = torch.arange(layers.shape[1])
         skipped = torch.zeros_like(layers, dtype=torch.bool).scatter(
             1, lowest, (numbers < skip_count)[None].expand_as(lowest)
@@ -184,7 +184,7 @@ def floors_first(scores: Tensor, visual: Tensor, images: Tensor, counts: Tensor,
     return torch.where(visual, length - place + floor.long() * length, -1)
 
 
-def highest(scores: Tensor) -> Tensor:
+def argsort_descending(scores: Tensor) -> Tensor:
     """Indices from the highest score to the lowest. ONNX Runtime's TopK takes the first of equal ones first."""
     return scores.topk(scores.shape[1], dim=1).indices
 

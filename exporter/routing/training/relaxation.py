@@ -78,21 +78,21 @@ class GatedAttention:
 
 
 def gated_states(
-    model: Any, given: Trace, attention: GatedAttention, state: Tensor, start: int, gates: Gates
+    model: Any, traced: Trace, attention: GatedAttention, state: Tensor, start: int, gates: Gates
 ) -> Tensor:
     """The last layer's output [B, S, D] from the input of layer `start`, differentiable in the gates."""
     layers = text_decoder(model).layers
 
     def step(layer_idx: int, state: Tensor, tokens: Tensor, layer_gate: Tensor) -> Tensor:
         attention.gate = tokens  # also when the layer is run again for its gradient
-        output = given.step(layers[layer_idx], layer_idx, state)
+        output = traced.step(layers[layer_idx], layer_idx, state)
         return state + layer_gate[:, None, None].to(state.dtype) * (output - state)
 
     again = _kept_bytes(model, state, start) > KEPT_BYTES
     for layer_idx in range(start, len(layers)):
         arguments = (layer_idx, state, gates.tokens, gates.layers[:, layer_idx])
         output = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
-        state = given.after(layer_idx, output)
+        state = traced.after(layer_idx, output)
     attention.gate = None
     return state
 
