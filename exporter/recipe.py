@@ -155,7 +155,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-KIND_NAMES = {str: "text", Mapping: "mapping", bool: "yes or no"}
+KIND_NAMES = {str: "text", Mapping: "a mapping", bool: "true or false"}
 BUDGET_KEYS = tuple(f.name for f in dataclasses.fields(LayerBudget))
 RECIPE_KEYS = (*(f.name for f in dataclasses.fields(Recipe) if f.name != "budget"), *BUDGET_KEYS)
 
@@ -218,11 +218,11 @@ def calibration_from_data(data: Any) -> CalibrationData:
     hints = {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}
     for name, value in data.items():
         if name == "config" and value is not None and not isinstance(value, str):
-            raise InputError(f"calibration: config must be a text, not {value!r}.")
+            raise InputError(f"calibration: config must be text, not {value!r}.")
         if name == "samples" and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise InputError(f"calibration: samples must be a whole number or null, not {value!r}.")
         if name in hints and not isinstance(value, hints[name]):
-            raise InputError(f"calibration: {name} must be a {KIND_NAMES[hints[name]]}, not {value!r}.")
+            raise InputError(f"calibration: {name} must be {KIND_NAMES[hints[name]]}, not {value!r}.")
     return CalibrationData(**data)
 
 

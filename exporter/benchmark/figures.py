@@ -37,7 +37,10 @@ class BenchOptions:
         if self.new_tokens < 1:
             raise InputError(f"new_tokens={self.new_tokens}: at least 1 is needed.")
         if self.rounds < 2 or self.rounds % 2:
-            raise InputError(f"rounds={self.rounds}: an even number from 2 on is needed, they are run there and back.")
+            raise InputError(
+                f"rounds={self.rounds}: an even number from 2 up is needed, since every second round runs "
+                "in the reverse order."
+            )
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def made_from(path: str) -> str:
         resolve(name)
     except InputError as error:
         raise InputError(
-            f"{path} was exported from {name}, which it is to be compared with, and that is not to be had ({error}) "
+            f"{path} is compared with {name}, which it was exported from, but that cannot be opened ({error}) "
             "Name a checkpoint or an ONNX folder with --reference."
         ) from error
     return name

@@ -66,7 +66,7 @@ def check_target(target: Path) -> None:
     """Raise InputError if the folder can't be made. An empty folder may be there already, or a link to one."""
     named, target = target, real_target(target)
     if os.path.ismount(target):
-        raise InputError(f"{named} is where a disk is mounted, which no folder can take the place of: name one in it.")
+        raise InputError(f"{named} is a mount point, which cannot be replaced: name a folder inside it.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{named} exists already: name another folder, or remove it.")
     parent = target.parent

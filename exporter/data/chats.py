@@ -128,7 +128,9 @@ def check_text(text: str, origin: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{origin}: the text holds half a character ({error.reason} at {error.start}).") from error
+        raise InputError(
+            f"{origin}: the text holds an incomplete character ({error.reason} at {error.start})."
+        ) from error
 
 
 def text_of(turn: Turn) -> str:

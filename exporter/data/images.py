@@ -111,7 +111,9 @@ def _from_address(text: str, scheme: str, origin: str, allow_urls: bool) -> Path
     if scheme == "file":
         address = urllib.parse.urlsplit(text)
         if address.netloc not in ("", "localhost"):
-            raise InputError(f"{origin}: {short(text)} names another machine: file:///PATH is a file here.")
+            raise InputError(
+                f"{origin}: {short(text)} names another machine: write file:///PATH for a file on this one."
+            )
         return Path(urllib.parse.unquote(address.path))
     if scheme not in ("http", "https"):
         raise InputError(f"{origin}: {scheme}:// addresses are not read ({short(text)}): download the image.")
@@ -230,13 +232,13 @@ def _regular_size(path: Path, name: str, origin: str) -> int:
         status = path.stat()
     except (OSError, ValueError) as error:  # no such file, a name too long, a NUL in it
         if isinstance(error, PermissionError):
-            raise InputError(f"{origin}: {name} may not be read (permission denied).") from error
+            raise InputError(f"{origin}: {name} cannot be read (permission denied).") from error
         raise InputError(f"{origin}: there is no image {name}.") from error
     for is_kind, kind in KINDS.items():
         if is_kind(status.st_mode):
             raise InputError(f"{origin}: {name} is {kind}, not an image file.")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{origin}: {name} may not be read (permission denied).")
+        raise InputError(f"{origin}: {name} cannot be read (permission denied).")
     return status.st_size
 
 

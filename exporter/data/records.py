@@ -45,7 +45,7 @@ def read_text(path: Path) -> str:
             raise InputError(f"{path} is {name} text: save it as UTF-8.")
     for mark, name in PACKED.items():
         if content.startswith(mark):
-            raise InputError(f"{path} is packed by {name}: unpack it first.")
+            raise InputError(f"{path} is compressed by {name}: decompress it first.")
     if content[:8].count(0) > 2 and b"{" in content[:8]:
         raise InputError(f"{path} is UTF-16 text: save it as UTF-8.")
     try:
@@ -129,7 +129,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' stands there twice")
+        raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' is given twice")
     return entries
 
 

@@ -195,7 +195,7 @@ def _cosine(before: Tensor, after: Tensor, counted: Tensor, layer_idx: int) -> T
     cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, S]
     if not cosine[counted].isfinite().all():
         raise InputError(
-            f"decoder layer {layer_idx} puts out NaN or infinite values: the weights are damaged, or the dtype "
+            f"decoder layer {layer_idx} returns NaN or infinite values: the weights are damaged, or the dtype "
             "overflows (try --dtype float32)."
         )
     return cosine

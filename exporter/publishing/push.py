@@ -130,7 +130,7 @@ def branch_name(revision: str | None) -> str:
     if COMMIT.fullmatch(revision):
         raise InputError(f"revision {revision} is a commit: name a branch, nothing can be added to a commit.")
     if not BRANCH.fullmatch(revision) or ".." in revision or revision.endswith((".", ".lock")):
-        raise InputError(f"revision '{revision}' can be no branch: letters, digits and . _ - / are fine.")
+        raise InputError(f"revision '{revision}' is not a valid branch name: use letters, digits and . _ - /.")
     return revision
 
 
@@ -176,7 +176,10 @@ def check_kind(repo_id: str, seen: ModelInfo | None, kind: FolderKind) -> None:
     """Graphs beside a checkpoint would take its card and its configuration."""
     other, what = (CHECKPOINT, "a checkpoint") if kind is GRAPHS else (GRAPHS, "ONNX graphs")
     if seen is not None and other.record in names_in(seen):
-        raise InputError(f"{repo_id} holds {what} ({other.record}): name another repository, or two cards become one.")
+        raise InputError(
+            f"{repo_id} holds {what} ({other.record}): name another repository, so that one card does not "
+            "replace the other."
+        )
 
 
 # --- what is published ------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def fastv_scores(
     """
     layers = text_decoder(model).layers
     if not 1 <= layer <= len(layers):
-        raise InputError(f"layer={layer}: FastV looks after 1 to {len(layers)} layers.")
+        raise InputError(f"layer={layer}: FastV reads attention after 1 to {len(layers)} layers.")
     batch = batch.to(model.device)
     with attention_means(model) as reducer:
         reducer.is_visual, reducer.is_text = batch.is_visual, _asking(batch, asked_by)
@@ -190,7 +190,7 @@ def make_route(
     routed = None
     if "router" in (rule.tokens, rule.layers):
         if not has_router(model):
-            raise InputError(f"rule '{rule}' asks a router, which this model has not: train one, or use another rule.")
+            raise InputError(f"rule '{rule}' needs a router, and this model has none: train one, or use another rule.")
         routed = model.route(**batch.inputs, **vars(budget)) if not budget.is_off else None
     tokens = _token_scores(model, batch, rule, routed, seed)
     layers = _layer_scores(model, batch, rule, routed, seed, influence)

@@ -65,7 +65,9 @@ def read_settings(config: Any, cache: str) -> RouterSettings:
     settings = RouterSettings.of(config)
     text = config.get_text_config()
     if cache != SHARED:
-        raise InputError("this routed model needs a mask, which routed graphs have not: export the plain checkpoint.")
+        raise InputError(
+            "this routed model needs an attention mask, which routed graphs do not take: export the plain checkpoint."
+        )
     if settings.read_at != settings.drop_at:
         raise InputError(
             f"this router reads at layer {settings.read_at} and tokens leave at layer {settings.drop_at}: in routed "
@@ -74,7 +76,8 @@ def read_settings(config: Any, cache: str) -> RouterSettings:
     kinds = getattr(text, "layer_types", None) or []
     if getattr(text, "sliding_window", None) and (not kinds or "sliding_attention" in kinds):
         raise InputError(
-            "this routed model has sliding windows, which count the tokens that have left too: routed graphs can't."
+            "this routed model has sliding windows, which count dropped tokens too, and routed "
+            "graphs do not: export the plain checkpoint."
         )
     return settings
 
@@ -305,7 +308,9 @@ def load_router(folder: Path, config: Any, settings: RouterSettings, dtype: torc
 
     path = folder / ROUTER_FILE
     if not path.is_file():
-        raise InputError(f"{folder} speaks of a router and has no {ROUTER_FILE}: fetch the router's folder too.")
+        raise InputError(
+            f"{folder} names a router in config.json, but has no {ROUTER_FILE}: download the folder 'router' too."
+        )
     router = Router(config.get_text_config().hidden_size, settings)
     router.load_state_dict(load_file(path))
     return router.to(dtype).eval().requires_grad_(False)
