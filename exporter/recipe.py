@@ -69,6 +69,25 @@ class CalibrationData:
 
 
 @dataclass(frozen=True)
+class TaskData:
+    """Questions with answers, of a comparison: where they are, as `evaluate` takes them."""
+
+    data: str  # JSONL or parquet file, or 'datasets:ID'
+    columns: dict[str, str] = field(default_factory=dict)  # of a data set
+    split: str | None = None  # None: the only one
+    config: str | None = None
+    allow_urls: bool = False
+
+    def __post_init__(self) -> None:
+        paths_as_text(self, "data")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `load_task` takes beside the place."""
+        return {name: value for name, value in vars(self).items() if name != "data"}
+
+
+@dataclass(frozen=True)
 class RouterRecipe:
     """A router that is trained for a checkpoint."""
 
@@ -211,19 +230,39 @@ def recipe_from_data(data: Any) -> Recipe:
 
 
 def calibration_from_data(data: Any) -> CalibrationData:
-    data = {"data": data} if isinstance(data, str) else data
-    check_keys(data, [f.name for f in dataclasses.fields(CalibrationData)], "calibration")
-    if "data" not in data:
-        raise InputError("calibration needs 'data': a JSONL file, a folder of images or datasets:ID.")
-    hints = {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}
-    for name, value in data.items():
-        if name == "config" and value is not None and not isinstance(value, str):
-            raise InputError(f"calibration: config must be text, not {value!r}.")
-        if name == "samples" and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InputError(f"calibration: samples must be a whole number or null, not {value!r}.")
-        if name in hints and not isinstance(value, hints[name]):
-            raise InputError(f"calibration: {name} must be {KIND_NAMES[hints[name]]}, not {value!r}.")
+    data = _named(CalibrationData, data, "calibration", "a JSONL file, a folder of images or datasets:ID")
+    if isinstance(samples := data.get("samples"), bool) or not isinstance(samples, int | None):
+        raise InputError(f"calibration: samples must be a whole number or null, not {samples!r}.")
+    _check_kinds(
+        data, {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}, "calibration"
+    )
     return CalibrationData(**data)
+
+
+def task_from_data(data: Any) -> TaskData:
+    data = _named(TaskData, data, "task", "a JSONL file or datasets:ID")
+    if data.get("split") is not None:
+        _check_kinds(data, {"split": str}, "task")
+    _check_kinds(data, {"data": str, "columns": Mapping, "allow_urls": bool}, "task")
+    return TaskData(**data)
+
+
+def _named(cls: Any, data: Any, what: str, places: str) -> Mapping[str, Any]:
+    """A place alone, or a mapping with 'data' and whatever else is not left to defaults. Raises InputError."""
+    data = {"data": str(data)} if isinstance(data, str | Path) else data
+    check_keys(data, [f.name for f in dataclasses.fields(cls)], what)
+    if "data" not in data:
+        raise InputError(f"{what} needs 'data': {places}.")
+    if not isinstance(config := data.get("config"), str | None):
+        raise InputError(f"{what}: config must be a text, not {config!r}.")
+    checked: Mapping[str, Any] = data
+    return checked
+
+
+def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
+    for name, kind in kinds.items():
+        if name in data and not isinstance(data[name], kind):
+            raise InputError(f"{what}: {name} must be {KIND_NAMES[kind]}, not {data[name]!r}.")
 
 
 def router_from_data(data: Any) -> RouterRecipe:

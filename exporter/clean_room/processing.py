@@ -122,9 +122,9 @@ def render(processor: Any, chat: list[dict[str, Any]]) -> str:
     name = type(processor).__name__.removeprefix("ImageOnly")
     if name not in WITHOUT_TEMPLATE:
         raise PromptError(
-            f"{processor.tokenizer.name_or_path} has no chat template, without which questions would be put to it "
-            "without roles: copy chat_template.jinja (in older checkpoints chat_template.json, or the entry "
-            "'chat_template' of tokenizer_config.json) from the model that it was made from"
+            "the checkpoint has no chat template, without which questions would be put to it without roles: copy "
+            "chat_template.jinja (in older checkpoints chat_template.json, or the entry 'chat_template' of "
+            "tokenizer_config.json) from the model that it was made from"
         )
     if len(chat) > 1:
         raise PromptError(f"{name} takes one question: it has no chat template that would tell {len(chat)} turns apart")

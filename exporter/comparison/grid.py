@@ -15,6 +15,7 @@ from ..recipe import (
     CalibrationData,
     Method,
     Recipe,
+    TaskData,
     calibration_from_data,
     check_keys,
     check_method,
@@ -22,6 +23,7 @@ from ..recipe import (
     integers,
     paths_as_text,
     read_method,
+    task_from_data,
 )
 
 
@@ -31,7 +33,7 @@ class Grid:
 
     model: str
     calibration: CalibrationData
-    task: str  # questions with answers
+    task: TaskData
     localizers: tuple[Method, ...]
     folds: tuple[Method, ...]
     drop_layers: tuple[int, ...] = ()  # this, or drop_ratios
@@ -42,7 +44,7 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        paths_as_text(self, "model", "task")
+        paths_as_text(self, "model")
         if bool(self.drop_layers) == bool(self.drop_ratios):
             raise InputError("a comparison needs 'drop_layers', or 'drop_ratios' in its place.")
 
@@ -88,7 +90,7 @@ def grid_from_data(data: Any) -> Grid:
     return Grid(
         str(data["model"]),
         calibration_from_data(data["calibration"]),
-        str(data["task"]),
+        task_from_data(data["task"]),
         localizers,
         folds,
         integers(data.get("drop_layers", []), "drop_layers"),

@@ -18,7 +18,7 @@ from ..models.questions import SUFFIX, JobSize, portion
 from ..models.variants import Variant
 from ..plan import Folded
 from .held_out import HeldOut
-from .job import FoldJob, GapMoments
+from .job import FoldJob, FoldRefused, GapMoments
 from .reconstruction import REFITTING
 
 CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their options
@@ -28,7 +28,6 @@ CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their 
     "least_squares": {},
     "reconstruction": {"share": 1.0},
 }
-POST_NORM = ("none", "reconstruction")  # those that take a norm behind the output matrices
 SHARE = {"scp": 0.25, "scp_both": 0.25, "least_squares": 0.25}  # of these questions, where a part suffices
 
 
@@ -50,11 +49,12 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
     variants: dict[str, Variant] = {}
     notes: dict[str, dict[str, Any]] = {}
     for name, options in CANDIDATES.items():
-        if job.decoder.post_norm and name not in POST_NORM:
-            continue
         number = round(SHARE.get(name, 1.0) * (fitted_on or held_out.questions.portion("fit")))
         inner = dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
-        folded = resolve(FOLDS[name].run)(inner, **options)
+        try:
+            folded = resolve(FOLDS[name].run)(inner, **options)
+        except FoldRefused:  # by this family of models
+            continue
         if folded or name == "none":  # one that had to do nothing is no candidate
             variants[name] = Variant(job.plan, folded)
             notes[name] = inner.report

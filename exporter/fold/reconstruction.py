@@ -225,7 +225,7 @@ def _refit_gain(
             missing = stream.original - stream.given.after(layer_idx, output)
             sums.add(seen.pop()[counted], missing[counted], stream.weights[counted][:, None])
         gain = gain_of(module, streams[0].smaller)
-        weight = module.weight.detach()
+        weight: Tensor = module.weight.detach()
     change = sums.change(ridge if isinstance(ridge, float) else RIDGES[-1])
     solved: Tensor = (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
     return solved
