@@ -66,12 +66,12 @@ def bench(
     subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
     prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]
     done = Benchmark(
-        workload,
-        options,
-        hardware(device),
-        versions() | onnx_versions(subjects),
-        datetime.date.today().isoformat(),
-        measure(subjects, prompts, options, device, runtimes.torch.compile, progress),
+        workload=workload,
+        options=options,
+        hardware=hardware(device),
+        versions=versions() | onnx_versions(subjects),
+        date=datetime.date.today().isoformat(),
+        models=measure(subjects, prompts, options, device, runtimes.torch.compile, progress),
     )
     if update_cards:
         for model in done.models:

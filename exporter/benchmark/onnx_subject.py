@@ -162,7 +162,14 @@ class OnnxRuntime:
         if path not in self._loaded:
             model = load(path, self.device.partition(":")[0], self.threads)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            self._loaded[path] = OnnxSubject(path, None, model, load_processor(path), config, self.new_tokens)
+            self._loaded[path] = OnnxSubject(
+                path=path,
+                budget=None,
+                model=model,
+                processor=load_processor(path),
+                config=config,
+                new_tokens=self.new_tokens,
+            )
         whole = self._loaded[path]
         return replace(whole, budget=budget_of(whole.model, asked, path))
 

@@ -130,7 +130,7 @@ class TorchSubject:
         drop_at = self.model.router_settings.drop_at if route is not None else 0
         mask = prompt.inputs.get("attention_mask")
         real = torch.ones_like(prompt.is_visual) if mask is None else mask.bool()
-        return kv_bytes(self.config, self.model.dtype, real, route, drop_at)
+        return kv_bytes(self.config, self.model.dtype, real=real, route=route, drop_at=drop_at)
 
 
 def is_routed(model: Any) -> bool:
@@ -226,7 +226,9 @@ class TorchRuntime:
             self._loaded[path] = load_torch(source, self.setup), load_processor(source.folder)
         model, processor = self._loaded[path]
         runtime = describe_way(model) + ", dense parts compiled" * self.setup.compile
-        return TorchSubject(path, budget_of(model, asked, path), model, processor, runtime)
+        return TorchSubject(
+            path=path, budget=budget_of(model, asked, path), model=model, processor=processor, runtime=runtime
+        )
 
     def other_ways(self, subject: TorchSubject) -> list[TorchSubject]:
         """The same weights with eager attention, and compiled; none where the setup asks for one way."""

@@ -158,7 +158,14 @@ def metadata(record: CheckpointRecord, name: str) -> str:
             "evaluations"
         ]  # against another reference the same answers are as right: the last one counts
     }
-    return hub_metadata(record.data["source"], name, "transformers", _tags(record), "finetune", [*results.values()])
+    return hub_metadata(
+        record.data["source"],
+        name,
+        library="transformers",
+        tags=_tags(record),
+        relation="finetune",
+        results=[*results.values()],
+    )
 
 
 def hub_metadata(

@@ -154,7 +154,9 @@ def _entry(path: Path, name: str, spec: Any, start: int) -> tuple[str, TensorEnt
         raise _damaged(
             path, f"'{name}' ({dtype} {shape}) needs {needed // 8:,} bytes and has {offsets[1] - offsets[0]:,}"
         )
-    return name, TensorEntry(path, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+    return name, TensorEntry(
+        path=path, dtype=dtype, shape=tuple(shape), begin=start + offsets[0], end=start + offsets[1]
+    )
 
 
 def _sizes(values: Any) -> bool:
@@ -255,7 +257,7 @@ def write_shard(
                 continue
             begin, end = run[0].entry.begin, run[-1].entry.end
             with run[0].entry.path.open("rb") as source:
-                copy_range(source.fileno(), target.fileno(), begin, end - begin, advance)
+                copy_range(source.fileno(), target.fileno(), begin=begin, count=end - begin, advance=advance)
 
 
 def _adjacent(pieces: list[TensorRange]) -> Iterator[list[TensorRange]]:

@@ -112,17 +112,39 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
     weights = open_weights(folder, raw_config.get(NAMED_WEIGHTS))
     quantized = find_quantization(raw_config, folder, weights)
     if quantized is None:
-        source = Source(name, folder, revision, config, raw_config, weights, family, decoder, folder, weights)
+        source = Source(
+            name=name,
+            folder=folder,
+            revision=revision,
+            config=config,
+            raw_config=raw_config,
+            weights=weights,
+            family=family,
+            decoder=decoder,
+            original=folder,
+            stored=weights,
+        )
         check_layers(source)
     else:
         _refuse_own(name, folder, f"it is quantized by {quantized.method}")
-        view = make_decoded_view(name, folder, raw_config, quantized, weights)
+        view = make_decoded_view(name, folder, raw=raw_config, quantized=quantized, weights=weights)
         logger.warning(
             "%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, quantized.method
         )
         raw_config = read_json(view / "config.json")
         config, decoded = load_config(view, raw_config), open_weights(view)
-        source = Source(name, view, revision, config, raw_config, decoded, family, decoder, folder, weights)
+        source = Source(
+            name=name,
+            folder=view,
+            revision=revision,
+            config=config,
+            raw_config=raw_config,
+            weights=decoded,
+            family=family,
+            decoder=decoder,
+            original=folder,
+            stored=weights,
+        )
         check_layers(source)
     source = _mended(source)
     check_fit(source)
@@ -153,7 +175,7 @@ def _mended(source: Source) -> Source:
         )
         source = _viewed(source, repairs)
         processor = load_processor_for(source.name, source.folder, source.config)
-    check_tokens(source.name, processor, source.config, source.raw_config, _embeddings(source))
+    check_tokens(source.name, processor, config=source.config, raw=source.raw_config, embeddings=_embeddings(source))
     return source
 
 

@@ -157,7 +157,7 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
         return {"problems": [f"ONNX Runtime can't open it: {_first_line(error)}"]}
     findings = Findings()
     for what, inputs in [*questions(processor), *given_questions(job["inputs"])]:
-        compare_batch(model, runner, (what, inputs), job, findings)
+        compare_batch(model, runner, batch=(what, inputs), job=job, findings=findings)
     problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems
     for part, tokens in findings.tokens.items():
         if not tokens:
@@ -193,7 +193,7 @@ def compare_batch(
     try:
         prompt = runner.prompt({name: tensor.numpy() for name, tensor in inputs.items()})
         part = "vision and embeddings"
-        compare_parts(model, runner, inputs, prompt, findings.outputs)
+        compare_parts(model, runner, inputs=inputs, prompt=prompt, differences=findings.outputs)
         for preset in presets(runner):
             part = "decoder" if preset is None else f"decoder ({preset})"
             if preset is not None:
@@ -204,11 +204,13 @@ def compare_batch(
                 wrong, rows = compare_routes(model, runner, inputs, prompt, tolerance)
                 findings.problems += [f"router, {what}: {problem}" for problem in wrong]
             generated = generate(model, inputs, NEW_TOKENS)
-            findings.equal_tokens += compare_decoder(runner, inputs, prompt, generated, rows, findings.outputs)
+            findings.equal_tokens += compare_decoder(
+                runner, inputs, prompt=prompt, generated=generated, rows=rows, differences=findings.outputs
+            )
             findings.tokens[part] += NEW_TOKENS * int(rows.sum())
             findings.left_out += int((~rows).sum())
             if not job["quantize"]:
-                answers = compare_answers(model, runner, inputs, rows, tolerance)
+                answers = compare_answers(model, runner, inputs=inputs, rows=rows, tolerance=tolerance)
                 findings.problems += [f"generate, {what}: {problem}" for problem in answers]
     except Exception as error:
         findings.problems.append(f"{part}: fails for {what}: {type(error).__name__}: {_first_line(error)}")

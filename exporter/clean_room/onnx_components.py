@@ -93,7 +93,7 @@ def compare_decoder(
         if step + 1 < NEW_TOKENS:
             logits = runner.step(state, answer[:, step])
     if "router" not in runner.manifest:  # behind a router each side lays out what stays in its own way
-        compare_cache(runner, state, inputs, generated, differences)
+        compare_cache(runner, state, inputs=inputs, generated=generated, differences=differences)
     return equal
 
 

@@ -88,13 +88,13 @@ def grid_from_data(data: Any) -> Grid:
     rest = {key: data[key] for key in ("task_samples", "revision", "seed") if key in data}
     protect = data.get("protect")
     return Grid(
-        str(data["model"]),
-        calibration_from_data(data["calibration"]),
-        task_from_data(data["task"]),
-        localizers,
-        folds,
-        integers(data.get("drop_layers", []), "drop_layers"),
-        shares(data.get("drop_ratios", [])),
+        model=str(data["model"]),
+        calibration=calibration_from_data(data["calibration"]),
+        task=task_from_data(data["task"]),
+        localizers=localizers,
+        folds=folds,
+        drop_layers=integers(data.get("drop_layers", []), "drop_layers"),
+        drop_ratios=shares(data.get("drop_ratios", [])),
         protect=None if protect is None else integers(protect, "protect"),
         **rest,
     )

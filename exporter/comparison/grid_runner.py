@@ -136,7 +136,7 @@ class GridRunner:
         if not plan.drop:
             return {}
         begin = time.monotonic()
-        fold_inputs = fold_job(self.job, self.model, self.questions, plan, self._measured)
+        fold_inputs = fold_job(self.job, self.model, questions=self.questions, plan=plan, memo=self._measured)
         folded: Folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options)
         self.timed("fold", begin)
         return folded
@@ -200,18 +200,18 @@ class GridRunner:
             types.setdefault(sample.type or "all", []).append(right)
         gone = sum(self.job.source.parameters_per_layer[layer] for layer in plan.drop)
         return Cell(
-            key[0],
-            key[1],
-            plan.drop,
-            self.job.source.weights.num_parameters - gone,
-            rate.n,
-            rate.accuracy,
-            rate.interval,
-            rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
-            {name: sum(values) / len(values) for name, values in sorted(types.items())},
-            agreement.kl / max(agreement.tokens, 1),
-            agreement.same / max(agreement.tokens, 1),
-            tuple(index for index, right in enumerate(correct) if not right),
+            localizer=key[0],
+            fold=key[1],
+            drop=plan.drop,
+            parameters=self.job.source.weights.num_parameters - gone,
+            n=rate.n,
+            accuracy=rate.accuracy,
+            interval=rate.interval,
+            kept=rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
+            by_type={name: sum(values) / len(values) for name, values in sorted(types.items())},
+            kl=agreement.kl / max(agreement.tokens, 1),
+            agreement=agreement.same / max(agreement.tokens, 1),
+            wrong=tuple(index for index, right in enumerate(correct) if not right),
         )
 
     def naive_seconds(self, cells: int) -> float:

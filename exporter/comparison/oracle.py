@@ -107,7 +107,9 @@ def _selections(
         scores = noise if number % 2 else attention + (noise if number else 0)
         rule = Rule("fastv", layers, drop_at)
         undecided = torch.zeros(len(scores), len(model.router_settings.candidates), device=scores.device)
-        yield replace(assemble(model, batch, budget, scores, undecided, rule), layers=start.layers)
+        yield replace(
+            assemble(model, batch, budget=budget, tokens=scores, layers=undecided, rule=rule), layers=start.layers
+        )
 
 
 def better(best: Route | None, lowest: Tensor, route: Route, divergence: Tensor) -> tuple[Route, Tensor]:

@@ -50,7 +50,13 @@ def compare_routes(
             kept.add(row.name, runner.fill(row))
     names = tuple(describe(BudgetRequest(budget).to_data()) for budget in tables.budgets)
     cells = tuple(cell for row in tables.rows for cell in kept.cells[row.name])
-    done = RouteComparison(out, Rate.of(runner.original.correct), names, tuple(row.name for row in tables.rows), cells)
+    done = RouteComparison(
+        out=out,
+        original=Rate.of(runner.original.correct),
+        columns=names,
+        rows=tuple(row.name for row in tables.rows),
+        cells=cells,
+    )
     (out / "results.json").write_text(json.dumps(done.to_data(), indent=2) + "\n")
     (out / "table.md").write_text(table_markdown(done))
     plot_routes(done, out / "accuracy.png")

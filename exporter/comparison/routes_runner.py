@@ -191,9 +191,16 @@ class RoutesRunner:
 
         rule = loaded.ask.rule
         return search(
-            loaded.model, batch, loaded.ask.budget, divergence, self.tables.oracle, layers=rule.layers,
-            drop_at=rule.drops_at(loaded.model.router_settings), seed=loaded.seed, influence=loaded.influence,
-        )  # fmt: skip
+            loaded.model,
+            batch,
+            budget=loaded.ask.budget,
+            divergence=divergence,
+            effort=self.tables.oracle,
+            layers=rule.layers,
+            drop_at=rule.drops_at(loaded.model.router_settings),
+            seed=loaded.seed,
+            influence=loaded.influence,
+        )
 
     def _cell(self, row: Row, column: int, loaded: Loaded, results: dict[int, dict[str, Any]]) -> RouteCell:
         assert loaded.ask is not None
@@ -206,12 +213,12 @@ class RoutesRunner:
         assert total is not None and decoder is not None
         data = loaded.ask.to_data() | {"rule": row.rule}
         return RouteCell(
-            row.name, column, data, rate.n, rate.accuracy, rate.interval,
-            rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
-            {name: sum(right) / len(right) for name, right in sorted(types.items())},
-            sum(result["kl"] for result in results.values()) / tokens,
-            sum(result["same"] for result in results.values()) / tokens,
-            total, decoder, str(self.tables.oracle) if row.searches else None,
+            row=row.name, column=column, budget=data, n=rate.n, accuracy=rate.accuracy, interval=rate.interval,
+            kept=rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
+            by_type={name: sum(right) / len(right) for name, right in sorted(types.items())},
+            kl=sum(result["kl"] for result in results.values()) / tokens,
+            agreement=sum(result["same"] for result in results.values()) / tokens,
+            flops_share=total, decoder_flops_share=decoder, searched=str(self.tables.oracle) if row.searches else None,
         )  # fmt: skip
 
 

@@ -41,13 +41,13 @@ class CompressionJob:
     def questions(self, model: Any) -> Questions:
         """The calibration questions, to be answered by the model when they are first read."""
         return Questions(
-            model,
-            self.processor,
-            self.calibration.samples,
-            self.options.batch_size,
-            self.recipe.seed,
-            self.progress,
-            self.recipe.calibration.answer_tokens,
+            model=model,
+            processor=self.processor,
+            samples=self.calibration.samples,
+            batch_size=self.options.batch_size,
+            seed=self.recipe.seed,
+            progress=self.progress,
+            answer_tokens=self.recipe.calibration.answer_tokens,
         )
 
     @property
@@ -88,7 +88,16 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     processor = load_processor(source.folder)
     check_prompt(calibration.samples, processor, source.config)
     return CompressionJob(
-        recipe, options, source, calibration, processor, device, dtype, tuple(protect), count, progress
+        recipe=recipe,
+        options=options,
+        source=source,
+        calibration=calibration,
+        processor=processor,
+        device=device,
+        dtype=dtype,
+        protect=tuple(protect),
+        count=count,
+        progress=progress,
     )
 
 

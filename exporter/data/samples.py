@@ -79,12 +79,12 @@ def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_u
             raise InputError(f"{origin}: the conversation asks nothing before its answer.")
     choices = read_choices(record.get("choices", record.get("options")), origin)
     return Sample(
-        origin,
-        tuple(image_from(image, folder, origin, allow_urls=allow_urls) for image in images),
-        tuple(turns),
-        answers_among(answers, given, choices, origin),
-        read_type(record.get("type")),
-        tuple(choices.values()),
+        origin=origin,
+        images=tuple(image_from(image, folder, origin, allow_urls=allow_urls) for image in images),
+        messages=tuple(turns),
+        answers=answers_among(answers, given, choices, origin),
+        type=read_type(record.get("type")),
+        choices=tuple(choices.values()),
     )
 
 

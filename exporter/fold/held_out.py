@@ -35,11 +35,11 @@ class HeldOut:
         pictures = tuple(self.questions.split.pictures[i] for i in self.questions.indices("held_out", number))
         return [
             Divergence(
-                tuple(agreement.kl_of),
-                tuple(agreement.tokens_of),
-                pictures,
-                tuple(agreement.follows),
-                agreement.state_error / max(1, agreement.states),
+                kl=tuple(agreement.kl_of),
+                tokens=tuple(agreement.tokens_of),
+                pictures=pictures,
+                follows=tuple(agreement.follows),
+                state_error=agreement.state_error / max(1, agreement.states),
             )
             for agreement in agreements
         ]

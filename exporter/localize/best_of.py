@@ -59,7 +59,7 @@ def best_of(
     shown = min(proposed.values(), key=lambda scores: known[frozenset(scores.drop)])
     named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}
     start = min(sets.values(), key=lambda layers: known[layers])
-    drop, swaps = exchanged(start, named, known, loss, exchanges)
+    drop, swaps = exchanged(start, named, known=known, loss=loss, exchanges=exchanges)
     details: dict[str, Any] = {
         "chosen": shown.method,
         "proposals": {name: {"drop": sorted(layers), "loss": known[layers]} for name, layers in sets.items()},
@@ -170,7 +170,7 @@ def by_best_of(
     statistics = list(layer_statistics(job.model, batches))
     loss = StateError.of(job.model, job.asked.batches("score layers", part="fit", number=judged_by))
     judge = job.folded if folded else None
-    scores = best_of(statistics, count, tuple(protect), loss, exchanges, judge)
+    scores = best_of(statistics, count, protect=tuple(protect), loss=loss, exchanges=exchanges, folded=judge)
     read = len(job.asked.indices("fit", max(samples, judged_by)))
     if judge is not None:
         fitted_on = job.asked.indices("fit", max(samples, judged_by, job.asked.portion("fold_sets")))

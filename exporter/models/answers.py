@@ -50,7 +50,7 @@ def with_answers(model: Any, batch: Batch, answers: Tensor, real: Tensor | None 
     nothing = torch.zeros_like(ended)
     is_answer = torch.cat([torch.zeros_like(batch.is_visual), ~ended], 1)
     is_visual, is_text = torch.cat([batch.is_visual, nothing], 1), torch.cat([batch.is_text, ~ended], 1)
-    extended = Batch(inputs, is_visual, is_text, batch.samples, is_answer)
+    extended = Batch(inputs=inputs, is_visual=is_visual, is_text=is_text, samples=batch.samples, is_answer=is_answer)
     predicts = torch.cat([torch.zeros_like(batch.is_visual[:, 1:]), ~ended, nothing[:, :1]], 1)
     return AnsweredBatch(extended, predicts, answers[~ended])
 

@@ -34,5 +34,7 @@ def card(folder: Path, name: str | None = None) -> Path:
         routed=manifest.router is not None,
     )
     tags = ["lvlm-exporter", "onnxruntime", *([manifest.quantize] if manifest.quantize else [])]
-    metadata = hub_metadata(source, name, "onnx", tags, "quantized" if manifest.quantize else "finetune")
+    metadata = hub_metadata(
+        source, name, library="onnx", tags=tags, relation="quantized" if manifest.quantize else "finetune"
+    )
     return write_card(folder, metadata, text)

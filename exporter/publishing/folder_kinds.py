@@ -30,10 +30,18 @@ class FolderKind:
 
 
 CHECKPOINT = FolderKind(
-    RECORD, WEIGHT_FILES, verification.require, lambda folder: read_record(folder).measured.files, model_card.card
+    record=RECORD,
+    weights=WEIGHT_FILES,
+    require=verification.require,
+    hashes=lambda folder: read_record(folder).measured.files,
+    card=model_card.card,
 )
 GRAPHS = FolderKind(
-    MANIFEST, GRAPH_FILES, onnx_verification.require, lambda folder: read_manifest(folder).sha256, onnx_card.card
+    record=MANIFEST,
+    weights=GRAPH_FILES,
+    require=onnx_verification.require,
+    hashes=lambda folder: read_manifest(folder).sha256,
+    card=onnx_card.card,
 )
 
 

@@ -86,7 +86,7 @@ def push(
     refuse_links_out(folder, names)
     api = client(token_needed=not dry_run)
     existed, seen = look(api, repo_id, may_fail=dry_run)
-    check_request(repo_id, seen, existed, private, create_pr)
+    check_request(repo_id, seen, existed=existed, private=private, create_pr=create_pr)
     check_kind(repo_id, seen, kind)
     kind.require(folder, device, trust_remote_code)
     with contents(folder, repo_id, kind, names) as (paths, own_card):
@@ -106,7 +106,7 @@ def push(
         )
         if dry_run:
             return planned
-        return upload(api, planned, paths, kind, private, create_pr, message)
+        return upload(api, planned, paths=paths, kind=kind, private=private, create_pr=create_pr, message=message)
 
 
 # --- what was asked for -----------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def upload(
         if branch != "main" and not branch.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         before = api.model_info(repo_id, revision=branch)
-        check_request(repo_id, before, True, private, create_pr)
+        check_request(repo_id, before, existed=True, private=private, create_pr=create_pr)
         check_kind(repo_id, before, kind)
         stale = sorted(set(weight_files(before, kind)) - set(paths))
         done = api.create_commit(

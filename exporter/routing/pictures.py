@@ -107,7 +107,7 @@ def show_routes(folder: Path, model: Any, processor: Any, samples: Sequence[Samp
     if not (folder / RECORD).exists() or is_snapshot(folder):
         return False
     check_updatable(folder)
-    routes = draw_examples(model, processor, spread_out(samples), budget, folder)
+    routes = draw_examples(model, processor, samples=spread_out(samples), budget=budget, folder=folder)
     write_record(folder, read_record(folder).to_data() | {"routes": routes})
     return True
 
@@ -130,7 +130,7 @@ def draw_examples(
         images = [as_seen(image, processor) for image in sample.open_images()]
         file = Path("assets") / f"route_{number}.png"
         question = question_of(sample)
-        draw_route(images, route, 0, question, answer.strip(), folder / file)
+        draw_route(images, route, row=0, question=question, answer=answer.strip(), path=folder / file)
         made.append({"file": str(file), "question": question})
     return made
 

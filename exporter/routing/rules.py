@@ -194,7 +194,9 @@ def make_route(
         routed = model.route(**batch.inputs, **vars(budget)) if not budget.is_off else None
     tokens = _token_scores(model, batch, rule, routed, seed)
     layers = _layer_scores(model, batch, rule, routed, seed, influence)
-    return assemble(model, batch, budget, tokens.to(visual.device), layers.to(visual.device), rule)
+    return assemble(
+        model, batch, budget=budget, tokens=tokens.to(visual.device), layers=layers.to(visual.device), rule=rule
+    )
 
 
 def assemble(model: Any, batch: Batch, budget: Budget, tokens: Tensor, layers: Tensor, rule: Rule) -> Route:
@@ -202,8 +204,16 @@ def assemble(model: Any, batch: Batch, budget: Budget, tokens: Tensor, layers: T
     settings, visual = model.router_settings, batch.is_visual
     run = best_layers(layers, settings, budget.keep_layers, model.num_layers) | ~visual.any(1)[:, None]
     places = places_of(model.config, visual, batch.inputs)
-    keep = best_tokens(tokens, visual, budget, places, settings.image_floor)
-    return Route(keep, run, visual, places, tokens, layers, rule.drops_at(settings))
+    keep = best_tokens(tokens, visual, budget=budget, patches=places, image_floor=settings.image_floor)
+    return Route(
+        keep=keep,
+        layers=run,
+        visual=visual,
+        places=places,
+        token_logits=tokens,
+        layer_logits=layers,
+        drop_at=rule.drops_at(settings),
+    )
 
 
 def _token_scores(model: Any, batch: Batch, rule: Rule, routed: Route | None, seed: object) -> Tensor:
@@ -250,4 +260,4 @@ def par_actions(
         noisy = scores + noise * drawn(batch.is_visual, generators(batch.samples, ("noise", seed, action)))
         rows = generators(batch.samples, ("layers", seed, action))
         layers = random_layers(len(model.router_settings.candidates), rows)
-        yield assemble(model, batch, budget, noisy, layers.to(noisy.device), rule)
+        yield assemble(model, batch, budget=budget, tokens=noisy, layers=layers.to(noisy.device), rule=rule)

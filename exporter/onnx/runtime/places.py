@@ -79,7 +79,14 @@ def run_shapes(manifest: Mapping[str, Any], lengths: list[int], inputs: Mapping[
         for height, width in np.asarray(inputs["image_sizes"]).tolist():  # a run is one row, then comes [IMG_BREAK]
             count = int(height) // vision["side"]
             known += [
-                ImageShape(1, int(width) // vision["side"], row / count, 1 / count, row == 0) for row in range(count)
+                ImageShape(
+                    height=1,
+                    width=int(width) // vision["side"],
+                    top=row / count,
+                    share=1 / count,
+                    first_of_image=row == 0,
+                )
+                for row in range(count)
             ]
     elif vision["kind"] == "anyres" and inputs.get("image_sizes") is not None:
         known = [any_resolution(vision, *image) for image in images_of(inputs)]

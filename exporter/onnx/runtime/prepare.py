@@ -62,13 +62,13 @@ def prepare(manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> Prompt:
     blocks = [row_blocks(manifest["blocks"], row == manifest["image_token_id"]) for row in rows]
     left = manifest["cache"] == "growing"
     return Prompt(
-        padded(rows, left, manifest["pad_token_id"]),
-        padded([np.ones(len(row), bool) for row in rows], left, False),
-        np.moveaxis(padded([p.T for p in positions], left, 0), -1, 0) if manifest["mrope"] else
+        input_ids=padded(rows, left, manifest["pad_token_id"]),
+        real=padded([np.ones(len(row), bool) for row in rows], left, False),
+        positions=np.moveaxis(padded([p.T for p in positions], left, 0), -1, 0) if manifest["mrope"] else
         padded(positions, left, 0),
-        np.array([position.max() + 1 for position in positions]),
-        padded(blocks, left, -1),
-        images,
+        next_position=np.array([position.max() + 1 for position in positions]),
+        block_ids=padded(blocks, left, -1),
+        images=images,
     )  # fmt: skip
 
 

@@ -122,7 +122,11 @@ class TrainingBatch:
     def log_q(self, gates: Gates) -> Tensor:
         """Log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
         model, start = self.learner.teacher.model, self.learner.settings.drop_at
-        return self._said(gated_states(model, self.given, self.learner.attention, self.state, start, gates))
+        return self._said(
+            gated_states(
+                model, self.given, attention=self.learner.attention, state=self.state, start=start, gates=gates
+            )
+        )
 
     @torch.no_grad()
     def kl_of_layers(self, tried: Sequence[Tensor]) -> Tensor:
@@ -141,7 +145,9 @@ class TrainingBatch:
         costs = []
         for candidates in tried:
             gates = self.gates(torch.ones_like(self.token_logits), candidates)
-            log_q = self._said(gated_states(model, self.given, self.learner.attention, state, first, gates))
+            log_q = self._said(
+                gated_states(model, self.given, attention=self.learner.attention, state=state, start=first, gates=gates)
+            )
             costs.append(self.per_sample(self._divergence(log_q)))
         return torch.stack(costs)
 
@@ -189,7 +195,16 @@ class Learner:
         visible = answered_batch.batch.inputs["attention_mask"].bool() & ~answer_tokens(answered_batch)
         places = places_of(model.config, answered_batch.batch.is_visual, answered_batch.batch.inputs)
         tokens, layers = self.router(read, answered_batch.batch.is_visual, visible, places)
-        return TrainingBatch(self, prompt, answered_batch, traced, state, log_p, tokens, layers)
+        return TrainingBatch(
+            learner=self,
+            prompt=prompt,
+            one=answered_batch,
+            given=traced,
+            state=state,
+            log_p=log_p,
+            token_logits=tokens,
+            layer_logits=layers,
+        )
 
     @torch.no_grad()
     def _prefix(self, traced: Trace) -> tuple[Tensor, Tensor]:
