@@ -82,8 +82,8 @@ def load_calibration(
         spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls, left_out=left_out
     )
     chosen = _drawn(found, samples, seed, left_out)
-    if not chosen:
-        raise InputError(f"{short(spec)}: none of its questions has an image ('image' or 'images', or in 'messages').")
+    if left_out and not chosen:
+        raise InputError(f"{left_out[0].removesuffix('.')}; of {len(left_out)} questions none has one.")
     if left_out:
         logger.warning(
             "%s: questions without an image are left out (%d); %d are read", short(spec), len(left_out), len(chosen)

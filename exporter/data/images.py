@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import io
 import os
 import re
@@ -37,6 +38,8 @@ KINDS = {
 }
 WHITE = (255, 255, 255)  # what stands behind transparent pixels
 SIXTEEN_BIT = 65535
+PROGRAMS = ("EPS", "IPTC")  # Pillow hands the first to Ghostscript; the second may hold the first
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def _looks_like_an_image(content: bytes) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            Image.open(io.BytesIO(content)).close()
+            Image.open(io.BytesIO(content), formats=readable_formats()).close()
         except Exception:
             return False
     return True
@@ -158,7 +161,7 @@ def _encoded(name: str, content: bytes) -> Encoded:
 
 def short(text: str) -> str:
     """Shorten what a user wrote, for a message of one line."""
-    text = " ".join(text.split())
+    text = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
 
 
@@ -207,9 +210,9 @@ def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged EXIF, of sizes: what matters is raised
         try:
-            content = image if isinstance(image, Path) else io.BytesIO(image.read())
+            content: Any = image if isinstance(image, Path) else io.BytesIO(image.read())
             size = content.getbuffer().nbytes if isinstance(content, io.BytesIO) else size
-            with Image.open(content) as file:
+            with Image.open(content, formats=readable_formats()) as file:
                 yield file
         except InputError as error:
             raise InputError(f"{origin}: {error}") from error
@@ -219,9 +222,30 @@ def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
                 f"{origin}: {name} is larger than {limit:.0f} megapixels, the most that Pillow opens. Make it smaller."
             ) from error
         except Exception as error:  # Pillow's readers raise what they like on damaged files, SyntaxError among them
+            if _begin_of(content).startswith(POSTSCRIPT):
+                raise InputError(
+                    f"{origin}: {name} is PostScript (EPS): to see it, a program in it would have to be run. Convert "
+                    "it to PNG."
+                ) from error
             raise InputError(
                 f"{origin}: {name} can't be read as an image ({size} bytes). Replace it or take the line out."
             ) from error
+
+
+@functools.cache
+def readable_formats() -> list[str]:
+    """What Pillow reads by itself, formats of plug-ins included, without those that start a program."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in Image.ID if name not in PROGRAMS]
+
+
+def _begin_of(content: Path | io.BytesIO) -> bytes:
+    if isinstance(content, io.BytesIO):
+        return content.getvalue()[:16]
+    with content.open("rb") as file:
+        return file.read(16)
 
 
 def _regular_size(path: Path, name: str, origin: str) -> int:
