@@ -225,6 +225,16 @@ def test_pictures_that_are_programs_are_not_run(name, tmp_path, monkeypatch):
     assert {"PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"} <= set(readable_formats())
 
 
+def test_an_image_of_a_folder_is_named_once(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("hello")
+    (tmp_path / "c.png").symlink_to("nowhere.png")
+    for sample in load_calibration(str(tmp_path), samples=None).samples:
+        with pytest.raises(InputError, match=r"named pipe|5 bytes|there is no image") as told:
+            sample.open_images()
+        assert str(told.value).count(".png") == 1
+
+
 def test_a_folder_from_a_mac(tmp_path):
     folder = tmp_path / "photos"
     for place in ("", "__MACOSX", ".Trashes", "x.png"):

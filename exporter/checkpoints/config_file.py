@@ -9,7 +9,15 @@ from typing import Any
 from ..errors import InputError
 from .json_file import read_json
 
-__all__ = ["ATTENTION_KEYS", "check_generation_config", "check_raw_config", "first_lines", "load_config", "places", "read_json"]
+__all__ = [
+    "ATTENTION_KEYS",
+    "check_generation_config",
+    "check_raw_config",
+    "first_lines",
+    "load_config",
+    "places",
+    "read_json",
+]
 
 GENERATION = "generation_config.json"
 NESTED = ("text_config", "vision_config")

@@ -219,16 +219,16 @@ def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
         except Image.DecompressionBombError as error:
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
             raise InputError(
-                f"{origin}: {name} is larger than {limit:.0f} megapixels, the most that Pillow opens. Make it smaller."
+                f"{_at(origin, name)} is larger than {limit:.0f} megapixels, the most that Pillow opens. Make it smaller."
             ) from error
         except Exception as error:  # Pillow's readers raise what they like on damaged files, SyntaxError among them
             if _begin_of(content).startswith(POSTSCRIPT):
                 raise InputError(
-                    f"{origin}: {name} is PostScript (EPS): to see it, a program in it would have to be run. Convert "
+                    f"{_at(origin, name)} is PostScript (EPS): to see it, a program in it would have to be run. Convert "
                     "it to PNG."
                 ) from error
             raise InputError(
-                f"{origin}: {name} can't be read as an image ({size} bytes). Replace it or take the line out."
+                f"{_at(origin, name)} can't be read as an image ({size} bytes). Replace it or take the line out."
             ) from error
 
 
@@ -248,19 +248,24 @@ def _begin_of(content: Path | io.BytesIO) -> bytes:
         return file.read(16)
 
 
+def _at(origin: str, name: str, before: str = "") -> str:
+    """Name the image and where it was asked for, once where they are the same: images of a folder stand by themselves."""
+    return f"{before}{name}" if short(origin) == name else f"{origin}: {before}{name}"
+
+
 def _regular_size(path: Path, name: str, origin: str) -> int:
     """The size of a file. Raises InputError for what is none: opening a named pipe would wait for ever."""
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # no such file, a name too long, a NUL in it
         if isinstance(error, PermissionError):
-            raise InputError(f"{origin}: {name} may not be read (permission denied).") from error
-        raise InputError(f"{origin}: there is no image {name}.") from error
+            raise InputError(f"{_at(origin, name)} may not be read (permission denied).") from error
+        raise InputError(f"{_at(origin, name, 'there is no image ')}.") from error
     for is_kind, kind in KINDS.items():
         if is_kind(found.st_mode):
-            raise InputError(f"{origin}: {name} is {kind}, not an image file.")
+            raise InputError(f"{_at(origin, name)} is {kind}, not an image file.")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{origin}: {name} may not be read (permission denied).")
+        raise InputError(f"{_at(origin, name)} may not be read (permission denied).")
     return found.st_size
 
 
