@@ -219,13 +219,14 @@ def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
         except Image.DecompressionBombError as error:
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
             raise InputError(
-                f"{_at(origin, name)} is larger than {limit:.0f} megapixels, the most that Pillow opens. Make it smaller."
+                f"{_at(origin, name)} is larger than {limit:.0f} megapixels, the most that Pillow opens. Make it "
+                "smaller."
             ) from error
         except Exception as error:  # Pillow's readers raise what they like on damaged files, SyntaxError among them
             if _begin_of(content).startswith(POSTSCRIPT):
                 raise InputError(
-                    f"{_at(origin, name)} is PostScript (EPS): to see it, a program in it would have to be run. Convert "
-                    "it to PNG."
+                    f"{_at(origin, name)} is PostScript (EPS): to see it, a program in it would have to be run. "
+                    "Convert it to PNG."
                 ) from error
             raise InputError(
                 f"{_at(origin, name)} can't be read as an image ({size} bytes). Replace it or take the line out."
@@ -249,7 +250,7 @@ def _begin_of(content: Path | io.BytesIO) -> bytes:
 
 
 def _at(origin: str, name: str, before: str = "") -> str:
-    """Name the image and where it was asked for, once where they are the same: images of a folder stand by themselves."""
+    """Name the image and where it was asked for; an image of a folder is both."""
     return f"{before}{name}" if short(origin) == name else f"{origin}: {before}{name}"
 
 
