@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
 import io
 import os
@@ -19,7 +20,6 @@ import stat
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,17 +200,18 @@ def image_pixels(image: Any) -> int:
         return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
     """A PIL file; whatever goes wrong with it until the end of the block is an InputError."""
     from PIL import Image
 
     name = short(str(image) if isinstance(image, Path) else image.name)
     size = _regular_size(image, name, origin) if isinstance(image, Path) else None
+    content: Any = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged EXIF, of sizes: what matters is raised
         try:
-            content: Any = image if isinstance(image, Path) else io.BytesIO(image.read())
+            content = image if isinstance(image, Path) else io.BytesIO(image.read())
             size = content.getbuffer().nbytes if isinstance(content, io.BytesIO) else size
             with Image.open(content, formats=readable_formats()) as file:
                 yield file
@@ -242,11 +243,14 @@ def readable_formats() -> list[str]:
     return [name for name in Image.ID if name not in PROGRAMS]
 
 
-def _begin_of(content: Path | io.BytesIO) -> bytes:
+def _begin_of(content: Any) -> bytes:
+    """The first bytes of a file that Pillow could not open; none where it could not even be read."""
     if isinstance(content, io.BytesIO):
         return content.getvalue()[:16]
-    with content.open("rb") as file:
-        return file.read(16)
+    with contextlib.suppress(OSError, AttributeError), content.open("rb") as file:
+        begin: bytes = file.read(16)
+        return begin
+    return b""
 
 
 def _at(origin: str, name: str, before: str = "") -> str:
