@@ -87,6 +87,10 @@ class TaskData:
         """What `load_task` takes beside the place."""
         return {name: value for name, value in vars(self).items() if name != "data"}
 
+    def to_data(self) -> Any:
+        """The place alone, where everything else is left to defaults."""
+        return dataclasses.asdict(self) if self != TaskData(self.data) else self.data
+
 
 @dataclass(frozen=True)
 class RouterRecipe:

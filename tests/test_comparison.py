@@ -13,7 +13,7 @@ from exporter.comparison.grid import Cell, Comparison, grid_from_data, load_grid
 from exporter.comparison.grid_table import pareto_front
 from exporter.comparison.layers import compare
 from exporter.comparison.routes import tables_from_data
-from exporter.comparison.zoo import compare_zoo, zoo_from_data
+from exporter.comparison.zoo import compare_zoo, zoo_from_data, zoo_in_folder
 from exporter.data.task import load_task
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
@@ -67,7 +67,9 @@ def test_a_broken_off_comparison_goes_on(grid, tmp_path):
     small = grid | {"localizers": ["tis"], "folds": ["none"], "drop_layers": [1, 2]}
     first = compare(grid_from_data(small), tmp_path / "out")
     lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    assert compare(grid_from_data(small), tmp_path / "out") == first  # as it was read from its results
     (tmp_path / "out" / "cells.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    (tmp_path / "out" / "results.json").write_text('{"out": ')
     again = compare(grid_from_data(small), tmp_path / "out")
     assert again.cells == first.cells
     with pytest.raises(InputError, match="holds another comparison"):
@@ -99,9 +101,9 @@ def test_tasks_are_named_as_evaluate_takes_them(grid, tmp_path):
         {"img": [str(tmp_path / "a.png")], "question": ["what?"], "label": ["red"]}
     ).save_to_disk(tmp_path / "saved")
     Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
-    task = {"data": f"datasets:{tmp_path / 'saved'}", "columns": {"image": "img", "answer": "label"}}
-    routes = {"model": "m", "task": task, "rows": [{"name": "a", "rule": "router"}], "budgets": [{"keep_layers": 3}]}
-    for read in (grid_from_data(grid | {"task": task}).task, tables_from_data(routes).task):
+    saved = {"data": f"datasets:{tmp_path / 'saved'}", "columns": {"image": "img", "answer": "label"}}
+    routes = {"model": "m", "task": saved, "rows": [{"name": "a", "rule": "router"}], "budgets": [{"keep_layers": 3}]}
+    for read in (grid_from_data(grid | {"task": saved}).task, tables_from_data(routes).task):
         assert load_task(read.data, None, 0, **read.options).samples[0].answers == ("red",)
     assert (
         grid_from_data(grid).task.data == str(grid["task"])
@@ -112,6 +114,34 @@ def test_tasks_are_named_as_evaluate_takes_them(grid, tmp_path):
 def test_pareto_front():
     points = [(10, 0.9), (8, 0.9), (8, 0.7), (6, 0.95), (4, 0.1), (5, 0.05)]
     assert pareto_front(points) == [(4, 0.1), (6, 0.95)]
+
+
+def zoo_folder(folder):
+    """Make what `make zoo` leaves, but for the contents: a and b are there, c is not finished."""
+    for name in ("a", "b", "c"):
+        (folder / name).mkdir(parents=True)
+        if name != "c":
+            (folder / name / "config.json").touch()
+        (folder / f"{name}-data").mkdir()
+    return folder
+
+
+def test_shares_of_the_layers_are_counts_of_each_model(grid, tmp_path):
+    asked = {k: v for k, v in grid.items() if k != "drop_layers"} | {"localizers": ["tis"], "folds": ["none"]}
+    done = compare(grid_from_data(asked | {"drop_ratios": [0.2, 0.4]}), tmp_path / "out")
+    assert done.counts == tuple(round(ratio * done.num_layers) for ratio in (0.2, 0.4))
+    assert tuple(len(cell.drop) for cell in done.cells) == done.counts
+    with pytest.raises(InputError, match="'drop_layers', or 'drop_ratios'"):
+        grid_from_data(asked)
+    with pytest.raises(InputError, match=r"drop_ratios: 2: a share of the layers"):
+        grid_from_data(asked | {"drop_ratios": [2]})
+
+
+def test_a_fold_that_a_family_does_not_take_is_left_out_and_said(tiny, grid, tmp_path):
+    asked = grid | {"model": str(tiny("gemma3")), "localizers": ["tis"], "folds": ["none", "scp"], "drop_layers": [1]}
+    done = compare(grid_from_data(asked), tmp_path / "out")
+    assert [cell.fold for cell in done.cells] == ["none"]
+    assert "not exact for this family" in done.refused["scp"]
 
 
 def test_a_zoo_is_one_table_with_means_worst_cases_and_what_was_left_out(grid, tmp_path):
@@ -138,6 +168,17 @@ def test_a_zoo_is_one_table_with_means_worst_cases_and_what_was_left_out(grid, t
     assert second.mean == pytest.approx(0.9)
     assert {row.models for row in tables["left out"]} == {2}
     assert "below the best" in (tmp_path / "zoo" / "table.md").read_text()
+    for_all = zoo_in_folder({**shared, "in_view": ["b"], "calibration": {"samples": 6}}, zoo_folder(tmp_path / "all"))
+    assert [(m.name, m.in_view, m.grid.calibration.samples) for m in zoo_from_data(for_all)] == [
+        ("a", False, 6),
+        ("b", True, 6),
+    ]
+    with pytest.raises(InputError, match="leave out 'task'"):
+        zoo_in_folder({**shared, "task": "x"}, tmp_path / "all")
+    with pytest.raises(InputError, match="in_view names 'c'"):
+        zoo_in_folder({**shared, "in_view": ["c"]}, tmp_path / "all")
+    with pytest.raises(InputError, match="holds no model NAME with its questions"):
+        zoo_in_folder(shared, tmp_path / "zoo")
     with pytest.raises(InputError, match="two models are called 'a'"):
         zoo_from_data({**shared, "models": [own | {"name": "a"}, own | {"name": "a"}]})
     with pytest.raises(InputError, match="did you mean 'calibration'"):

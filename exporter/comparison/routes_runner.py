@@ -228,7 +228,8 @@ class Finished:
 
     def __init__(self, out: Path, tables: RouteTables) -> None:
         self.path, self.cells = out / "rows.jsonl", dict[str, list[RouteCell]]()
-        fingerprint = hashlib.sha256(json.dumps(asdict(tables), sort_keys=True).encode()).hexdigest()
+        asked = asdict(tables) | {"task": tables.task.to_data()}
+        fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if self.path.exists():
             first, *lines = self.path.read_text().splitlines()
             if json.loads(first).get("tables") != fingerprint:

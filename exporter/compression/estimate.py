@@ -87,7 +87,7 @@ def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
 
 def _streams(job: CompressionJob, tokens: int) -> float:
     """States that a refit holds: the original and the smaller model's, of all questions that it is fitted on."""
-    if job.fold.name not in ("auto", "reconstruction") or job.source.decoder.post_norm:
+    if job.fold.name not in ("auto", "reconstruction"):
         return 0.0
     return 2 * tokens * _share("fit", len(job.calibration.samples))
 

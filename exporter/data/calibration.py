@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import InputError
 from .images import open_bytes, short
 from .records import read_records
-from .samples import Sample, TextOnly, sample_from
+from .samples import Sample, TextOnlyError, sample_from
 from .tables import is_saved, open_table
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _drawn(found: Sequence[Sample], samples: int | None, seed: int, left_out: li
             break
         try:
             chosen[index] = found[index]
-        except TextOnly as error:
+        except TextOnlyError as error:
             if left_out is None:
                 raise
             left_out.append(str(error))
@@ -151,7 +151,7 @@ def _from_file(path: Path, allow_urls: bool, left_out: list[str] | None) -> list
     for origin, record in read_records(path):
         try:
             found.append(sample_from(record, origin, path.parent, allow_urls=allow_urls))
-        except TextOnly as error:
+        except TextOnlyError as error:
             if left_out is None:
                 raise
             left_out.append(str(error))

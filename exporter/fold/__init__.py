@@ -103,7 +103,6 @@ def fold_reconstruction(
         tokens: 'all', or those of the 'prompt' only.
         weights: which output matrices of a layer are refitted: 'o_proj', 'down_proj' or both.
     """
-    job.refuse_post_norm("reconstruction")
     modules = {"o_proj": job.decoder.o_proj, "down_proj": job.decoder.down_proj}
     batches = job.batches(refitted_share(job.plan) if share is None else share)
     fit = Fit(ridge, text_share, answer_weight, tokens)

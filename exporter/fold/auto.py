@@ -25,14 +25,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their 
     "least_squares": {},
     "reconstruction": {"share": 1.0},
 }
+POST_NORM = ("none", "reconstruction")  # those that take a norm behind the output matrices
 SHARE = {"scp": 0.25, "scp_both": 0.25, "least_squares": 0.25}  # of these questions, where a part suffices
 
 
 def choose(job: FoldJob, folds: dict[str, Callable[..., Folded]], fitted_on: int | None) -> Folded:
     """Fit the candidates, judge them, and say in the job's report how they did."""
     held_out = job.held_out
-    if job.decoder.post_norm:
-        job.report["reason"] = ": in this family a norm follows the MLP inside each layer, so that no fold is exact"
     if held_out is None or held_out.too_few:
         job.report["reason"] = f": {held_out.too_few if held_out else 'no questions were held out'}"
     if "reason" in job.report or held_out is None:
@@ -42,6 +41,8 @@ def choose(job: FoldJob, folds: dict[str, Callable[..., Folded]], fitted_on: int
     variants: dict[str, Variant] = {}
     notes: dict[str, dict[str, Any]] = {}
     for name, options in CANDIDATES.items():
+        if job.decoder.post_norm and name not in POST_NORM:
+            continue
         number = round(SHARE.get(name, 1.0) * (fitted_on or held_out.questions.portion("fit")))
         inner = dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
         folded = folds[name](inner, **options)
