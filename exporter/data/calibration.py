@@ -133,10 +133,12 @@ def read_samples(
     Args:
         left_out: takes what is said of the lines of a file that have no image; None: such a line is an error.
     """
+    if spec == DATASETS_PREFIX:
+        raise InputError(f"{spec} names no data set: {DATASETS_PREFIX}USER/NAME.")
     if spec.startswith(DATASETS_PREFIX):
         return open_table(spec.removeprefix(DATASETS_PREFIX), columns or {}, split, config, allow_urls=allow_urls)
     path = Path(spec).expanduser()
-    if not os.path.exists(path):
+    if not spec or "\0" in spec or not os.path.exists(path):
         raise InputError(f"there is no file or folder '{short(spec)}' to read questions from.")
     if path.suffix.lower() == ".parquet" or (path.is_dir() and is_saved(path)):
         return open_table(str(path), columns or {}, split, config, allow_urls=allow_urls)
