@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import InputError, nearest
+from .methods import FOLDS, LOCALIZERS, LOSSES, Fold, Localizer, RouterLoss, resolve
 from .plan import LayerBudget
 
 T = TypeVar("T")
-LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "fisher", "greedy", "random", "first", "last")
-FOLD_NAMES = ("auto", "reconstruction", "scp", "scp_both", "least_squares", "none")
+Rows = Mapping[str, Localizer] | Mapping[str, Fold] | Mapping[str, RouterLoss]  # a table of exporter/methods.py
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "auto"
 DEFAULT_SAMPLES = 512
-LOSS_NAMES = ("importance", "relaxed", "preference")
 ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
 
 
@@ -237,8 +236,8 @@ def recipe_from_data(data: Any) -> Recipe:
         calibration=calibration_from_data(data["calibration"]),
         budget=LayerBudget(**budget),
         revision=data.get("revision"),
-        localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZER_NAMES, "localizer"),
-        fold=read_method(data["fold"], FOLD_NAMES, "fold") if data.get("fold") is not None else None,
+        localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZERS, "localizer"),
+        fold=read_method(data["fold"], FOLDS, "fold") if data.get("fold") is not None else None,
         protect=None if protect is None else integers(protect, "protect"),
         seed=data.get("seed", 0),
         base_model=data.get("base_model"),
@@ -293,24 +292,28 @@ def router_from_data(data: Any) -> RouterRecipe:
     if read.get("calibration") is not None:
         read["calibration"] = calibration_from_data(read["calibration"])
     if "loss" in read:
-        read["loss"] = read_method(read["loss"], LOSS_NAMES, "loss")
+        read["loss"] = read_method(read["loss"], LOSSES, "loss")
     return RouterRecipe(**read)
 
 
-def read_method(value: Any, names: tuple[str, ...], kind: str) -> Method:
-    """'scp' or {'name': 'scp', 'k': 16}. Options are checked against the method itself when it runs."""
+def read_method(value: Any, table: Rows, kind: str) -> Method:
+    """Read 'scp' or {'name': 'scp', 'k': 16}. Options are checked against the method itself when it runs."""
     options = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = options.pop("name", None)
-    if name not in names:
-        raise InputError(f"{kind} '{name}' is not known: {nearest(str(name), names)}")
+    if not isinstance(name, str) or name not in table:
+        raise InputError(f"{kind} '{name}' is not known: {nearest(str(name), tuple(table))}")
     return Method(name, options)
 
 
-def check_options(function: Any, method: Method, kind: str) -> dict[str, Any]:
-    """The method's options, if they are keyword-only arguments of the function and of the annotated type."""
+def check_method(method: Method, table: Rows, kind: str) -> None:
+    """Check that the method's options are keyword-only arguments of its function and of the annotated types.
+
+    Raises: InputError that names the option.
+    """
     import inspect
     from typing import get_type_hints
 
+    function = resolve(table[method.name].run)
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     hints = get_type_hints(function)
     for name, value in method.options.items():
@@ -320,7 +323,6 @@ def check_options(function: Any, method: Method, kind: str) -> dict[str, Any]:
             )
         if not _fits(value, hints[name]):
             raise InputError(f"{kind} '{method.name}': {name} must be {_said(hints[name])}, not {value!r}.")
-    return method.options
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -348,7 +350,10 @@ def _said(hint: Any) -> str:
         return f"a list of {_said(arguments[0])}"
     if arguments:
         return " or ".join(_said(one) for one in arguments)
-    return {float: "a number from 0 up", int: "a whole number from 0 up", type(None): "null"}.get(hint, hint.__name__)
+    words: str = {float: "a number from 0 up", int: "a whole number from 0 up", type(None): "null"}.get(
+        hint, hint.__name__
+    )
+    return words
 
 
 def integers(value: Any, name: str) -> tuple[int, ...]:

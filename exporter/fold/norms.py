@@ -22,7 +22,8 @@ SMALLEST_GAIN = 1e-2  # of the largest: rows of the matrix below it can't be tol
 def gain_of(norm: Any, like: Tensor) -> Tensor:
     """Return what a norm multiplies its normalised input by, however it stores it ('weight' or '1 + weight'). [D]"""
     with torch.inference_mode():
-        return norm(torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)).double().cpu()
+        gain: Tensor = norm(torch.ones(like.shape[-1], dtype=like.dtype, device=like.device))
+        return gain.double().cpu()
 
 
 def root_mean_square(output: Tensor) -> Tensor:

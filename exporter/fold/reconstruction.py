@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,14 +23,17 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..models.capture import on_module
 from ..models.loading import text_decoder
+from ..models.questions import SUFFIX, JobSize
 from ..models.replay import Trace, replaced, walk
 from ..plan import Folded, PruningPlan
 from .job import FoldJob, FoldRefused, counted_tokens
 from .moments import Moments
 from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
+from .outputs import Matrix
 
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
+REFITTING = 1 + 3 * SUFFIX  # passes of a question: in all layers, and three times in those that are refitted
 INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
 TOKENS_PER_INPUT = 1.0  # that a regression needs at least; with fewer tokens its solution is the ridge's doing
 
@@ -199,7 +202,7 @@ def _refit(
     old = [_weight(job, layer_idx, module) for module in modules]
     pulled_to = torch.cat([effective(weight, gain) for weight, gain in zip(old, gains, strict=True)], dim=1)
     device = job.model.device if job.model.device.type == "cuda" else "cpu"  # others have no float64, or gain nothing
-    new = solve(halves, pulled_to, ridge, device).split([weight.shape[1] for weight in old], dim=1)
+    new = torch.split(solve(halves, pulled_to, ridge, device), [weight.shape[1] for weight in old], dim=1)
     return {
         (layer_idx, f"{module}.weight"): below_the_norm(fitted, weight, gain).to(weight.dtype).contiguous()
         for module, fitted, weight, gain in zip(modules, new, old, gains, strict=True)
@@ -222,7 +225,7 @@ def _refit_gain(
             missing = stream.original - stream.given.after(layer_idx, output)
             sums.add(seen.pop()[counted], missing[counted], stream.weights[counted][:, None])
         gain = gain_of(module, streams[0].smaller)
-        weight = module.weight.detach()
+        weight: Tensor = module.weight.detach()
     change = sums.change(ridge if isinstance(ridge, float) else RIDGES[-1])
     return (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
 
@@ -279,3 +282,34 @@ def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str, device:
 
 def _of_layer(folded: Folded, layer_idx: int) -> Folded:
     return {key: tensor for key, tensor in folded.items() if key[0] == layer_idx}
+
+
+def fold_reconstruction(
+    job: FoldJob,
+    *,
+    ridge: float | Literal["auto"] = 0.03,
+    share: float | None = None,
+    text_share: float | None = None,
+    answer_weight: float = 4.0,
+    tokens: Literal["all", "prompt"] = "all",
+    weights: tuple[Matrix, ...] = ("o_proj", "down_proj"),
+) -> Folded:
+    """Layer-wise refit of everything that stays behind the first gap.
+
+    Args:
+        ridge: pull towards the old weights; 'auto' is chosen per matrix by two-fold cross-validation over pictures.
+        share: of the calibration questions that is used; None: as many as make it cost about one forward pass over all.
+        text_share: share of the regression's weight that text tokens have together; None: every token alike.
+        answer_weight: of a token of an answer, beside 1 for one of the prompt.
+        tokens: 'all', or those of the 'prompt' only.
+        weights: which output matrices of a layer are refitted: 'o_proj', 'down_proj' or both.
+    """
+    modules = {"o_proj": job.decoder.o_proj, "down_proj": job.decoder.down_proj}
+    batches = job.batches(refitted_share(job.plan) if share is None else share)
+    fit = Fit(ridge, text_share, answer_weight, tokens)
+    return reconstruct(job, fit, batches, [module for name, module in modules.items() if name in weights])
+
+
+def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what it costs; `auto` counts its passes by REFITTING too."""
+    return refitted_share(size.plan) * REFITTING, 1.0

@@ -148,7 +148,8 @@ class RoutedModel:
 
     @property
     def num_layers(self) -> int:
-        return self.config.get_text_config().num_hidden_layers
+        number: int = self.config.get_text_config().num_hidden_layers
+        return number
 
     # --- budgets ---
 
@@ -239,7 +240,8 @@ class RoutedModel:
         """The route of inputs under a budget: `model.route(**inputs, preset="fast")`. Runs up to the router only."""
         request = self._up_to_router(**inputs)
         if request is not None:
-            return request.route
+            route: Route = request.route
+            return route
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
         everything = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
         layers = everything.new_ones(len(tokens), self.num_layers)
@@ -250,7 +252,8 @@ class RoutedModel:
         request = self._up_to_router(**inputs)
         if request is None:
             raise ValueError("these inputs have no visual token: there is nothing to route.")
-        return request.router_inputs
+        seen: RouterInputs = request.router_inputs
+        return seen
 
     @torch.no_grad()
     def _up_to_router(self, **inputs: Any) -> Request | None:
