@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,10 @@ class TaskData:
         """What `load_task` takes beside the place."""
         return {name: value for name, value in vars(self).items() if name != "data"}
 
+    def to_data(self) -> Any:
+        """The place alone, where everything else is left to defaults."""
+        return dataclasses.asdict(self) if self != TaskData(self.data) else self.data
+
 
 @dataclass(frozen=True)
 class RouterRecipe:
@@ -138,6 +143,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         paths_as_text(self, "model")
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise InputError(f"model must be a folder or a hub id, not {self.model!r}.")
+        if not isinstance(self.revision, str | None):
+            raise InputError(f"revision must be a text, not {self.revision!r}: put it in quotes.")
+        if not is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed must be a whole number from 0 to {LARGEST_SEED}, not {self.seed!r}.")
+        named = self.base_model
+        if named is not None and not (isinstance(named, str) and HUB_NAME.fullmatch(named)):
+            raise InputError(f"base_model must be a name on the hub (USER/NAME), not {named!r}: the card links to it.")
 
     def to_data(self) -> dict[str, Any]:
         """Plain data, as YAML and compression.json hold it; what is left to defaults stays out."""
@@ -175,7 +189,9 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-KIND_NAMES = {str: "text", Mapping: "mapping", bool: "yes or no"}
+LARGEST_SEED = 2**32 - 1  # of numpy's generators
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # old repositories have no user: bert-base-uncased
+KIND_NAMES = {str: "text", Mapping: "a mapping", bool: "true or false"}
 BUDGET_KEYS = tuple(f.name for f in dataclasses.fields(LayerBudget))
 RECIPE_KEYS = (*(f.name for f in dataclasses.fields(Recipe) if f.name != "budget"), *BUDGET_KEYS)
 
@@ -209,13 +225,17 @@ def from_yaml(path: Path | str, parse: Callable[[Any], T]) -> T:
 def recipe_from_data(data: Any) -> Recipe:
     check_keys(data, RECIPE_KEYS, "a recipe")
     check_types(Recipe, data, ("model", "revision", "seed", "base_model"))
-    check_types(LayerBudget, data, ("drop_layers", "drop_ratio", "target_params"))
     for key in ("model", "calibration"):
         if key not in data:
             raise InputError(f"a recipe needs '{key}'.")
     budget = {key: data[key] for key in BUDGET_KEYS if data.get(key) is not None}
     if "layers" in budget:
         budget["layers"] = integers(budget["layers"], "layers")
+    for key in ("drop_layers", "target_params"):
+        if key in budget and not is_whole(budget[key]):
+            raise InputError(f"{key} must be a whole number, not {budget[key]!r}.")
+    if isinstance(ratio := budget.get("drop_ratio", 0.0), bool) or not isinstance(ratio, float | int):
+        raise InputError(f"drop_ratio must be a number, not {budget['drop_ratio']!r}.")
     protect = data.get("protect")
     return Recipe(
         model=data["model"],
@@ -264,9 +284,10 @@ def _named(cls: Any, data: Any, what: str, places: str) -> Mapping[str, Any]:
 def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
     for name, kind in kinds.items():
         if name in data and not isinstance(data[name], kind):
-            raise InputError(f"{what}: {name} must be a {KIND_NAMES[kind]}, not {data[name]!r}.")
-    if not all(isinstance(column, str) for column in (data.get("columns") or {}).values()):
-        raise InputError(f"{what}: columns must name a column for each role, not {data['columns']!r:.80}.")
+            raise InputError(f"{what}: {name} must be {KIND_NAMES[kind]}, not {data[name]!r}.")
+    for pair in dict(data.get("columns", {})).items():
+        if not all(isinstance(part, str) for part in pair):
+            raise InputError(f"{what}: columns must map texts to texts, not {pair[0]!r} to {pair[1]!r}.")
 
 
 def router_from_data(data: Any) -> RouterRecipe:
@@ -318,7 +339,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and bool(value) and all(_fits(item, arguments[0]) for item in value)
     if arguments:  # a union
-        return any(_fits(value, one) for one in arguments)
+        return any(_fits(value, choice) for choice in arguments)
     if hint is float:
         return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < math.inf
     if hint is int:
@@ -351,9 +372,14 @@ def check_types(cls: type, data: Mapping[str, Any], names: Iterable[str]) -> Non
 
 
 def integers(value: Any, name: str) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+    if not isinstance(value, list | tuple) or not all(map(is_whole, value)):
         raise InputError(f"{name} must be a list of layer numbers, not {value!r}.")
     return tuple(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Tell whether a value of YAML is a whole number; yes and no are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_keys(data: Any, known: Any, what: str) -> None:

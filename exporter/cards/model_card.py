@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.json_file import read_json
-from ..checkpoints.record import RECORD, read_record
+from ..checkpoints.record import RECORD, CheckpointRecord, read_record
 from ..errors import InputError
 from ..localize.scores import LayerScores
 from ..methods import fold_row, localizer_row
@@ -43,19 +43,19 @@ def card(folder: Path, name: str | None = None) -> Path:
     return write_card(folder, data, text)
 
 
-def draw(record: dict[str, Any], folder: Path) -> None:
+def draw(record: CheckpointRecord, folder: Path) -> None:
     """Draw the layer scores and the router's training curve, where the record holds them, into `folder`/assets."""
-    scores = record["scores"]
-    if not localizer_row(scores["method"]).control and record["plan"]["drop"]:
+    scores = record.scores
+    if not localizer_row(scores.method).control and record.plan.drop:
         (folder / "assets").mkdir(exist_ok=True)
         plot_scores(
-            LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"]), scores["details"]),
+            LayerScores(scores.method, scores.values, scores.drop, scores.details),
             folder / "assets" / "layer_scores.png",
-            record["protect"],
+            record.protect,
         )
-    if "router" in record:
+    if record.router is not None:
         (folder / "assets").mkdir(exist_ok=True)
-        plot_training(record["router"]["curve"], folder / "assets" / "router_training.png")
+        plot_training(record.router.curve, folder / "assets" / "router_training.png")
 
 
 def shown_name(folder: Path) -> str:
@@ -85,47 +85,48 @@ def template(name: str) -> Any:
     return environment.get_template(name)
 
 
-def body(record: dict[str, Any], name: str) -> str:
+def body(record: CheckpointRecord, name: str) -> str:
     """Render the card's text from a record, under the name that the model is loaded by."""
     import yaml
 
-    fold = dict(record["fold"])
+    data = record.to_data()
+    fold = dict(data["fold"])
     row = fold_row(fold["name"])
     fold["title"], fold["link"] = row.title, row.link
     fold["places"] = _places(fold["tensors"])
-    fold["sure"] = _sure(record["fold"])
+    fold["sure"] = _sure(data["fold"])
     rendered: str = template("compressed.md.jinja").render(
-        record,
-        evaluations=[e for e in record["evaluations"] if not e.get("budget")],
-        budgets=[e for e in record["evaluations"] if e.get("budget")],
-        routes=record.get("routes", []),
-        several_references=len({e.get("reference_name") for e in record["evaluations"] if e.get("reference")}) > 1,
+        data,
+        evaluations=[e for e in data["evaluations"] if not e.get("budget")],
+        budgets=[e for e in data["evaluations"] if e.get("budget")],
+        routes=record.routes,
+        several_references=len({e.reference_name for e in record.evaluations if e.reference is not None}) > 1,
         describe=describe,
         title=name.split("/")[-1],
         load_name=name,
         fold=fold,
         chosen=_choice(record),
-        measured_scores=not localizer_row(record["scores"]["method"]).control,
+        measured_scores=not localizer_row(record.scores.method).control,
         pct=_percent,
         ratio=ratio_cell,
         budget_name=budget_name,
-        model_type=record["source"]["model_type"],
-        recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
+        model_type=record.source.model_type,
+        recipe_yaml=yaml.safe_dump(record.recipe, sort_keys=False),
         base_sentence=_base_sentence(record),
-        licence_sentence=licence_sentence(record["source"]),
+        licence_sentence=licence_sentence(data["source"]),
     )
     return rendered
 
 
-def _base_sentence(record: dict[str, Any]) -> str:
+def _base_sentence(record: CheckpointRecord) -> str:
     """Return what it is, and what of: 'This is [a/b](https://huggingface.co/a/b) with fewer layers.'"""
-    source = record["source"]
-    base = source["base_model"]
-    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source['name']).split('@')[0]}`"
+    source = record.source
+    base = source.base_model
+    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source.name).split('@')[0]}`"
     changes = []
-    if record["plan"]["drop"]:
+    if record.plan.drop:
         changes.append("with fewer layers")
-    if "router" in record:
+    if record.router is not None:
         changes.append("with a router")
     return f"This is {named} {' and '.join(changes) or 'unchanged'}."
 
@@ -137,7 +138,7 @@ def template_folder() -> Path:
     return inside if inside.is_dir() else here.parent / "model_cards"
 
 
-def metadata(record: dict[str, Any], name: str) -> str:
+def metadata(record: CheckpointRecord, name: str) -> str:
     """Return the YAML that the hub reads: base model and relation, licence, tags, measured results as model-index."""
     from huggingface_hub import EvalResult
 
@@ -153,9 +154,18 @@ def metadata(record: dict[str, Any], name: str) -> str:
             metric_value=round(e["accuracy"], 4),
             metric_name=f"{OUR_METRIC}{e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
         )
-        for e in record["evaluations"]  # against another reference the same answers are as right: the last one counts
+        for e in record.data[
+            "evaluations"
+        ]  # against another reference the same answers are as right: the last one counts
     }
-    return hub_metadata(record["source"], name, "transformers", _tags(record), "finetune", [*results.values()])
+    return hub_metadata(
+        record.data["source"],
+        name,
+        library="transformers",
+        tags=_tags(record),
+        relation="finetune",
+        results=[*results.values()],
+    )
 
 
 def hub_metadata(
@@ -186,9 +196,9 @@ def hub_metadata(
     return data.to_yaml() + "\n"
 
 
-def _tags(record: dict[str, Any]) -> list[str]:
-    pruned = ["layer-pruning", "compressed", record["scores"]["method"]] if record["plan"]["drop"] else []
-    routed = ["token-pruning", "layer-skipping", "custom_code"] if "router" in record else []
+def _tags(record: CheckpointRecord) -> list[str]:
+    pruned = ["layer-pruning", "compressed", record.scores.method] if record.plan.drop else []
+    routed = ["token-pruning", "layer-skipping", "custom_code"] if record.router is not None else []
     return ["lvlm-exporter", *pruned, *routed]
 
 
@@ -209,15 +219,15 @@ def model_name(name: str) -> str:
     return Path(name).absolute().name if Path(name).expanduser().is_dir() else name.removeprefix("hub:")
 
 
-def _choice(record: dict[str, Any]) -> str:
+def _choice(record: CheckpointRecord) -> str:
     """How the layers were chosen, in a sentence."""
-    row, data = localizer_row(record["scores"]["method"]), record["calibration"]
+    row, data = localizer_row(record.scores.method), record.calibration
     if row.control:
         return row.title
-    tokens = data["tokens"]
+    tokens = data.tokens
     counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
-    read, given = record["scores"]["details"].get("questions", data["samples"]), data["samples"]
-    questions = f"{given}" if read == given else f"{read} of {given}"
+    read, total = record.scores.details.get("questions", data.samples), data.samples
+    questions = f"{total}" if read == total else f"{read} of {total}"
     return f"They were chosen by [{row.title}]({row.link}) from {questions} unlabelled questions about images{counted}."
 
 
@@ -245,7 +255,10 @@ def _places(tensors: list[str]) -> str:
     for tensor in tensors:
         layer, name = tensor.removeprefix("layer ").split("'s ")
         layers.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
-    return " and ".join(f"{name} of layer{'s' * (len(of) > 1)} {', '.join(of)}" for name, of in layers.items())
+    return " and ".join(
+        f"{name} of {'layers' if len(numbers) > 1 else 'layer'} {', '.join(numbers)}"
+        for name, numbers in layers.items()
+    )
 
 
 def ratio_cell(ratios: dict[str, Any], name: str) -> str:

@@ -16,7 +16,7 @@ from ..families import Decoder, Family, decoder_of, family_of
 from .config_file import (
     ATTENTION_KEYS,
     check_feature_layers,
-    check_generation,
+    check_generation_config,
     check_raw_config,
     first_lines,
     load_config,
@@ -112,7 +112,6 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
     """The checks of one folder, which need seconds for a large one, once as long as no file of it changes."""
     raw_config = read_json(folder / "config.json")
     check_raw_config(name, raw_config)
-    check_generation(name, folder)
     config = load_config(folder, raw_config)
     check_feature_layers(name, config)
     family, decoder = family_of(config), decoder_of(config)
@@ -120,17 +119,41 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
     if revision is not None:
         refuse_without_weights(name, revision, folder)
     weights = open_weights(folder, raw_config.get(NAMED_WEIGHTS))
-    found = find_quantization(raw_config, folder, weights)
-    if found is None:
-        source = Source(name, folder, revision, config, raw_config, weights, family, decoder, folder, weights)
+    quantized = find_quantization(raw_config, folder, weights)
+    if quantized is None:
+        source = Source(
+            name=name,
+            folder=folder,
+            revision=revision,
+            config=config,
+            raw_config=raw_config,
+            weights=weights,
+            family=family,
+            decoder=decoder,
+            original=folder,
+            stored=weights,
+        )
         check_layers(source)
     else:
-        _refuse_own(name, folder, f"it is quantized by {found.method}")
-        view = make_decoded_view(name, folder, raw_config, found, weights)
-        logger.warning("%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, found.method)
+        _refuse_own(name, folder, f"it is quantized by {quantized.method}")
+        view = make_decoded_view(name, folder, raw=raw_config, quantized=quantized, weights=weights)
+        logger.warning(
+            "%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, quantized.method
+        )
         raw_config = read_json(view / "config.json")
         config, decoded = load_config(view, raw_config), open_weights(view)
-        source = Source(name, view, revision, config, raw_config, decoded, family, decoder, folder, weights)
+        source = Source(
+            name=name,
+            folder=view,
+            revision=revision,
+            config=config,
+            raw_config=raw_config,
+            weights=decoded,
+            family=family,
+            decoder=decoder,
+            original=folder,
+            stored=weights,
+        )
         check_layers(source)
     source = _mended(source)
     check_fit(source)
@@ -139,12 +162,12 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
 
 def check_layers(source: Source) -> None:
     """Raise InputError where config.json and the weights differ in the number of decoder layers."""
-    found = {layer for layer in map(source.layer_of, source.weights.entries) if layer is not None}
+    layers = {layer for layer in map(source.layer_of, source.weights.entries) if layer is not None}
     expected = set(range(source.num_layers))
-    if found != expected:
+    if layers != expected:
         raise InputError(
-            f"{source.name}: config.json says {len(expected)} decoder layers, the weights hold {len(found)}"
-            f"{_difference(expected, found)}. The checkpoint is incomplete, or its config is of another one."
+            f"{source.name}: config.json says {len(expected)} decoder layers, the weights hold {len(layers)}"
+            f"{_difference(expected, layers)}. The checkpoint is incomplete, or its config is of another one."
         )
 
 
@@ -153,6 +176,7 @@ def _mended(source: Source) -> Source:
     changes: Repairs = class_repairs(source.folder) | _attention_repairs(source)
     if changes:
         source = _viewed(source, changes)
+    check_generation_config(source.name, source.folder)
     processor = load_processor_for(source.name, source.folder, source.config)
     if repairs := setting_repairs(source.name, source.folder, processor, source.config):
         stated = ", ".join(f"{key}={value}" for entries in repairs.values() for key, value in entries.items())
@@ -161,7 +185,7 @@ def _mended(source: Source) -> Source:
         )
         source = _viewed(source, repairs)
         processor = load_processor_for(source.name, source.folder, source.config)
-    check_tokens(source.name, processor, source.config, source.raw_config, _embeddings(source))
+    check_tokens(source.name, processor, config=source.config, raw=source.raw_config, embeddings=_embeddings(source))
     return source
 
 
@@ -247,9 +271,9 @@ def refuse_report(name: str, report: dict[str, Any]) -> None:
         )
 
 
-def _difference(expected: set[int], found: set[int]) -> str:
-    missing, extra = sorted(expected - found), sorted(found - expected)
-    parts = [f"missing {missing}"] * bool(missing) + [f"too many {extra}"] * bool(extra)
+def _difference(expected: set[int], actual: set[int]) -> str:
+    missing, extra = sorted(expected - actual), sorted(actual - expected)
+    parts = [f"{what} {names}" for what, names in (("missing", missing), ("too many", extra)) if names]
     return f" ({', '.join(parts)})" if parts else ""
 
 

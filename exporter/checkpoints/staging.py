@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError, show_as
-from .files import settled, umask
+from .files import real_target, umask
 from .temporary import LOCK, locked_folder, sweep
 
 SPARE_BYTES = 64 << 20  # for everything that is not weights
@@ -23,7 +23,7 @@ def staged(target: Path) -> Iterator[Path]:
 
     A target that is a link is made where the link leads.
     """
-    target = settled(target)
+    target = real_target(target)
     with staging_directory(target) as stage:
         yield stage
         stage.chmod(0o777 & ~umask())
@@ -38,21 +38,21 @@ def staging_directory(target: Path) -> Iterator[Path]:
 
     What a killed run has left is removed by the next one.
     """
-    target = settled(target)
+    target = real_target(target)
     check_target(target)
     prefix = f".{target.name}.partial-"
     sweep(target.parent, prefix)
-    made, lock = locked_folder(prefix, target.parent)
-    show_as(made, target)
+    directory, lock = locked_folder(prefix, target.parent)
+    show_as(directory, target)
     try:
-        yield made
+        yield directory
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InputError(f"the disk of {target.parent} is full; nothing was kept. Free some space.") from error
         raise
     finally:
         lock.close()
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def stage_name(folder: Path) -> str:
@@ -62,9 +62,9 @@ def stage_name(folder: Path) -> str:
 
 def check_target(target: Path) -> None:
     """Raise InputError if the folder can't be made. An empty folder may be there already, or a link to one."""
-    named, target = target, settled(target)
+    named, target = target, real_target(target)
     if os.path.ismount(target):
-        raise InputError(f"{named} is where a disk is mounted, which no folder can take the place of: name one in it.")
+        raise InputError(f"{named} is a mount point, which cannot be replaced: name a folder inside it.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{named} exists already: name another folder, or remove it.")
     parent = target.parent
@@ -75,7 +75,7 @@ def check_target(target: Path) -> None:
 
 
 def check_space(target: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(settled(target).parent).free
+    free = shutil.disk_usage(real_target(target).parent).free
     if free < num_bytes + SPARE_BYTES:
         raise InputError(
             f"{target.name} needs {num_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free. Free some space, or "

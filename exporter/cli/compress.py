@@ -41,12 +41,12 @@ def run(options: argparse.Namespace) -> None:
         return
     folder = compress(recipe, options.out, run, progress_bar(options))
     record = read_record(folder)
-    plan, measured, source = record["plan"], record["measured"], record["source"]
-    write_json(options, {"path": str(folder), **{k: record[k] for k in ("plan", "measured", "scores", "fold")}})
+    plan, measured, source = record.plan, record.measured, record.source
+    write_json(options, {"path": str(folder), **{k: record.data[k] for k in ("plan", "measured", "scores", "fold")}})
     print(
-        f"dropped layers {', '.join(map(str, plan['drop'])) or 'none'} of {plan['num_layers']}; "
-        f"{source['parameters']:,} -> {measured['parameters']:,} parameters, "
-        f"{source['bytes'] / 1e6:,.1f} -> {measured['bytes'] / 1e6:,.1f} MB, {measured['seconds']:.0f} s"
+        f"dropped layers {', '.join(map(str, plan.drop)) or 'none'} of {plan.num_layers}; "
+        f"{source.parameters:,} -> {measured.parameters:,} parameters, "
+        f"{source.bytes / 1e6:,.1f} -> {measured.bytes / 1e6:,.1f} MB, {measured.seconds:.0f} s"
     )
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
 

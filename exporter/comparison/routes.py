@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.record import BUDGET
 from ..checkpoints.shapes import COUNT, NUMBER, TEXT, ListOf, MapOf, Maybe, check
 from ..errors import InputError
 from ..evaluation.scoring import Rate
@@ -108,6 +107,13 @@ class RouteCell:
     searched: str | None = None
 
 
+BUDGET = {
+    "preset": Maybe(TEXT),
+    "keep_visual_tokens": Maybe(NUMBER),
+    "keep_layers": Maybe(COUNT),
+    "rule": TEXT,
+    "drop_at": Maybe(COUNT),
+}
 ROUTE_CELL = {
     "row": TEXT,
     "column": COUNT,

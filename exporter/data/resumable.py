@@ -6,19 +6,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..checkpoints.shapes import TEXT, Misfit, check, parse_line, require_file
 from ..checkpoints.source import Source
-from ..checkpoints.staging import check_target
 from ..errors import InputError
 from ..modeling.modeling_routed import ROUTER_FILE
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
-T = TypeVar("T")
 
 
 class ResumableLines:
@@ -65,6 +61,11 @@ class ResumableLines:
         if rest:
             os.truncate(path, len(content) - len(rest))
 
+    @property
+    def runs(self) -> set[str]:
+        """The fingerprints of the runs that there are rows of."""
+        return set(self._known)
+
     def rows(self, fingerprint: str) -> dict[int, Row]:
         """Return what is known of a run, by number."""
         return dict(self._known.get(fingerprint, {}))
@@ -80,72 +81,6 @@ class ResumableLines:
         except OSError as error:  # the run goes on all the same
             logger.warning("%s can't be written (%s): rows are no longer kept.", self.path, error.strerror)
             self.path = None
-
-
-class KeptLines:
-    """A JSONL file beside results, whose first line says which run it is of; each further line is a part of the result.
-
-    A last line that was cut off in the middle of writing is taken away.
-
-    Args:
-        path: in the folder of the results, which is made here.
-        key: under which the first line has the fingerprint.
-        run: the fingerprint of everything that the results depend on.
-    Raises: InputError where the folder holds something else, or another run's results.
-    """
-
-    def __init__(self, path: Path, key: str, run: str) -> None:
-        self.path = path
-        self.head: str | None = None
-        self.lines: list[str] = []
-        if os.path.lexists(path):
-            require_file(path, "what a comparison keeps")
-            try:
-                content = path.read_bytes().decode()
-            except ValueError as error:
-                raise self._damaged(1, "it is no text") from error
-            first, *self.lines = content.split("\n")[:-1] or [""]
-            rest = content.rpartition("\n")[2]
-            if first:
-                try:
-                    known = parse_line(first)
-                    check(known, {key: TEXT})
-                except Misfit as misfit:
-                    raise self._damaged(1, misfit) from misfit
-                if known[key] != run:
-                    raise InputError(f"{path.parent} holds another comparison: name another folder, or remove it.")
-                if rest:
-                    os.truncate(path, len(content.encode()) - len(rest.encode()))
-                return
-        else:
-            check_target(path.parent)
-        self.head = json.dumps({key: run}) + "\n"  # not written yet: what is refused leaves no folder
-
-    def read(self, parse: Callable[[Any], T]) -> Iterator[T]:
-        """Yield what `parse` makes of each line. Raises InputError that names the line which it does not take."""
-        for number, line in enumerate(self.lines, 2):
-            if not line.strip():
-                continue
-            try:
-                yield parse(parse_line(line))
-            except Misfit as misfit:
-                raise self._damaged(number, misfit) from misfit
-
-    def add(self, rows: Iterable[Any]) -> None:
-        """Append rows. Where they can't be written the run goes on all the same."""
-        try:
-            self.path.parent.mkdir(exist_ok=True)
-            with self.path.open("a" if self.head is None else "w") as file:
-                file.write(self.head or "")
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            self.head = None
-        except OSError as error:
-            logger.warning("%s can't be written (%s): what is done is not kept.", self.path, error.strerror)
-
-    def _damaged(self, number: int, why: object) -> InputError:
-        return InputError(
-            f"{self.path} line {number} is damaged ({why}): take the line out, or name another folder and begin anew."
-        )
 
 
 def files_key(source: Source) -> str:

@@ -15,18 +15,17 @@ import pytest
 from fixtures.made_folders import edit
 
 from exporter.cards.card_file import front_matter
-from exporter.checkpoints.config_file import check_generation
-from exporter.checkpoints.record import CHECKPOINT
+from exporter.checkpoints.config_file import check_generation_config
 from exporter.checkpoints.router_entry import read_settings
-from exporter.checkpoints.shapes import Misfit, check
+from exporter.checkpoints.shapes import Misfit
 from exporter.checkpoints.source import open_source
 from exporter.clean_room import PromptError, processing
 from exporter.cli.exit_codes import complain
+from exporter.comparison.cells_file import CellsFile
 from exporter.comparison.grid import cell_from_data, grid_from_data
 from exporter.comparison.routes import row_from_data, tables_from_data
 from exporter.comparison.saved import write_all
 from exporter.comparison.zoo import zoo_from_data
-from exporter.data.resumable import KeptLines
 from exporter.data.tables import open_table
 from exporter.errors import InputError
 from exporter.onnx.manifest import differing_facts, model_facts
@@ -55,7 +54,7 @@ CELL = {
         ("protect: [true]\n", "protect must be a list of layer numbers"),
         ("1: 2\n", "has no key '1'"),
         ("drop_ratio: .nan\n", "drop_ratio must be a number from 0 up or null, not nan"),
-        ("calibration: {data: q, columns: {image: 3}}\n", "columns must name a column for each role"),
+        ("calibration: {data: q, columns: {image: 3}}\n", "columns must map texts to texts"),
         ("x: &x [*x]\n", "has no key 'x'"),
     ],
 )
@@ -124,52 +123,22 @@ def test_a_model_of_the_zoo_has_the_name_of_a_folder(name):
 # --- what long runs keep ----------------------------------------------------------------------------------------------
 
 
-def kept(path: Path, run: str = "a") -> list[object]:
-    return list(KeptLines(path, "grid", run).read(cell_from_data))
-
-
-def test_cells_are_kept_and_a_line_that_was_cut_off_is_taken_away(tmp_path):
-    path = tmp_path / "out" / "cells.jsonl"
-    lines = KeptLines(path, "grid", "a")
-    assert not path.parent.exists()  # what is refused later leaves nothing
-    lines.add([CELL])
-    with path.open("a") as file:
-        file.write('{"localizer": "fi')
-    assert len(kept(path)) == 1
-    assert path.read_text().endswith("}\n")
-    KeptLines(path, "grid", "a").add([CELL])
-    assert len(kept(path)) == 2
-    with pytest.raises(InputError, match="holds another comparison"):
-        kept(path, run="b")
-
-
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("change", "expected"),
     [
-        ('{"localizer": 3}', "line 2 is damaged \\('localizer' is not a text\\)"),
-        (json.dumps(CELL | {"wrong": [None]}), "'wrong\\[0\\]' is not a whole number"),
-        (json.dumps(CELL | {"kl": float("nan")}), "NaN, which is no number of JSON"),
-        ("[" * 100_000, "line 2 is damaged"),
-        ("null", "it is no JSON object"),
+        ({"localizer": 3}, "cell 1 \\('localizer' is not a text\\)"),
+        ({"wrong": [None]}, "'wrong\\[0\\]' is not a whole number"),
+        ({"kl": float("nan")}, "'kl' is not a finite number"),
     ],
 )
-def test_a_damaged_line_is_named(line, expected, tmp_path):
-    path = tmp_path / "cells.jsonl"
-    path.write_text('{"grid": "a"}\n' + line + "\n")
-    with pytest.raises(InputError, match=expected):
-        kept(path)
-
-
-def test_a_damaged_head_and_other_bytes(tmp_path):
-    path = tmp_path / "cells.jsonl"
-    for content in (b"[]\n", b"{\n", b"\xff\xfe\n", b'{"grid": 3}\n'):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="line 1 is damaged"):
-            kept(path)
+def test_a_damaged_cell_is_named(change, expected, tmp_path):
+    path = tmp_path / "out" / "cells.jsonl"
+    CellsFile(path, "asked").add([CELL])
+    assert [cell.localizer for cell in CellsFile(path, "asked").read(cell_from_data)] == ["first"]
     path.unlink()
-    path.mkdir()
-    with pytest.raises(InputError, match="is a folder, not what a comparison keeps"):
-        kept(path)
+    CellsFile(path, "asked").add([CELL | change])
+    with pytest.raises(InputError, match=expected):
+        list(CellsFile(path, "asked").read(cell_from_data))
     with pytest.raises(Misfit, match=r"'cells\[0\].budget' is no JSON object"):
         row_from_data({"row": "a", "cells": [{"row": "a", "column": 0, "budget": 3}]})
 
@@ -192,9 +161,9 @@ def test_results_that_cannot_be_written_are_said_and_cost_nothing(tmp_path, capl
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('{"eos_token_id": "2"}', "eos_token_id='2'; the id of a token is needed"),
-        ('{"eos_token_id": [2, true]}', "eos_token_id=\\[2, True\\]"),
-        ('{"bos_token_id": -1}', "bos_token_id=-1"),
+        ('{"eos_token_id": "2"}', "generation_config.json"),
+        ('{"eos_token_id": [2, true]}', "generation_config.json"),
+        ('{"bos_token_id": -1}', "generation_config.json"),
         ("{", "generation_config.json"),
         ("[]", "generation_config.json"),
     ],
@@ -202,9 +171,9 @@ def test_results_that_cannot_be_written_are_said_and_cost_nothing(tmp_path, capl
 def test_generation_settings(content, expected, tmp_path):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(InputError, match=expected):
-        check_generation("model", tmp_path)
+        check_generation_config("model", tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3], "pad_token_id": -1}')
-    check_generation("model", tmp_path)
+    check_generation_config("model", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -271,11 +240,6 @@ def test_a_card_whose_metadata_hold_themselves(tmp_path):
 def test_a_message_has_an_end(capsys):
     assert complain("x" * 10_000, 2) == 2
     assert len(capsys.readouterr().err) < 1300
-
-
-def test_a_record_names_its_model():
-    with pytest.raises(Misfit, match="'recipe' has no 'model'"):
-        check({"recipe": {"calibration": "q"}}, {"recipe": CHECKPOINT["recipe"]})
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

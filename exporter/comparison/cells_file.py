@@ -1,0 +1,55 @@
+"""Keep a comparison's finished cells in its folder, so that a run that is broken off goes on from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..checkpoints.shapes import Misfit
+from ..checkpoints.staging import check_target
+from ..data.resumable import ResumableLines
+from ..errors import InputError
+
+T = TypeVar("T")
+
+
+class CellsFile:
+    """Cells of one comparison as JSON lines, in the order in which they were finished.
+
+    Args:
+        path: inside the comparison's folder, which is made where there is none.
+        asked: what was compared, as data; a folder that holds another comparison is refused.
+    Raises: InputError for a folder of another comparison, and for a file that holds something else.
+    """
+
+    def __init__(self, path: Path, asked: Any) -> None:
+        self.fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        if not path.exists():
+            check_target(path.parent)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        self.lines = ResumableLines(path, {"cell": dict}, "cell of a comparison")
+        if self.lines.runs - {self.fingerprint}:
+            raise InputError(f"{path.parent} holds another comparison: name another folder, or remove it.")
+        known = self.lines.rows(self.fingerprint)
+        self.cells: list[dict[str, Any]] = [known[number]["cell"] for number in sorted(known)]
+
+    def read(self, parse: Callable[[Any], T]) -> Iterator[T]:
+        """Yield what `parse` makes of each cell. Raises InputError where it takes one for damaged, as a Misfit says."""
+        for number, cell in enumerate(self.cells, 1):
+            try:
+                yield parse(cell)
+            except Misfit as misfit:
+                raise InputError(
+                    f"{self.lines.path} is damaged in its cell {number} ({misfit}): take the line out, or name another "
+                    "folder and begin anew."
+                ) from misfit
+
+    def add(self, cells: list[dict[str, Any]]) -> None:
+        """Append cells."""
+        first = len(self.cells)
+        self.cells += cells
+        self.lines.add(self.fingerprint, {first + number: {"cell": cell} for number, cell in enumerate(cells)})
