@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from ..checkpoints.staging import check_target
 from ..data.resumable import ResumableLines
 from ..errors import InputError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -27,15 +29,17 @@ class CellsFile:
 
     def __init__(self, path: Path, asked: Any) -> None:
         self.fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        self.path = path
         if not path.exists():
-            check_target(path.parent)
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
-        self.lines = ResumableLines(path, {"cell": dict}, "cell of a comparison")
+            check_target(path.parent)  # and made with the first cell: what is refused meanwhile leaves no folder
+        self.lines = self._lines() if path.exists() else ResumableLines(None)
         if self.lines.runs - {self.fingerprint}:
             raise InputError(f"{path.parent} holds another comparison: name another folder, or remove it.")
         known = self.lines.rows(self.fingerprint)
         self.cells: list[dict[str, Any]] = [known[number]["cell"] for number in sorted(known)]
+
+    def _lines(self) -> ResumableLines:
+        return ResumableLines(self.path, {"cell": dict}, "cell of a comparison")
 
     def read(self, parse: Callable[[Any], T]) -> Iterator[T]:
         """Yield what `parse` makes of each cell. Raises InputError where it takes one for damaged, as a Misfit says."""
@@ -44,12 +48,19 @@ class CellsFile:
                 yield parse(cell)
             except Misfit as misfit:
                 raise InputError(
-                    f"{self.lines.path} is damaged in its cell {number} ({misfit}): take the line out, or name another "
+                    f"{self.path} is damaged in its cell {number} ({misfit}): take the line out, or name another "
                     "folder and begin anew."
                 ) from misfit
 
     def add(self, cells: list[dict[str, Any]]) -> None:
         """Append cells."""
+        if self.lines.path is None and not self.path.exists():
+            try:
+                self.path.parent.mkdir(exist_ok=True)
+                self.path.touch()
+                self.lines = self._lines()
+            except OSError as error:  # the run goes on all the same
+                logger.warning("%s can't be written (%s): cells are not kept.", self.path, error.strerror)
         first = len(self.cells)
         self.cells += cells
         self.lines.add(self.fingerprint, {first + number: {"cell": cell} for number, cell in enumerate(cells)})

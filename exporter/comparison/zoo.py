@@ -7,6 +7,7 @@ and goes on where a broken-off run has left it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -115,7 +116,12 @@ def compare_zoo(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    done = {model.name: compare_one(model.grid, out / model.name, options, progress) for model in zoo}
+    try:
+        done = {model.name: compare_one(model.grid, out / model.name, options, progress) for model in zoo}
+    except InputError:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # unless it holds something
+        raise
     # what a model does not take is said, since its row then is over fewer models
     refused = {name: one.refused for name, one in done.items() if one.refused}
     tables = {"all": rows(done)}

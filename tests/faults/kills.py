@@ -273,7 +273,8 @@ def _undisturbed(name: str, source: Path, work: Path) -> Ended:
     (home / "tmp").mkdir(parents=True)
     material.copied(source, ("source", "ours", "task"), home)
     command = tuple(part.format(name="whole") for part in COMMANDS[name])
-    run(home, command)  # imports what is imported late
+    with _in(home), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        material.run(*command)  # in this process: what is imported late is there in every fork, and takes no time
     shutil.rmtree(home / "made", ignore_errors=True)
     ended = run(home, tuple(part.format(name="whole-again") for part in COMMANDS[name]))
     if ended.code:
