@@ -227,7 +227,7 @@ def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
 
 
 def _regular_size(path: Path, name: str, origin: str) -> int:
-    """The size of a file. Raises InputError for what is none: opening a named pipe would wait for ever."""
+    """Return the size of a file. Raises InputError for what is none: opening a named pipe would wait for ever."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # no such file, a name too long, a NUL in it
