@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..families import Decoder, Family, decoder_of, family_of
-from .config_file import ATTENTION_KEYS, check_raw_config, first_lines, load_config, places
+from .config_file import ATTENTION_KEYS, check_generation_config, check_raw_config, first_lines, load_config, places
 from .files import Companions, companions, file_hash, is_read
 from .hub_access import refuse_without_weights, resolve
 from .json_file import read_json
@@ -167,6 +167,7 @@ def _mended(source: Source) -> Source:
     changes: Repairs = class_repairs(source.folder) | _attention_repairs(source)
     if changes:
         source = _viewed(source, changes)
+    check_generation_config(source.name, source.folder)
     processor = load_processor_for(source.name, source.folder, source.config)
     if repairs := setting_repairs(source.name, source.folder, processor, source.config):
         stated = ", ".join(f"{key}={value}" for entries in repairs.values() for key, value in entries.items())

@@ -230,7 +230,8 @@ class FinishedCells:
     def __init__(self, out: Path, grid: Grid) -> None:
         self.out = out
         columns = [f.name for f in dataclasses.fields(Cell)]
-        self.file = CellsFile(out / "cells.jsonl", [asdict(grid), columns])
+        asked = asdict(grid) | {"task": grid.task.to_data()}
+        self.file = CellsFile(out / "cells.jsonl", [asked, columns])
         self.cells: dict[Key, Cell] = {}
         for data in self.file.cells:
             self._keep(data)

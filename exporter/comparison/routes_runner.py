@@ -232,7 +232,7 @@ class FinishedRows:
     """Rows of the tables on disk as they are done."""
 
     def __init__(self, out: Path, tables: RouteTables) -> None:
-        self.file = CellsFile(out / "rows.jsonl", asdict(tables))
+        self.file = CellsFile(out / "rows.jsonl", asdict(tables) | {"task": tables.task.to_data()})
         self.cells = {
             row["row"]: [RouteCell(**cell | {"interval": tuple(cell["interval"])}) for cell in row["cells"]]
             for row in self.file.cells
