@@ -44,6 +44,7 @@ def test_dropping_nothing_changes_nothing_bit_for_bit(family, tiny, questions, t
         assert torch.equal(before(**batch.inputs).logits, after(**batch.inputs).logits)
 
 
+@pytest.mark.clean_process
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_checkpoint_is_the_source_without_those_layers(family, tiny, questions, tmp_path):
     """compress verifies it in a clean process; here it is compared with the source, layer by layer."""
@@ -76,6 +77,7 @@ def test_compressed_checkpoint_is_the_source_without_those_layers(family, tiny, 
         assert (out / path).read_bytes() == (source.folder / path).read_bytes()
 
 
+@pytest.mark.clean_process
 @pytest.mark.usefixtures("unverified")
 @pytest.mark.parametrize("family", ("qwen2_vl", "gemma3", "llava_onevision"))
 def test_layers_keep_their_own_attention_type(family, tiny, questions, tmp_path):
@@ -89,6 +91,7 @@ def test_layers_keep_their_own_attention_type(family, tiny, questions, tmp_path)
     assert kept == [types[layer] for layer in (0, 1, 4, 5)]
 
 
+@pytest.mark.clean_process
 def test_reproduce_is_bit_for_bit(tiny, questions, tmp_path):
     out = compress(recipe(tiny("llava"), questions), tmp_path / "one")
     again = reproduce(out, tmp_path / "two")
@@ -97,6 +100,7 @@ def test_reproduce_is_bit_for_bit(tiny, questions, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.clean_process
 @pytest.mark.usefixtures("unverified")
 def test_shards_keep_their_order_and_the_index_fits(tiny, questions, tmp_path):
     source = open_source(str(tiny("llava", max_shard_size="100KB")))
@@ -108,18 +112,21 @@ def test_shards_keep_their_order_and_the_index_fits(tiny, questions, tmp_path):
     assert index["metadata"]["total_parameters"] == weights.num_parameters
 
 
+@pytest.mark.clean_process
 @pytest.mark.usefixtures("unverified")
 def test_tied_head_is_written_once(tiny, questions, tmp_path):
     out = compress(recipe(tiny("qwen3_vl"), questions), tmp_path / "small")
     assert not [name for name in open_weights(out).entries if "lm_head" in name]
 
 
+@pytest.mark.clean_process
 @pytest.mark.usefixtures("unverified")
 def test_half_precision_is_kept(tiny, questions, tmp_path):
     out = compress(recipe(tiny("llava", dtype=torch.bfloat16), questions), tmp_path / "small")
     assert {entry.dtype for entry in open_weights(out).entries.values()} == {"BF16"}
 
 
+@pytest.mark.clean_process
 @pytest.mark.parametrize("localizer", LOCALIZER_NAMES)
 @pytest.mark.parametrize("fold", FOLD_NAMES)
 @pytest.mark.usefixtures("unverified")
@@ -129,6 +136,7 @@ def test_every_localizer_goes_with_every_fold(localizer, fold, tiny, questions, 
     assert text_decoder(AutoModelForImageTextToText.from_pretrained(out)).config.num_hidden_layers == 4
 
 
+@pytest.mark.clean_process
 @pytest.mark.usefixtures("unverified")
 def test_a_model_larger_than_memory_is_streamed_from_disk(tiny, questions, task_memory, tmp_path):
     """The same layers and the same bytes as with all of it in memory."""

@@ -748,6 +748,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.clean_process
 def test_folder_in_a_clean_process(llava, tmp_path):
     """Routed with remote code, plain without, in either order; saved again; nothing of this package."""
     batch = llava.prompts()

@@ -204,6 +204,7 @@ def test_hooks_are_in_one_file():
     assert with_hooks == {"capture.py"}
 
 
+@pytest.mark.clean_process
 @pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
     code = f"import sys; sys.argv = ['lvlm-exporter', *{arguments!r}]\nfrom exporter.cli import main\n"

@@ -249,6 +249,7 @@ def routed_folder(tiny, questions, tmp_path_factory):
     return folder
 
 
+@pytest.mark.clean_process
 def test_compress_with_a_router_makes_one_verified_folder(routed_folder):
     routed, plain = routed_folder / "routed", routed_folder / "plain"
     assert sorted(path.name for path in routed_folder.iterdir()) == ["plain", "recipe.yaml", "routed"]
@@ -265,6 +266,7 @@ def test_compress_with_a_router_makes_one_verified_folder(routed_folder):
     assert found.holds and found.details["routed"]["class"].startswith("Routed")
 
 
+@pytest.mark.clean_process
 def test_a_router_that_is_not_the_recorded_one_does_not_verify(routed_folder, tmp_path):
     import shutil
 
@@ -278,6 +280,7 @@ def test_a_router_that_is_not_the_recorded_one_does_not_verify(routed_folder, tm
     assert not found.holds and "router" in found.problems[0]
 
 
+@pytest.mark.clean_process
 def test_reproduce_trains_the_router_again(routed_folder):
     out = routed_folder / "again"
     assert main(["reproduce", str(routed_folder / "routed"), "--out", str(out), "--quiet"]) == 0
