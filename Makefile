@@ -30,6 +30,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/digits/train.py
 
 matrix: $(VENV)/ready-dev
 	$(BIN)/python tests/matrix.py --out docs/compatibility.md

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures.checkpoints import recipe, snapshot, without_verification
@@ -248,7 +249,7 @@ def test_dry_run_only_reads(here, small, capsys, monkeypatch, tmp_path):
 
 def test_weights_of_an_earlier_push_do_not_stay(here, small, capsys, tmp_path):
     folder = Path(shutil.copytree(small, tmp_path / "one"))
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for shard in sorted(folder.glob("model-*.safetensors")):
         tensors |= load_file(shard)
         shard.unlink()
