@@ -17,6 +17,7 @@ from .clean_room import reference_answer
 from .compression.job import CompressionJob, prepare
 from .compression.record import describe, measure
 from .compression.steps import fold_gaps, localize, write_with_progress
+from .data.calibration import Calibration
 from .errors import InputError
 from .localize.scores import LayerScores
 from .models.variants import Variant, assembled
@@ -39,11 +40,11 @@ def compress(recipe: Recipe, out: Path | str, options: RunOptions = RunOptions()
     check_target(out)
     if recipe.router is None:
         return _compress(recipe, out, options, progress)
-    check_router(recipe)
+    questions = check_router(recipe)
     with staging_directory(out) as room:
         plain = _compress(dataclasses.replace(recipe, router=None), room / out.name, options, progress)
         data = router_data(recipe.router, recipe.calibration)
-        return with_router(plain, recipe.router, data, out, options, progress)
+        return with_router(plain, recipe.router, data, out=out, options=options, progress=progress, questions=questions)
 
 
 def route(
@@ -67,7 +68,7 @@ def route(
     source = open_source(model)
     check_routable(source.config)
     if (source.folder / RECORD).exists():
-        return with_router(source.folder, router, router.calibration, out, options, progress)
+        return with_router(source.folder, router, data=router.calibration, out=out, options=options, progress=progress)
     return compress(Recipe(model, router.calibration, LayerBudget(layers=()), router=router), out, options, progress)
 
 
@@ -76,8 +77,8 @@ def router_data(router: RouterRecipe, calibration: CalibrationData) -> Calibrati
     return router.calibration or dataclasses.replace(calibration, samples=ROUTER_SAMPLES)
 
 
-def check_router(recipe: Recipe) -> None:
-    """What is wrong with the router's part is said before the layers are looked at."""
+def check_router(recipe: Recipe) -> Calibration:
+    """Check the router's part of a recipe before the layers are looked at; return its questions, checked too."""
     from .routing.training.losses import check_loss
 
     router = recipe.router
@@ -86,7 +87,7 @@ def check_router(recipe: Recipe) -> None:
     check_routable(config)
     check_loss(router.loss)
     default_settings(config, router.drop_at, router.candidates)  # what does not fit all layers fits fewer still less
-    unlabelled(router_data(router, recipe.calibration), router.seed)
+    return unlabelled(router_data(router, recipe.calibration), router.seed)
 
 
 def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress) -> Path:
@@ -107,7 +108,7 @@ def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress
     record["source"]["unexpected_keys"] = ignored
     with staged(out) as stage:
         kept = sum(piece.entry.num_bytes for shard in kept_pieces(job.source, plan, folded) for piece in shard)
-        write_with_progress(job.source, plan, folded, stage, progress, kept)
+        write_with_progress(job.source, plan, folded=folded, stage=stage, progress=progress, num_bytes=kept)
         record["measured"] = measure(stage, record, time.monotonic() - begin)
         write_record(stage, record)
         card(stage, out.name)

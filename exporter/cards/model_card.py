@@ -10,40 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.json_file import read_json
-from ..checkpoints.record import RECORD, read_record
+from ..checkpoints.record import RECORD, CheckpointRecord, read_record
 from ..errors import InputError
 from ..localize.scores import LayerScores
+from ..methods import fold_row, localizer_row
 from .card_file import CARD, OUR_METRIC, write_card
 from .figures import describe
 from .licence import card_text, licence_sentence
 from .plots import plot_scores, plot_training
 
-TITLES = {  # methods that measure something, and where they come from
-    "tis": ("Short-LVLM's Token Importance Scores", "https://arxiv.org/abs/2507.23362"),
-    "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
-    "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
-    "best_of": (
-        "the divergence at the model's own answers, from what Short-LVLM, ShortGPT and UIDL propose",
-        "https://arxiv.org/abs/2507.23362",
-    ),
-    "fisher": (
-        "Fisher information of the layers' gates",
-        "https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html",
-    ),
-    "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
-    "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
-    "scp_both": ("Short-LVLM's Subspace-Compensated Pruning, in both matrices", "https://arxiv.org/abs/2507.23362"),
-    "reconstruction": ("layer-wise reconstruction", "https://arxiv.org/abs/2301.00774"),
-    "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
-}
-
 LOADING = re.compile(r'from_pretrained\("([^"]+)"')
-UNMEASURED = {
-    "random": "They were drawn at random, as a control.",
-    "first": "They are the first ones, taken as a control.",
-    "last": "They are the last ones, taken as a control.",
-    "explicit": "They were named by hand in the recipe.",
-}
 
 
 def card(folder: Path, name: str | None = None) -> Path:
@@ -67,19 +43,19 @@ def card(folder: Path, name: str | None = None) -> Path:
     return write_card(folder, data, text)
 
 
-def draw(record: dict[str, Any], folder: Path) -> None:
+def draw(record: CheckpointRecord, folder: Path) -> None:
     """Draw the layer scores and the router's training curve, where the record holds them, into `folder`/assets."""
-    scores = record["scores"]
-    if scores["method"] not in UNMEASURED and record["plan"]["drop"]:
+    scores = record.scores
+    if not localizer_row(scores.method).control and record.plan.drop:
         (folder / "assets").mkdir(exist_ok=True)
         plot_scores(
-            LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"]), scores["details"]),
+            LayerScores(scores.method, scores.values, scores.drop, scores.details),
             folder / "assets" / "layer_scores.png",
-            record["protect"],
+            record.protect,
         )
-    if "router" in record:
+    if record.router is not None:
         (folder / "assets").mkdir(exist_ok=True)
-        plot_training(record["router"]["curve"], folder / "assets" / "router_training.png")
+        plot_training(record.router.curve, folder / "assets" / "router_training.png")
 
 
 def shown_name(folder: Path) -> str:
@@ -109,47 +85,48 @@ def template(name: str) -> Any:
     return environment.get_template(name)
 
 
-def body(record: dict[str, Any], name: str) -> str:
+def body(record: CheckpointRecord, name: str) -> str:
     """Render the card's text from a record, under the name that the model is loaded by."""
     import yaml
 
-    fold = dict(record["fold"])
-    fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
+    data = record.to_data()
+    fold = dict(data["fold"])
+    row = fold_row(fold["name"])
+    fold["title"], fold["link"] = row.title, row.link
     fold["places"] = _places(fold["tensors"])
-    fold["sure"] = _sure(record["fold"])
-    method = record["scores"]["method"]
+    fold["sure"] = _sure(data["fold"])
     rendered: str = template("compressed.md.jinja").render(
-        record,
-        evaluations=[e for e in record["evaluations"] if not e.get("budget")],
-        budgets=[e for e in record["evaluations"] if e.get("budget")],
-        routes=record.get("routes", []),
-        several_references=len({e.get("reference_name") for e in record["evaluations"] if e.get("reference")}) > 1,
+        data,
+        evaluations=[e for e in data["evaluations"] if not e.get("budget")],
+        budgets=[e for e in data["evaluations"] if e.get("budget")],
+        routes=record.routes,
+        several_references=len({e.reference_name for e in record.evaluations if e.reference is not None}) > 1,
         describe=describe,
         title=name.split("/")[-1],
         load_name=name,
         fold=fold,
         chosen=_choice(record),
-        measured_scores=method not in UNMEASURED,
+        measured_scores=not localizer_row(record.scores.method).control,
         pct=_percent,
         ratio=ratio_cell,
         budget_name=budget_name,
-        model_type=record["source"]["model_type"],
-        recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
+        model_type=record.source.model_type,
+        recipe_yaml=yaml.safe_dump(record.recipe, sort_keys=False),
         base_sentence=_base_sentence(record),
-        licence_sentence=licence_sentence(record["source"]),
+        licence_sentence=licence_sentence(data["source"]),
     )
     return rendered
 
 
-def _base_sentence(record: dict[str, Any]) -> str:
+def _base_sentence(record: CheckpointRecord) -> str:
     """Return what it is, and what of: 'This is [a/b](https://huggingface.co/a/b) with fewer layers.'"""
-    source = record["source"]
-    base = source["base_model"]
-    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source['name']).split('@')[0]}`"
+    source = record.source
+    base = source.base_model
+    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source.name).split('@')[0]}`"
     changes = []
-    if record["plan"]["drop"]:
+    if record.plan.drop:
         changes.append("with fewer layers")
-    if "router" in record:
+    if record.router is not None:
         changes.append("with a router")
     return f"This is {named} {' and '.join(changes) or 'unchanged'}."
 
@@ -161,7 +138,7 @@ def template_folder() -> Path:
     return inside if inside.is_dir() else here.parent / "model_cards"
 
 
-def metadata(record: dict[str, Any], name: str) -> str:
+def metadata(record: CheckpointRecord, name: str) -> str:
     """Return the YAML that the hub reads: base model and relation, licence, tags, measured results as model-index."""
     from huggingface_hub import EvalResult
 
@@ -177,9 +154,18 @@ def metadata(record: dict[str, Any], name: str) -> str:
             metric_value=round(e["accuracy"], 4),
             metric_name=f"{OUR_METRIC}{e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
         )
-        for e in record["evaluations"]  # against another reference the same answers are as right: the last one counts
+        for e in record.data[
+            "evaluations"
+        ]  # against another reference the same answers are as right: the last one counts
     }
-    return hub_metadata(record["source"], name, "transformers", _tags(record), "finetune", [*results.values()])
+    return hub_metadata(
+        record.data["source"],
+        name,
+        library="transformers",
+        tags=_tags(record),
+        relation="finetune",
+        results=[*results.values()],
+    )
 
 
 def hub_metadata(
@@ -210,9 +196,9 @@ def hub_metadata(
     return data.to_yaml() + "\n"
 
 
-def _tags(record: dict[str, Any]) -> list[str]:
-    pruned = ["layer-pruning", "compressed", record["scores"]["method"]] if record["plan"]["drop"] else []
-    routed = ["token-pruning", "layer-skipping", "custom_code"] if "router" in record else []
+def _tags(record: CheckpointRecord) -> list[str]:
+    pruned = ["layer-pruning", "compressed", record.scores.method] if record.plan.drop else []
+    routed = ["token-pruning", "layer-skipping", "custom_code"] if record.router is not None else []
     return ["lvlm-exporter", *pruned, *routed]
 
 
@@ -223,7 +209,8 @@ def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
     if not Path(name).expanduser().is_dir():
         return name.removeprefix("hub:").split("@")[0]
     if (folder / RECORD).exists():
-        return read_json(folder / RECORD).get("source", {}).get("base_model")
+        recorded: str | None = read_json(folder / RECORD).get("source", {}).get("base_model")
+        return recorded
     return None
 
 
@@ -232,17 +219,16 @@ def model_name(name: str) -> str:
     return Path(name).absolute().name if Path(name).expanduser().is_dir() else name.removeprefix("hub:")
 
 
-def _choice(record: dict[str, Any]) -> str:
+def _choice(record: CheckpointRecord) -> str:
     """How the layers were chosen, in a sentence."""
-    method, data = record["scores"]["method"], record["calibration"]
-    if method in UNMEASURED:
-        return UNMEASURED[method]
-    title, link = TITLES.get(method, (method, ""))
-    tokens = data["tokens"]
+    row, data = localizer_row(record.scores.method), record.calibration
+    if row.control:
+        return row.title
+    tokens = data.tokens
     counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
-    read, given = record["scores"]["details"].get("questions", data["samples"]), data["samples"]
-    questions = f"{given}" if read == given else f"{read} of {given}"
-    return f"They were chosen by [{title}]({link}) from {questions} unlabelled questions about images{counted}."
+    read, total = record.scores.details.get("questions", data.samples), data.samples
+    questions = f"{total}" if read == total else f"{read} of {total}"
+    return f"They were chosen by [{row.title}]({row.link}) from {questions} unlabelled questions about images{counted}."
 
 
 def _sure(fold: dict[str, Any]) -> str:
@@ -269,7 +255,10 @@ def _places(tensors: list[str]) -> str:
     for tensor in tensors:
         layer, name = tensor.removeprefix("layer ").split("'s ")
         layers.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
-    return " and ".join(f"{name} of layer{'s' * (len(of) > 1)} {', '.join(of)}" for name, of in layers.items())
+    return " and ".join(
+        f"{name} of {'layers' if len(numbers) > 1 else 'layer'} {', '.join(numbers)}"
+        for name, numbers in layers.items()
+    )
 
 
 def ratio_cell(ratios: dict[str, Any], name: str) -> str:

@@ -7,7 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..recipe import DEFAULT_FOLD, FOLD_NAMES, Recipe, RunOptions
+from ..methods import FOLDS
+from ..recipe import DEFAULT_FOLD, Recipe, RunOptions
 from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
 from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
 
@@ -22,7 +23,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     layer_budget_arguments(subcommand)
     calibration_arguments(subcommand, required=False)
     localizer_arguments(subcommand)
-    subcommand.add_argument("--fold", choices=FOLD_NAMES, help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
+    subcommand.add_argument("--fold", choices=tuple(FOLDS), help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
     subcommand.add_argument("--fold-option", action="append", default=[], metavar="NAME=VALUE")
     subcommand.add_argument("--router", action="store_true", help="train a router for the result too, see `route`")
     subcommand.add_argument("--base-model", metavar="USER/NAME", help="hub id for the card, if MODEL is a folder")
@@ -40,12 +41,12 @@ def run(options: argparse.Namespace) -> None:
         return
     folder = compress(recipe, options.out, run, progress_bar(options))
     record = read_record(folder)
-    plan, measured, source = record["plan"], record["measured"], record["source"]
-    write_json(options, {"path": str(folder), **{k: record[k] for k in ("plan", "measured", "scores", "fold")}})
+    plan, measured, source = record.plan, record.measured, record.source
+    write_json(options, {"path": str(folder), **{k: record.data[k] for k in ("plan", "measured", "scores", "fold")}})
     print(
-        f"dropped layers {', '.join(map(str, plan['drop'])) or 'none'} of {plan['num_layers']}; "
-        f"{source['parameters']:,} -> {measured['parameters']:,} parameters, "
-        f"{source['bytes'] / 1e6:,.1f} -> {measured['bytes'] / 1e6:,.1f} MB, {measured['seconds']:.0f} s"
+        f"dropped layers {', '.join(map(str, plan.drop)) or 'none'} of {plan.num_layers}; "
+        f"{source.parameters:,} -> {measured.parameters:,} parameters, "
+        f"{source.bytes / 1e6:,.1f} -> {measured.bytes / 1e6:,.1f} MB, {measured.seconds:.0f} s"
     )
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
 

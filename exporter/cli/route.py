@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..recipe import LOSS_NAMES, ROUTER_SAMPLES, RouterRecipe
+from ..methods import LOSSES
+from ..recipe import ROUTER_SAMPLES, RouterRecipe
 from .arguments import DATA, MODEL, calibration_arguments, number_in_range, positive_count, run_arguments, whole_number
 from .from_flags import progress_bar, router_from_flags, run_options_from_flags, write_json
 
@@ -28,7 +29,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
         "--learning-rate", type=number_in_range, metavar="R", help=f"({RouterRecipe.learning_rate})"
     )
     subcommand.add_argument(
-        "--loss", choices=LOSS_NAMES, help="what is learnt from (importance); preference is the paper's"
+        "--loss", choices=tuple(LOSSES), help="what is learnt from (importance); preference is the paper's"
     )
     subcommand.add_argument("--loss-option", action="append", default=[], metavar="NAME=VALUE")
     run_arguments(subcommand, batch_size=RouterRecipe.batch_size)
@@ -44,14 +45,15 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from the last saved step.") from None
     record = read_record(folder)
-    made = record["router"]
-    write_json(options, {"path": str(folder), **{k: made[k] for k in made if k != "reference"}})
+    router_part = record.router
+    assert router_part is not None
+    data = record.to_data()["router"]
+    write_json(options, {"path": str(folder), **{k: data[k] for k in data if k != "reference"}})
+    replaced = f"; {options.model} had one, which stays behind" if router_part.replaces_another else ""
     print(
-        f"trained a router of {made['parameters']:,} parameters on {made['questions']} questions in "
-        f"{made['seconds']:.0f} s, {made['held_out']} held out"
-        + f"; {options.model} had one, which stays behind"
-        * made["replaces_another"]
+        f"trained a router of {router_part.parameters:,} parameters on {router_part.questions} questions in "
+        f"{router_part.seconds:.0f} s, {router_part.held_out} held out{replaced}"
     )
-    probes = {k: v for step in made["curve"] for k, v in step.items() if k.startswith("KL")}
+    probes = {k: v for step in router_part.curve for k, v in step.items() if k.startswith("KL")}
     print("\n".join(f"  {name}: {value:.4f}" for name, value in probes.items()))
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")

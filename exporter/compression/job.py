@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.source import Source, open_source
 from ..clean_room import load_processor
 from ..data.batches import check_prompt
-from ..data.calibration import Calibration, load_calibration
+from ..data.calibration import Calibration, questions_of
 from ..errors import InputError
 from ..families import protected_layers
-from ..fold import FOLDS
-from ..localize import LOCALIZERS
+from ..methods import FOLDS, LOCALIZERS
 from ..models.loading import compute_dtype, load_model, pick_device
 from ..models.questions import Questions
 from ..plan import LayerBudget
 from ..progress import Progress, silent
-from ..recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_options
+from ..recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_method
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +41,13 @@ class CompressionJob:
     def questions(self, model: Any) -> Questions:
         """The calibration questions, to be answered by the model when they are first read."""
         return Questions(
-            model,
-            self.processor,
-            self.calibration.samples,
-            self.options.batch_size,
-            self.recipe.seed,
-            self.progress,
-            self.recipe.calibration.answer_tokens,
+            model=model,
+            processor=self.processor,
+            samples=self.calibration.samples,
+            batch_size=self.options.batch_size,
+            seed=self.recipe.seed,
+            progress=self.progress,
+            answer_tokens=self.recipe.calibration.answer_tokens,
         )
 
     @property
@@ -77,9 +76,9 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     if bad := [layer for layer in protect if not 0 <= layer < source.num_layers]:
         raise InputError(f"protect names layer {bad[0]}: the decoder has layers 0 to {source.num_layers - 1}.")
     count = layers_to_go(recipe.budget, source, protect)
-    check_options(LOCALIZERS[recipe.localizer.name], recipe.localizer, "localizer")
+    check_method(recipe.localizer, LOCALIZERS, "localizer")
     if recipe.fold is not None:
-        check_options(FOLDS[recipe.fold.name], recipe.fold, "fold")
+        check_method(recipe.fold, FOLDS, "fold")
     calibration = load_for(recipe)
     for sample in progress(calibration.samples, "check images", len(calibration.samples)):
         sample.chat()
@@ -89,7 +88,16 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     processor = load_processor(source.folder)
     check_prompt(calibration.samples, processor, source.config)
     return CompressionJob(
-        recipe, options, source, calibration, processor, device, dtype, tuple(protect), count, progress
+        recipe=recipe,
+        options=options,
+        source=source,
+        calibration=calibration,
+        processor=processor,
+        device=device,
+        dtype=dtype,
+        protect=tuple(protect),
+        count=count,
+        progress=progress,
     )
 
 
@@ -99,15 +107,5 @@ def layers_to_go(budget: LayerBudget, source: Source, protect: Collection[int]) 
 
 
 def load_for(recipe: Recipe) -> Calibration:
-    """The recipe's calibration questions."""
-    data = recipe.calibration
-    return load_calibration(
-        data.data,
-        samples=data.samples,
-        seed=recipe.seed,
-        columns=data.columns,
-        split=data.split,
-        prompt=data.prompt,
-        config=data.config,
-        allow_urls=data.allow_urls,
-    )
+    """Load the recipe's calibration questions."""
+    return questions_of(recipe.calibration, recipe.seed)

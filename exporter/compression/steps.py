@@ -9,12 +9,12 @@ from typing import Any
 
 from ..checkpoints.source import Source
 from ..checkpoints.writer import write_checkpoint
-from ..fold import FOLDS
 from ..fold.held_out import HeldOut
 from ..fold.job import FoldJob
 from ..fold.sets import FoldedSets
-from ..localize import LOCALIZERS, LocalizeJob, check_scores, explicit
+from ..localize import LocalizeJob, explicit, run_localizer
 from ..localize.scores import LayerScores
+from ..methods import FOLDS, resolve
 from ..models.questions import Questions
 from ..plan import Folded, PruningPlan
 from ..progress import Progress
@@ -25,12 +25,21 @@ def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScor
     """The layers to drop, by the recipe's localizer or as the recipe names them."""
     if job.recipe.budget.layers is not None:
         return explicit(job.source.num_layers, job.recipe.budget.layers)
-    method = job.recipe.localizer
-    folded = FoldedSets(model, HeldOut(model, questions), reader(job.source), job.source.decoder, job.multiplier)
-    measured_from = LocalizeJob(
-        model, job.source.num_layers, questions, job.recipe.seed, None if questions.split.too_few else folded
+    folded = FoldedSets(
+        model=model,
+        held_out=HeldOut(model, questions),
+        read=reader(job.source),
+        decoder=job.source.decoder,
+        multiplier=job.multiplier,
     )
-    return check_scores(LOCALIZERS[method.name](measured_from, job.count, job.protect, **method.options), job.count)
+    measured_from = LocalizeJob(
+        model=model,
+        num_layers=job.source.num_layers,
+        questions=questions,
+        seed=job.recipe.seed,
+        folded=None if questions.split.too_few else folded,
+    )
+    return run_localizer(job.recipe.localizer, measured_from, job.count, job.protect)
 
 
 def fold_gaps(
@@ -38,10 +47,10 @@ def fold_gaps(
 ) -> tuple[Folded, dict[str, Any]]:
     """New weights for the layers that stay, and what the record says of them."""
     method = job.fold
-    made = fold_job(job, model, questions, plan)
-    folded = FOLDS[method.name](made, **method.options) if plan.drop else {}
+    fold_inputs = fold_job(job, model, questions, plan)
+    folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options) if plan.drop else {}
     tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
-    told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **made.report}
+    told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **fold_inputs.report}
     return folded, {**told, "tensors": tensors}
 
 
@@ -54,14 +63,14 @@ def fold_job(
         memo: where gaps are kept that several folds of one model share.
     """
     return FoldJob(
-        model,
-        functools.partial(questions.batches, f"fold ({job.fold.name})"),
-        plan,
-        reader(job.source),
-        job.source.decoder,
-        job.multiplier,
-        {} if memo is None else memo,
-        HeldOut(model, questions),
+        model=model,
+        batches=functools.partial(questions.batches, f"fold ({job.fold.name})"),
+        plan=plan,
+        read=reader(job.source),
+        decoder=job.source.decoder,
+        multiplier=job.multiplier,
+        memo={} if memo is None else memo,
+        held_out=HeldOut(model, questions),
         half_of=questions.half_of,
     )
 
@@ -90,6 +99,6 @@ def write_with_progress(
             next(ticks, None)
         done += count
 
-    write_checkpoint(source, plan, folded, stage, advance)
+    write_checkpoint(source, plan, folded=folded, folder=stage, advance=advance)
     for _ in ticks:
         pass

@@ -48,17 +48,17 @@ class FoldedSets:
         for drop in sets:
             plan = make_plan(len(text_decoder(self.model).layers), drop)
             job = FoldJob(
-                self.model,
-                lambda share=1.0: batches,
-                plan,
-                self.read,
-                self.decoder,
-                self.multiplier,
+                model=self.model,
+                batches=lambda share=1.0: batches,
+                plan=plan,
+                read=self.read,
+                decoder=self.decoder,
+                multiplier=self.multiplier,
                 originals=originals,
             )
             self.known[drop] = Variant(plan, self._folded(job, batches))
 
     def _folded(self, job: FoldJob, batches: Iterable[Batch]) -> Folded:
-        if self.decoder.post_norm or not job.plan.drop:  # no fold is exact
+        if not job.plan.drop:
             return {}
         return reconstruct(job, Fit(), batches, [self.decoder.down_proj])

@@ -268,7 +268,10 @@ PROCESSOR_ROWS: dict[str, tuple[Change, str | None]] = {
     "another number of class tokens": (edit("processor_config.json", num_additional_image_tokens=0), "asks for 1"),
     "another crop": (edit("preprocessor_config.json", crop_size={"height": 32, "width": 32}), "asks for 40"),
     "no padding token": (edit("tokenizer_config.json", pad_token=None), None),
-    "a template that does not parse": (edit("chat_template.json", chat_template="{{"), "its chat template fails"),
+    "a template that does not parse": (
+        edit("chat_template.json", chat_template="{{"),
+        "model: the chat template fails",
+    ),
     "a template that raises": (edit("chat_template.json", chat_template="{{ 1 / 0 }}"), "fails .*division by zero"),
     "a template that refuses": (
         edit("chat_template.json", chat_template="{{ raise_exception('none') }}"),
@@ -295,6 +298,21 @@ def test_a_tokenizer_larger_than_the_embeddings(damaged):
 
     folder = damaged(both(tensors(cut), config(text_config__vocab_size=180)))
     check(folder, r"its tokenizer has \d+ tokens beyond the 180 embeddings")
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"num_return_sequences": 2}, "transformers refuses generation_config.json, .*num_return_sequences"),
+        ({"max_new_tokens": "5"}, "transformers refuses generation_config.json, .*not supported between"),
+        ({"cache_implementation": "x"}, "transformers refuses generation_config.json, .*cache_implementation"),
+        ({"compile_config": {"a": 1}}, "transformers refuses generation_config.json, .*compile_config"),
+        ({"eos_token_id": [2, "</s>"]}, r"eos_token_id=\[2, '</s>'\], which is no token id"),
+        ({"num_return_sequences": 2, "num_beams": 4, "do_sample": True, "pad_token_id": -1}, None),
+    ],
+)
+def test_generation_configs_with_which_no_model_loads(entries, expected, damaged):
+    check(damaged(edit("generation_config.json", **entries)), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,11 +6,15 @@ import json
 
 import pytest
 import yaml
+from PIL import Image
 
+from exporter.comparison.cells_file import CellsFile
 from exporter.comparison.grid import Cell, Comparison, grid_from_data, load_grid
 from exporter.comparison.grid_table import pareto_front
 from exporter.comparison.layers import compare
+from exporter.comparison.routes import tables_from_data
 from exporter.comparison.zoo import compare_zoo, zoo_from_data, zoo_in_folder
+from exporter.data.task import load_task
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
 from exporter.evaluation.scoring import Rate
@@ -86,8 +90,26 @@ def test_mistakes_in_a_grid(grid, tmp_path):
     assert "localizers must be a list" in refused(localizers="tis")
     assert "localizer 'tsi' is not known" in refused(localizers=["tsi"])
     assert "no option 'kk'" in refused(folds=[{"name": "scp", "kk": 1}])
+    assert "task has no key 'splits': did you mean 'split'" in refused(task={"data": "q.jsonl", "splits": "test"})
+    assert "task needs 'data'" in refused(task={"split": "test"})
+    assert "task: split must be text, not 3" in refused(task={"data": "datasets:a/b", "split": 3})
     with pytest.raises(InputError, match="there is no recipe"):
         load_grid(tmp_path / "none.yaml")
+
+
+def test_tasks_are_named_as_evaluate_takes_them(grid, tmp_path):
+    pytest.importorskip("datasets").Dataset.from_dict(
+        {"img": [str(tmp_path / "a.png")], "question": ["what?"], "label": ["red"]}
+    ).save_to_disk(tmp_path / "saved")
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    saved = {"data": f"datasets:{tmp_path / 'saved'}", "columns": {"image": "img", "answer": "label"}}
+    routes = {"model": "m", "task": saved, "rows": [{"name": "a", "rule": "router"}], "budgets": [{"keep_layers": 3}]}
+    for read in (grid_from_data(grid | {"task": saved}).task, tables_from_data(routes).task):
+        assert load_task(read.data, None, 0, **read.options).samples[0].answers == ("red",)
+    assert (
+        grid_from_data(grid).task.data == str(grid["task"])
+        and tables_from_data(routes | {"task": "q"}).task.data == "q"
+    )
 
 
 def test_pareto_front():
@@ -163,3 +185,15 @@ def test_a_zoo_is_one_table_with_means_worst_cases_and_what_was_left_out(grid, t
         zoo_from_data({**shared, "models": [own | {"name": "a"}, own | {"name": "a"}]})
     with pytest.raises(InputError, match="did you mean 'calibration'"):
         zoo_from_data({**shared, "models": [own | {"calibraton": "x"}]})
+
+
+def test_a_damaged_file_of_cells_is_a_sentence(tmp_path):
+    path = tmp_path / "out" / "cells.jsonl"
+    first = CellsFile(path, {"seed": 0})
+    first.add([{"drop": [1]}, {"drop": [2]}])
+    assert CellsFile(path, {"seed": 0}).cells == [{"drop": [1]}, {"drop": [2]}]
+    with pytest.raises(InputError, match="holds another comparison"):
+        CellsFile(path, {"seed": 1})
+    path.write_text(path.read_text() + '{"index": 2}\n')
+    with pytest.raises(InputError, match=r"cells.jsonl line 3 is no cell of a comparison: name another file"):
+        CellsFile(path, {"seed": 0})

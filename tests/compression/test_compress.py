@@ -17,11 +17,12 @@ from exporter.checkpoints.writer import write_checkpoint
 from exporter.clean_room import load_processor
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
+from exporter.methods import FOLDS, LOCALIZERS
 from exporter.models.loading import text_decoder
 from exporter.pipeline import compress
 from exporter.plan import LayerBudget, make_plan
 from exporter.publishing.reproduction import reproduce
-from exporter.recipe import FOLD_NAMES, LOCALIZER_NAMES, Method, RunOptions
+from exporter.recipe import Method, RunOptions
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,8 +51,7 @@ def test_compressed_checkpoint_is_the_source_without_those_layers(family, tiny, 
     """compress verifies it in a clean process; here it is compared with the source, layer by layer."""
     source = open_source(str(tiny(family)))
     before = snapshot(source.folder)
-    fold = None if source.decoder.post_norm else Method("reconstruction")
-    out = compress(recipe(source.folder, questions, fold=fold), tmp_path / "small")
+    out = compress(recipe(source.folder, questions, fold=Method("reconstruction")), tmp_path / "small")
     assert snapshot(source.folder) == before
     record = json.loads((out / "compression.json").read_text())
     keep = record["plan"]["keep"]
@@ -61,7 +61,7 @@ def test_compressed_checkpoint_is_the_source_without_those_layers(family, tiny, 
 
     written = open_weights(out)
     folded = set(record["fold"]["tensors"])
-    assert bool(folded) == (not source.decoder.post_norm)
+    assert folded
     changed = set()
     for name, entry in written.entries.items():
         layer = source.layer_of(name)
@@ -126,9 +126,8 @@ def test_half_precision_is_kept(tiny, questions, tmp_path):
     assert {entry.dtype for entry in open_weights(out).entries.values()} == {"BF16"}
 
 
-@pytest.mark.clean_process
-@pytest.mark.parametrize("localizer", LOCALIZER_NAMES)
-@pytest.mark.parametrize("fold", FOLD_NAMES)
+@pytest.mark.parametrize("localizer", LOCALIZERS)
+@pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.usefixtures("unverified")
 def test_every_localizer_goes_with_every_fold(localizer, fold, tiny, questions, tmp_path):
     made = recipe(tiny("llava"), questions, localizer=Method(localizer), fold=Method(fold))

@@ -74,10 +74,10 @@ def test_json_arrays(text, tmp_path):
         (LINE.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         (LINE.encode("utf-16-le"), "is UTF-16 text: save it as UTF-8"),
         (LINE.encode("utf-32"), "is UTF-32 text: save it as UTF-8"),
-        (b"\x1f\x8b\x08\0", "is packed by gzip: unpack it"),
-        (b"PK\x03\x04", "is packed by zip"),
+        (b"\x1f\x8b\x08\0", "is compressed by gzip: decompress it"),
+        (b"PK\x03\x04", "is compressed by zip"),
         (b"\xff\xfa\xc0", "is not a text file"),
-        (b'{"image": "a.png", "question": "a", "question": "b"}', "key 'question' stands there twice"),
+        (b'{"image": "a.png", "question": "a", "question": "b"}', "key 'question' is given twice"),
         (b'{"image": "a.png", "question": "a", "score": NaN}', "NaN is no JSON, write null"),
         (b'{"image": "a.png", "question": "a", "score": -Infinity}', "-Infinity is no JSON"),
         (b'{"a": ' * 100_000, "line 1 is no JSON"),
@@ -86,7 +86,7 @@ def test_json_arrays(text, tmp_path):
         (b"3\n", "line 1 holds a int, not a JSON object"),
         (b"[]", "holds no lines"),
         (b"\n\n", "holds no lines"),
-        (b'{"image": "a.png", "question": "\\ud800"}', "holds half a character"),
+        (b'{"image": "a.png", "question": "\\ud800"}', "holds an incomplete character"),
         (b"image,question\na.png,what?\n", "line 1 is no JSON"),
         (b'{"n": ' + b"9" * 5000 + b"}", "line 1 is no JSON"),
     ],
@@ -356,11 +356,37 @@ def test_what_a_row_lacks_is_said(saved, tmp_path):
     paths = [str(tmp_path / f"{i}.png") for i in range(4)]
     holes = saved({"image": [paths[0], None, *paths[2:]], "question": ["what?"] * 4}, image=datasets.Image())
     with pytest.raises(InputError, match="row 1: a question without an image"):
-        load_calibration(str(holes), samples=None)
+        load_task(str(holes), None, 0)
     with pytest.raises(InputError, match="row 1: neither 'question' nor 'messages'"):
         load_calibration(str(saved({"image": paths, "question": ["a", None, "b", "c"]})), samples=None)
     with pytest.raises(InputError, match="row 0: an image is a path, not"):
         load_calibration(str(saved({"image": [[[1, 2]]] * 4, "question": ["a"] * 4})), samples=None)
+
+
+def test_questions_without_an_image_are_left_out_of_a_calibration(saved, tmp_path, caplog):
+    """As instruction data has them in between; others are drawn for them, the same ones every time."""
+    import datasets
+
+    paths = [str(tmp_path / f"{i % 4}.png") for i in range(12)]
+    table = {"image": [None if i % 3 else path for i, path in enumerate(paths)], "question": list("abcdefghijkl")}
+    rows = str(saved(table, image=datasets.Image()))
+    lines = tmp_path / "q.jsonl"
+    records = [
+        {"question": question} | ({"image": path} if path else {})
+        for path, question in zip(table["image"], table["question"], strict=True)
+    ]
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for spec in (rows, str(lines)):
+        caplog.clear()
+        assert [s.messages[0]["content"] for s in load_calibration(spec, samples=None).samples] == list("adgj")
+        assert "questions without an image are left out (8); 4 are read" in caplog.text
+        few, again = ([s.origin for s in load_calibration(spec, samples=3, seed=1).samples] for _ in range(2))
+        assert len(few) == 3 and few == again
+        with pytest.raises(InputError, match="a question without an image"):
+            load_task(spec, None, 0)
+    lines.write_text(json.dumps({"question": "what?"}))
+    with pytest.raises(InputError, match=r"line 1: a question without an image .*; of 1 questions none"):
+        load_calibration(str(lines), samples=None)
 
 
 def test_columns_by_role(saved, tmp_path):

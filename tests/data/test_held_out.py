@@ -17,8 +17,9 @@ from exporter.compression.steps import fold_gaps, fold_job, localize
 from exporter.data.batches import make_batches
 from exporter.data.pictures import pictures_of, split_by_picture
 from exporter.data.samples import Sample
-from exporter.fold import FOLDS
 from exporter.fold.held_out import HeldOut
+from exporter.fold.reconstruction import fold_reconstruction
+from exporter.methods import FOLDS, Fold
 from exporter.models.divergence import Divergence, simplest
 from exporter.models.loading import text_decoder
 from exporter.models.variants import Variant
@@ -124,7 +125,7 @@ def test_a_fold_that_hurts_is_rejected(tiny, many, monkeypatch):
         return {(1, "mlp.down_proj.weight"): -9 * job.read(1, "mlp.down_proj.weight")}
 
     for name in ("scp", "scp_both", "least_squares", "reconstruction"):
-        monkeypatch.setitem(FOLDS, name, ruin)
+        monkeypatch.setitem(FOLDS, name, Fold(ruin, name))
     folded, told = fold_gaps(job, model, questions, make_plan(6, (2, 4)))
     assert folded == {}
     assert told["name"] == "none"
@@ -135,7 +136,7 @@ def test_with_too_few_tokens_the_refit_falls_back_and_says_so(tiny, many):
     plan = make_plan(6, (2, 4))
     made = fold_job(job, model, questions, plan)
     width = made.read(1, "mlp.down_proj.weight").shape[1] + made.read(1, "self_attn.o_proj.weight").shape[1]
-    folded = FOLDS["reconstruction"](dataclasses.replace(made, batches=lambda share: questions.batches("f", number=1)))
+    folded = fold_reconstruction(dataclasses.replace(made, batches=lambda share: questions.batches("f", number=1)))
     tokens = made.report["tokens"]
     assert made.report["inputs"] == width
     assert ("fell_back" in made.report) == (tokens < width)

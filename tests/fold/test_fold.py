@@ -10,11 +10,10 @@ from exporter.clean_room import load_processor
 from exporter.compression.steps import reader
 from exporter.data.batches import Batch, make_batches, spread
 from exporter.data.calibration import load_calibration
-from exporter.fold import fold_reconstruction
 from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
 from exporter.fold.moments import Moments
-from exporter.fold.reconstruction import Fit, solve, token_weights
+from exporter.fold.reconstruction import Fit, fold_reconstruction, solve, token_weights
 from exporter.fold.scp import scp, top_directions
 from exporter.models.answers import answer_all
 from exporter.models.loading import load_model, text_decoder
@@ -139,17 +138,19 @@ def job(tiny, questions):
     return make
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "glm4v"])
 def test_reconstruction_of_layers_that_did_nothing_changes_nothing(job, family):
     made = job(family, drop=(3, 5), silence=(3, 5))
     folded = fold_reconstruction(made)
     assert sorted({layer for layer, _ in folded}) == [2, 4]
+    assert any("norm" in name for _, name in folded) == made.decoder.post_norm
     for (layer, name), tensor in folded.items():
         torch.testing.assert_close(tensor, made.read(layer, name), atol=1e-4, rtol=1e-3)
 
 
-def test_reconstruction_brings_the_smaller_model_closer(job):
-    made = job("llava", drop=(2, 3))
+@pytest.mark.parametrize("family", ["llava", "gemma3", "glm4v"])
+def test_reconstruction_brings_the_smaller_model_closer(job, family):
+    made = job(family, drop=(2, 3))
     answered = answer_all(made.model, made.batches(), 4)
     variants = [Variant(made.plan), Variant(made.plan, fold_reconstruction(made, share=1.0))]
     plain, folded = judge(made.model, variants, answered)

@@ -15,7 +15,7 @@ from exporter.clean_room import load_processor
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
-from exporter.localize import LOCALIZERS, LocalizeJob, explicit
+from exporter.localize import LocalizeJob, explicit, run_localizer
 from exporter.localize.angular import angular
 from exporter.localize.best_of import best_of
 from exporter.localize.block_influence import block_influence
@@ -28,6 +28,7 @@ from exporter.models.answers import StateError, answered
 from exporter.models.capture import BatchStatistics
 from exporter.models.divergence import Divergence
 from exporter.models.loading import load_model
+from exporter.recipe import Method
 
 
 def test_important_is_the_smallest_set_with_the_mass():
@@ -114,7 +115,7 @@ def test_most_redundant_prefers_the_deeper_of_equals_and_spares_the_protected():
 
 def test_controls_are_seeded_and_spare_the_protected():
     def drop(name: str, seed: int = 0) -> tuple[int, ...]:
-        return LOCALIZERS[name](LocalizeJob(None, 12, None, seed), 4, (0,)).drop
+        return run_localizer(Method(name), LocalizeJob(None, 12, None, seed), 4, (0,)).drop
 
     assert drop("first") == (1, 2, 3, 4)
     assert drop("last") == (11, 10, 9, 8)

@@ -112,6 +112,28 @@ def test_pipeline_answers_a_conversation(case):
         pipe(text=chat, generate_kwargs={**options, "preset": "turbo"})
 
 
+def test_a_budget_that_a_pipeline_keeps_to_itself_is_missed(case, monkeypatch):
+    """transformers hands keywords that it does not know to the chat template: the model can say that it got none."""
+    said: list[str] = []
+    monkeypatch.setattr("logging.Logger.warning_once", lambda _, message: said.append(message))
+    model = load(case)
+    pipe = pipeline("image-text-to-text", model=model, processor=case.processor)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "what color is the digit?"}]}]
+    pipe(text=chat, preset="turbo", generate_kwargs={"max_new_tokens": 1})
+    assert [message for message in said if "budget" in message] == [
+        "No budget reached `generate`: it runs under 'off', this checkpoint's default. If you passed one to a "
+        "pipeline, pass it as generate_kwargs={'preset': 'off'}. The presets are off, quality, balanced, fast, "
+        "token-only, layer-only; `set_budget` chooses one for all calls."
+    ]
+    pipe(text=chat, generate_kwargs={"max_new_tokens": 1, "keep_layers": 5})
+    model.set_budget("fast")
+    pipe(text=chat, generate_kwargs={"max_new_tokens": 1})
+    pipeline("image-text-to-text", model=load(case, preset="off"), processor=case.processor)(
+        text=chat, generate_kwargs={"max_new_tokens": 1}
+    )
+    assert len([message for message in said if "budget" in message]) == 1
+
+
 def test_text_alone_is_answered_by_the_plain_model(case):
     """By a model whose default is a budget too, and in a batch of one."""
     model = load(case)

@@ -26,11 +26,11 @@ import exporter
 from exporter import CheckFailed, InputError
 from exporter.benchmark.figures import BenchOptions
 from exporter.benchmark.workload import Workload
-from exporter.clean_room import TOLERANCE, generate, load_processor
+from exporter.clean_room import compare_onnx, generate, load_processor, verify_checkpoint
+from exporter.clean_room.compare_onnx import check_graph
 from exporter.cli.entry import main
 from exporter.families import FAMILIES
-from exporter.onnx import ExportOptions, comparison, pipeline
-from exporter.onnx.comparison import check_graph
+from exporter.onnx import ExportOptions, pipeline
 from exporter.onnx.graphs import quantize
 from exporter.onnx.graphs.decoder import Embeddings
 from exporter.onnx.graphs.graph import trace
@@ -223,7 +223,7 @@ def test_an_operator_without_onnx_form_is_named(tmp_path):
 
 
 def test_tolerances_are_those_of_checkpoints():
-    assert comparison.TOLERANCE["float32"] == TOLERANCE["float32"]
+    assert compare_onnx.TOLERANCE["float32"] == verify_checkpoint.TOLERANCE["float32"]
 
 
 # --- the command line, with its clean process -------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from exporter import CheckFailed, InputError
 from exporter.benchmark.figures import BenchOptions
 from exporter.benchmark.onnx_counting import branch_of, graph_size
 from exporter.benchmark.workload import Workload
-from exporter.clean_room import load_processor
+from exporter.clean_room import compare_onnx, load_processor
+from exporter.clean_room.onnx_components import NEW_TOKENS, undecided
 from exporter.modeling.routed_places import places_of
-from exporter.onnx import ExportOptions, comparison, pipeline
-from exporter.onnx.comparison import NEW_TOKENS, undecided
+from exporter.onnx import ExportOptions, pipeline
 from exporter.onnx.graphs.router import Part, parts, read_settings
 from exporter.onnx.manifest import vision_settings
 from exporter.onnx.pipeline import export
@@ -84,14 +84,14 @@ def test_a_choice_among_equals_is_no_difference():
 
 def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed, tmp_path, monkeypatch):
     source, _ = routed("llava")
-    compare_routes = comparison.compare_routes
+    compare_routes = compare_onnx.compare_routes
 
     def undecided_when_fast(model, runner, *others):
         problems, same = compare_routes(model, runner, *others)
         return problems, same & (runner.budget == runner.budget_for("off"))
 
     monkeypatch.setattr(pipeline, "validate", here)
-    monkeypatch.setattr(comparison, "compare_routes", undecided_when_fast)
+    monkeypatch.setattr(compare_onnx, "compare_routes", undecided_when_fast)
     with pytest.raises(CheckFailed, match=r"decoder \(fast\): the router is undecided in every question"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -189,6 +189,21 @@ def test_budgets_count_as_in_torch():
         assert np.array_equal(OnnxRouteBudget(asked).tokens_of(available), expected)
 
 
+@pytest.mark.parametrize("tokens", [np.int64(5), np.float32(0.25), np.array(7), torch.tensor(6), torch.tensor(0.5)])
+@pytest.mark.parametrize("layers", [None, np.int32(4), torch.tensor(5)])
+def test_numbers_of_numpy_and_torch_are_budgets(tokens, layers):
+    budget = OnnxRouteBudget(tokens, layers)
+    budget.check(num_layers=6, free=2)
+    assert budget == OnnxRouteBudget(tokens.item(), layers and layers.item())
+
+
+@pytest.mark.parametrize("asked", [True, np.bool_(True), "144", [3], np.array([3]), float("nan"), -1, 1.5, np.int64(0)])
+def test_what_is_no_number_is_refused(asked):
+    for wrong in (OnnxRouteBudget(asked), OnnxRouteBudget(keep_layers=asked)):
+        with pytest.raises(InputError, match=r"is neither a count from 1|keep_layers=.* is out of range"):
+            wrong.check(num_layers=6, free=2)
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_5_vl"])
 def test_visual_tokens_lie_where_the_router_learnt_that_they_lie(family, tiny):
     folder = tiny(family)
@@ -220,7 +235,7 @@ def test_parts_are_cut_where_something_may_be_left_out(tiny):
 def test_routes_that_graphs_can_not_follow(tiny):
     config = AutoConfig.from_pretrained(tiny("llava"))
     config.router = default_settings(config, drop_at=2)
-    with pytest.raises(InputError, match="needs a mask, which routed graphs have not"):
+    with pytest.raises(InputError, match="needs an attention mask, which routed graphs do not take"):
         read_settings(config, "growing")
     config.router["read_at"] = 0
     with pytest.raises(InputError, match="reads at layer 0 and tokens leave at layer 2: in routed graphs the two must"):
@@ -234,6 +249,6 @@ def test_routes_that_graphs_can_not_follow(tiny):
 def test_a_router_that_did_not_come_along(routed, tmp_path):
     source = shutil.copytree(routed("llava")[0], tmp_path / "model")
     shutil.rmtree(source / "router")
-    with pytest.raises(InputError, match=r"speaks of a router and has no router/model\.safetensors"):
+    with pytest.raises(InputError, match=r"names a router in config\.json, but has no router/model\.safetensors"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

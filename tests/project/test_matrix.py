@@ -31,9 +31,10 @@ def test_a_requirement_without_a_floor_is_an_error():
 
 def test_rows_install_what_they_are_called_after_and_never_torch():
     rows = {row.name: row for row in matrix.rows(REQUIRED, PINNED, NEWEST)}
-    assert list(rows) == ["pinned", "floor", "newest", "all-floors", "all-newest", "older"]
+    assert list(rows) == ["pinned", "floor", "between", "newest", "all-floors", "all-newest", "older"]
     assert rows["pinned"].requirements == ("numpy==2.4.6", "transformers==5.24.0")
     assert rows["floor"].requirements == ("numpy==2.4.6", "transformers==5.20")
+    assert rows["between"].requirements == ("numpy==2.4.6", "transformers==5.23.0")
     assert rows["newest"].requirements == ("numpy==2.4.6", "transformers==5.25.0")
     assert rows["all-floors"].requirements == ("numpy==2.0", "transformers==5.20")
     assert rows["all-newest"].requirements == ("numpy==2.5.0", "transformers==5.25.0")
@@ -63,7 +64,7 @@ def test_rows_of_the_same_releases_are_run_once_and_the_first_one_first():
         return {"row": row.name, "title": row.title, "versions": {}, "warnings": [], "cells": {}}
 
     results = matrix.run_rows(rows, 1, run)
-    assert ran == ["pinned", "floor", "all-floors", "older"]
+    assert ran == ["pinned", "floor", "between", "all-floors", "older"]
     assert [result["row"] for result in results] == [row.name for row in rows]
 
 

@@ -39,10 +39,11 @@ UNVERIFIED = (
     "sys.exit(cli.main(sys.argv[1:]))"
 )
 FROM_PRETRAINED = """
-import importlib.util, json, sys
+import importlib, importlib.util, json, sys
 room = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("clean_room", sys.argv[1]))
+sys.modules["clean_room"] = room
 spec.loader.exec_module(room)
-sys.meta_path.insert(0, room._Blocked())
+importlib.import_module("clean_room.process").block_exporter()
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[2]).eval()
 processor = AutoProcessor.from_pretrained(sys.argv[2])
@@ -384,7 +385,7 @@ def test_a_token_that_may_not(token, expected, here, small, capsys, monkeypatch)
         (("name",), "USER/NAME is needed"),
         (("user/name@v2",), "USER/NAME is needed"),
         (("user/na--me",), "no valid repository name"),
-        (("user/name", "--revision", "a b"), "can be no branch"),
+        (("user/name", "--revision", "a b"), "is not a valid branch name"),
         (("user/name", "--revision", "0" * 40), "is a commit"),
     ],
 )

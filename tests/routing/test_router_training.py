@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fixtures.checkpoints import FAMILIES
+from loopback_hub import OWNER
 
 from exporter.checkpoints.record import read_record
 from exporter.checkpoints.source import open_source
@@ -21,17 +22,19 @@ from exporter.cli.entry import main
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
+from exporter.modeling.released import shipped_files
 from exporter.modeling.routed_route import Route, RouterSettings
 from exporter.models.answers import answered
 from exporter.models.loading import load_model
 from exporter.models.replay import logits, trace
 from exporter.pipeline import route
+from exporter.publishing.push import push
 from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_from_data
 from exporter.routing.folder import routable
 from exporter.routing.settings import default_settings
+from exporter.routing.training.importance_loss import layer_risk, ranking_loss
 from exporter.routing.training.learner import Learner, TrainingBatch
 from exporter.routing.training.loop import Training, drawn, train_router
-from exporter.routing.training.losses import layer_risk, ranking_loss
 from exporter.routing.training.relaxation import Gates, gated_attention, gated_states, straight_through
 from exporter.routing.with_router import forget_router
 
@@ -254,7 +257,7 @@ def test_compress_with_a_router_makes_one_verified_folder(routed_folder):
     routed, plain = routed_folder / "routed", routed_folder / "plain"
     assert sorted(path.name for path in routed_folder.iterdir()) == ["plain", "recipe.yaml", "routed"]
     assert (routed / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
-    record = read_record(routed)
+    record = read_record(routed).to_data()
     assert record["plan"]["drop"] == [3] and record["recipe"]["router"]["steps"] == 3
     assert record["router"]["settings"]["drop_at"] == 1
     assert len(record["router"]["curve"]) == 3
@@ -264,6 +267,16 @@ def test_compress_with_a_router_makes_one_verified_folder(routed_folder):
     )
     found = verify(routed)
     assert found.holds and found.details["routed"]["class"].startswith("Routed")
+
+
+@pytest.mark.clean_process
+def test_a_routed_folder_verifies_by_its_name_on_the_hub(routed_folder, here):
+    """Nothing stands in for the clean process: the modeling file and its siblings run from what was downloaded."""
+    push(routed_folder / "routed", f"{OWNER}/routed")
+    by_name = verify(f"{OWNER}/routed")
+    assert by_name.problems == () and by_name.details["routed"]["class"] == "RoutedLlavaForConditionalGeneration"
+    assert {path.name for path in shipped_files()} <= {path.name for path in by_name.folder.iterdir()}
+    assert not by_name.folder.is_relative_to(routed_folder)
 
 
 @pytest.mark.clean_process
@@ -292,7 +305,7 @@ def test_reproduce_trains_the_router_again(routed_folder):
 def test_route_takes_a_model_as_its_authors_made_it(tiny, questions, tmp_path):
     router = RouterRecipe(CalibrationData(str(questions), None), steps=2, batch_size=4)
     made = route(str(tiny("qwen2_vl")), router, tmp_path / "routed", RunOptions("cpu"))
-    record = read_record(made)
+    record = read_record(made).to_data()
     assert record["plan"]["drop"] == []
     assert "No layer was removed" in (made / "README.md").read_text()
     assert not list(tmp_path.glob(".routed*"))

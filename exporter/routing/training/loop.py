@@ -1,9 +1,9 @@
 """Trains a router on unlabelled questions about images; the LVLM is frozen.
 
-What a batch of questions is to the router is in `router_learner.py`, what it learns from in `router_losses.py`; here is
-the training itself: its order of questions, its schedule, its curve, and the state that it goes on from.
+What a batch of questions is to the router is in `learner.py`, what it learns from in one file a loss; here is the
+training itself: its order of questions, its schedule, its curve, and the state that it goes on from.
 
-Shapes: those of `router_learner.py`.
+Shapes: those of `learner.py`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from torch import Tensor
 from ...data.pictures import split_by_picture
 from ...data.samples import Sample
 from ...errors import InputError
+from ...methods import LOSSES, resolve
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS
-from .learner import Learner, Progress, Teacher
-from .losses import LOSSES
+from ...progress import Progress
+from .learner import Learner, Teacher
 from .relaxation import gated_attention
 
 logger = logging.getLogger(__name__)
@@ -81,20 +82,20 @@ def train_router(
     teacher = Teacher(model, processor, tuple(samples))
     trained_on, held_out = parted(samples, training.seed)
     sizes = [sample.pixels for sample in samples]
-    teacher.ask(progress, training.batch_size, training.answer_tokens)
+    teacher.answer_all(progress, training.batch_size, training.answer_tokens)
     torch.manual_seed(training.seed)
     router = Router(model.config.get_text_config().hidden_size, settings).to(model.device)
     optimizer = torch.optim.AdamW(router.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, training.steps))
     state = TrainingState(router, optimizer, schedule, fingerprint)
     first = state.load(state_file)
-    loss_of = LOSSES[training.loss]
+    loss_of = resolve(LOSSES[training.loss].run)
     with gated_attention(model) as attention:
         learner = Learner(teacher, router, settings, attention)
         for step in progress(range(first, training.steps), "train router", training.steps - first):
             generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
             chosen = drawn(trained_on, sizes, step, training)
-            loss = loss_of(learner.look(chosen), generator, **training.options)
+            loss = loss_of(learner.training_batch(chosen), generator, **training.options)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
@@ -129,13 +130,13 @@ def drawn(indices: Sequence[int], sizes: Sequence[int], step: int, training: Tra
     of a random batch would be padding.
     """
     size, pool = training.batch_size, step // POOL
-    found: list[int] = []
+    chosen: list[int] = []
     for place in range(pool * POOL * size, (pool + 1) * POOL * size):
         epoch, within = divmod(place, len(indices))
-        found.append(indices[_order(len(indices), training.seed * 7919 + epoch)[within]])
-    found.sort(key=lambda index: sizes[index])
+        chosen.append(indices[_order(len(indices), training.seed * 7919 + epoch)[within]])
+    chosen.sort(key=lambda index: sizes[index])
     turn = _order(POOL, training.seed * 104_729 + pool)[step % POOL]
-    return found[turn * size : (turn + 1) * size]
+    return chosen[turn * size : (turn + 1) * size]
 
 
 @functools.lru_cache(maxsize=4)
