@@ -32,6 +32,9 @@ lint: $(VENV)/ready-dev
 	$(BIN)/mypy
 	$(BIN)/mypy examples/digits/train.py
 
+docs: $(VENV)/ready-dev
+	$(BIN)/python docs/build_api.py --out build/api
+
 matrix: $(VENV)/ready-dev
 	$(BIN)/python tests/matrix.py --out docs/compatibility.md
 

@@ -74,7 +74,6 @@ def compressed(model: Path, questions: Path, out: Path) -> Path:
 # --- companions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.clean_process
 @pytest.mark.usefixtures("unverified")
 def test_only_what_transformers_reads_goes_along(model, questions, tmp_path, caplog):
     for name in (*STALE, *WANTED[:-1]):
@@ -107,7 +106,6 @@ def test_nothing_is_said_where_nothing_stays_behind(tiny):
     assert left_behind(["README.md", "assets/a.png", "model.safetensors", "x/a", "x/b"]).endswith(": x/")
 
 
-@pytest.mark.clean_process
 @pytest.mark.usefixtures("unverified")
 def test_an_auto_map_does_not_go_along_without_its_file(model, questions, tmp_path):
     """A natively supported model: the plain class is what is verified, and what trust_remote_code loads, too."""
@@ -212,7 +210,6 @@ def test_links_that_can_be_no_target_are_refused_before_the_work(tmp_path, monke
         check_target(tmp_path / "disk")
 
 
-@pytest.mark.clean_process
 @pytest.mark.usefixtures("unverified")
 def test_compress_into_a_link(model, questions, tmp_path, capsys):
     (tmp_path / "big").mkdir()

@@ -35,7 +35,7 @@ def grid(tiny, questions, task):
     }
 
 
-@pytest.mark.clean_process
+@pytest.mark.usefixtures("unverified")
 def test_cells_are_what_compress_and_evaluate_give(grid, questions, task, tmp_path):
     options = RunOptions(batch_size=6)
     done = compare(grid_from_data(grid), tmp_path / "out", options)

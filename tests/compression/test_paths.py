@@ -61,6 +61,6 @@ def test_every_entry_point_takes_text_and_paths(kind, tiny, questions, task, tmp
             "task_samples": 2, "localizers": ["last"], "folds": ["none"], "drop_layers": [1]}  # fmt: skip
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(rows))
     grid = load_grid(kind(tmp_path / "grid.yaml"))
-    assert grid.task == str(task)
+    assert grid.task.data == str(task)
     assert exporter.compare(grid, kind(tmp_path / "comparison"), options).out == tmp_path / "comparison"
     assert exporter.onnx.ExportOptions(calibration=kind(questions)).calibration == str(questions)

@@ -71,7 +71,7 @@ def test_same_answers_at_any_batch_size_and_twice(tiny, small, task):
     assert runs[0].models[1].kl > 0
 
 
-@pytest.mark.clean_process
+@pytest.mark.usefixtures("unverified")
 def test_a_copy_has_no_divergence(tiny, task, tmp_path):
     recipe = Recipe(str(tiny("llava")), CalibrationData(str(task), samples=2), LayerBudget(drop_layers=0))
     copy = compress(recipe, tmp_path / "copy")
@@ -81,7 +81,6 @@ def test_a_copy_has_no_divergence(tiny, task, tmp_path):
     assert done.pairs[0].p_value == 1.0
 
 
-@pytest.mark.clean_process
 def test_figures_reach_record_and_card(tiny, small, task):
     done = evaluate([small], task, reference=tiny("llava"), max_new_tokens=4)
     entry = json.loads((small / "compression.json").read_text())["evaluations"]

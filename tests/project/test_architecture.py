@@ -123,7 +123,7 @@ def test_the_namespace_of_optimums_plug_ins_stays_one():
 def test_files_and_functions_are_small():
     assert not [f"{path}: {n}" for path in source_files() if (n := len(path.read_text().splitlines())) > LARGEST_FILE]
     functions = [
-        (node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}:{node.name}")  # type: ignore[operator]
+        (node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}:{node.name}")
         for path, tree in trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef)
@@ -233,7 +233,7 @@ def documented_commands() -> list[str]:
         for line in text.splitlines():
             if match := re.match(r"\s*(?:\$ |# )?(lvlm-exporter [a-z]+ .*)", line):
                 commands.append(match[1].split("  #")[0])
-    actions = parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
+    actions = parser()._subparsers._group_actions[0].choices.values()
     commands += [subcommand.epilog.split("\n  ", 1)[1] for subcommand in actions]
     return commands
 
