@@ -26,7 +26,7 @@ test: $(VENV)/ready-dev lint
 quick: $(VENV)/ready-dev
 	$(PYTEST) -m "not clean_process and not onnx_export and not reference and not every_family"
 
-lint: $(VENV)/ready-dev
+lint: $(VENV)/ready-dev docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -368,10 +368,8 @@ def test_questions_without_an_image_are_left_out_of_a_calibration(saved, tmp_pat
     import datasets
 
     paths = [str(tmp_path / f"{i % 4}.png") for i in range(12)]
-    table: dict[str, list[Any]] = {
-        "image": [None if i % 3 else path for i, path in enumerate(paths)],
-        "question": list("abcdefghijkl"),
-    }
+    images = [None if i % 3 else path for i, path in enumerate(paths)]
+    table = {"image": images, "question": list("abcdefghijkl")}
     rows = str(saved(table, image=datasets.Image()))
     lines = tmp_path / "q.jsonl"
     records = [
