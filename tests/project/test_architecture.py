@@ -170,6 +170,17 @@ def test_files_that_docstrings_name_exist():
                 assert (ROOT / name).exists(), f"{path} names {name}"
 
 
+def test_contributing_says_where_each_thing_is_added():
+    """A row for each, and the tables that it names are in the files that it names."""
+    rows = re.findall(r"^\| (an? [^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
+    questions = ("a localizer", "a fold", "a family of models", "a metric", "a subcommand", "an ONNX family")
+    assert set(questions) <= {what for what, *_ in rows}
+    for what, where, _ in rows:
+        (file,) = re.findall(r"`([\w/]+\.py)`", where)
+        for table in re.findall(r"`([A-Z]+)`", where):
+            assert re.search(rf"^{table}\b", (ROOT / file).read_text(), flags=re.M), (what, table)
+
+
 @pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_documents_show_the_floors(document):
     """Each floor is a row of the document's table, in this order."""
