@@ -131,7 +131,8 @@ def test_rounds_go_there_and_back():
 
 def test_a_drift_of_the_machine_cancels_out():
     """ABBA while every run is slower than the last: the first of the two gains nothing."""
-    clock, times = 100.0, {0: [], 1: []}
+    clock = 100.0
+    times: dict[int, list[float]] = {0: [], 1: []}
     for order in interleaved(2, 8):
         for subject in order:
             times[subject].append(clock)
