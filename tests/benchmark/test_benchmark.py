@@ -209,7 +209,7 @@ def test_other_ways_to_run(how, routed_folder, monkeypatch):
 
 
 def test_a_cache_of_another_size_is_a_failed_check(tiny, monkeypatch):
-    monkeypatch.setattr("exporter.benchmark.torch_subject.kv_bytes", lambda *_: 12)
+    monkeypatch.setattr("exporter.benchmark.torch_subject.kv_bytes", lambda *_, **__: 12)
     done = bench([tiny("llava")], workload=SMALL, options=QUICK)
     with pytest.raises(CheckFailed, match="and should hold 12"):
         done.check_caches()
