@@ -20,7 +20,7 @@ TEMPLATE_S = 5  # seconds that a chat template may take: loops in each other wou
 
 
 def load_processor(folder: Path | str) -> Any:
-    """The folder's processor, padding on the left; one for images and text only where torchvision is missing.
+    """Return the folder's processor, padding on the left; one for images and text only where torchvision is missing.
 
     Video processors need torchvision, which has no build for every torch. A processor made this way is for running,
     not for saving: it would write its own class name.
@@ -65,7 +65,7 @@ def pil_instead_of_torchvision(module_name: str) -> Iterator[None]:
 
 
 def image_only(cls: Any) -> Any:
-    """The processor class without its video part."""
+    """Return the processor class without its video part."""
     from transformers import ProcessorMixin
 
     module: Any = sys.modules[cls.__module__]

@@ -98,12 +98,12 @@ class OnnxRecord:
 
     @property
     def outcome(self) -> ComparisonPart:
-        """What the folder's graphs came to: the quantised ones where there are."""
+        """Return what the folder's graphs came to: the quantised ones where there are."""
         return self.quantized or self.validation
 
 
 def is_onnx(path: str | Path) -> bool:
-    """The folder is one that `lvlm-exporter onnx` wrote."""
+    """Return whether the folder is one that `lvlm-exporter onnx` wrote."""
     return (Path(path) / MANIFEST).is_file()
 
 
@@ -185,7 +185,7 @@ def describe(model: Any, source: Source, support: Support, settings: dict[str, A
 
 
 def vision_settings(config: Any, kind: str) -> dict[str, Any]:
-    """What the runner needs to lay out images, by kind."""
+    """Return what the runner needs to lay out images, by kind."""
     vision = config.vision_config
     settings: dict[str, Any] = {"kind": kind}
     if kind == "anyres":

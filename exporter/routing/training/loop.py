@@ -120,12 +120,12 @@ def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:
 
 
 def rate(step: int, steps: int) -> float:
-    """A warm-up over a twentieth of the steps, then down by a cosine."""
+    """Return the share of the learning rate: a warm-up over a twentieth of the steps, then down by a cosine."""
     return min(1.0, 20 * (step + 1) / steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def drawn(indices: Sequence[int], sizes: Sequence[int], step: int, training: Training) -> list[int]:
-    """The questions of a step: epoch after epoch, each in an order of its own.
+    """Return the questions of a step: epoch after epoch, each in an order of its own.
 
     Of POOL batches' worth of questions each batch takes those of like size, in random turn: a sixth of the tokens
     of a random batch would be padding.
@@ -161,7 +161,7 @@ class TrainingState:
         self.curve.append({"step": step, "loss": round(loss, 6)})
 
     def load(self, path: Path | None) -> int:
-        """The step to begin at: 0 where there is no state, where it is another run's, or where it is damaged."""
+        """Return the step to begin at: 0 where there is no state, where it is another run's, or where it is damaged."""
         if path is None or not path.exists():
             return 0
         before = [copy.deepcopy(part.state_dict()) for part in (self.router, self.optimizer, self.schedule)]
