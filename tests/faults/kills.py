@@ -311,7 +311,8 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "folder for temporary files afterwards. This file is written by that command.\n\n"
         f"{time.strftime('%d %B %Y')}; lvlm-exporter {__version__}, transformers {transformers.__version__}, Python "
         f"{sys.version.split()[0]}; seed {options.seed}, one thread.\n\n" + "\n".join(lines) + "\n\n"
-        "Runs that 'came to their end' had ended before the signal and say nothing. 'Left something' counts what was there after the kill and gone after the next run. The runs are forks of one "
+        "Runs that 'came to their end' had ended before the signal and say nothing. "
+        "'Left something' counts what was there after the kill and gone after the next run. The runs are forks of one "
         "process that has everything imported; their clean processes are real ones. Nine of ten next runs verify in "
         "their own process, for speed.\n"
     ) + (f"\n## Faults\n\n{listed}" if listed else "")
