@@ -90,6 +90,23 @@ ROUTER = {
     "curve": ListOf(MapOf(NUMBER)),
     "reference": REFERENCE,
 }
+HELD_OUT = {"kl": NUMBER, "interval": ListOf(NUMBER, 2), "questions": COUNT, "pictures": COUNT, "same_answers": NUMBER}
+HEALED = {
+    "kept": FLAG,
+    "steps": COUNT,
+    "steps_run": COUNT,
+    "steps_kept": COUNT,
+    "parameters": COUNT,
+    "questions": COUNT,
+    "pairs": COUNT,
+    "answer_tokens": COUNT,
+    "curve": ListOf(MapOf(NUMBER)),
+    "before": HELD_OUT,
+    "after?": HELD_OUT,
+    "adapter?": {"file": INNER_PATH, "sha256": TEXT},
+    "teacher": {"name": TEXT, "revision": Maybe(TEXT)},
+    "fingerprint": TEXT,
+}
 CHECKPOINT = {
     "recipe": MapOf(ANYTHING),
     "run": {
@@ -119,6 +136,7 @@ CHECKPOINT = {
     "evaluations": ListOf(EVALUATION),
     "versions": {"exporter": TEXT, "transformers": TEXT, "torch": TEXT},
     "measured": {"parameters": COUNT, "bytes": COUNT, "seconds": NUMBER, "kv_bytes_per_token": COUNT, "files": HASHES},
+    "heal?": HEALED,
     "router?": ROUTER,
     "routes?": ListOf({"file": INNER_PATH, "question": TEXT}),
     "benchmarks?": ListOf(BENCHMARK_HEAD),
@@ -174,6 +192,8 @@ def _check_together(record: dict[str, Any]) -> None:
     for name, answer in answers.items():
         if len(answer["tokens"]) != len(answer["margins"]) or not answer["tokens"]:
             raise Misfit(f"'{name}' has {len(answer['tokens'])} tokens and {len(answer['margins'])} margins")
+    if (healed := record.get("heal")) and healed["kept"] and not {"after", "adapter"} <= healed.keys():
+        raise Misfit("'heal' was kept and has no 'after' or no 'adapter'")
     for index, entry in enumerate(record["evaluations"]):
         _check_evaluation(entry, f"evaluations[{index}]")
     for index, entry in enumerate(record.get("benchmarks", [])):
