@@ -37,6 +37,10 @@ TITLES = {  # methods that measure something, and where they come from
     "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
 }
 
+TRAININGS = (
+    ("heal", "healing", "healing.png"),
+    ("router", "training the router", "router_training.png"),
+)  # parts of a record with a curve, its title, its file
 LOADING = re.compile(r'from_pretrained\("([^"]+)"')
 UNMEASURED = {
     "random": "They were drawn at random, as a control.",
@@ -77,9 +81,10 @@ def draw(record: dict[str, Any], folder: Path) -> None:
             folder / "assets" / "layer_scores.png",
             record["protect"],
         )
-    if "router" in record:
-        (folder / "assets").mkdir(exist_ok=True)
-        plot_training(record["router"]["curve"], folder / "assets" / "router_training.png")
+    for part, title, name in TRAININGS:
+        if part in record:
+            (folder / "assets").mkdir(exist_ok=True)
+            plot_training(record[part]["curve"], folder / "assets" / name, title)
 
 
 def shown_name(folder: Path) -> str:
@@ -130,6 +135,8 @@ def body(record: dict[str, Any], name: str) -> str:
         fold=fold,
         chosen=_choice(record),
         measured_scores=method not in UNMEASURED,
+        healed=is_healed(record),
+        teacher_name=model_name(record["heal"]["teacher"]["name"]) if "heal" in record else "",
         pct=_percent,
         ratio=ratio_cell,
         budget_name=budget_name,
@@ -149,9 +156,16 @@ def _base_sentence(record: dict[str, Any]) -> str:
     changes = []
     if record["plan"]["drop"]:
         changes.append("with fewer layers")
+    if is_healed(record):
+        changes.append("healed by self-distillation")
     if "router" in record:
         changes.append("with a router")
     return f"This is {named} {' and '.join(changes) or 'unchanged'}."
+
+
+def is_healed(record: dict[str, Any]) -> bool:
+    """Tell whether what healing learnt is in the weights."""
+    return bool(record.get("heal", {}).get("kept"))
 
 
 def template_folder() -> Path:
@@ -213,7 +227,8 @@ def hub_metadata(
 def _tags(record: dict[str, Any]) -> list[str]:
     pruned = ["layer-pruning", "compressed", record["scores"]["method"]] if record["plan"]["drop"] else []
     routed = ["token-pruning", "layer-skipping", "custom_code"] if "router" in record else []
-    return ["lvlm-exporter", *pruned, *routed]
+    healed = ["distillation"] if is_healed(record) else []
+    return ["lvlm-exporter", *pruned, *healed, *routed]
 
 
 def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .files import ADAPTER_FILE
 from .json_file import read_json
 from .safetensors_ranges import INDEX, SINGLE
-from .files import ADAPTER_FILE
 from .weight_files import NAMED_WEIGHTS, no_weights, read_index
 
 if TYPE_CHECKING:

@@ -188,21 +188,23 @@ def _check_together(record: dict[str, Any]) -> None:
     answers = {"reference": record["reference"]}
     if "router" in record:
         answers["router.reference"] = record["router"]["reference"]
-        _check_curve(record["router"]["curve"])
+        _check_curve(record["router"]["curve"], "router")
     for name, answer in answers.items():
         if len(answer["tokens"]) != len(answer["margins"]) or not answer["tokens"]:
             raise Misfit(f"'{name}' has {len(answer['tokens'])} tokens and {len(answer['margins'])} margins")
     if (healed := record.get("heal")) and healed["kept"] and not {"after", "adapter"} <= healed.keys():
         raise Misfit("'heal' was kept and has no 'after' or no 'adapter'")
+    if "heal" in record:
+        _check_curve(record["heal"]["curve"], "heal")
     for index, entry in enumerate(record["evaluations"]):
         _check_evaluation(entry, f"evaluations[{index}]")
     for index, entry in enumerate(record.get("benchmarks", [])):
         _check_benchmark(entry, f"benchmarks[{index}]")
 
 
-def _check_curve(curve: list[dict[str, float]]) -> None:
+def _check_curve(curve: list[dict[str, float]], part: str) -> None:
     if not curve or any(not {"step", "loss"} <= point.keys() for point in curve):
-        raise Misfit("'router.curve' has a point without 'step' or 'loss', or none at all")
+        raise Misfit(f"'{part}.curve' has a point without 'step' or 'loss', or none at all")
 
 
 def _check_evaluation(entry: dict[str, Any], where: str) -> None:

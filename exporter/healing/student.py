@@ -62,10 +62,8 @@ class Student:
         given = trace(self.model, one.batch, torch.no_grad)
         decoder = text_decoder(self.model)
         output = state = given.entry
-        again = (
-            torch.is_grad_enabled()
-            and activation_bytes(self.model.config.get_text_config(), state[..., 0].numel()) > KEPT_BYTES
-        )
+        kept = activation_bytes(self.model.config.get_text_config(), state[..., 0].numel())
+        again = torch.is_grad_enabled() and kept > KEPT_BYTES
         for layer_idx, layer in enumerate(decoder.layers):
             arguments = (layer, layer_idx, state)
             output = checkpoint(given.step, *arguments, use_reentrant=False) if again else given.step(*arguments)
