@@ -116,7 +116,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_the_namespace_of_optimums_plug_ins_stays_one():
-    # An __init__.py there would hide optimum's own packages, or be one of theirs (PEP 420); __init__ of plugins is ours.
+    # An __init__.py there would hide optimum's own packages, or be one of theirs (PEP 420).
     assert not list((PACKAGE / "plugins" / "optimum").rglob("__init__.py"))
 
 

@@ -11,7 +11,7 @@ from test_evaluation import task  # noqa: F401 - a fixture
 from exporter.comparison.grid import Cell, Comparison, grid_from_data, load_grid
 from exporter.comparison.grid_table import pareto_front
 from exporter.comparison.layers import compare
-from exporter.comparison.zoo import compare_zoo, zoo_from_data
+from exporter.comparison.zoo import compare_zoo, zoo_from_data, zoo_in_folder
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
 from exporter.evaluation.scoring import Rate
@@ -64,7 +64,9 @@ def test_a_broken_off_comparison_goes_on(grid, tmp_path):
     small = grid | {"localizers": ["tis"], "folds": ["none"], "drop_layers": [1, 2]}
     first = compare(grid_from_data(small), tmp_path / "out")
     lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    assert compare(grid_from_data(small), tmp_path / "out") == first  # as it was read from its results
     (tmp_path / "out" / "cells.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    (tmp_path / "out" / "results.json").write_text('{"out": ')
     again = compare(grid_from_data(small), tmp_path / "out")
     assert again.cells == first.cells
     with pytest.raises(InputError, match="holds another comparison"):
@@ -93,6 +95,34 @@ def test_pareto_front():
     assert pareto_front(points) == [(4, 0.1), (6, 0.95)]
 
 
+def zoo_folder(folder):
+    """Make what `make zoo` leaves, but for the contents: a and b are there, c is not finished."""
+    for name in ("a", "b", "c"):
+        (folder / name).mkdir(parents=True)
+        if name != "c":
+            (folder / name / "config.json").touch()
+        (folder / f"{name}-data").mkdir()
+    return folder
+
+
+def test_shares_of_the_layers_are_counts_of_each_model(grid, tmp_path):
+    asked = {k: v for k, v in grid.items() if k != "drop_layers"} | {"localizers": ["tis"], "folds": ["none"]}
+    done = compare(grid_from_data(asked | {"drop_ratios": [0.2, 0.4]}), tmp_path / "out")
+    assert done.counts == tuple(round(ratio * done.num_layers) for ratio in (0.2, 0.4))
+    assert tuple(len(cell.drop) for cell in done.cells) == done.counts
+    with pytest.raises(InputError, match="'drop_layers', or 'drop_ratios'"):
+        grid_from_data(asked)
+    with pytest.raises(InputError, match=r"drop_ratios: 2: a share of the layers"):
+        grid_from_data(asked | {"drop_ratios": [2]})
+
+
+def test_a_fold_that_a_family_does_not_take_is_left_out_and_said(tiny, grid, tmp_path):
+    asked = grid | {"model": str(tiny("gemma3")), "localizers": ["tis"], "folds": ["none", "scp"], "drop_layers": [1]}
+    done = compare(grid_from_data(asked), tmp_path / "out")
+    assert [cell.fold for cell in done.cells] == ["none"]
+    assert "not exact for this family" in done.refused["scp"]
+
+
 def test_a_zoo_is_one_table_with_means_worst_cases_and_what_was_left_out(grid, tmp_path):
     shared = {key: grid[key] for key in ("localizers", "folds", "drop_layers")}
     own = {key: grid[key] for key in ("model", "calibration", "task")}
@@ -117,6 +147,17 @@ def test_a_zoo_is_one_table_with_means_worst_cases_and_what_was_left_out(grid, t
     assert second.mean == pytest.approx(0.9)
     assert {row.models for row in tables["left out"]} == {2}
     assert "below the best" in (tmp_path / "zoo" / "table.md").read_text()
+    for_all = zoo_in_folder({**shared, "in_view": ["b"], "calibration": {"samples": 6}}, zoo_folder(tmp_path / "all"))
+    assert [(m.name, m.in_view, m.grid.calibration.samples) for m in zoo_from_data(for_all)] == [
+        ("a", False, 6),
+        ("b", True, 6),
+    ]
+    with pytest.raises(InputError, match="leave out 'task'"):
+        zoo_in_folder({**shared, "task": "x"}, tmp_path / "all")
+    with pytest.raises(InputError, match="in_view names 'c'"):
+        zoo_in_folder({**shared, "in_view": ["c"]}, tmp_path / "all")
+    with pytest.raises(InputError, match="holds no model NAME with its questions"):
+        zoo_in_folder(shared, tmp_path / "zoo")
     with pytest.raises(InputError, match="two models are called 'a'"):
         zoo_from_data({**shared, "models": [own | {"name": "a"}, own | {"name": "a"}]})
     with pytest.raises(InputError, match="did you mean 'calibration'"):

@@ -17,6 +17,15 @@ EXAMPLE = "compare examples/digits/compare.yaml --out comparison"
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for table, picture and JSON")
+    zoo = subcommand.add_argument_group("many models", "one table over all of them: mean, worst case and rank")
+    zoo.add_argument("--zoo", type=Path, metavar="DIR", help="take every model NAME in DIR, its questions in NAME-data")
+    zoo.add_argument("--zoo-task", choices=("validation", "test"), default="validation", help="questions to judge by")
+    zoo.add_argument(
+        "--zoo-calibration",
+        choices=("unseen", "seen"),
+        default="unseen",
+        help="calibration questions about pictures that the models were, or were not, trained on",
+    )
     run_arguments(subcommand, batch_size=32)
 
 
@@ -28,10 +37,12 @@ def run(options: argparse.Namespace) -> None:
     from ..comparison.routers import compare_routes
     from ..comparison.routes import RouteTables, tables_from_data
     from ..comparison.routes_table import table_text
-    from ..comparison.zoo import compare_zoo, zoo_from_data, zoo_text
+    from ..comparison.zoo import compare_zoo, zoo_from_data, zoo_in_folder, zoo_text
     from ..recipe import from_yaml
 
     def parse(data: Any) -> Any:
+        if options.zoo is not None:
+            data = zoo_in_folder(data, options.zoo, options.zoo_calibration, options.zoo_task)
         if isinstance(data, dict) and "models" in data:
             return zoo_from_data(data)
         return tables_from_data(data) if isinstance(data, dict) and "rows" in data else grid_from_data(data)

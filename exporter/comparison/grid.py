@@ -37,7 +37,8 @@ class Grid:
     task: str  # questions with answers
     localizers: tuple[Method, ...]
     folds: tuple[Method, ...]
-    drop_layers: tuple[int, ...]
+    drop_layers: tuple[int, ...] = ()  # this, or drop_ratios
+    drop_ratios: tuple[float, ...] = ()  # shares of the layers, for models of different depths
     task_samples: int | None = None
     revision: str | None = None
     protect: tuple[int, ...] | None = None
@@ -45,12 +46,22 @@ class Grid:
 
     def __post_init__(self) -> None:
         paths_as_text(self, "model", "task")
+        if bool(self.drop_layers) == bool(self.drop_ratios):
+            raise InputError("a comparison needs 'drop_layers', or 'drop_ratios' in its place.")
 
-    def recipe(self, count: int) -> Recipe:
+    @property
+    def budgets(self) -> tuple[LayerBudget, ...]:
+        if self.drop_ratios:
+            return tuple(LayerBudget(drop_ratio=ratio) for ratio in self.drop_ratios)
+        return tuple(LayerBudget(drop_layers=count) for count in self.drop_layers)
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of the cells with the fewest layers."""
+        largest = max(self.budgets, key=lambda budget: budget.drop_ratio or budget.drop_layers or 0)
         return Recipe(
             self.model,
             self.calibration,
-            LayerBudget(drop_layers=count),
+            largest,
             self.revision,
             protect=self.protect,
             seed=self.seed,
@@ -64,12 +75,10 @@ def load_grid(path: Path | str) -> Grid:
 
 def grid_from_data(data: Any) -> Grid:
     check_keys(data, [f.name for f in dataclasses.fields(Grid)], "a comparison")
-    if missing := [
-        key for key in ("model", "calibration", "task", "localizers", "folds", "drop_layers") if key not in data
-    ]:
+    if missing := [key for key in ("model", "calibration", "task", "localizers", "folds") if key not in data]:
         raise InputError(f"a comparison needs '{missing[0]}'.")
-    for key in ("localizers", "folds", "drop_layers"):
-        if not isinstance(data[key], list) or not data[key]:
+    for key in ("localizers", "folds", "drop_layers", "drop_ratios"):
+        if key in data and (not isinstance(data[key], list) or not data[key]):
             raise InputError(f"{key} must be a list, not {data[key]!r}.")
     localizers = tuple(read_method(value, LOCALIZER_NAMES, "localizer") for value in data["localizers"])
     folds = tuple(read_method(value, FOLD_NAMES, "fold") for value in data["folds"])
@@ -85,10 +94,17 @@ def grid_from_data(data: Any) -> Grid:
         str(data["task"]),
         localizers,
         folds,
-        integers(data["drop_layers"], "drop_layers"),
+        integers(data.get("drop_layers", []), "drop_layers"),
+        shares(data.get("drop_ratios", [])),
         protect=None if protect is None else integers(protect, "protect"),
         **rest,
     )
+
+
+def shares(values: Any) -> tuple[float, ...]:
+    if bad := [v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < 1]:
+        raise InputError(f"drop_ratios: {bad[0]!r}: a share of the layers, above 0 and below 1, is needed.")
+    return tuple(map(float, values))
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,10 @@ class Cell:
     wrong: tuple[int, ...]  # questions, by their number in the task sorted by size
 
 
+def cell_from_data(data: dict[str, Any]) -> Cell:
+    return Cell(**data | {name: tuple(data[name]) for name in ("drop", "interval", "wrong")})
+
+
 @dataclass(frozen=True)
 class Comparison:
     out: Path
@@ -119,6 +139,9 @@ class Comparison:
     naive_seconds: float  # of the loop that does each cell from scratch, from the times measured in this run
     best: dict[int, Cell] = field(default_factory=dict)  # by number of dropped layers
     num_layers: int = 0
+    counts: tuple[int, ...] = ()  # of dropped layers, in the order of the grid's budgets
+    ratios: tuple[float, ...] = ()  # of the grid, one a count; () where it names numbers of layers
+    refused: dict[str, str] = field(default_factory=dict)  # folds that this model does not take, and why
 
     def p_value(self, cell: Cell) -> float:
         """Whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
@@ -129,6 +152,16 @@ class Comparison:
     def to_data(self) -> dict[str, Any]:
         cells = [asdict(cell) | {"p_value": self.p_value(cell)} for cell in self.cells]
         return asdict(self) | {"out": str(self.out), "cells": cells}
+
+    @staticmethod
+    def from_data(data: dict[str, Any], out: Path) -> Comparison:
+        """Read what to_data wrote into results.json."""
+        cells = tuple(cell_from_data({k: v for k, v in cell.items() if k != "p_value"}) for cell in data["cells"])
+        best = {int(count): cell_from_data(cell) for count, cell in data["best"].items()}
+        rate = data["original"]
+        original = Rate(rate["n"], rate["accuracy"], tuple(rate["interval"]))
+        same = {"out": out, "original": original, "cells": cells, "best": best}
+        return Comparison(**data | same | {name: tuple(data[name]) for name in ("counts", "ratios")})
 
 
 Key = tuple[str, str, int]  # localizer, fold, number of dropped layers

@@ -21,6 +21,7 @@ from ..data.task import SPARE_TOKENS, Task, greedy_answers
 from ..errors import InputError
 from ..evaluation.scoring import Rate, is_right
 from ..fold import FOLDS
+from ..fold.job import FoldRefused
 from ..localize import STATISTICS
 from ..localize.greedy import greedy
 from ..localize.scores import LayerScores
@@ -31,7 +32,7 @@ from ..models.variants import AnswerAgreement, Variant, assembled, judge
 from ..plan import Folded, PruningPlan, make_plan
 from ..progress import Progress
 from ..recipe import Method
-from .grid import Cell, Grid, Key, label
+from .grid import Cell, Comparison, Grid, Key, cell_from_data, label
 
 CELLS_AT_A_TIME = 16  # whose new tensors are held together
 
@@ -55,7 +56,9 @@ class GridRunner:
     model: Any
     task: Task
     progress: Progress
+    counts: tuple[int, ...]  # of layers that go
     clock: dict[str, list[float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # folds that this model does not take, and why
 
     def timed(self, what: str, begin: float) -> None:
         self.clock.setdefault(what, []).append(time.monotonic() - begin)
@@ -66,7 +69,7 @@ class GridRunner:
         """The layers that each localizer drops at each budget."""
         chosen = {}
         for method in self.grid.localizers:
-            for count in self.grid.drop_layers:
+            for count in self.counts:
                 chosen[label(method), count] = self._choose(method, count)
         return chosen
 
@@ -98,7 +101,7 @@ class GridRunner:
     def _greedy_order(self) -> LayerScores:
         begin = time.monotonic()
         answered = list(self.questions.answered("score layers"))
-        order = greedy(AnswerDivergence.of(self.model, answered), max(self.grid.drop_layers), self.job.protect)
+        order = greedy(AnswerDivergence.of(self.model, answered), max(self.counts), self.job.protect)
         self.timed("greedy", begin)
         return order
 
@@ -114,7 +117,12 @@ class GridRunner:
         """Fold, judge against the original's answers, and generate where a cell departs from them."""
         folds = {label(fold): fold for fold in self.grid.folds}
         wanted = {key: (make_plan(self.job.source.num_layers, choices[key[0], key[2]].drop), key[1]) for key in keys}
-        distinct = {(plan, fold): Variant(plan, self.fold(plan, folds[fold])) for plan, fold in wanted.values()}
+        distinct: dict[tuple[PruningPlan, str], Variant] = {}
+        for plan, fold in dict.fromkeys(wanted.values()):
+            try:
+                distinct[plan, fold] = Variant(plan, self.fold(plan, folds[fold]))
+            except FoldRefused as error:
+                self.refused[fold] = str(error)
         variants = list(distinct.values())
         begin = time.monotonic()
         bar = iter(self.progress(range(len(variants) * len(self.said)), "judge", len(variants) * len(self.said)))
@@ -124,7 +132,7 @@ class GridRunner:
         correct = [self._correct(v, a) for v, a in zip(variants, agreements, strict=True)]
         self.timed("judge", begin)
         found = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
-        return {key: self._cell(key, plan, *found[plan, fold]) for key, (plan, fold) in wanted.items()}
+        return {key: self._cell(key, at[0], *found[at]) for key, at in wanted.items() if at in found}
 
     def fold(self, plan: PruningPlan, method: Method) -> Folded:
         if not plan.drop:
@@ -236,8 +244,16 @@ class Progressive:
         self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
 
     def _keep(self, data: dict[str, Any]) -> None:
-        cell = Cell(**data | {name: tuple(data[name]) for name in ("drop", "interval", "wrong")})
+        cell = cell_from_data(data)
         self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell
+
+    def finished(self) -> Comparison | None:
+        """Return the result of an earlier run that came to its end, if there is one."""
+        results = self.path.with_name("results.json")
+        try:
+            return Comparison.from_data(json.loads(results.read_text()), results.parent)
+        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: made again from the cells
+            return None
 
     def add(self, cells: dict[Key, Cell]) -> None:
         with self.path.open("a") as file:

@@ -100,6 +100,8 @@ def pareto_front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]
 
 
 def write_results(done: Comparison) -> None:
-    (done.out / "results.json").write_text(json.dumps(done.to_data(), indent=2) + "\n")
     (done.out / "table.md").write_text(comparison_markdown(done))
     plot_comparison(done, done.out / "accuracy.png")
+    (done.out / "results.json").write_text(
+        json.dumps(done.to_data(), indent=2) + "\n"
+    )  # last: it says that all is there

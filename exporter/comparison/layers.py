@@ -30,12 +30,15 @@ def compare(
     """
     out = Path(out)
     kept = Progressive(out, grid)
+    if finished := kept.finished():
+        return finished
     begin = time.monotonic()
-    job = prepare(grid.recipe(max(grid.drop_layers)), options, progress)
+    job = prepare(grid.recipe(), options, progress)
     task = load_task(grid.task, grid.task_samples, grid.seed)
     task = dataclasses.replace(task, samples=tuple(by_size(task.samples)))
     model, _ = job.load_model()
-    runner = GridRunner(grid, job, model, task, progress)
+    counts = tuple(job.count_of(budget) for budget in grid.budgets)
+    runner = GridRunner(grid, job, model, task, progress, tuple(dict.fromkeys(counts)))
     choices = runner.choose()
     cells = dict(kept.cells)
     todo = [key for key in runner.keys(choices) if key not in cells]
@@ -43,11 +46,11 @@ def compare(
         fresh = runner.fill(choices, some)
         kept.add(fresh)
         cells |= fresh
-    ordered = tuple(cells[key] for key in runner.keys(choices))
+    ordered = tuple(cells[key] for key in runner.keys(choices) if key in cells)
     seconds = time.monotonic() - begin
     best = {
         count: max((c for c in ordered if len(c.drop) == count), key=lambda c: (c.accuracy, -c.kl))
-        for count in grid.drop_layers
+        for count in runner.counts
     }
     done = Comparison(
         out,
@@ -58,6 +61,9 @@ def compare(
         runner.naive_seconds(len(todo)),
         best,
         job.source.num_layers,
+        counts,
+        grid.drop_ratios,
+        runner.refused,
     )
     write_results(done)
     return done

@@ -66,6 +66,37 @@ def zoo_from_data(data: Any) -> tuple[ZooModel, ...]:
     return tuple(found)
 
 
+def zoo_in_folder(data: Any, folder: Path, calibration: str = "unseen", task: str = "validation") -> dict[str, Any]:
+    """Return a comparison with the models that lie in a folder as `make zoo` leaves it: NAME and NAME-data.
+
+    Args:
+        data: a comparison without model, calibration and task; 'in_view' names models that something was chosen on.
+        calibration: 'seen' or 'unseen': whether the models were trained on the pictures of the calibration questions.
+        task: 'validation' or 'test', the questions to judge by.
+    """
+    if not isinstance(data, dict):
+        raise InputError("a comparison is a YAML file with keys and values.")
+    if twice := [key for key in ("model", "models", "task") if key in data]:
+        raise InputError(f"with --zoo the models are those of the folder: leave out '{twice[0]}'.")
+    shared, in_view = dict(data), data.get("in_view", [])
+    shared.pop("in_view", None)
+    options = shared.pop("calibration", {})
+    names = sorted(
+        path.parent.name for path in folder.glob("*/config.json") if (folder / f"{path.parent.name}-data").is_dir()
+    )
+    if not names:
+        raise InputError(f"{folder} holds no model NAME with its questions NAME-data: `make zoo` makes such a folder.")
+    if unknown := [name for name in in_view if name not in names]:
+        raise InputError(f"in_view names '{unknown[0]}', which does not lie in {folder}; there are {', '.join(names)}.")
+    models = []
+    for name in names:
+        questions = folder / f"{name}-data"
+        entry = {"name": name, "model": str(folder / name), "task": str(questions / f"{task}.jsonl")}
+        entry |= {"calibration": options | {"data": str(questions / f"calibration-{calibration}.jsonl")}}
+        models.append(entry | {"in_view": name in in_view})
+    return shared | {"models": models}
+
+
 def compare_zoo(
     zoo: tuple[ZooModel, ...],
     out: Path | str,
@@ -80,12 +111,16 @@ def compare_zoo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     done = {model.name: compare_one(model.grid, out / model.name, options, progress) for model in zoo}
+    # what a model does not take is said, since its row then is over fewer models
+    refused = {name: one.refused for name, one in done.items() if one.refused}
     tables = {"all": rows(done)}
     left_out = {model.name: done[model.name] for model in zoo if not model.in_view}
     if left_out and len(left_out) < len(done):
         tables["left out"] = rows(left_out)
     (out / "results.json").write_text(json.dumps({k: [asdict(row) for row in v] for k, v in tables.items()}, indent=2))
-    (out / "table.md").write_text("\n".join(f"## {name}\n\n{markdown(table)}" for name, table in tables.items()))
+    text = "\n".join(f"## {name}\n\n{markdown(table)}" for name, table in tables.items())
+    notes = [f"- {name}, {fold}: {reason}" for name, folds in refused.items() for fold, reason in folds.items()]
+    (out / "table.md").write_text(text + ("\nLeft out:\n\n" + "\n".join(notes) + "\n" if notes else ""))
     return tables
 
 
@@ -93,9 +128,10 @@ def rows(done: dict[str, Comparison]) -> list[ZooRow]:
     """Every method at every share of the layers, the highest worst case first."""
     cells: dict[tuple[str, str, float], dict[str, Cell]] = {}
     for name, one in done.items():
-        for cell in one.cells:
-            layers = one.num_layers or 1
-            cells.setdefault((cell.localizer, cell.fold, round(len(cell.drop) / layers, 2)), {})[name] = cell
+        for share, count in _budgets(one):
+            for cell in one.cells:
+                if len(cell.drop) == count:
+                    cells.setdefault((cell.localizer, cell.fold, share), {})[name] = cell
     found = []
     for (localizer, fold, share), of_model in cells.items():
         places, gaps = [], []
@@ -109,6 +145,14 @@ def rows(done: dict[str, Comparison]) -> list[ZooRow]:
         rank = sum(places) / len(places)
         found.append(ZooRow(localizer, fold, share, len(kept), mean, kept[worst], worst, rank, max(gaps)))
     return sorted(found, key=lambda row: (row.drop_share, -row.worst, -row.mean))
+
+
+def _budgets(done: Comparison) -> list[tuple[float, int]]:
+    """Return the shares of the layers that were asked for, or are reached, with the number of layers each."""
+    if done.ratios:
+        return list(zip(done.ratios, done.counts, strict=True))
+    counts = sorted({len(cell.drop) for cell in done.cells})
+    return [(round(count / (done.num_layers or 1), 2), count) for count in counts]
 
 
 HEADER = ("localizer", "fold", "layers gone", "models", "mean kept", "worst kept", "on", "rank", "below the best")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ..fold import FOLDS
 from ..localize import LOCALIZERS
 from ..models.loading import compute_dtype, load_model, pick_device
 from ..models.questions import Questions
+from ..plan import LayerBudget
 from ..progress import Progress, silent
 from ..recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_options
 
@@ -59,6 +61,10 @@ class CompressionJob:
         """The recipe's fold, the default where it names none."""
         return self.recipe.fold or Method(DEFAULT_FOLD)
 
+    def count_of(self, budget: LayerBudget) -> int:
+        """Return how many layers go under a budget. Raises InputError where it can't be met."""
+        return layers_to_go(budget, self.source, self.protect)
+
     def load_model(self) -> tuple[Any, list[str]]:
         """The model, and names of tensors that transformers ignores."""
         return load_model(self.source, self.device, self.dtype, self.options.memory)
@@ -70,8 +76,7 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     protect = protected_layers(source.config) if recipe.protect is None else recipe.protect
     if bad := [layer for layer in protect if not 0 <= layer < source.num_layers]:
         raise InputError(f"protect names layer {bad[0]}: the decoder has layers 0 to {source.num_layers - 1}.")
-    per_layer = source.parameters_per_layer
-    count = recipe.budget.count(per_layer, source.weights.num_parameters - sum(per_layer), protect)
+    count = layers_to_go(recipe.budget, source, protect)
     check_options(LOCALIZERS[recipe.localizer.name], recipe.localizer, "localizer")
     if recipe.fold is not None:
         check_options(FOLDS[recipe.fold.name], recipe.fold, "fold")
@@ -86,6 +91,11 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     return CompressionJob(
         recipe, options, source, calibration, processor, device, dtype, tuple(protect), count, progress
     )
+
+
+def layers_to_go(budget: LayerBudget, source: Source, protect: Collection[int]) -> int:
+    per_layer = source.parameters_per_layer
+    return budget.count(per_layer, source.weights.num_parameters - sum(per_layer), protect)
 
 
 def load_for(recipe: Recipe) -> Calibration:

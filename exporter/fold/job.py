@@ -28,6 +28,10 @@ from .moments import Moments
 ORIGINALS_BYTES = 2 << 30
 
 
+class FoldRefused(InputError):  # noqa: N818 - like CheckFailed, what was found and no fault
+    """A fold that this family of models does not take."""
+
+
 @dataclass
 class Originals:
     """The original model's states between layers for the same few batches, computed once for many folds."""
@@ -76,7 +80,7 @@ class FoldJob:
 
     def refuse_post_norm(self, fold: str) -> None:
         if self.decoder.post_norm:
-            raise InputError(
+            raise FoldRefused(
                 f"fold '{fold}' is not exact for this family: a norm follows the MLP inside each layer, so that no "
                 "matrix can be moved into down_proj. Use --fold none."
             )
