@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..recipe import HEAL_LOSS_NAMES, HEAL_SAMPLES, HealRecipe
-from .arguments import DATA, MODEL, calibration_arguments, number_in_range, positive_count, run_arguments
+from .arguments import DATA, MODEL, calibration_arguments, number_in_range, positive_count, run_arguments, whole_number
 from .from_flags import heal_from_flags, progress_bar, run_options_from_flags, write_json
 from .healing_table import cost_lines, result_lines
 
@@ -25,7 +25,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("--loss", choices=HEAL_LOSS_NAMES, help=f"divergence to learn from ({HealRecipe.loss})")
     subcommand.add_argument(
         "--exchanges",
-        type=int,
+        type=whole_number,
         metavar="N",
         help=f"further pictures that each question is put to, 0: its own alone ({HealRecipe.exchanges})",
     )

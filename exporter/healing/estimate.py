@@ -44,7 +44,7 @@ def healing_cost(
     return {
         "steps": schedule.steps,
         "questions": schedule.fit,
-        "held_out": schedule.held_out,
+        "held_out": schedule.judging,
         "pairs": schedule.rounds * schedule.fit,
         "forward_passes": round(schedule.forward_passes(kept_layers), 1),
         "memory_bytes": round(max(weights.num_parameters * itemsize, training)),

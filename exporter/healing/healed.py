@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from ..cards.model_card import card
 from ..checkpoints.files import ADAPTER_FILE, hashes, sha256
 from ..checkpoints.record import RECORD, read_record, write_record
 from ..checkpoints.source import Source, file_hashes, open_source
-from ..checkpoints.staging import check_space, check_target, staged
+from ..checkpoints.staging import LOCK, check_space, check_target, staged
 from ..checkpoints.verification import require
 from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer
@@ -167,28 +170,30 @@ def with_healing(
     check_space(out, job.source.weights.num_bytes)
     check_space(work, job.schedule.disk_bytes(job.answer_tokens))
     work.mkdir(exist_ok=True)
-    questions = ask_teacher(job, work, progress)
-    model = load_model(job.source, job.device, job.dtype)[0]
-    student = prepared(model, load_processor(job.source.folder), job.source, heal.rank, heal.norms, heal.seed)
-    learnable = sum(parameter.numel() for parameter in student.parameters.values())
-    told, adapter = _learnt(job, student, questions, work, progress)
-    record["recipe"]["heal"] = {**heal.to_data(), "teacher": teacher, "calibration": data.to_data()}
-    record["heal"] = {
-        **told,
-        "parameters": learnable,
-        "teacher": {"name": job.teacher.name, "revision": job.teacher.revision},
-        "fingerprint": job.calibration.fingerprint,
-        "questions": len(job.fit),
-        "pairs": len(questions.rounds) * len(job.fit),
-        "answer_tokens": questions.store.tokens,
-        "seconds": round(time.monotonic() - begin, 1),
-    }
-    if adapter is not None:
-        record["reference"] |= reference_answer(student.model, student.processor)
-    del model, student
-    written(job.source, plain, record, adapter, out, job.device)
+    with _alone(work):
+        questions = ask_teacher(job, work, progress)
+        model = load_model(job.source, job.device, job.dtype)[0]
+        student = prepared(model, load_processor(job.source.folder), job.source, heal.rank, heal.norms, heal.seed)
+        told, adapter = _learnt(job, student, questions, work, progress)
+        record["recipe"]["heal"] = {**heal.to_data(), "teacher": teacher, "calibration": data.to_data()}
+        record["heal"] = {**told, "seconds": round(time.monotonic() - begin, 1)}
+        if adapter is not None:
+            record["reference"] |= reference_answer(student.model, student.processor)
+        del model, student
+        written(job.source, plain, record, adapter, out, job.device)
     shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Hold the folder of a run. Raises: InputError where another run that is alive holds it."""
+    with (work / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is healing in {work}: wait for it, or name another folder.") from None
+        yield
 
 
 def refuse_healed(record: dict[str, Any], folder: Path) -> None:
@@ -203,8 +208,9 @@ def ask_teacher(job: HealingJob, work: Path, progress: Progress) -> HealingQuest
     """Let the original answer all questions that it has not answered yet, and let it go again."""
     samples = job.calibration.samples
     rounds = exchanged([samples[index] for index in job.fit], job.schedule.rounds, job.recipe.seed)
-    store = AnswerStore(work, job.fingerprint(), job.top)
-    questions = HealingQuestions(store, [samples[index] for index in job.held_out], rounds)
+    store = AnswerStore(work, job.fingerprint(job.schedule.judging_rounds), job.top)
+    judging = exchanged([samples[index] for index in job.held_out], job.schedule.judging_rounds, job.recipe.seed)
+    questions = HealingQuestions(store, [sample for row in judging for sample in row], rounds)
     if store.missing(len(questions.all)):
         model = load_model(job.teacher, job.device, job.dtype, job.options.memory)[0]
         processor = load_processor(job.teacher.folder)
@@ -221,7 +227,18 @@ def _learnt(
     before = judged(student, questions, heal.batch_size)
     key = job.fingerprint(heal.to_data(), file_hashes(job.source))
     best, curve = train(student, questions, training, before, progress, work / "training.state", key)
-    told = {"steps": training.steps, "steps_run": len(curve), "curve": curve, "before": _told(before)}
+    told = {
+        "questions": len(job.fit),
+        "pairs": len(questions.rounds) * len(job.fit),
+        "answer_tokens": questions.store.tokens,
+        "fingerprint": job.calibration.fingerprint,
+        "teacher": {"name": job.teacher.name, "revision": job.teacher.revision},
+        "parameters": sum(parameter.numel() for parameter in student.parameters.values()),
+        "steps": training.steps,
+        "steps_run": len(curve),
+        "curve": curve,
+        "before": _told(before),
+    }
     if best.step:
         adapter = work / "adapter.safetensors"
         save_adapter(adapter, best.weights)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ..recipe import HealRecipe
 
 EPOCHS = 10  # times that every question is learnt from, each time about another picture
-JUDGED = 10  # times in a training that held-out questions are judged by
+JUDGED = 5  # times in a training that held-out questions are judged by
+JUDGING = 128  # pairs of question and picture that judge, where there are fewer questions: a few tell too little
 BACKWARD = 1.1  # of a forward pass: weights are frozen, so that gradients only go back through them
 ANSWER_BYTES = (4, 8)  # of an answer token on disk, and of each of its likeliest tokens
 
@@ -35,9 +36,21 @@ class Schedule:
         return min(self.recipe.exchanges + 1, -(-self.steps // self.epoch), max(1, self.fit - 1))
 
     @property
+    def judging_rounds(self) -> int:
+        """How many different pictures each held-out question is put to."""
+        if not self.recipe.exchanges or not self.held_out:
+            return 1
+        return max(1, min(-(-JUDGING // self.held_out), self.held_out - 1))
+
+    @property
+    def judging(self) -> int:
+        """How many pairs of question and picture judge."""
+        return self.judging_rounds * self.held_out
+
+    @property
     def asked(self) -> int:
         """How many questions the original answers."""
-        return self.held_out + self.rounds * self.fit
+        return self.judging + self.rounds * self.fit
 
     def disk_bytes(self, answer_tokens: int) -> int:
         """Return most of what its answers take on disk."""
@@ -51,5 +64,5 @@ class Schedule:
             kept: share of the original's layers that the smaller model has.
         """
         learning = (1 + BACKWARD) * self.steps * self.recipe.batch_size
-        judging = (JUDGED + 2) * self.held_out
+        judging = (JUDGED + 2) * self.judging
         return (self.asked + kept * (learning + judging)) / max(1, self.fit + self.held_out)

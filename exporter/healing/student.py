@@ -100,6 +100,8 @@ def prepared(model: Any, processor: Any, source: Source, rank: int, norms: bool,
     """
     peft = require_peft()
     decoder = text_decoder(model)
+    if norms and model.dtype != torch.float32:
+        raise InputError(f"heal: norms are learnt in float32 alone, steps are lost in {model.dtype}: --dtype float32.")
     names = list(linear_maps(decoder, source))
     if not names:
         raise InputError(
@@ -109,6 +111,9 @@ def prepared(model: Any, processor: Any, source: Source, rank: int, norms: bool,
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=0.0)
     peft.inject_adapter_in_model(config, decoder)
     adapted = {name: decoder.get_submodule(name) for name in names}
+    for module in adapted.values():  # steps are lost in the rounding of half precision; PEFT casts what comes and goes
+        module.lora_A["default"].float()
+        module.lora_B["default"].float()
     found: dict[str, nn.Parameter] = {}
     for name, parameter in decoder.layers.named_parameters(prefix="layers"):
         if norms and parameter.ndim == 1 and name.endswith("norm.weight") and _stored(source, name, parameter):

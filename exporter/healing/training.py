@@ -24,7 +24,7 @@ from .schedule import JUDGED
 from .student import Student
 from .teacher import AnswerStore
 
-PATIENCE = 4  # judgings without a better result, until training stops
+PATIENCE = 2  # judgings without a better result, until training stops
 HELD_OUT_KL = "KL of held-out questions"  # what the curve calls it
 
 
@@ -61,27 +61,36 @@ class HealTraining:
 
 @dataclass
 class BestUpdates:
-    """The updates that held-out questions liked best; what they were before any training to begin with."""
+    """The latest updates that held-out questions find no worse than the best ones.
 
+    A few dozen questions tell updates apart to within some noise, and what was learnt longer, at a learning rate that
+    falls, is the better guess: so the latest are taken that are not worse than the best by over one standard error.
+    """
+
+    before: Divergence  # of the held-out questions without any updates
+    lowest: Divergence | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
-    kl: float = float("inf")
     step: int = 0  # after how many steps; 0: nothing that was learnt helped
     waited: int = 0  # judgings since
 
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        for name in vars(self):
-            setattr(self, name, saved[name])
-
-    def offer(self, student: Student, kl: float, step: int) -> None:
-        """Take over what the student has learnt, if it is better."""
-        if kl < self.kl:
+    def offer(self, student: Student, judged: Divergence, step: int) -> None:
+        """Take over what the student has learnt, if it helps."""
+        if self.lowest is None or judged.mean < self.lowest.mean:
+            self.lowest = judged
+        more, error = judged.more_than(self.lowest)
+        if more <= error and judged.mean < self.before.mean:
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in student.parameters.items()}
-            self.kl, self.step, self.waited = kl, step, 0
+            self.step, self.waited = step, 0
         else:
             self.waited += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        lowest = None if self.lowest is None else vars(self.lowest)
+        return {"weights": self.weights, "step": self.step, "waited": self.waited, "lowest": lowest}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.weights, self.step, self.waited = saved["weights"], saved["step"], saved["waited"]
+        self.lowest = saved["lowest"] and Divergence(**saved["lowest"])
 
 
 def train(
@@ -93,22 +102,20 @@ def train(
     state_file: Path | None = None,
     fingerprint: str = "",
 ) -> tuple[BestUpdates, list[dict[str, float]]]:
-    """Train; the student is left with the updates that held-out questions liked best.
+    """Train; the student is left with the best updates.
 
     Args:
         before: of the held-out questions, while the updates are nothing yet.
         state_file: where the state is kept, so that a broken-off run goes on.
         fingerprint: of everything that the result depends on.
-    Returns: these updates, and the curve: the loss of every step, the held-out divergence where it was judged.
+    Returns: the updates, and the curve: the loss of every step, the held-out divergence where it was judged.
     """
-    learnt, best = student.parameters, BestUpdates()
+    learnt, best = student.parameters, BestUpdates(before)
     optimizer = torch.optim.AdamW(learnt.values(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, training.steps))
     parts = {"updates": ParametersState(learnt), "optimizer": optimizer, "schedule": schedule, "best": best}
     state = TrainingState(parts, fingerprint)
     first, every = state.load(state_file), max(1, round(training.steps / JUDGED))
-    if not first:
-        best.offer(student, before.mean, 0)
     for step in progress(range(first, training.steps), "heal", training.steps - first):
         loss = one_step(student, questions, training, step)
         optimizer.zero_grad()
@@ -118,13 +125,15 @@ def train(
         schedule.step()
         state.note(step, loss.item(), "the loss of healing")
         if (step + 1) % every == 0 or step + 1 == training.steps:
-            state.curve[-1][HELD_OUT_KL] = kl = judged(student, questions, training.batch_size).mean
-            best.offer(student, kl, step + 1)
+            now = judged(student, questions, training.batch_size)
+            state.curve[-1][HELD_OUT_KL] = now.mean
+            best.offer(student, now, step + 1)
             if state_file is not None:
                 state.save(state_file, step + 1)
             if best.waited >= PATIENCE:
                 break
-    ParametersState(learnt).load_state_dict(best.weights)
+    if best.step:
+        ParametersState(learnt).load_state_dict(best.weights)
     return best, state.curve
 
 
