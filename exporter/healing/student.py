@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..models.answers import AnsweredBatch, with_answers
 from ..models.loading import text_decoder
 from ..models.replay import trace
+from .adapter import SCALING
 
 KEPT_BYTES = 2 << 30  # of activations that a step may keep for its gradient; above, layers run twice
 KEPT_STATES = 16  # of [B, S, D] that a layer keeps, roughly, beside three of its MLP's width
@@ -108,7 +109,7 @@ def prepared(model: Any, processor: Any, source: Source, rank: int, norms: bool,
             f"{source.name}: none of its decoder layers' linear maps is stored as such: it can't be healed."
         )
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=0.0)
+    config = peft.LoraConfig(r=rank, lora_alpha=round(SCALING * rank), target_modules=names, lora_dropout=0.0)
     peft.inject_adapter_in_model(config, decoder)
     adapted = {name: decoder.get_submodule(name) for name in names}
     for module in adapted.values():  # steps are lost in the rounding of half precision; PEFT casts what comes and goes

@@ -24,6 +24,7 @@ from .schedule import JUDGED
 from .student import Student
 from .teacher import AnswerStore
 
+SAVE_EVERY = 50  # steps
 PATIENCE = 2  # judgings without a better result, until training stops
 HELD_OUT_KL = "KL of held-out questions"  # what the curve calls it
 
@@ -84,6 +85,11 @@ class BestUpdates:
         else:
             self.waited += 1
 
+    def restore(self, student: Student) -> None:
+        """Give the student what was taken over; it keeps what it has where nothing was."""
+        if self.step:
+            ParametersState(student.parameters).load_state_dict(self.weights)
+
     def state_dict(self) -> dict[str, Any]:
         lowest = None if self.lowest is None else vars(self.lowest)
         return {"weights": self.weights, "step": self.step, "waited": self.waited, "lowest": lowest}
@@ -106,8 +112,7 @@ def train(
 
     Args:
         before: of the held-out questions, while the updates are nothing yet.
-        state_file: where the state is kept, so that a broken-off run goes on.
-        fingerprint: of everything that the result depends on.
+        state_file, fingerprint: where a broken-off run goes on from, and all that the result depends on.
     Returns: the updates, and the curve: the loss of every step, the held-out divergence where it was judged.
     """
     learnt, best = student.parameters, BestUpdates(before)
@@ -117,6 +122,8 @@ def train(
     state = TrainingState(parts, fingerprint)
     first, every = state.load(state_file), max(1, round(training.steps / JUDGED))
     for step in progress(range(first, training.steps), "heal", training.steps - first):
+        if best.waited >= PATIENCE:
+            break
         loss = one_step(student, questions, training, step)
         optimizer.zero_grad()
         loss.backward()
@@ -124,16 +131,13 @@ def train(
         optimizer.step()
         schedule.step()
         state.note(step, loss.item(), "the loss of healing")
-        if (step + 1) % every == 0 or step + 1 == training.steps:
+        if is_judged := (step + 1) % every == 0 or step + 1 == training.steps:
             now = judged(student, questions, training.batch_size)
             state.curve[-1][HELD_OUT_KL] = now.mean
             best.offer(student, now, step + 1)
-            if state_file is not None:
-                state.save(state_file, step + 1)
-            if best.waited >= PATIENCE:
-                break
-    if best.step:
-        ParametersState(learnt).load_state_dict(best.weights)
+        if state_file is not None and (is_judged or (step + 1) % SAVE_EVERY == 0):
+            state.save(state_file, step + 1)
+    best.restore(student)
     return best, state.curve
 
 
