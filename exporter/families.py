@@ -26,10 +26,20 @@ class Family:
 class Decoder:
     """One language model architecture, by the `model_type` of the text configuration."""
 
-    post_norm: bool = False  # a norm follows the MLP inside the block: x + norm(mlp(x))
+    attention_norm: str | None = None  # a norm behind the attention inside the block: x + norm(attention(x))
+    mlp_norm: str | None = None  # one behind the MLP: x + norm(mlp(x))
     residual_multiplier: str | None = None  # config attribute that scales what a block adds to the residual stream
     down_proj: str = "mlp.down_proj"
     o_proj: str = "self_attn.o_proj"
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether norms stand between the output matrices and the residual stream."""
+        return self.mlp_norm is not None
+
+    def norm_behind(self, module: str) -> str | None:
+        """Return the name of the norm behind an output matrix, if there is one."""
+        return {self.down_proj: self.mlp_norm, self.o_proj: self.attention_norm}.get(module)
 
 
 FAMILIES: dict[str, Family] = {
@@ -57,9 +67,9 @@ DECODERS: dict[str, Decoder] = {
     "qwen2_5_vl_text": Decoder(),
     "qwen3_vl_text": Decoder(),
     "gemma": Decoder(),
-    "gemma2": Decoder(post_norm=True),
-    "gemma3_text": Decoder(post_norm=True),
-    "glm4v_text": Decoder(post_norm=True),
+    "gemma2": Decoder("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gemma3_text": Decoder("post_attention_layernorm", "post_feedforward_layernorm"),
+    "glm4v_text": Decoder("post_self_attn_layernorm", "post_mlp_layernorm"),
     "granite": Decoder(residual_multiplier="residual_multiplier"),
 }
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import InputError, nearest
+from .methods import FOLDS, LOCALIZERS, LOSSES, Fold, Localizer, RouterLoss, resolve
 from .plan import LayerBudget
 
 T = TypeVar("T")
-LOCALIZER_NAMES = ("best_of", "tis", "block_influence", "angular", "fisher", "greedy", "random", "first", "last")
-FOLD_NAMES = ("auto", "reconstruction", "scp", "scp_both", "least_squares", "none")
+Rows = Mapping[str, Localizer] | Mapping[str, Fold] | Mapping[str, RouterLoss]  # a table of exporter/methods.py
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "auto"
 DEFAULT_SAMPLES = 512
-LOSS_NAMES = ("importance", "relaxed", "preference")
 ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
 HEAL_LOSS_NAMES = ("forward", "reverse", "symmetric")
 HEAL_SAMPLES = 2048
@@ -69,6 +68,25 @@ class CalibrationData:
             if f.name == "data" or getattr(self, f.name) != _default(f)
         }
         return data if len(data) > 1 else self.data
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Questions with answers, of a comparison: where they are, as `evaluate` takes them."""
+
+    data: str  # JSONL or parquet file, or 'datasets:ID'
+    columns: dict[str, str] = field(default_factory=dict)  # of a data set
+    split: str | None = None  # None: the only one
+    config: str | None = None
+    allow_urls: bool = False
+
+    def __post_init__(self) -> None:
+        paths_as_text(self, "data")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `load_task` takes beside the place."""
+        return {name: value for name, value in vars(self).items() if name != "data"}
 
 
 @dataclass(frozen=True)
@@ -249,8 +267,8 @@ def recipe_from_data(data: Any) -> Recipe:
         calibration=calibration_from_data(data["calibration"]),
         budget=LayerBudget(**budget),
         revision=data.get("revision"),
-        localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZER_NAMES, "localizer"),
-        fold=read_method(data["fold"], FOLD_NAMES, "fold") if data.get("fold") is not None else None,
+        localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZERS, "localizer"),
+        fold=read_method(data["fold"], FOLDS, "fold") if data.get("fold") is not None else None,
         protect=None if protect is None else integers(protect, "protect"),
         seed=int(data.get("seed", 0)),
         base_model=data.get("base_model"),
@@ -260,19 +278,39 @@ def recipe_from_data(data: Any) -> Recipe:
 
 
 def calibration_from_data(data: Any) -> CalibrationData:
-    data = {"data": data} if isinstance(data, str) else data
-    check_keys(data, [f.name for f in dataclasses.fields(CalibrationData)], "calibration")
-    if "data" not in data:
-        raise InputError("calibration needs 'data': a JSONL file, a folder of images or datasets:ID.")
-    hints = {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}
-    for name, value in data.items():
-        if name == "config" and value is not None and not isinstance(value, str):
-            raise InputError(f"calibration: config must be a text, not {value!r}.")
-        if name == "samples" and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InputError(f"calibration: samples must be a whole number or null, not {value!r}.")
-        if name in hints and not isinstance(value, hints[name]):
-            raise InputError(f"calibration: {name} must be a {KIND_NAMES[hints[name]]}, not {value!r}.")
+    data = _named(CalibrationData, data, "calibration", "a JSONL file, a folder of images or datasets:ID")
+    if isinstance(samples := data.get("samples"), bool) or not isinstance(samples, int | None):
+        raise InputError(f"calibration: samples must be a whole number or null, not {samples!r}.")
+    _check_kinds(
+        data, {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}, "calibration"
+    )
     return CalibrationData(**data)
+
+
+def task_from_data(data: Any) -> TaskData:
+    data = _named(TaskData, data, "task", "a JSONL file or datasets:ID")
+    if data.get("split") is not None:
+        _check_kinds(data, {"split": str}, "task")
+    _check_kinds(data, {"data": str, "columns": Mapping, "allow_urls": bool}, "task")
+    return TaskData(**data)
+
+
+def _named(cls: Any, data: Any, what: str, places: str) -> Mapping[str, Any]:
+    """A place alone, or a mapping with 'data' and whatever else is not left to defaults. Raises InputError."""
+    data = {"data": str(data)} if isinstance(data, str | Path) else data
+    check_keys(data, [f.name for f in dataclasses.fields(cls)], what)
+    if "data" not in data:
+        raise InputError(f"{what} needs 'data': {places}.")
+    if not isinstance(config := data.get("config"), str | None):
+        raise InputError(f"{what}: config must be a text, not {config!r}.")
+    checked: Mapping[str, Any] = data
+    return checked
+
+
+def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
+    for name, kind in kinds.items():
+        if name in data and not isinstance(data[name], kind):
+            raise InputError(f"{what}: {name} must be a {KIND_NAMES[kind]}, not {data[name]!r}.")
 
 
 def router_from_data(data: Any) -> RouterRecipe:
@@ -283,7 +321,7 @@ def router_from_data(data: Any) -> RouterRecipe:
     if read.get("calibration") is not None:
         read["calibration"] = calibration_from_data(read["calibration"])
     if "loss" in read:
-        read["loss"] = read_method(read["loss"], LOSS_NAMES, "loss")
+        read["loss"] = read_method(read["loss"], LOSSES, "loss")
     return RouterRecipe(**read)
 
 
@@ -297,20 +335,24 @@ def heal_from_data(data: Any) -> HealRecipe:
     return HealRecipe(**read)
 
 
-def read_method(value: Any, names: tuple[str, ...], kind: str) -> Method:
-    """'scp' or {'name': 'scp', 'k': 16}. Options are checked against the method itself when it runs."""
+def read_method(value: Any, table: Rows, kind: str) -> Method:
+    """Read 'scp' or {'name': 'scp', 'k': 16}. Options are checked against the method itself when it runs."""
     options = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = options.pop("name", None)
-    if name not in names:
-        raise InputError(f"{kind} '{name}' is not known: {nearest(str(name), names)}")
+    if not isinstance(name, str) or name not in table:
+        raise InputError(f"{kind} '{name}' is not known: {nearest(str(name), tuple(table))}")
     return Method(name, options)
 
 
-def check_options(function: Any, method: Method, kind: str) -> dict[str, Any]:
-    """The method's options, if they are keyword-only arguments of the function and of the annotated type."""
+def check_method(method: Method, table: Rows, kind: str) -> None:
+    """Check that the method's options are keyword-only arguments of its function and of the annotated types.
+
+    Raises: InputError that names the option.
+    """
     import inspect
     from typing import get_type_hints
 
+    function = resolve(table[method.name].run)
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     hints = get_type_hints(function)
     for name, value in method.options.items():
@@ -320,7 +362,6 @@ def check_options(function: Any, method: Method, kind: str) -> dict[str, Any]:
             )
         if not _fits(value, hints[name]):
             raise InputError(f"{kind} '{method.name}': {name} must be {_said(hints[name])}, not {value!r}.")
-    return method.options
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -348,7 +389,10 @@ def _said(hint: Any) -> str:
         return f"a list of {_said(arguments[0])}"
     if arguments:
         return " or ".join(_said(one) for one in arguments)
-    return {float: "a number from 0 up", int: "a whole number from 0 up", type(None): "null"}.get(hint, hint.__name__)
+    words: str = {float: "a number from 0 up", int: "a whole number from 0 up", type(None): "null"}.get(
+        hint, hint.__name__
+    )
+    return words
 
 
 def integers(value: Any, name: str) -> tuple[int, ...]:

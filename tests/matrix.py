@@ -36,6 +36,7 @@ FIRST = (*FULL[: FULL.index("today")], "expect", *FULL[FULL.index("today") :])  
 OLD = ("old_plain", "old_processor", "old_published_processor", "old_routed")
 NO_ONNX = frozenset({"onnx"})  # the extra `onnx` asks for a newer transformers than the package
 OLDER = ("transformers==4.57.6",)  # the last release of transformers 4; pip brings the releases that it needs
+BETWEEN = "5.23.0"  # the release before `past_key_values` became `cache`, and the first with ONNX Runtime's operators
 NOT_MOVED = "torch"  # the build that is there stays
 MARKS = {"ok": "yes", "refused": "refused", "known": "known", "failed": "**FAILED**"}
 
@@ -95,6 +96,7 @@ def rows(required: Sequence[Requirement], pinned: Mapping[str, str], latest: Map
     return [
         Row("pinned", "pinned (constraints.txt)", exact(here), FIRST),
         Row("floor", "oldest transformers", exact(here | {"transformers": oldest["transformers"]}), FULL, NO_ONNX),
+        Row("between", "transformers before the rename", exact(here | {"transformers": BETWEEN})),
         Row("newest", "newest transformers", exact(here | {"transformers": latest["transformers"]})),
         Row("all-floors", "oldest of everything", exact(oldest), FULL, NO_ONNX),
         Row("all-newest", "newest of everything", exact(latest)),
@@ -319,7 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run the compatibility matrix.")
-    parser.add_argument("--rows", help="only these, by comma: pinned, floor, newest, all-floors, all-newest, older")
+    parser.add_argument(
+        "--rows", help="only these, by comma: pinned, floor, between, newest, all-floors, all-newest, older"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="(WORK/matrix.json)")
     parser.add_argument(

@@ -35,9 +35,9 @@ from exporter.compression.steps import fold_gaps, localize
 from exporter.data.batches import Batch, by_size, make_batches, spread
 from exporter.data.calibration import load_calibration
 from exporter.families import DECODERS
-from exporter.fold import FOLDS
 from exporter.fold.job import FoldJob
 from exporter.localize.tis import tis
+from exporter.methods import FOLDS, LOSSES, resolve
 from exporter.modeling.routed_route import RouterSettings
 from exporter.modeling.routed_router import Router
 from exporter.models.capture import layer_statistics
@@ -46,7 +46,6 @@ from exporter.plan import LayerBudget, make_plan
 from exporter.recipe import DEFAULT_SAMPLES, CalibrationData, Recipe, RunOptions
 from exporter.routing.settings import default_settings
 from exporter.routing.training.learner import Learner, Teacher
-from exporter.routing.training.losses import LOSSES
 from exporter.routing.training.relaxation import gated_attention
 
 IMAGE_TOKEN = 0
@@ -148,7 +147,7 @@ def scoring(options: argparse.Namespace) -> None:
 
     def fold(name: str) -> None:
         job = FoldJob(model, some, plan, lambda layer, name: weights.get(f"{layer}.{name}"), DECODERS["llama"])
-        FOLDS[name](job)
+        resolve(FOLDS[name].run)(job)
         wait()
 
     folds = {name: functools.partial(fold, name) for name in ("scp", "least_squares", "reconstruction")}
@@ -240,7 +239,7 @@ def routing(options: argparse.Namespace) -> None:
                 look = learner.look(range(start, start + 16))
                 loss(look, torch.Generator().manual_seed(start)).backward()
 
-        steps = {name: functools.partial(step, loss) for name, loss in LOSSES.items()}
+        steps = {name: functools.partial(step, resolve(loss.run)) for name, loss in LOSSES.items()}
         seconds = medians(options.repeats, forward=forward, answer=answer, **steps)
     ratios = (f"{name} {value / seconds['forward']:.2f} x" for name, value in seconds.items() if name != "forward")
     print(f"forward {1000 * seconds['forward'] / len(starts):.0f} ms for 16 questions; {'; '.join(ratios)}")

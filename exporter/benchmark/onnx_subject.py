@@ -176,4 +176,6 @@ def budget_of(model: OnnxModel, asked: GenerateKwargs | None, path: str) -> Gene
         budget = model.budget_for(**asked)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return None if budget == OnnxRouteBudget() else asked
+    if budget == OnnxRouteBudget():
+        return None
+    return asked if "preset" in asked else {name: getattr(budget, name) for name in asked}  # numbers of Python

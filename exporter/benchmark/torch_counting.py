@@ -35,7 +35,8 @@ def kv_bytes(config: Any, dtype: torch.dtype, real: Tensor, route: Any = None, d
         tokens = kept if layer_idx >= drop_at else there
         start = 0 if window is None else max(0, tokens.shape[1] - window + 1)
         entries += rows * int(tokens[:, start:].sum(1).max())
-    return entries * per_token
+    size: int = entries * per_token
+    return size
 
 
 def windows(text: Any) -> list[int | None]:

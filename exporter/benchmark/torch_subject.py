@@ -205,7 +205,9 @@ def budget_of(model: Any, asked: GenerateKwargs | None, path: str) -> GenerateKw
             budget.check(settings, model.num_layers)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    return None if budget.is_off else asked
+    if budget.is_off:
+        return None
+    return asked if "preset" in asked else {name: getattr(budget, name) for name in asked}  # numbers of Python
 
 
 class TorchRuntime:

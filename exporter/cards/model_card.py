@@ -13,41 +13,17 @@ from ..checkpoints.json_file import read_json
 from ..checkpoints.record import RECORD, read_record
 from ..errors import InputError
 from ..localize.scores import LayerScores
+from ..methods import fold_row, localizer_row
 from .card_file import CARD, OUR_METRIC, write_card
 from .figures import describe
 from .licence import card_text, licence_sentence
 from .plots import plot_scores, plot_training
-
-TITLES = {  # methods that measure something, and where they come from
-    "tis": ("Short-LVLM's Token Importance Scores", "https://arxiv.org/abs/2507.23362"),
-    "block_influence": ("ShortGPT's block influence", "https://arxiv.org/abs/2403.03853"),
-    "angular": ("the angular distance of blocks (UIDL)", "https://arxiv.org/abs/2403.17887"),
-    "best_of": (
-        "the divergence at the model's own answers, from what Short-LVLM, ShortGPT and UIDL propose",
-        "https://arxiv.org/abs/2507.23362",
-    ),
-    "fisher": (
-        "Fisher information of the layers' gates",
-        "https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html",
-    ),
-    "greedy": ("greedy removal by loss (SLEB)", "https://arxiv.org/abs/2402.09025"),
-    "scp": ("Short-LVLM's Subspace-Compensated Pruning", "https://arxiv.org/abs/2507.23362"),
-    "scp_both": ("Short-LVLM's Subspace-Compensated Pruning, in both matrices", "https://arxiv.org/abs/2507.23362"),
-    "reconstruction": ("layer-wise reconstruction", "https://arxiv.org/abs/2301.00774"),
-    "least_squares": ("ReplaceMe's least squares", "https://arxiv.org/abs/2505.02819"),
-}
 
 TRAININGS = (
     ("heal", "healing", "healing.png"),
     ("router", "training the router", "router_training.png"),
 )  # parts of a record with a curve, its title, its file
 LOADING = re.compile(r'from_pretrained\("([^"]+)"')
-UNMEASURED = {
-    "random": "They were drawn at random, as a control.",
-    "first": "They are the first ones, taken as a control.",
-    "last": "They are the last ones, taken as a control.",
-    "explicit": "They were named by hand in the recipe.",
-}
 
 
 def card(folder: Path, name: str | None = None) -> Path:
@@ -74,7 +50,7 @@ def card(folder: Path, name: str | None = None) -> Path:
 def draw(record: dict[str, Any], folder: Path) -> None:
     """Draw the layer scores and the router's training curve, where the record holds them, into `folder`/assets."""
     scores = record["scores"]
-    if scores["method"] not in UNMEASURED and record["plan"]["drop"]:
+    if not localizer_row(scores["method"]).control and record["plan"]["drop"]:
         (folder / "assets").mkdir(exist_ok=True)
         plot_scores(
             LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"]), scores["details"]),
@@ -119,10 +95,10 @@ def body(record: dict[str, Any], name: str) -> str:
     import yaml
 
     fold = dict(record["fold"])
-    fold["title"], fold["link"] = TITLES.get(fold["name"], (fold["name"], ""))
+    row = fold_row(fold["name"])
+    fold["title"], fold["link"] = row.title, row.link
     fold["places"] = _places(fold["tensors"])
     fold["sure"] = _sure(record["fold"])
-    method = record["scores"]["method"]
     rendered: str = template("compressed.md.jinja").render(
         record,
         evaluations=[e for e in record["evaluations"] if not e.get("budget")],
@@ -134,7 +110,7 @@ def body(record: dict[str, Any], name: str) -> str:
         load_name=name,
         fold=fold,
         chosen=_choice(record),
-        measured_scores=method not in UNMEASURED,
+        measured_scores=not localizer_row(record["scores"]["method"]).control,
         healed=is_healed(record),
         teacher_name=model_name(record["heal"]["teacher"]["name"]) if "heal" in record else "",
         pct=_percent,
@@ -238,7 +214,8 @@ def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
     if not Path(name).expanduser().is_dir():
         return name.removeprefix("hub:").split("@")[0]
     if (folder / RECORD).exists():
-        return read_json(folder / RECORD).get("source", {}).get("base_model")
+        recorded: str | None = read_json(folder / RECORD).get("source", {}).get("base_model")
+        return recorded
     return None
 
 
@@ -249,15 +226,14 @@ def model_name(name: str) -> str:
 
 def _choice(record: dict[str, Any]) -> str:
     """How the layers were chosen, in a sentence."""
-    method, data = record["scores"]["method"], record["calibration"]
-    if method in UNMEASURED:
-        return UNMEASURED[method]
-    title, link = TITLES.get(method, (method, ""))
+    row, data = localizer_row(record["scores"]["method"]), record["calibration"]
+    if row.control:
+        return row.title
     tokens = data["tokens"]
     counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
     read, given = record["scores"]["details"].get("questions", data["samples"]), data["samples"]
     questions = f"{given}" if read == given else f"{read} of {given}"
-    return f"They were chosen by [{title}]({link}) from {questions} unlabelled questions about images{counted}."
+    return f"They were chosen by [{row.title}]({row.link}) from {questions} unlabelled questions about images{counted}."
 
 
 def _sure(fold: dict[str, Any]) -> str:

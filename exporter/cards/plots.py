@@ -8,15 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..localize.scores import LayerScores
+from ..methods import localizer_row
 
 KEPT, DROPPED, PROTECTED = "#3b6ea5", "#d1603d", "#9aa5b1"
-VALUE_NAMES = {
-    "tis": "cosine of input and output over important tokens",
-    "block_influence": "cosine of input and output over all tokens",
-    "angular": "1 - angular distance of the block that begins here",
-    "fisher": "- divergence when this layer is removed, to second order",
-    "greedy": "- loss when this layer alone is removed",
-}
 
 
 def figure(width: float = 7.5, height: float = 3.4) -> tuple[Any, Any]:
@@ -44,13 +38,14 @@ def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) ->
     layers = range(len(scores.values))
     colors = [DROPPED if i in scores.drop else PROTECTED if i in protect else KEPT for i in layers]
     measured = scores.details.get("chosen", scores.method)  # best_of shows the values of the proposal that won
-    values = [math.nan if measured == "angular" and value == 0 else value for value in scores.values]  # no block fits
+    row = localizer_row(measured)
+    values = [math.nan if row.of_blocks and value == 0 else value for value in scores.values]  # no block fits
     axes.bar(layers, values, color=colors, width=0.8)
     known = [value for value in values if not math.isnan(value)]
     low, high = min(known), max(known)
     axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel(_wrapped(VALUE_NAMES.get(measured, "redundancy")))
+    axes.set_ylabel(_wrapped(row.value_name))
     step = max(1, len(layers) // 32)
     axes.set_xticks(list(layers)[::step])
     shown = [("kept", KEPT), ("dropped", DROPPED)] + [("protected", PROTECTED)] * bool(protect)

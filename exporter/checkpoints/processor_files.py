@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..clean_room import REFERENCE_QUESTION, load_processor, reference_inputs
+from ..clean_room import REFERENCE_QUESTION, PromptError, load_processor, reference_inputs
 from ..errors import InputError
 from ..families import FAMILIES
 from .config_file import first_lines
@@ -249,11 +249,11 @@ def _probe(name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return ask()
     except InputError:
         raise
+    except PromptError as error:
+        raise InputError(f"{name}: {error}.") from error
     except Exception as error:
-        raised_by = type(error).__module__.split(".")[0]
-        what = "chat template" if raised_by == "jinja2" or "template" in str(error).lower() else "processor"
         raise InputError(
-            f"{name}: its {what} fails at a short question about a picture: {first_lines(error)}"
+            f"{name}: its processor fails at a short question about a picture: {first_lines(error)}"
         ) from error
 
 

@@ -86,7 +86,8 @@ class Weights:
         from safetensors import safe_open
 
         with safe_open(self.entries[name].path, framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
 
 
 def read_shard(path: Path) -> Shard:

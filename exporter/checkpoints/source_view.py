@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import InputError
+from .dequantization import Decoded, decoded_pieces
 from .json_file import parse_json
-from .quantization import SIDE_FILES, Decoded, Quantized, decoded_pieces
+from .quantization import SIDE_FILES, Quantized
 from .safetensors_ranges import INDEX, SINGLE, TensorRange, Weights, write_shard
 
 PREFIX = "lvlm-exporter-source-"

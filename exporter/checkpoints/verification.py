@@ -7,16 +7,12 @@ in a clean process that cannot import this package.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import clean_room
+from ..clean_room.process import run_check
 from ..errors import CheckFailed
 from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
 from .hub_access import resolve
@@ -40,7 +36,7 @@ class Verification:
 
 
 def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = False) -> Verification:
-    """Compare every file with the record; then load with transformers alone, as `clean_room` describes.
+    """Compare every file with the record; then load with transformers alone, as `exporter/clean_room/` describes.
 
     Args:
         folder: on disk, or the name of a repository on the hub.
@@ -111,23 +107,8 @@ def _router_problems(folder: Path, record: dict[str, Any]) -> list[str]:
 
 
 def _in_clean_process(folder: Path, device: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Run `clean_room` on the folder; its copies of modeling files go to a place of their own, used by nobody else."""
-    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-modules-") as modules:
-        alone = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "HF_MODULES_CACHE": modules}
-        ran = subprocess.run(
-            [sys.executable, "-P", clean_room.__file__, str(folder.absolute()), device],
-            capture_output=True,
-            text=True,
-            env=os.environ | alone,
-            cwd="/",
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    lines = ran.stdout.strip().splitlines()
-    if ran.returncode != 0 or not lines:
-        reason = (ran.stderr.strip().splitlines() or ["no output"])[-1]
-        return (f"loading it in a clean process failed: {reason}",), {}
-    report = json.loads(lines[-1])
+    """Load the folder where this package cannot be imported. Returns: problems, and what else was found."""
+    report = run_check("verify", str(folder.absolute()), device, doing="loading it")
     return tuple(report.pop("problems")), report
 
 

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
-from ..recipe import (
-    DEFAULT_LOCALIZER,
-    DEFAULT_SAMPLES,
-    LOCALIZER_NAMES,
-)
+from ..methods import LOCALIZERS
+from ..recipe import DEFAULT_LOCALIZER, DEFAULT_SAMPLES
 
 LARGEST = 10**12  # of a whole number behind a flag: more is a slip of the hand, and overflows further in
 MODEL, DATA = "examples/digits/model", "examples/digits/data"
@@ -61,7 +58,7 @@ def data_arguments(subcommand: Any, split: str) -> None:
 
 
 def localizer_arguments(subcommand: argparse.ArgumentParser) -> None:
-    subcommand.add_argument("--localizer", choices=LOCALIZER_NAMES, help=f"({DEFAULT_LOCALIZER})")
+    subcommand.add_argument("--localizer", choices=tuple(LOCALIZERS), help=f"({DEFAULT_LOCALIZER})")
     subcommand.add_argument("--localizer-option", action="append", default=[], metavar="NAME=VALUE")
     subcommand.add_argument("--protect", type=layer_list, metavar="0,1", help="layers that must stay")
 

@@ -7,7 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..recipe import DEFAULT_FOLD, FOLD_NAMES, Recipe, RunOptions
+from ..methods import FOLDS
+from ..recipe import DEFAULT_FOLD, Recipe, RunOptions
 from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
 from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
 from .healing_table import cost_lines, result_lines
@@ -23,7 +24,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     layer_budget_arguments(subcommand)
     calibration_arguments(subcommand, required=False)
     localizer_arguments(subcommand)
-    subcommand.add_argument("--fold", choices=FOLD_NAMES, help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
+    subcommand.add_argument("--fold", choices=tuple(FOLDS), help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
     subcommand.add_argument("--fold-option", action="append", default=[], metavar="NAME=VALUE")
     subcommand.add_argument("--heal", action="store_true", help="let the result learn from the original, see `heal`")
     subcommand.add_argument("--heal-option", action="append", default=[], metavar="NAME=VALUE")

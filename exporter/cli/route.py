@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..recipe import LOSS_NAMES, ROUTER_SAMPLES, RouterRecipe
+from ..methods import LOSSES
+from ..recipe import ROUTER_SAMPLES, RouterRecipe
 from .arguments import DATA, MODEL, calibration_arguments, number_in_range, positive_count, run_arguments, whole_number
 from .from_flags import progress_bar, router_from_flags, run_options_from_flags, write_json
 
@@ -28,7 +29,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
         "--learning-rate", type=number_in_range, metavar="R", help=f"({RouterRecipe.learning_rate})"
     )
     subcommand.add_argument(
-        "--loss", choices=LOSS_NAMES, help="what is learnt from (importance); preference is the paper's"
+        "--loss", choices=tuple(LOSSES), help="what is learnt from (importance); preference is the paper's"
     )
     subcommand.add_argument("--loss-option", action="append", default=[], metavar="NAME=VALUE")
     run_arguments(subcommand, batch_size=RouterRecipe.batch_size)

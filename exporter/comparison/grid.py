@@ -9,22 +9,21 @@ from typing import Any
 
 from ..errors import InputError
 from ..evaluation.scoring import Rate, mcnemar
-from ..fold import FOLDS
-from ..localize import LOCALIZERS
+from ..methods import FOLDS, LOCALIZERS
 from ..plan import LayerBudget
 from ..recipe import (
-    FOLD_NAMES,
-    LOCALIZER_NAMES,
     CalibrationData,
     Method,
     Recipe,
+    TaskData,
     calibration_from_data,
     check_keys,
-    check_options,
+    check_method,
     from_yaml,
     integers,
     paths_as_text,
     read_method,
+    task_from_data,
 )
 
 
@@ -34,7 +33,7 @@ class Grid:
 
     model: str
     calibration: CalibrationData
-    task: str  # questions with answers
+    task: TaskData
     localizers: tuple[Method, ...]
     folds: tuple[Method, ...]
     drop_layers: tuple[int, ...] = ()  # this, or drop_ratios
@@ -45,7 +44,7 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        paths_as_text(self, "model", "task")
+        paths_as_text(self, "model")
         if bool(self.drop_layers) == bool(self.drop_ratios):
             raise InputError("a comparison needs 'drop_layers', or 'drop_ratios' in its place.")
 
@@ -80,18 +79,18 @@ def grid_from_data(data: Any) -> Grid:
     for key in ("localizers", "folds", "drop_layers", "drop_ratios"):
         if key in data and (not isinstance(data[key], list) or not data[key]):
             raise InputError(f"{key} must be a list, not {data[key]!r}.")
-    localizers = tuple(read_method(value, LOCALIZER_NAMES, "localizer") for value in data["localizers"])
-    folds = tuple(read_method(value, FOLD_NAMES, "fold") for value in data["folds"])
+    localizers = tuple(read_method(value, LOCALIZERS, "localizer") for value in data["localizers"])
+    folds = tuple(read_method(value, FOLDS, "fold") for value in data["folds"])
     for method in localizers:
-        check_options(LOCALIZERS[method.name], method, "localizer")
+        check_method(method, LOCALIZERS, "localizer")
     for method in folds:
-        check_options(FOLDS[method.name], method, "fold")
+        check_method(method, FOLDS, "fold")
     rest = {key: data[key] for key in ("task_samples", "revision", "seed") if key in data}
     protect = data.get("protect")
     return Grid(
         str(data["model"]),
         calibration_from_data(data["calibration"]),
-        str(data["task"]),
+        task_from_data(data["task"]),
         localizers,
         folds,
         integers(data.get("drop_layers", []), "drop_layers"),

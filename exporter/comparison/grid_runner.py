@@ -20,12 +20,10 @@ from ..data.samples import Sample
 from ..data.task import SPARE_TOKENS, Task, greedy_answers
 from ..errors import InputError
 from ..evaluation.scoring import Rate, is_right
-from ..fold import FOLDS
 from ..fold.job import FoldRefused
-from ..localize import STATISTICS
-from ..localize.greedy import greedy
 from ..localize.scores import LayerScores
-from ..models.answers import AnswerDivergence, AnsweredBatch, with_answers
+from ..methods import FOLDS, LOCALIZERS, resolve
+from ..models.answers import AnsweredBatch, with_answers
 from ..models.capture import BatchStatistics, layer_statistics
 from ..models.questions import Questions
 from ..models.variants import AnswerAgreement, Variant, assembled, judge
@@ -74,17 +72,23 @@ class GridRunner:
         return chosen
 
     def _choose(self, method: Method, count: int) -> LayerScores:
-        if method.name == "greedy":
-            return dataclasses.replace(self._greedy_order, drop=self._greedy_order.drop[:count])
-        if method.name in STATISTICS:
-            return STATISTICS[method.name](self.statistics, count, self.job.protect, **method.options)
+        row = LOCALIZERS[method.name]
+        if row.from_statistics:
+            chosen: LayerScores = resolve(row.run)(self.statistics, count, self.job.protect, **method.options)
+            return chosen
         options = tuple(sorted(method.options.items()))
-        return self._choice(method.name, options, count)
+        if not row.nested:
+            return self._choice(method.name, options, count)
+        longest = self._choice(method.name, options, max(self.counts))
+        return dataclasses.replace(longest, drop=longest.drop[:count])
 
     @functools.cache  # noqa: B019 - one runner a run
     def _choice(self, name: str, options: tuple[tuple[str, Any], ...], count: int) -> LayerScores:
+        begin = time.monotonic()
         recipe = dataclasses.replace(self.job.recipe, localizer=Method(name, dict(options)))
-        return localize(dataclasses.replace(self.job, recipe=recipe, count=count), self.model, self.questions)
+        scores = localize(dataclasses.replace(self.job, recipe=recipe, count=count), self.model, self.questions)
+        self.timed(name, begin)
+        return scores
 
     @functools.cached_property
     def questions(self) -> Questions:
@@ -96,14 +100,6 @@ class GridRunner:
         measured = list(layer_statistics(self.model, self.questions.batches("score layers")))
         self.timed("statistics", begin)
         return measured
-
-    @functools.cached_property
-    def _greedy_order(self) -> LayerScores:
-        begin = time.monotonic()
-        answered = list(self.questions.answered("score layers"))
-        order = greedy(AnswerDivergence.of(self.model, answered), max(self.counts), self.job.protect)
-        self.timed("greedy", begin)
-        return order
 
     def __hash__(self) -> int:
         return id(self)
@@ -139,7 +135,7 @@ class GridRunner:
             return {}
         begin = time.monotonic()
         given = fold_job(self.job, self.model, self.questions, plan, self._measured)
-        folded = FOLDS[method.name](given, **method.options)
+        folded: Folded = resolve(FOLDS[method.name].run)(given, **method.options)
         self.timed("fold", begin)
         return folded
 
@@ -219,8 +215,10 @@ class GridRunner:
     def naive_seconds(self, cells: int) -> float:
         """The loop over cells that shares nothing: each localizes, folds and answers every question anew."""
         per_cell = {what: max(times) for what, times in self.clock.items()}
-        greedy_cells = sum(method.name == "greedy" for method in self.grid.localizers) / len(self.grid.localizers)
-        localizing = per_cell.get("statistics", 0.0) * (1 - greedy_cells) + per_cell.get("greedy", 0.0) * greedy_cells
+        clocks = [
+            "statistics" if LOCALIZERS[method.name].from_statistics else method.name for method in self.grid.localizers
+        ]
+        localizing = sum(per_cell.get(clock, 0.0) for clock in clocks) / len(clocks)
         return cells * (localizing + per_cell.get("fold", 0.0) + per_cell.get("answer", 0.0))
 
 

@@ -34,7 +34,7 @@ def compare(
         return finished
     begin = time.monotonic()
     job = prepare(grid.recipe(), options, progress)
-    task = load_task(grid.task, grid.task_samples, grid.seed)
+    task = load_task(grid.task.data, grid.task_samples, grid.seed, **grid.task.options)
     task = dataclasses.replace(task, samples=tuple(by_size(task.samples)))
     model, _ = job.load_model()
     counts = tuple(job.count_of(budget) for budget in grid.budgets)

@@ -42,7 +42,7 @@ def compare_routes(
                 raise InputError(f"row '{row.name}': {error}") from error
         if row.parsed().layers == "shortgpt" and tables.calibration is None:
             raise InputError(f"row '{row.name}': shortgpt measures layers on questions: add calibration: FILE.")
-    task = load_task(tables.task, tables.task_samples, tables.seed)
+    task = load_task(tables.task.data, tables.task_samples, tables.seed, **tables.task.options)
     kept = Finished(out, tables)
     runner = RoutesRunner.of(tables, task, options, progress)
     for row in tables.rows:

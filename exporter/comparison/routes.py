@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..evaluation.scoring import Rate
 from ..modeling.routed_route import Budget
-from ..recipe import check_keys, paths_as_text
+from ..recipe import TaskData, check_keys, paths_as_text, task_from_data
 from ..routing.rules import Rule
 from .oracle import Search
 
@@ -43,7 +43,7 @@ class RouteTables:
     """A comparison as data; its YAML has the same keys."""
 
     model: str  # unrouted: what everything is judged against
-    task: str  # questions with answers
+    task: TaskData
     rows: tuple[Row, ...]
     budgets: tuple[Budget, ...]
     calibration: str | None = None  # for the rule shortgpt
@@ -53,7 +53,7 @@ class RouteTables:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        paths_as_text(self, "model", "task", "calibration")
+        paths_as_text(self, "model", "calibration")
 
 
 def tables_from_data(data: Any) -> RouteTables:
@@ -70,6 +70,7 @@ def tables_from_data(data: Any) -> RouteTables:
         "rows": tuple(_part(Row, row, "a row") for row in data["rows"]),
         "budgets": tuple(_part(Budget, budget, "a budget") for budget in data["budgets"]),
         "oracle": _part(Search, data.get("oracle") or {}, "oracle"),
+        "task": task_from_data(data["task"]),
     }
     names = [row.name for row in made["rows"]]
     if twice := sorted({name for name in names if names.count(name) > 1}):

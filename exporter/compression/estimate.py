@@ -6,17 +6,15 @@ import time
 from dataclasses import dataclass
 
 from ..data.batches import by_size, make_batches, spread
-from ..fold.reconstruction import refitted_share
-from ..localize.best_of import EXCHANGES, PROPOSERS, ROUNDS, SPARE
+from ..methods import FOLDS, LOCALIZERS, Function, resolve
 from ..models.flops import kv_bytes_per_token
-from ..models.questions import portion
-from ..plan import PruningPlan, make_plan
+from ..models.questions import JobSize, portion
+from ..plan import make_plan
+from ..recipe import Method
 from .job import CompressionJob
 
 LOOKED_AT = 16  # questions that are processed to learn how long they are
 ANSWER_GUESS = 16  # tokens of an answer: how long they are is not known before the model is run
-PASSES = {"tis": 1.15, "block_influence": 1.0, "angular": 1.0}
-SUFFIX = 0.5  # share of the layers that a variant does not share with the original, roughly
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 
@@ -77,61 +75,33 @@ def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
     Args:
         prompt_tokens: of a question, on average.
     """
-    questions, layers, count = len(job.calibration.samples), job.source.num_layers, job.count
+    layers, count = job.source.num_layers, job.count
     plan = make_plan(layers, range(layers - max(count, 1) - 1, layers - 1)[-layers + 1 :])  # where most choices lie
+    size = JobSize(len(job.calibration.samples), plan, count)
     longer = 1 + min(ANSWER_GUESS, job.recipe.calibration.answer_tokens) / prompt_tokens  # with its answer
-    localizing, ranked = _localizing(job, questions, layers, count)
-    folding, fitted = _folding(job, questions, plan) if count else (0.0, 0.0)
+    localizing, ranked, folding, fitted = 0.0, 0.0, 0.0, 0.0
+    if job.recipe.budget.layers is None:
+        method = job.recipe.localizer
+        localizing, ranked = _cost(LOCALIZERS[method.name].passes, size, method)
+    if count:
+        folding, fitted = _cost(FOLDS[job.fold.name].passes, size, job.fold)
     return longer * (max(ranked, fitted) + localizing + folding)
 
 
 def _streams(job: CompressionJob, tokens: int) -> float:
-    """States that a refit holds: the original and the smaller model's, of all questions that it is fitted on."""
-    if job.fold.name not in ("auto", "reconstruction") or job.source.decoder.post_norm:
+    """Return how many tokens' states a refit holds: the original's and the smaller model's, of all it is fitted on."""
+    if not FOLDS[job.fold.name].holds_states:
         return 0.0
-    return 2 * tokens * _share("fit", len(job.calibration.samples))
+    questions = len(job.calibration.samples)
+    return 2 * tokens * portion("fit", questions) / questions
 
 
-def _share(name: str, questions: int) -> float:
-    return portion(name, questions) / questions
-
-
-def _localizing(job: CompressionJob, questions: int, layers: int, count: int) -> tuple[float, float]:
-    """Passes of the localizer, and the share of the questions that it needs answers to."""
-    method = job.recipe.localizer
-    if job.recipe.budget.layers is not None or method.name in ("random", "first", "last"):
-        return 0.0, 0.0
-    if method.name == "fisher":
-        few = min(1.0, method.options.get("samples", 64) / questions)
-        return 4 * few, 1.0
-    if method.name != "best_of":
-        return PASSES.get(method.name, layers / 2 * max(count, 1)), 1.0
-    used = _share("fit", questions) + _share("held_out", questions)
-    exchanges = method.options.get("exchanges", EXCHANGES)
-    sets = len(PROPOSERS) + 1 + exchanges * (2 * count + SPARE)
-    passes = 1.15 * _share("rank", questions) + _share("sets", questions) * (1 + sets * SUFFIX)
-    if method.options.get("folded", True):
-        first, few = (number for number, _ in ROUNDS)
-        passes += _share("fold_sets", questions) * (1 + first * 2 * SUFFIX)
-        passes += _share("judge_sets", questions) * (1 + first * SUFFIX)
-        passes += _share("judge_few_sets", questions) * (1 + few * SUFFIX)
-    return passes, used
-
-
-def _folding(job: CompressionJob, questions: int, plan: PruningPlan) -> tuple[float, float]:
-    """Passes of the fold, and the share of the questions that it needs answers to."""
-    name = job.fold.name
-    if name == "none":
-        return 0.0, 0.0
-    refitted = 1 + 3 * SUFFIX  # a question in all layers, and three times in those that are refitted
-    if name == "reconstruction":
-        return refitted_share(plan) * refitted, 1.0
-    if name != "auto":
-        return 1.0, 1.0
-    fit = job.fold.options.get("fitted_on") or portion("fit", questions)
-    used = fit / questions + _share("held_out", questions)
-    judging = _share("judge_sets", questions) * (1 + 4 * SUFFIX) + _share("held_out", questions) * (1 + 3 * SUFFIX)
-    return fit / questions * (0.5 + refitted) + judging, used
+def _cost(passes: float | Function, size: JobSize, method: Method) -> tuple[float, float]:
+    """Return what a method costs by its row: passes, and the share of the questions that it needs answers to."""
+    if not isinstance(passes, float | int):
+        cost: tuple[float, float] = resolve(passes)(size, method.options)
+        return cost
+    return passes, 1.0 if passes else 0.0
 
 
 def _tokens(job: CompressionJob) -> tuple[int, int]:

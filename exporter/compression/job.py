@@ -12,13 +12,12 @@ from ..data.batches import check_prompt
 from ..data.calibration import Calibration, load_calibration
 from ..errors import InputError
 from ..families import protected_layers
-from ..fold import FOLDS
-from ..localize import LOCALIZERS
+from ..methods import FOLDS, LOCALIZERS
 from ..models.loading import compute_dtype, load_model, pick_device
 from ..models.questions import Questions
 from ..plan import LayerBudget
 from ..progress import Progress, silent
-from ..recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_options
+from ..recipe import DEFAULT_FOLD, Method, Recipe, RunOptions, check_method
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +76,9 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     if bad := [layer for layer in protect if not 0 <= layer < source.num_layers]:
         raise InputError(f"protect names layer {bad[0]}: the decoder has layers 0 to {source.num_layers - 1}.")
     count = layers_to_go(recipe.budget, source, protect)
-    check_options(LOCALIZERS[recipe.localizer.name], recipe.localizer, "localizer")
+    check_method(recipe.localizer, LOCALIZERS, "localizer")
     if recipe.fold is not None:
-        check_options(FOLDS[recipe.fold.name], recipe.fold, "fold")
+        check_method(recipe.fold, FOLDS, "fold")
     calibration = load_for(recipe)
     for sample in progress(calibration.samples, "check images", len(calibration.samples)):
         sample.chat()

@@ -9,12 +9,12 @@ from typing import Any
 
 from ..checkpoints.source import Source
 from ..checkpoints.writer import write_checkpoint
-from ..fold import FOLDS
 from ..fold.held_out import HeldOut
 from ..fold.job import FoldJob
 from ..fold.sets import FoldedSets
-from ..localize import LOCALIZERS, LocalizeJob, check_scores, explicit
+from ..localize import LocalizeJob, explicit, run_localizer
 from ..localize.scores import LayerScores
+from ..methods import FOLDS, resolve
 from ..models.questions import Questions
 from ..plan import Folded, PruningPlan
 from ..progress import Progress
@@ -25,12 +25,11 @@ def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScor
     """The layers to drop, by the recipe's localizer or as the recipe names them."""
     if job.recipe.budget.layers is not None:
         return explicit(job.source.num_layers, job.recipe.budget.layers)
-    method = job.recipe.localizer
     folded = FoldedSets(model, HeldOut(model, questions), reader(job.source), job.source.decoder, job.multiplier)
     measured_from = LocalizeJob(
         model, job.source.num_layers, questions, job.recipe.seed, None if questions.split.too_few else folded
     )
-    return check_scores(LOCALIZERS[method.name](measured_from, job.count, job.protect, **method.options), job.count)
+    return run_localizer(job.recipe.localizer, measured_from, job.count, job.protect)
 
 
 def fold_gaps(
@@ -39,7 +38,7 @@ def fold_gaps(
     """New weights for the layers that stay, and what the record says of them."""
     method = job.fold
     made = fold_job(job, model, questions, plan)
-    folded = FOLDS[method.name](made, **method.options) if plan.drop else {}
+    folded = resolve(FOLDS[method.name].run)(made, **method.options) if plan.drop else {}
     tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
     told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **made.report}
     return folded, {**told, "tensors": tensors}

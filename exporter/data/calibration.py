@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,10 @@ from pathlib import Path
 from ..errors import InputError
 from .images import open_bytes, short
 from .records import read_records
-from .samples import Sample, sample_from
+from .samples import Sample, TextOnly, sample_from
 from .tables import is_saved, open_table
 
+logger = logging.getLogger(__name__)
 DEFAULT_PROMPT = "Describe this image."
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DATASETS_PREFIX = "datasets:"
@@ -57,6 +59,7 @@ def load_calibration(
     prompt: str = DEFAULT_PROMPT,
     config: str | None = None,
     allow_urls: bool = False,
+    skip_text_only: bool = True,
 ) -> Calibration:
     """Read a data source and choose `samples` of it (None: all of them, in order).
 
@@ -68,17 +71,51 @@ def load_calibration(
         prompt: the question put to every image of a folder.
         config: of a data set that has several.
         allow_urls: fetch images that stand as http and https addresses.
+        skip_text_only: leave questions without an image out, others are drawn for them, and log how many; else they
+            are an error. Instruction data has them in between.
     """
     if samples is not None and samples < 1:
         raise InputError(f"samples={samples}: at least 1 is needed.")
     spec = str(spec)
-    found = read_samples(spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls)
-    chosen = range(len(found))
-    if samples is not None and samples < len(found):
-        return Calibration(
-            tuple(found[i] for i in sorted(random.Random(seed).sample(chosen, samples))), spec, len(found), seed
+    left_out: list[str] | None = [] if skip_text_only else None
+    found = read_samples(
+        spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls, left_out=left_out
+    )
+    chosen = _drawn(found, samples, seed, left_out)
+    if not chosen:
+        raise InputError(f"{short(spec)}: none of its questions has an image ('image' or 'images', or in 'messages').")
+    if left_out:
+        logger.warning(
+            "%s: questions without an image are left out (%d); %d are read", short(spec), len(left_out), len(chosen)
         )
-    return Calibration(tuple(found[i] for i in chosen), spec, len(found), seed)
+    return Calibration(tuple(chosen), spec, len(found), seed)
+
+
+def _drawn(found: Sequence[Sample], samples: int | None, seed: int, left_out: list[str] | None) -> list[Sample]:
+    """Choose samples in the order of the source; those of a table are read here.
+
+    Args:
+        left_out: takes the origins of questions without an image, in whose place others are drawn; None: an error.
+    """
+    order = list(range(len(found)))
+    wanted = len(order) if samples is None else min(samples, len(order))
+    if wanted < len(order):
+        random_order = random.Random(seed)
+        first = random_order.sample(order, wanted)
+        rest = sorted(set(order) - set(first))
+        random_order.shuffle(rest)
+        order = sorted(first) + rest
+    chosen: dict[int, Sample] = {}
+    for index in order:
+        if len(chosen) == wanted:
+            break
+        try:
+            chosen[index] = found[index]
+        except TextOnly as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+    return [chosen[index] for index in sorted(chosen)]
 
 
 def read_samples(
@@ -89,8 +126,13 @@ def read_samples(
     prompt: str = DEFAULT_PROMPT,
     config: str | None = None,
     allow_urls: bool = False,
+    left_out: list[str] | None = None,
 ) -> Sequence[Sample]:
-    """Every sample of a source. Those of a table are read when they are indexed. Raises InputError."""
+    """Every sample of a source. Those of a table are read when they are indexed. Raises InputError.
+
+    Args:
+        left_out: takes what is said of the lines of a file that have no image; None: such a line is an error.
+    """
     if spec.startswith(DATASETS_PREFIX):
         return open_table(spec.removeprefix(DATASETS_PREFIX), columns or {}, split, config, allow_urls=allow_urls)
     path = Path(spec).expanduser()
@@ -101,9 +143,19 @@ def read_samples(
     for flag, value in (("--columns", columns), ("--config", config)):
         if value:
             raise InputError(f"{flag} is for data sets and parquet files, which {spec} is not: take it out.")
-    if path.is_dir():
-        return _from_folder(path, prompt)
-    return [sample_from(record, origin, path.parent, allow_urls=allow_urls) for origin, record in read_records(path)]
+    return _from_folder(path, prompt) if path.is_dir() else _from_file(path, allow_urls, left_out)
+
+
+def _from_file(path: Path, allow_urls: bool, left_out: list[str] | None) -> list[Sample]:
+    found = []
+    for origin, record in read_records(path):
+        try:
+            found.append(sample_from(record, origin, path.parent, allow_urls=allow_urls))
+        except TextOnly as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+    return found
 
 
 def _from_folder(path: Path, prompt: str) -> list[Sample]:

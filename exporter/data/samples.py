@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 TURN_KEYS = ("messages", "conversations", "conversation")
 
 
+class TextOnly(InputError):  # noqa: N818 - found, and no fault
+    """A question without an image: there is nothing wrong with it, but it says nothing of how a picture is seen."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One question about zero or more images."""
@@ -56,7 +60,7 @@ class Sample:
 
 
 def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_urls: bool = False) -> Sample:
-    """Read one record; unknown keys are ignored. Raises InputError.
+    """Read one record; unknown keys are ignored. Raises InputError, TextOnly for a record that names no image.
 
     Args:
         folder: what paths of images are relative to.
@@ -64,7 +68,7 @@ def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_u
     turns, inline = _turns(record, origin)
     images = _images(record, inline, origin)
     if not images:
-        raise InputError(f"{origin}: a question without an image ('image' or 'images' is missing).")
+        raise TextOnly(f"{origin}: a question without an image ('image' or 'images' is missing).")
     given = record.get("answer")
     given = record.get("answers") if given is None else given
     answers = read_answers(given, origin)
@@ -120,4 +124,4 @@ def _images(record: Mapping[str, Any], inline: list[Any], origin: str) -> list[A
     return [next(rest) if image is None else image for image in inline]
 
 
-__all__ = ["IMAGE_MARK", "Sample", "sample_from"]
+__all__ = ["IMAGE_MARK", "Sample", "TextOnly", "sample_from"]

@@ -53,9 +53,19 @@ def load_task(
     config: str | None = None,
     allow_urls: bool = False,
 ) -> Task:
-    """Read a task, as `load_calibration` reads questions. Raises InputError for questions without an answer."""
+    """Read a task, as `load_calibration` reads questions.
+
+    Raises: InputError for questions without an answer, and for those without an image: a figure is of all questions.
+    """
     data = load_calibration(
-        task, samples=samples, seed=seed, columns=columns, split=split, config=config, allow_urls=allow_urls
+        task,
+        samples=samples,
+        seed=seed,
+        columns=columns,
+        split=split,
+        config=config,
+        allow_urls=allow_urls,
+        skip_text_only=False,
     )
     unlabelled = [sample for sample in data.samples if not sample.answers]
     if unlabelled:

@@ -52,8 +52,8 @@ class Reference:
     def add(self, loaded: Loaded, batch: Batch, answers: Tensor, indices: Sequence[int]) -> None:
         one = with_answers(loaded.model, batch, answers)
         lengths = one.predicts.sum(1).tolist()
-        states = loaded.answer_states(one).split(lengths)
-        for index, tokens, state in zip(indices, one.targets.split(lengths), states, strict=True):
+        states = torch.split(loaded.answer_states(one), lengths)
+        for index, tokens, state in zip(indices, torch.split(one.targets, lengths), states, strict=True):
             self.answers[index], self.states[index] = tokens.cpu(), state.float().cpu()
 
     def compare(self, loaded: Loaded, batch: Batch, indices: Sequence[int], route: Route | None = None) -> list[Row]:
@@ -65,7 +65,7 @@ class Reference:
         one = with_answers(loaded.model, batch, padded, real.to(padded.device))
         own = loaded.answer_logits(one, route).float().cpu().log_softmax(-1)
         rows = []
-        for index, log_q in zip(indices, own.split(lengths), strict=True):
+        for index, log_q in zip(indices, torch.split(own, lengths), strict=True):
             log_p = F.linear(self.states[index], self.head, self.bias).log_softmax(-1)  # [A, vocabulary]
             kl = float((log_p.exp() * (log_p - log_q)).sum())
             same = int((log_p.argmax(-1) == log_q.argmax(-1)).sum())

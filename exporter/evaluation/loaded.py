@@ -54,10 +54,12 @@ class Loaded:
         """At the positions that predict answer tokens, [N, vocabulary]; `route` is that of the questions."""
         with torch.inference_mode():
             if route is None:
-                return self.model.get_output_embeddings()(self.answer_states(one))
+                logits: Tensor = self.model.get_output_embeddings()(self.answer_states(one))
+                return logits
             last = one.predicts.shape[1] - route.keep.shape[1] + 1  # the prompt's last token and the answer
             made = self.model(**one.batch.inputs, route=route, use_cache=False, logits_to_keep=last)
-            return made.logits[one.predicts[:, -last:]]
+            routed_logits: Tensor = made.logits[one.predicts[:, -last:]]
+            return routed_logits
 
     def flops_shares(self) -> tuple[float, float] | tuple[None, None]:
         """FLOPs of prompts as shares of those of the unrouted model: all of it, its decoder."""
@@ -69,7 +71,8 @@ class Loaded:
     def answer_states(self, one: AnsweredBatch) -> Tensor:
         """Last hidden states at the positions that predict answer tokens, [N, D]."""
         with torch.inference_mode():
-            return self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]
+            states: Tensor = self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]
+            return states
 
 
 def load(

@@ -8,15 +8,18 @@ what makes the divergence worse than no fold at all never is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..data.batches import Batch
+from ..methods import FOLDS, resolve
 from ..models.divergence import Divergence, simplest
+from ..models.questions import SUFFIX, JobSize, portion
 from ..models.variants import Variant
 from ..plan import Folded
 from .held_out import HeldOut
-from .job import FoldJob, GapMoments
+from .job import FoldJob, FoldRefused, GapMoments
+from .reconstruction import REFITTING
 
 CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their options
     "none": {},
@@ -28,11 +31,15 @@ CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their 
 SHARE = {"scp": 0.25, "scp_both": 0.25, "least_squares": 0.25}  # of these questions, where a part suffices
 
 
-def choose(job: FoldJob, folds: dict[str, Callable[..., Folded]], fitted_on: int | None) -> Folded:
-    """Fit the candidates, judge them, and say in the job's report how they did."""
+def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
+    """Fit the candidates and take the one that departs least from the original on held-out questions, or none.
+
+    The job's report says how they did.
+
+    Args:
+        fitted_on: questions that the candidates are fitted on, at most; None: as many as a fit reads.
+    """
     held_out = job.held_out
-    if job.decoder.post_norm:
-        job.report["reason"] = ": in this family a norm follows the MLP inside each layer, so that no fold is exact"
     if held_out is None or held_out.too_few:
         job.report["reason"] = f": {held_out.too_few if held_out else 'no questions were held out'}"
     if "reason" in job.report or held_out is None:
@@ -44,7 +51,10 @@ def choose(job: FoldJob, folds: dict[str, Callable[..., Folded]], fitted_on: int
     for name, options in CANDIDATES.items():
         number = round(SHARE.get(name, 1.0) * (fitted_on or held_out.questions.portion("fit")))
         inner = dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
-        folded = folds[name](inner, **options)
+        try:
+            folded = resolve(FOLDS[name].run)(inner, **options)
+        except FoldRefused:  # by this family of models
+            continue
         if folded or name == "none":  # one that had to do nothing is no candidate
             variants[name] = Variant(job.plan, folded)
             notes[name] = inner.report
@@ -93,3 +103,11 @@ def _report(
         "runner_up": runner_up,
         "candidates": {other: {**(judged.get(other) or first[other]).to_data(), **notes[other]} for other in first},
     }
+
+
+def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what it costs to fit and to judge the candidates."""
+    fit = options.get("fitted_on") or portion("fit", size.questions)
+    used = fit / size.questions + size.share("held_out")
+    judging = size.share("judge_sets") * (1 + 4 * SUFFIX) + size.share("held_out") * (1 + 3 * SUFFIX)
+    return fit / size.questions * (0.5 + REFITTING) + judging, used

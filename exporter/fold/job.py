@@ -82,7 +82,7 @@ class FoldJob:
         if self.decoder.post_norm:
             raise FoldRefused(
                 f"fold '{fold}' is not exact for this family: a norm follows the MLP inside each layer, so that no "
-                "matrix can be moved into down_proj. Use --fold none."
+                "matrix can be moved into down_proj. Use --fold reconstruction, or none."
             )
 
 

@@ -6,8 +6,14 @@ Shapes: D hidden size, I intermediate size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..plan import Folded
+from .job import FoldJob, GapMoments, measure_gaps
+from .outputs import Tokens, change_outputs
 
 
 def linear_map(mm: Tensor, my: Tensor, ridge: float) -> Tensor:
@@ -19,9 +25,20 @@ def linear_map(mm: Tensor, my: Tensor, ridge: float) -> Tensor:
     mm, my = mm.double(), my.double()
     alpha = ridge * mm.diagonal().mean()
     eye = torch.eye(len(mm), dtype=torch.double, device=mm.device)
-    return torch.linalg.solve(mm + alpha * eye, my + alpha * eye)
+    solution: Tensor = torch.linalg.solve(mm + alpha * eye, my + alpha * eye)
+    return solution
 
 
 def least_squares(weight: Tensor, transform: Tensor) -> Tensor:
     """Tᵀ W for an output-side weight [D, I] or bias [D], in the weight's dtype."""
     return (transform.T @ weight.double()).to(weight.dtype)
+
+
+def fold_least_squares(job: FoldJob, *, ridge: float = 1e-2, tokens: Tokens = "all") -> Folded:
+    """ReplaceMe's linear map of the MLP's output, solved by ridge regression towards the identity."""
+    job.refuse_post_norm("least_squares")
+
+    def change(name: str, tensor: Any, gap: GapMoments) -> Any:
+        return least_squares(tensor, linear_map(gap.mlp.xx, gap.mlp.xy, ridge))
+
+    return change_outputs(job, measure_gaps(job, tokens=tokens), change, ("down_proj",))

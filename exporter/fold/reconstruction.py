@@ -3,7 +3,8 @@
 The last layer before a gap learns to end where the gap ended; every later layer is refitted too, on the inputs that the
 smaller model really gives it, so that it makes up for what the layers before it could not. Each refit is a ridge
 regression of the output matrix towards its old value: what layer-wise post-training pruning does for sparse weights
-(SparseGPT, arXiv 2301.00774, equation 1), done here for whole missing layers.
+(SparseGPT, arXiv 2301.00774, equation 1), done here for whole missing layers. Where a norm stands behind the matrices
+(norms.py), its last norm's gain is refitted too.
 
 Shapes: B samples, S tokens, N counted tokens, D hidden size, P inputs of the refitted matrix.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,13 +23,17 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..models.capture import on_module
 from ..models.loading import text_decoder
+from ..models.questions import SUFFIX, JobSize
 from ..models.replay import Trace, replaced, walk
 from ..plan import Folded, PruningPlan
-from .job import FoldJob, counted_tokens
+from .job import FoldJob, FoldRefused, counted_tokens
 from .moments import Moments
+from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
+from .outputs import Matrix
 
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
+REFITTING = 1 + 3 * SUFFIX  # passes of a question: in all layers, and three times in those that are refitted
 INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
 TOKENS_PER_INPUT = 1.0  # that a regression needs at least; with fewer tokens its solution is the ridge's doing
 
@@ -76,6 +81,8 @@ def reconstruct(job: FoldJob, fit: Fit, batches: Iterable[Batch], modules: Seque
         for number, module in enumerate(modules):  # fitted together with those after it, which then adapt to it
             key = (kept, f"{module}.weight")
             folded[key] = _refit(job, kept, modules[number:], streams, folded, fit.ridge)[key]
+        if norm := job.decoder.norm_behind(modules[-1]):
+            folded[kept, f"{norm}.weight"] = _refit_gain(job, kept, norm, streams, folded, fit.ridge)
         if following < job.plan.num_layers:  # something comes behind it
             _advance(job, kept, streams, folded)
     return folded
@@ -172,6 +179,10 @@ def _refit(
     """The modules' weights, fitted together, that bring the layer's output closest to the original's state after it."""
     halves: list[Moments] = []
     biases = [job.read(layer_idx, f"{module}.bias") for module in modules]  # these stay what they are
+    if job.decoder.post_norm and any(bias is not None for bias in biases):
+        raise FoldRefused(
+            "fold 'reconstruction': this model has biases below the norms of its layers. Use --fold none."
+        )
     by_half = ridge == "auto"
     with replaced(job.model, _of_layer(folded, layer_idx)):
         for stream in streams:
@@ -181,34 +192,72 @@ def _refit(
                 halves = [Moments.empty(inputs.shape[-1], wanted.shape[-1]) for _ in range(1 + by_half)]
             for moments, rows in zip(halves, (~half, half) if by_half else (half | ~half,), strict=True):
                 moments.add((inputs * weights)[rows], (wanted * weights)[rows])
+        layer = text_decoder(job.model).layers[layer_idx]
+        gains = [
+            gain_of(layer.get_submodule(norm), streams[0].smaller)
+            if (norm := job.decoder.norm_behind(module))
+            else None
+            for module in modules
+        ]
     old = [_weight(job, layer_idx, module) for module in modules]
+    pulled_to = torch.cat([effective(weight, gain) for weight, gain in zip(old, gains, strict=True)], dim=1)
     device = job.model.device if job.model.device.type == "cuda" else "cpu"  # others have no float64, or gain nothing
-    new = solve(halves, torch.cat(old, dim=1), ridge, device).split([weight.shape[1] for weight in old], dim=1)
+    new = torch.split(solve(halves, pulled_to, ridge, device), [weight.shape[1] for weight in old], dim=1)
     return {
-        (layer_idx, f"{module}.weight"): fitted.to(weight.dtype).contiguous()
-        for module, fitted, weight in zip(modules, new, old, strict=True)
+        (layer_idx, f"{module}.weight"): below_the_norm(fitted, weight, gain).to(weight.dtype).contiguous()
+        for module, fitted, weight, gain in zip(modules, new, old, gains, strict=True)
     }
+
+
+def _refit_gain(
+    job: FoldJob, layer_idx: int, norm: str, streams: Sequence[Stream], folded: Folded, ridge: float | str
+) -> Tensor:
+    """Return the weight of the norm behind the last matrix, with its gain refitted. [D]"""
+    module = text_decoder(job.model).layers[layer_idx].get_submodule(norm)
+    sums = GainMoments(streams[0].smaller.shape[-1])
+    layer = text_decoder(job.model).layers[layer_idx]
+    seen: list[Tensor] = []  # what the norm puts out
+    with replaced(job.model, _of_layer(folded, layer_idx)), on_module(module, lambda _, put: seen.append(put)):
+        for stream in streams:
+            with torch.inference_mode():
+                output = stream.given.step(layer, layer_idx, stream.smaller)
+            counted = stream.weights > 0
+            missing = stream.original - stream.given.after(layer_idx, output)
+            sums.add(seen.pop()[counted], missing[counted], stream.weights[counted][:, None])
+        gain = gain_of(module, streams[0].smaller)
+        weight: Tensor = module.weight.detach()
+    change = sums.change(ridge if isinstance(ridge, float) else RIDGES[-1])
+    return (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
 
 
 def _regression(
     job: FoldJob, layer_idx: int, modules: Sequence[str], stream: Stream
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs of the modules side by side [N, P], what they should add up to [N, D], roots of the weights [N, 1], the
-    half that each token's picture belongs to [N]."""
+    """Return inputs of the modules side by side [N, P], what they should add up to [N, D], roots of the weights [N, 1],
+    and the half that each token's picture belongs to [N]. Inputs are over the root mean square where a norm follows."""
     layer = text_decoder(job.model).layers[layer_idx]
     seen: list[tuple[Tensor, Tensor]] = []
+    put: list[Tensor] = []  # what the modules, or the norms behind them, put out
     with contextlib.ExitStack() as taps, torch.inference_mode():
         for module in modules:
             taps.enter_context(on_module(layer.get_submodule(module), lambda x, y: seen.append((x, y))))
+            last = job.decoder.norm_behind(module) or module
+            taps.enter_context(on_module(layer.get_submodule(last), lambda _, y: put.append(y)))
         output = stream.given.step(layer, layer_idx, stream.smaller)
     inner = seen[-1][0]
-    if list(modules) == [job.decoder.down_proj] and inner.numel() * inner.element_size() * stream.of <= INNER_BYTES:
+    post_norm = job.decoder.post_norm
+    if (
+        not post_norm
+        and list(modules) == [job.decoder.down_proj]
+        and inner.numel() * inner.element_size() * stream.of <= INNER_BYTES
+    ):
         stream.output, stream.inner = output, inner
     counted = stream.weights > 0  # [B, S]
     missing = (stream.original - stream.given.after(layer_idx, output)) / job.multiplier
-    wanted = sum((put for _, put in seen), missing)
+    wanted = sum(put, missing)
     half = stream.half[:, None].expand_as(counted)[counted]
-    inputs = torch.cat([x[counted] for x, _ in seen], -1)
+    with torch.inference_mode():
+        inputs = torch.cat([(x / root_mean_square(y) if post_norm else x)[counted] for x, y in seen], -1)
     return inputs, wanted[counted], stream.weights[counted].sqrt()[:, None], half
 
 
@@ -233,3 +282,34 @@ def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str, device:
 
 def _of_layer(folded: Folded, layer_idx: int) -> Folded:
     return {key: tensor for key, tensor in folded.items() if key[0] == layer_idx}
+
+
+def fold_reconstruction(
+    job: FoldJob,
+    *,
+    ridge: float | Literal["auto"] = 0.03,
+    share: float | None = None,
+    text_share: float | None = None,
+    answer_weight: float = 4.0,
+    tokens: Literal["all", "prompt"] = "all",
+    weights: tuple[Matrix, ...] = ("o_proj", "down_proj"),
+) -> Folded:
+    """Layer-wise refit of everything that stays behind the first gap.
+
+    Args:
+        ridge: pull towards the old weights; 'auto' is chosen per matrix by two-fold cross-validation over pictures.
+        share: of the calibration questions that is used; None: as many as make it cost about one forward pass over all.
+        text_share: share of the regression's weight that text tokens have together; None: every token alike.
+        answer_weight: of a token of an answer, beside 1 for one of the prompt.
+        tokens: 'all', or those of the 'prompt' only.
+        weights: which output matrices of a layer are refitted: 'o_proj', 'down_proj' or both.
+    """
+    modules = {"o_proj": job.decoder.o_proj, "down_proj": job.decoder.down_proj}
+    batches = job.batches(refitted_share(job.plan) if share is None else share)
+    fit = Fit(ridge, text_share, answer_weight, tokens)
+    return reconstruct(job, fit, batches, [module for name, module in modules.items() if name in weights])
+
+
+def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what it costs; `auto` counts its passes by REFITTING too."""
+    return refitted_share(size.plan) * REFITTING, 1.0

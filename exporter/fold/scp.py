@@ -6,17 +6,57 @@ Shapes: D hidden size, I intermediate size, k directions.
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
+
+from ..plan import Folded
+from .job import FoldJob, GapMoments, measure_gaps
+from .outputs import Matrix, Tokens, change_outputs
 
 
 def top_directions(gram: Tensor, k: int) -> Tensor:
     """The first k right singular vectors of H from its Gram matrix HᵀH [D, D]: [D, k], float64."""
     _, vectors = torch.linalg.eigh(gram.double())  # ascending
-    return vectors[:, max(0, len(gram) - k) :]
+    last: Tensor = vectors[:, max(0, len(gram) - k) :]
+    return last
 
 
 def scp(weight: Tensor, gram: Tensor, k: int) -> Tensor:
     """(I + V_k V_kᵀ) W for an output-side weight [D, I] or bias [D], in the weight's dtype."""
     directions = top_directions(gram, k)
     return (weight.double() + directions @ (directions.T @ weight.double())).to(weight.dtype)
+
+
+def fold_scp(
+    job: FoldJob,
+    *,
+    k: int | float = 0.125,
+    tokens: Tokens = "all",
+    per: Literal["run", "layer"] = "run",
+    weights: tuple[Matrix, ...] = ("down_proj",),
+) -> Folded:
+    """Short-LVLM's subspace compensation, into `down_proj` as in the paper's figure.
+
+    Args:
+        k: directions, a number or a share of the hidden size.
+        tokens: 'all', those of the 'prompt', or the 'important' ones.
+        per: one difference per 'run' of dropped layers or one per dropped 'layer', applied one after the other.
+        weights: 'down_proj', 'o_proj' or both.
+    """
+    job.refuse_post_norm("scp")
+
+    def change(name: str, tensor: Any, gap: GapMoments) -> Any:
+        for gram in gap.differences:
+            tensor = scp(tensor, gram, k if isinstance(k, int) else max(1, round(k * len(gram))))
+        return tensor
+
+    return change_outputs(job, measure_gaps(job, tokens=tokens, each=per == "layer"), change, weights)
+
+
+def fold_scp_both(
+    job: FoldJob, *, k: int | float = 0.125, tokens: Tokens = "all", per: Literal["run", "layer"] = "run"
+) -> Folded:
+    """The same into `o_proj` as well: a variant of ours."""
+    return fold_scp(job, k=k, tokens=tokens, per=per, weights=("down_proj", "o_proj"))

@@ -59,6 +59,6 @@ class FoldedSets:
             self.known[drop] = Variant(plan, self._folded(job, batches))
 
     def _folded(self, job: FoldJob, batches: Iterable[Batch]) -> Folded:
-        if self.decoder.post_norm or not job.plan.drop:  # no fold is exact
+        if not job.plan.drop:
             return {}
         return reconstruct(job, Fit(), batches, [self.decoder.down_proj])

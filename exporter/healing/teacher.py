@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..clean_room import greedy
+from ..clean_room.reference import greedy
 from ..data.batches import Batch, make_batch
 from ..data.resumable import ResumableLines
 from ..data.samples import Sample

@@ -12,30 +12,25 @@ Shapes: L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from ..errors import InputError
-from ..models.capture import BatchStatistics
-from ..models.divergence import Divergence, simplest
-from .angular import angular
-from .block_influence import block_influence
-from .greedy import SetLoss
+from ..methods import localizer_row, resolve
+from ..models.answers import StateError
+from ..models.capture import BatchStatistics, layer_statistics
+from ..models.divergence import simplest
+from ..models.questions import SUFFIX, JobSize
+from .job import FoldedLoss, LocalizeJob, SetLoss
 from .scores import LayerScores, most_redundant
 from .spacing import spaced, spacing_wanted
-from .tis import tis
 
-PROPOSERS = {"tis": tis, "block_influence": block_influence, "angular": angular}
+PROPOSERS = ("tis", "block_influence", "angular")  # from one pass; which ones was decided by measurement
 EXCHANGES = 2  # at most
 SPARE = 2  # layers that each ranking names beyond those that are to go: what may be exchanged for others
 ROUNDS = ((4, "judge_sets"), (2, "judge_few_sets"))  # sets that are judged with a fold, and by which questions
 ERRORS = 2.0  # standard errors by which the divergence has to speak against the error of the states
-
-
-class FoldedLoss(Protocol):
-    """How far the model departs from the original on held-out questions without some layers, but with a fold."""
-
-    def of_folded(self, sets: Sequence[frozenset[int]], judged_by: str) -> list[Divergence]: ...
 
 
 def best_of(
@@ -78,11 +73,12 @@ def best_of(
 
 def _proposals(statistics: Sequence[BatchStatistics], count: int, protect: tuple[int, ...]) -> dict[str, LayerScores]:
     proposed: dict[str, LayerScores] = {}
-    for name, propose in PROPOSERS.items():
+    for name in PROPOSERS:
+        row = localizer_row(name)
         try:
-            proposed[name] = propose(statistics, count, protect)
+            proposed[name] = resolve(row.run)(statistics, count, protect)
         except InputError:  # no block between protected layers is long enough: the others need none
-            if name != "angular":
+            if not row.of_blocks:
                 raise
     return proposed
 
@@ -96,7 +92,7 @@ def _judge(known: dict[frozenset[int], float], loss: SetLoss, sets: Sequence[fro
 
 def candidates(scores: LayerScores, count: int, protect: tuple[int, ...]) -> set[int]:
     """What a localizer proposes to drop, and what it would propose next: values of blocks say nothing of that."""
-    if scores.method == "angular":
+    if localizer_row(scores.method).of_blocks:
         return set(scores.drop)
     return {*scores.drop, *most_redundant(scores.values, count + SPARE, protect)}
 
@@ -149,3 +145,48 @@ def halved(
         rounds.append({"chosen": sorted(chosen), "sets": sets})
         remaining.sort(key=lambda layers: (layers != chosen, judged[layers].state_error))
     return remaining[0], rounds
+
+
+def by_best_of(
+    job: LocalizeJob,
+    count: int,
+    protect: Sequence[int],
+    *,
+    samples: int | None = None,
+    judged_by: int | None = None,
+    exchanges: int = EXCHANGES,
+    folded: bool = True,
+) -> LayerScores:
+    """Choose the set that folds best, from a part of the questions.
+
+    Args:
+        samples: questions that rankings are read from; None: a sixteenth.
+        judged_by: questions that sets are judged by without a fold; None: one in 32.
+        exchanges: at most.
+        folded: whether the last few sets are judged with a fold, on held-out questions.
+    """
+    samples, judged_by = samples or job.asked.portion("rank"), judged_by or job.asked.portion("sets")
+    batches = list(job.asked.batches("score layers", part="fit", number=samples))
+    statistics = list(layer_statistics(job.model, batches))
+    loss = StateError.of(job.model, job.asked.batches("score layers", part="fit", number=judged_by))
+    judge = job.folded if folded else None
+    scores = best_of(statistics, count, tuple(protect), loss, exchanges, judge)
+    read = len(job.asked.indices("fit", max(samples, judged_by)))
+    if judge is not None:
+        fitted_on = job.asked.indices("fit", max(samples, judged_by, job.asked.portion("fold_sets")))
+        read = len(fitted_on) + len(job.asked.indices("held_out", job.asked.portion("judge_few_sets")))
+    return replace(scores, details=scores.details | {"questions": read})
+
+
+def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what it costs: rankings, sets without a fold, and the best of them with one."""
+    used = size.share("fit") + size.share("held_out")
+    exchanges = options.get("exchanges", EXCHANGES)
+    sets = len(PROPOSERS) + 1 + exchanges * (2 * size.drop + SPARE)
+    cost = 1.15 * size.share("rank") + size.share("sets") * (1 + sets * SUFFIX)
+    if options.get("folded", True):
+        first, few = (number for number, _ in ROUNDS)
+        cost += size.share("fold_sets") * (1 + first * 2 * SUFFIX)
+        cost += size.share("judge_sets") * (1 + first * SUFFIX)
+        cost += size.share("judge_few_sets") * (1 + few * SUFFIX)
+    return cost, used

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,12 @@ from torch import Tensor
 
 from ..models.answers import AnsweredBatch
 from ..models.loading import text_decoder
+from ..models.questions import JobSize
 from ..models.replay import trace
+from .job import LocalizeJob, with_question_count
 from .scores import LayerScores
 
+SAMPLES = 64  # questions that are read
 EXHAUSTIVE = 200_000  # sets that are simply all tried; above, from each layer on the cheapest next, then exchanges
 
 
@@ -107,4 +110,23 @@ def _gated_log_p(model: Any, one: AnsweredBatch, gates: Tensor) -> Tensor:
         gate = gates[:, layer_idx, None, None].to(state.dtype)
         state = given.after(layer_idx, state + gate * (given.step(layer, layer_idx, state) - state))
     hidden = text_decoder(model).norm(state[one.predicts])
-    return model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    return log_p
+
+
+def by_fisher(
+    job: LocalizeJob, count: int, protect: Sequence[int], *, samples: int = SAMPLES, draws: int = 2
+) -> LayerScores:
+    """Drop the layers over which the information of a few questions sums to the least.
+
+    Args:
+        samples: questions that are read.
+        draws: answers drawn at each token.
+    """
+    batches = list(job.asked.answered("score layers", number=samples))
+    return with_question_count(fisher(information(job.model, batches, draws, job.seed), count, protect), batches)
+
+
+def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what it costs: a pass and its gradients, of a few questions."""
+    return 4 * min(1.0, options.get("samples", SAMPLES) / size.questions), 1.0

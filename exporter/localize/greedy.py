@@ -6,19 +6,13 @@ text: questions about images come without labels, and multi-token answers show d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from ..models.answers import AnswerDivergence
+from ..models.questions import JobSize
+from .job import LocalizeJob, SetLoss
 from .scores import LayerScores
-
-
-class SetLoss(Protocol):
-    """How far the model departs from the original's answers without some layers."""
-
-    @property
-    def num_layers(self) -> int: ...
-
-    def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]: ...
 
 
 def greedy(loss: SetLoss, count: int, protect: tuple[int, ...] = ()) -> LayerScores:
@@ -35,3 +29,14 @@ def greedy(loss: SetLoss, count: int, protect: tuple[int, ...] = ()) -> LayerSco
             rest = [layer for layer in current if layer != best]
             current = dict(zip(rest, loss.of_sets([frozenset({*dropped, layer}) for layer in rest]), strict=True))
     return LayerScores("greedy", tuple(-value for value in alone), tuple(dropped), {"losses": losses})
+
+
+def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
+    """Remove layers greedily by the divergence from the original at its own answers, over all questions."""
+    loss = AnswerDivergence.of(job.model, list(job.asked.answered("score layers")))
+    return greedy(loss, count, tuple(protect))
+
+
+def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what it costs: half a pass for each layer that may go, as often as one goes."""
+    return size.plan.num_layers / 2 * max(size.drop, 1), 1.0

@@ -6,6 +6,7 @@ Short-LVLM (ACM MM 2025, arXiv 2507.23362), figure (a). Shapes: L layers, B samp
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ def tis(
     protect: tuple[int, ...] = (),
     *,
     p: float = 0.5,
-    tokens: str = "per_layer",
-    text: str = "rows",
+    tokens: Literal["per_layer", "all_layers"] = "per_layer",
+    text: Literal["rows", "columns"] = "rows",
 ) -> LayerScores:
     """Score every layer and drop the `count` most redundant ones.
 

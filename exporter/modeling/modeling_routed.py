@@ -76,6 +76,7 @@ from .routed_request import (
     hidden_tokens,
     number_of_rows,
     prompt_length,
+    tell_of_default,
     warn_of_excess,
 )
 from .routed_route import OFF, ROUTER_FORMAT, Budget, Route, RouterSettings
@@ -128,11 +129,13 @@ class RoutedModel:
     _auto_class = "AutoModelForImageTextToText"  # save_pretrained copies this file and names the class in auto_map
     _supports_flex_attn = False  # its block masks cannot be narrowed
     _can_compile_fullgraph = False  # the route is read on the host; compile the layers' dense parts instead
+    _budget_is_default = False  # that of config.json, which nobody has chosen here
 
     def __init__(self, config: Any, *args: Any, with_router: bool = True, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.router_settings = RouterSettings.of(config)
         self.budget = self.router_settings.preset(self.router_settings.default)
+        self._budget_is_default = True
         for name in self.router_settings.presets:
             self.router_settings.preset(name).check(self.router_settings, self.num_layers)
         make_routable(self._text_model())
@@ -145,7 +148,8 @@ class RoutedModel:
 
     @property
     def num_layers(self) -> int:
-        return self.config.get_text_config().num_hidden_layers
+        number: int = self.config.get_text_config().num_hidden_layers
+        return number
 
     # --- budgets ---
 
@@ -158,6 +162,7 @@ class RoutedModel:
     ) -> None:
         """The budget of all calls that name none: `set_budget("fast")`, `set_budget(keep_layers=28)`."""
         self.budget = self._budget(preset, keep_visual_tokens, keep_layers)
+        self._budget_is_default = False
 
     def _budget(self, preset: str | None, keep_visual_tokens: int | float | None, keep_layers: int | None) -> Budget:
         if preset is not None and not (keep_visual_tokens is None and keep_layers is None):
@@ -235,7 +240,8 @@ class RoutedModel:
         """The route of inputs under a budget: `model.route(**inputs, preset="fast")`. Runs up to the router only."""
         request = self._up_to_router(**inputs)
         if request is not None:
-            return request.route
+            route: Route = request.route
+            return route
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
         everything = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
         layers = everything.new_ones(len(tokens), self.num_layers)
@@ -246,7 +252,8 @@ class RoutedModel:
         request = self._up_to_router(**inputs)
         if request is None:
             raise ValueError("these inputs have no visual token: there is nothing to route.")
-        return request.router_inputs
+        seen: RouterInputs = request.router_inputs
+        return seen
 
     @torch.no_grad()
     def _up_to_router(self, **inputs: Any) -> Request | None:
@@ -271,7 +278,10 @@ class RoutedModel:
             )
         kwargs = with_cache_as(cache_name(self._stock.forward), kwargs)
         asked = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
-        self._budget(*(asked.get(name) for name in ("preset", "keep_visual_tokens", "keep_layers")))
+        limits = [asked.get(name) for name in ("preset", "keep_visual_tokens", "keep_layers")]
+        self._budget(*limits)
+        if self._budget_is_default and limits == [None] * 3 and asked.get("route") is None:
+            tell_of_default(self.router_settings)
         asked.setdefault("prompt_length", prompt_length(inputs, kwargs))
         if asked.get("places") is None:
             asked["places"] = self._places(inputs, kwargs, asked["prompt_length"])

@@ -105,7 +105,8 @@ def _dynamic_layers_are_filled_by_hand() -> bool:
     layer.lazy_initialization(states, states)
     layer.keys = layer.values = states
     layer.crop(-1)
-    return layer.is_initialized and layer.keys.shape[2] == layer.get_seq_length() == 2
+    complete: bool = layer.is_initialized and layer.keys.shape[2] == layer.get_seq_length() == 2
+    return complete
 
 
 def _sliding_layers_say_how_far() -> bool:

@@ -183,7 +183,8 @@ class RoutedCache(_RoutedCache, DynamicCache):
                 if layer.is_initialized:
                     whole.lazy_initialization(layer.keys, layer.values)
                     whole.keys, whole.values = layer.keys, layer.values
-        return cache
+        taken: RoutedCache = cache
+        return taken
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -207,7 +208,8 @@ class RoutedStaticCache(_RoutedCache, StaticCache):
         cache.layers = [layer if type(layer) is StaticLayer else StaticLayer(size) for layer in cache.layers]
         cache.__class__ = cls
         cache._begin(seen)
-        return cache
+        taken: RoutedStaticCache = cache
+        return taken
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.layers[layer_idx].max_cache_len, 0

@@ -170,7 +170,8 @@ class RoutedForward:
 
     def _spread(self, states: Tensor) -> Tensor:
         """The index of the tokens that stay, as gather and scatter want it: [B, K, D]."""
-        return self.kept.index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
+        index: Tensor = self.kept.index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
+        return index
 
     def _once(self, key: Any, make: Any, given: Any = None) -> Any:
         """Layers are given the same masks and positions: each is narrowed once a pass, told apart by identity."""
@@ -219,7 +220,8 @@ class RoutedForward:
 
     def _entries(self, group: Group) -> Entries | None:
         """The tokens in the caches of a group of layers after this pass; None: all tokens of the text."""
-        return self._once(("entries", group), lambda: self._extended(group))
+        entries: Entries | None = self._once(("entries", group), lambda: self._extended(group))
+        return entries
 
     def _extended(self, group: Group) -> Entries | None:
         before = self.cache.entries.get(group) if self.cache is not None else None
@@ -322,7 +324,8 @@ def real_tokens(mask: Any, past: int, embeddings: Tensor) -> Tensor:
     if mask.ndim == 4:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         mask = seen.flatten(1, 2).any(1).expand(num_rows, -1)
-    return mask[:, past : past + num_tokens].to(embeddings.device, torch.bool)
+    visual: Tensor = mask[:, past : past + num_tokens].to(embeddings.device, torch.bool)
+    return visual
 
 
 def warn_of_no_question(visible: Tensor, visual: Tensor) -> None:

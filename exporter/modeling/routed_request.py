@@ -110,3 +110,12 @@ def warn_of_excess(budget: Budget, visual: Tensor) -> None:
         logger.warning_once(
             f"keep_visual_tokens={budget.keep_visual_tokens} is above the {most} visual tokens there are: all are kept."
         )
+
+
+def tell_of_default(settings: RouterSettings) -> None:
+    """Log once what runs when no budget is named: some clients drop what they are given for `generate`."""
+    logger.warning_once(
+        f"No budget reached `generate`: it runs under {settings.default!r}, this checkpoint's default. If you passed "
+        f"one to a pipeline, pass it as generate_kwargs={{'preset': {settings.default!r}}}. The presets are "
+        f"{', '.join(dict.fromkeys(['off', *settings.presets]))}; `set_budget` chooses one for all calls."
+    )

@@ -85,7 +85,8 @@ class Router(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, S + N, R / H]
         q, k = rotated(q, order), rotated(k, order)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
-        return self.out(x.transpose(1, 2).flatten(2))
+        mixed: Tensor = self.out(x.transpose(1, 2).flatten(2))
+        return mixed
 
 
 def question_features(x: Tensor, visible: Tensor, visual: Tensor) -> Tensor:

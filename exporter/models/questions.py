@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.batches import Batch, make_batch
 from ..data.pictures import Split, split_by_picture
 from ..data.samples import Sample
+from ..plan import PruningPlan
 from .answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
 
 PORTIONS = {  # of the questions, and how many at least: together they cost under four forward passes over all of them
@@ -33,6 +34,7 @@ PORTIONS = {  # of the questions, and how many at least: together they cost unde
     "judge_sets": (1 / 16, 24),  # held-out ones that all folded sets, or all folds, are judged by
     "judge_few_sets": (1 / 8, 32),  # held-out ones that the best few folded sets are judged by
 }
+SUFFIX = 0.5  # share of the layers that a variant does not share with the original, roughly
 Part = Literal["all", "fit", "held_out"]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -43,6 +45,24 @@ def portion(name: str, questions: int) -> int:
     if name == "held_out":  # of a few, a quarter
         return max(round(share * questions), min(least, questions // 4))
     return min(questions, max(round(share * questions), least))
+
+
+@dataclass(frozen=True)
+class JobSize:
+    """How much a job has to do, for the estimate of what its methods cost.
+
+    A method's `passes` in `exporter/methods.py` may be a function of a JobSize and the method's options. It returns
+    the cost in forward passes of all questions through all layers, and the share of the questions that it needs answers
+    to.
+    """
+
+    questions: int
+    plan: PruningPlan  # a likely one: which layers go is not known yet
+    drop: int  # how many will go; the plan has one at least
+
+    def share(self, step: str) -> float:
+        """Return the share of the questions that a step reads."""
+        return portion(step, self.questions) / self.questions
 
 
 @dataclass
@@ -124,7 +144,7 @@ class Questions:
             some = order[start : start + self.batch_size]
             one = answered(self.model, self._batch(some), self.answer_tokens)
             lengths = one.predicts.sum(1).tolist()
-            for index, tokens in zip(some, one.targets.split(lengths), strict=True):
+            for index, tokens in zip(some, torch.split(one.targets, lengths), strict=True):
                 self.answers[index] = tokens.cpu()
 
     def _kind(self, index: int) -> tuple[str, int, int]:

@@ -36,7 +36,8 @@ class Trace:
     def step(self, layer: Any, layer_idx: int, state: Tensor) -> Tensor:
         """What the layer puts out for this state, [B, S, D]; nothing added yet."""
         output = layer(state, **self.keywords[layer_idx])
-        return output[0] if isinstance(output, tuple) else output
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
 
     def after(self, layer_idx: int, output: Tensor) -> Tensor:
         """The state that the next layer gets."""
@@ -141,7 +142,8 @@ def last_output(steps: Iterator[tuple[int, Tensor, Tensor]], default: Tensor) ->
 def logits(model: Any, output: Tensor) -> Tensor:
     """The language-model head on the last layer's output, [..., D] to [..., vocabulary]."""
     with torch.inference_mode():
-        return model.get_output_embeddings()(text_decoder(model).norm(output))
+        logits: Tensor = model.get_output_embeddings()(text_decoder(model).norm(output))
+        return logits
 
 
 @contextlib.contextmanager

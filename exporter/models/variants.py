@@ -140,6 +140,6 @@ def _add(result: AnswerAgreement, one: AnsweredBatch, log_p: Tensor, own: Tensor
     result.same += int(right.sum())
     result.tokens += len(right)
     lengths = one.predicts.sum(1).tolist()
-    result.follows += [bool(part.all()) for part in right.split(lengths)]
-    result.kl_of += [float(part.double().sum()) for part in kl.split(lengths)]
+    result.follows += [bool(part.all()) for part in torch.split(right, lengths)]
+    result.kl_of += [float(part.double().sum()) for part in torch.split(kl, lengths)]
     result.tokens_of += lengths

@@ -4,9 +4,9 @@
     model = exporter.onnx.load("small-onnx")
     tokens = model.generate(**processor(images=image, text=text, return_tensors="np"), max_new_tokens=64)
 
-Files, in the order of an export: `support` (which families, and how), `vision` and `decoder` (modules that trace),
-`graph` (module to file), `quantize`, `comparison` and `validation` (against torch, in a clean process), `pipeline` (the
-whole story), `runtime/` (the runner, which needs onnxruntime and numpy only).
+Files, in the order of an export: `support` (which families, and how), `graphs/` (modules that trace, module to file,
+quantized weights), `validation` (against torch, in a clean process), `pipeline` (the whole story), `runtime/` (the
+runner, which needs onnxruntime and numpy only).
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def grids(places: Tensor, kept: Tensor) -> list[PatchGrid]:
     found = []
     for begin, end in itertools.pairwise(starts):
         part = places[begin:end]
-        (rows, row), (columns, column) = (part[:, axis].unique(return_inverse=True) for axis in (0, 1))
+        (rows, row), (columns, column) = (torch.unique(part[:, axis], return_inverse=True) for axis in (0, 1))
         cells = torch.zeros(len(rows), len(columns), dtype=torch.bool)
         cells[row, column] = kept[begin:end]
         found.append(PatchGrid(cells))

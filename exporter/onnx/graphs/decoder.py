@@ -79,7 +79,8 @@ class DecoderGraph(nn.Module):
             use_cache=True,
             **{self.cache_name: step},
         )
-        return output.last_hidden_state
+        states: Tensor = output.last_hidden_state
+        return states
 
     def outputs(self, last: Tensor, present: Present) -> dict[str, Tensor]:
         return {"logits": self.logits(last), **named_cache(present)}
@@ -87,7 +88,8 @@ class DecoderGraph(nn.Module):
     def logits(self, last: Tensor) -> Tensor:
         """last [B, 1, D]: of three dimensions, so that the head is a MatMul, which can be quantised."""
         logits = self.head(last).float()[:, 0]
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        capped: Tensor = self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        return capped
 
     def common_samples(self, past: int) -> Samples:
         layers, heads, size = self.shape
@@ -258,7 +260,7 @@ def group_query(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
         version=1,
     )
     step.present[module.layer_idx] = new_keys, new_values
-    return mixed.unflatten(-1, (heads, size)), None
+    return torch.unflatten(mixed, -1, (heads, size)), None
 
 
 @contextmanager

@@ -265,9 +265,11 @@ class FrontGraph(PartGraph):
     ) -> dict[str, Tensor]:
         """As PartGraph's and Embeddings'. What enters the first layer is an output too, for those who compare."""
         entered = self.embeddings(input_ids, image_features)
-        return entered | super().forward(
+        outputs: dict[str, Tensor] = super().forward(
             entered["inputs_embeds"], position_ids, row_lengths, total_length, past_key_values
         )
+        named_outputs: dict[str, Tensor] = entered | outputs
+        return named_outputs
 
     def samples(self) -> Samples:
         layers = super().samples()

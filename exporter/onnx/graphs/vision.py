@@ -36,8 +36,10 @@ class Tiles(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """[T, C, H, W] -> [T, N, D]"""
         if self.config.model_type in ("internvl", "paligemma", "gemma3"):
-            return self.model.get_image_features(pixels).pooler_output
-        return self.model.multi_modal_projector(selected_states(self.model.vision_tower, self.config, pixels))
+            features: Tensor = self.model.get_image_features(pixels).pooler_output
+        else:
+            features = self.model.multi_modal_projector(selected_states(self.model.vision_tower, self.config, pixels))
+        return features
 
     def samples(self) -> Samples:
         return {"pixel_values": torch.rand(3, *self.tile_shape())}
@@ -56,7 +58,8 @@ class RealTiles(Tiles):
     """Idefics3 and SmolVLM, whose padding tiles the runner leaves out."""
 
     def features(self, pixels: Tensor) -> Tensor:
-        return self.model.connector(self.model.vision_model(pixels).last_hidden_state)
+        features: Tensor = self.model.connector(self.model.vision_model(pixels).last_hidden_state)
+        return features
 
 
 class AnyResolution(Tiles):
@@ -109,13 +112,15 @@ class Sized(Tiles):
         """[P, D] -> [F, D]"""
         projector = self.model.multi_modal_projector
         if not hasattr(projector, "patch_merger"):
-            return projector(states[None])[0]
+            features: Tensor = projector(states[None])[0]
+            return features
         side = projector.patch_merger.spatial_merge_size
         states = projector.norm(states)
-        grid = states.unflatten(0, (rows // side, side, columns // side, side))
+        grid = torch.unflatten(states, 0, (rows // side, side, columns // side, side))
         merged = grid.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1)  # [F, D * M], channels first as unfold has them
         states = projector.patch_merger.merging_layer(merged)
-        return projector.linear_2(projector.act(projector.linear_1(states)))
+        merged_features: Tensor = projector.linear_2(projector.act(projector.linear_1(states)))
+        return merged_features
 
     def side(self) -> int:
         return int(self.config.vision_config.patch_size * getattr(self.config, "spatial_merge_size", 1))
@@ -194,7 +199,8 @@ def attend(attention: Any, states: Tensor, positions: tuple[Tensor, Tensor], see
     query, key = (turned(part.float(), cos, sin).to(part.dtype) for part in (query, key))
     bias = None if sees is None else torch.zeros_like(sees, dtype=query.dtype).masked_fill(~sees, -1e4)[None]
     mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=bias, scale=attention.scaling)
-    return attention.proj(mixed[0].transpose(0, 1).flatten(1))
+    projected: Tensor = attention.proj(mixed[0].transpose(0, 1).flatten(1))
+    return projected
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -207,7 +207,8 @@ class OnnxModel:
         for name, place in places.items():
             binding.bind_output(name, place)
         session.run_with_iobinding(binding)
-        return binding.get_outputs()
+        outputs: list[Any] = binding.get_outputs()
+        return outputs
 
     def _value(self, array: Array, device: str | None = None) -> Any:
         import onnxruntime

@@ -9,7 +9,7 @@ Shapes: B rows, S tokens, K that stay, N layers that may be skipped, V vocabular
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ class OnnxRouteBudget:
     keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
     keep_layers: int | None = None
 
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, plain_number(getattr(self, one.name)))
+
     def tokens_of(self, available: Array) -> Array:
         """How many visual tokens each row keeps, of those it has: [B] -> [B]"""
         if self.keep_visual_tokens is None:
@@ -39,14 +43,26 @@ class OnnxRouteBudget:
 
     def check(self, num_layers: int, free: int) -> None:
         tokens, layers = self.keep_visual_tokens, self.keep_layers
-        fits = tokens is None or (tokens >= 1 if isinstance(tokens, int) else 0 < tokens <= 1)
-        if not fits:
-            raise InputError(f"keep_visual_tokens={tokens} is neither a count from 1 (144) nor a share (0.25).")
-        if layers is not None and not num_layers - free <= layers <= num_layers:
+        if tokens is not None and not ((is_count(tokens) and tokens >= 1) or is_share(tokens)):
+            raise InputError(f"keep_visual_tokens={tokens!r} is neither a count from 1 (144) nor a share (0.25).")
+        if layers is not None and not (is_count(layers) and num_layers - free <= layers <= num_layers):
             raise InputError(
-                f"keep_layers={layers} is out of range: of the {num_layers} layers {free} may be skipped, so give a "
+                f"keep_layers={layers!r} is out of range: of the {num_layers} layers {free} may be skipped, so give a "
                 f"number from {num_layers - free} to {num_layers}."
             )
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy or torch as one of Python, anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_share(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
 
 
 @dataclass

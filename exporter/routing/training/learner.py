@@ -65,7 +65,9 @@ class Teacher:
             with torch.inference_mode():
                 states = self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]
             lengths = one.predicts.sum(1).tolist()
-            for index, tokens, state in zip(indices, one.targets.split(lengths), states.split(lengths), strict=True):
+            for index, tokens, state in zip(
+                indices, torch.split(one.targets, lengths), torch.split(states, lengths), strict=True
+            ):
                 self.said[index] = TeacherOutputs(tokens.cpu(), state.cpu())
 
     def question(self, indices: Sequence[int]) -> tuple[Batch, AnsweredBatch, Tensor]:
@@ -150,7 +152,8 @@ class TrainingBatch:
         """Log-probabilities at each answer token, [A of all rows, V], from the last layer's output [B, S, D]."""
         model = self.learner.teacher.model
         hidden = text_decoder(model).norm(output[self.one.predicts])
-        return model.get_output_embeddings()(hidden).float().log_softmax(-1)
+        log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+        return log_p
 
     @property
     def fastv(self) -> Tensor:
@@ -161,7 +164,7 @@ class TrainingBatch:
 
     def per_sample(self, kl: Tensor) -> Tensor:
         """Sums over each row's answer: [A of all rows] -> [B]."""
-        return torch.stack([part.sum() for part in kl.split(self.one.predicts.sum(1).tolist())])
+        return torch.stack([part.sum() for part in torch.split(kl, self.one.predicts.sum(1).tolist())])
 
 
 @dataclass

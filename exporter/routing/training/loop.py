@@ -1,9 +1,9 @@
 """Trains a router on unlabelled questions about images; the LVLM is frozen.
 
-What a batch of questions is to the router is in `router_learner.py`, what it learns from in `router_losses.py`; here is
-the training itself: its order of questions, its schedule, its curve, and the state that it goes on from.
+What a batch of questions is to the router is in `learner.py`, what it learns from in one file a loss; here is the
+training itself: its order of questions, its schedule, its curve, and the state that it goes on from.
 
-Shapes: those of `router_learner.py`.
+Shapes: those of `learner.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from ...data.epochs import questions_of_step, rate
 from ...data.pictures import split_by_picture
 from ...data.samples import Sample
+from ...methods import LOSSES, resolve
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS
 from ...models.training_state import TrainingState
 from .learner import Learner, Progress, Teacher
-from .losses import LOSSES
 from .relaxation import gated_attention
 
 HELD_OUT, MOST_HELD_OUT = 8, 128  # one in so many questions is not trained on but judged by, so many at most
@@ -83,7 +83,7 @@ def train_router(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, training.steps))
     state = TrainingState({"router": router, "optimizer": optimizer, "schedule": schedule}, fingerprint)
     first = state.load(state_file)
-    loss_of = LOSSES[training.loss]
+    loss_of = resolve(LOSSES[training.loss].run)
     with gated_attention(model) as attention:
         learner = Learner(teacher, router, settings, attention)
         for step in progress(range(first, training.steps), "train router", training.steps - first):

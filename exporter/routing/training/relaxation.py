@@ -104,7 +104,8 @@ def gated_states(
 def _kept_bytes(model: Any, state: Tensor, start: int) -> int:
     config = model.config.get_text_config()
     batch, length, _ = state.shape
-    return 4 * 3 * batch * config.num_attention_heads * length**2 * (config.num_hidden_layers - start)
+    num_bytes: int = 4 * 3 * batch * config.num_attention_heads * length**2 * (config.num_hidden_layers - start)
+    return num_bytes
 
 
 # --- gates from logits ------------------------------------------------------------------------------------------------

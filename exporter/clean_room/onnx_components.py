@@ -1,0 +1,195 @@
+"""Compare each component of an ONNX folder with torch's: image features, embeddings, logits, cache, routes, answers.
+
+Shapes: B sequences, S tokens of the prompt, N new tokens, V vocabulary, F image features, D hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from .reference import first_difference
+
+NEW_TOKENS = 8
+
+
+@dataclass
+class Difference:
+    """How far an output of a graph is from torch's, over all that was compared."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+    scale: float = 1.0  # largest magnitude met, at least 1
+
+    def add(self, found: Any, expected: Any) -> None:
+        import numpy as np
+
+        found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+        if found.shape != expected.shape:
+            raise ValueError(f"shape {found.shape} instead of {expected.shape}")
+        if not found.size:
+            return
+        off = np.abs(found - expected)
+        self.largest = max(self.largest, float("inf") if np.isnan(off).any() else float(off.max()))
+        self.total, self.count = self.total + float(off.sum()), self.count + off.size
+        self.scale = max(self.scale, float(np.abs(expected).max()))
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.count)
+
+    def to_data(self) -> dict[str, float]:
+        return {"max": self.largest, "mean": self.mean, "scale": self.scale}
+
+
+def torch_features(model: Any, inputs: dict[str, Any]) -> Any:
+    """Features of all images in the prompt's order: [F, D]"""
+    import torch
+
+    accepted = inspect.signature(model.model.get_image_features).parameters
+    wanted = ("pixel_values", "image_sizes", "pixel_attention_mask", "image_grid_thw", "batch_num_images")
+    given = {name: inputs[name] for name in wanted if name in inputs and name in accepted}
+    features = model.model.get_image_features(**given).pooler_output
+    if isinstance(features, torch.Tensor):
+        features = [features]
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+
+
+def compare_parts(model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, found: dict[str, Difference]) -> None:
+    """Vision and embeddings."""
+    features = torch_features(model, inputs)
+    runner_features = runner.image_features(prompt)
+    found["vision: image_features"].add(runner_features.numpy(), features)
+    ids = inputs["input_ids"]
+    visual = ids == model.config.image_token_id
+    embeds = model.get_input_embeddings()(ids.masked_fill(visual, 0))
+    embeds = embeds.masked_scatter(visual[..., None], features)
+    runner_embeds = runner.embedded(prompt, runner_features).numpy()
+    found["embeddings: inputs_embeds"].add(runner_embeds[prompt.real], embeds[inputs["attention_mask"].bool()])
+
+
+def compare_decoder(
+    runner: Any, inputs: dict[str, Any], prompt: Any, made: Any, rows: Any, found: dict[str, Difference]
+) -> int:
+    """Logits of the prompt and of each step along torch's own answer, and the cache at its end; equal best tokens.
+
+    Args:
+        rows: [B] True: those that are compared.
+    """
+    length = inputs["input_ids"].shape[1]
+    answer = made.sequences[:, length:].numpy()  # [B, N]
+    logits, state = runner.prefill(prompt, NEW_TOKENS)
+    equal = 0
+    for step in range(NEW_TOKENS):
+        expected = made.logits[step].float().numpy()[rows]  # [b, V]
+        chosen = logits[rows]
+        name = "decoder (prompt): logits" if step == 0 else "decoder (step): logits"
+        found[name].add(chosen, expected)
+        equal += int((chosen.argmax(-1) == expected.argmax(-1)).sum())
+        if step + 1 < NEW_TOKENS:
+            logits = runner.step(state, answer[:, step])
+    if "router" not in runner.manifest:  # behind a router each side lays out what stays in its own way
+        compare_cache(runner, state, inputs, made, found)
+    return equal
+
+
+def compare_cache(runner: Any, state: Any, inputs: dict[str, Any], made: Any, found: dict[str, Difference]) -> None:
+    """Keys and values of each layer at the end of an answer, padding left out."""
+    import numpy as np
+
+    mask = inputs["attention_mask"].bool().numpy()
+    mask = np.concatenate([mask, np.ones((len(mask), NEW_TOKENS - 1), bool)], 1)  # [B, S + N - 1]
+    shared = runner.manifest["cache"] == "shared"
+    cache = made.cache if hasattr(made, "cache") else made.past_key_values  # since transformers 5.24, before
+    for layer_idx, layer in enumerate(cache.layers):
+        for part, tensor in (("key", layer.keys), ("value", layer.values)):
+            if tensor.shape[2] != mask.shape[1]:
+                continue  # a sliding window: torch has forgotten the beginning
+            mine = state.cache[f"{layer_idx}.{part}"].numpy()
+            real = np.arange(mine.shape[2])[None] < state.lengths[:, None] if shared else mask
+            theirs = tensor.float().numpy().swapaxes(1, 2)[mask]
+            found[f"decoder: present.{layer_idx}.{part}"].add(mine.swapaxes(1, 2)[real], theirs)
+
+
+def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], rows: Any, tolerance: float) -> list[str]:
+    """Whole answers by each side's own `generate`, with the folder's generation settings, greedily.
+
+    Args:
+        rows: [B] True: those that are compared.
+    """
+    import numpy as np
+    import torch
+
+    made = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    length = inputs["input_ids"].shape[1]
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    said = runner.generate(**arrays, max_new_tokens=NEW_TOKENS, do_sample=False)[:, length:]
+    expected = made.sequences[:, length:].numpy()
+    scores = torch.stack(made.scores, 1).float()  # [B, N, V]
+    best = scores.topk(2).values
+    largest = torch.where(scores.isfinite(), scores.abs(), 0).amax(-1)
+    margins = (best[..., 0] - best[..., 1]) / largest
+    if said.shape != expected.shape and rows.all():
+        return [f"{said.shape[1]} tokens instead of {expected.shape[1]}"]
+    width = min(said.shape[1], expected.shape[1])  # rows that are not compared may go on for longer
+    said, expected = said[:, :width], expected[:, :width]
+    problems = []
+    for row in np.flatnonzero(rows).tolist():
+        rest = margins[row].nan_to_num(0).tolist()
+        at = first_difference(said[row].tolist(), expected[row].tolist(), rest, tolerance)
+        if at is not None:
+            problems.append(f"token {at + 1} of row {row + 1} is {said[row][at]}, not {expected[row][at]}")
+    return problems if not np.array_equal(said[rows], expected[rows]) else []
+
+
+def compare_routes(
+    model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, tolerance: float
+) -> tuple[list[str], Any]:
+    """Which visual tokens stay and which layers run, under the budget that both sides have now.
+
+    Returns: problems, and in which rows both sides go the same way, [B]. Where they don't, and the router's logits say
+        that it is all the same within the tolerance, there is no problem, and nothing behind it can be compared.
+    """
+    import numpy as np
+
+    _, state = runner.prefill(prompt, 1)
+    theirs = model.route(**inputs)
+    mask, problems, same = inputs["attention_mask"].bool(), [], []
+    for row, real in enumerate(mask):
+        tokens, layers = (None if x is None else x[row] for x in (theirs.token_logits, theirs.layer_logits))
+        visual = theirs.visual[row][real].numpy()  # all others stay
+        kept = theirs.keep[row][real].numpy()
+        count = int(state.kept[row])
+        mine = np.zeros_like(kept)
+        mine[np.arange(count) if state.index is None else state.index[row, :count]] = True
+        among = None if tokens is None else tokens[real][visual]
+        if not mine[~visual].all() or not undecided(mine[visual], kept[visual], among, tolerance):
+            problems.append(f"{int((mine != kept).sum())} tokens of row {row + 1} are chosen by one side only")
+        runs = theirs.layers[row][runner.manifest["router"]["candidates"]].numpy()
+        if not undecided(state.runs[row], runs, layers, tolerance):
+            problems.append(f"row {row + 1} runs other layers")
+        same.append(np.array_equal(mine, kept) and np.array_equal(runs, state.runs[row]))
+    return problems, np.array(same)
+
+
+def undecided(mine: Any, theirs: Any, logits: Any, tolerance: float) -> bool:
+    """Whether two choices are one, or differ only in what has the same logits.
+
+    Args:
+        mine, theirs: [N] True: chosen.
+        logits: [N] that the choice was made by.
+        tolerance: a share of how far the logits lie apart.
+    """
+    import numpy as np
+
+    differs = mine != theirs
+    if not differs.any():
+        return True
+    if logits is None or mine.sum() != theirs.sum():
+        return False
+    values = logits.float().numpy()
+    return float(np.ptp(values[differs])) <= tolerance * float(np.ptp(values))

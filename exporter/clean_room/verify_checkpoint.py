@@ -1,0 +1,74 @@
+"""Verify a checkpoint: load it with transformers alone, and compare its answer with the one recorded at export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .processing import PromptError, load_processor
+from .reference import cache_difference, first_difference, reference_answer, reference_inputs
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of logits, relative to the largest
+
+
+def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """Load with transformers alone and compare with what was recorded at export. {"problems": [...], ...}
+
+    A folder with a router is looked at twice: as the plain model that it is without remote code, and routed.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    record = json.loads((folder / "compression.json").read_text(encoding="utf-8-sig"))
+    report = verify_once(folder, device, record, record["reference"], trust=False)
+    if "router" in record and not report["problems"]:
+        routed = verify_once(folder, device, record, record["router"]["reference"], trust=True)
+        report["problems"] = [f"routed: {problem}" for problem in routed["problems"]]
+        report["routed"] = routed
+    return report
+
+
+def verify_once(
+    folder: Path, device: str, record: dict[str, Any], reference: dict[str, Any], trust: bool
+) -> dict[str, Any]:
+    """Load, answer the reference question, with and without the cache; `trust`: by the folder's own modeling file."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    dtype = record["reference"]["dtype"]
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust
+    )
+    model.eval().to(device)
+    if "preset" in reference:  # the default was set to another one since
+        model.set_budget(reference["preset"])
+    problems = []
+    tolerated = set(record["source"].get("unexpected_keys", ()))
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(set(map(str, report[kind])) - tolerated)
+        if names:
+            problems.append(f"{len(names)} {kind.replace('_', ' ')}, {names[0]} among them")
+    if problems:
+        return {"problems": problems}
+    processor = load_processor(folder)
+    tolerance = TOLERANCE[dtype]
+    try:
+        said = reference_answer(model, processor)["tokens"]
+    except PromptError as error:
+        return {"problems": [str(error)]}
+    expected = reference["tokens"]
+    if (at := first_difference(said, expected, reference["margins"], tolerance)) is not None:
+        problems.append(f"token {at + 1} of the reference answer is {said[at]}, not {expected[at]} as at export")
+    routing = {"prompt_length": reference_inputs(processor)["input_ids"].shape[1]} if trust else {}
+    difference = cache_difference(model, processor, **routing)
+    if not difference <= tolerance:
+        problems.append(f"logits with and without the cache differ by {difference:.1e} (at most {tolerance:.0e})")
+    return {
+        "problems": problems,
+        "tokens": said,
+        "cache_difference": difference,
+        "class": type(model).__name__,
+        "layers": model.config.get_text_config().num_hidden_layers,
+    }

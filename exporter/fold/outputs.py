@@ -1,0 +1,29 @@
+"""Left-multiply the output matrices of the layers before gaps: what folds by one linear map have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from ..plan import Folded
+from .job import FoldJob, GapMoments
+
+Tokens = Literal["all", "prompt", "important"]
+Matrix = Literal["o_proj", "down_proj"]
+
+
+def change_outputs(
+    job: FoldJob,
+    gaps: dict[int, GapMoments],
+    change: Callable[[str, Any, GapMoments], Any],
+    weights: tuple[Matrix, ...],
+) -> Folded:
+    """Left-multiply the output-side weights, and their biases, of the kept layer before each gap."""
+    modules = {"down_proj": job.decoder.down_proj, "o_proj": job.decoder.o_proj}
+    folded: Folded = {}
+    for kept, gap in gaps.items():
+        for module in (modules[name] for name in weights):
+            for name in (f"{module}.weight", f"{module}.bias"):
+                if (tensor := job.read(kept, name)) is not None:
+                    folded[kept, name] = change(name, tensor, gap)
+    return folded

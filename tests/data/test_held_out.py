@@ -1,0 +1,186 @@
+"""What judges a choice: questions about pictures that nothing was fitted on, and the noise of what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from fixtures.checkpoints import QUESTIONS
+from PIL import Image
+from tiny_models import random_image
+
+from exporter.compression.job import prepare
+from exporter.compression.steps import fold_gaps, fold_job, localize
+from exporter.data.batches import make_batches
+from exporter.data.pictures import pictures_of, split_by_picture
+from exporter.data.samples import Sample
+from exporter.fold.held_out import HeldOut
+from exporter.fold.reconstruction import fold_reconstruction
+from exporter.methods import FOLDS, Fold
+from exporter.models.divergence import Divergence, simplest
+from exporter.models.loading import text_decoder
+from exporter.models.variants import Variant
+from exporter.plan import LayerBudget, make_plan
+from exporter.recipe import CalibrationData, Recipe, RunOptions
+from exporter.routing.training.loop import parted
+
+
+def sample(number: int, *colors: int, type: str | None = None) -> Sample:
+    images = tuple(Image.new("RGB", (4, 4), (color, 0, 0)) for color in colors)
+    return Sample(f"line {number}", images, ({"role": "user", "content": f"{number}?"},), type=type)
+
+
+def test_pictures_are_told_apart_by_their_content():
+    samples = [sample(0, 1), sample(1, 2), sample(2, 1), sample(3, 3, 4), sample(4, 4), sample(5)]
+    numbers = pictures_of(samples)
+    assert numbers[0] == numbers[2]
+    assert numbers[3] == numbers[4], "questions that share one of several images belong together"
+    assert len(set(numbers)) == 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_picture_is_on_both_sides_and_types_keep_their_share(seed):
+    samples = [sample(n, n // 3, type="abcdef"[n % 6]) for n in range(240)]  # types in turn, three questions a picture
+    split = split_by_picture(samples, 48, seed)
+    pictures = pictures_of(samples)
+    assert not {pictures[i] for i in split.fit} & {pictures[i] for i in split.held_out}
+    assert sorted(split.fit + split.held_out) == sorted(split.drawn) == list(range(240))
+    assert 40 <= len(split.held_out) <= 56
+    counts = {name: sum(samples[i].type == name for i in split.held_out) for name in "abcdef"}
+    assert min(counts.values()) >= 4
+    assert len({pictures[i] for i in split.fit[:20]}) == 20, "the first ones drawn are about as many pictures"
+    assert split_by_picture(samples, 48, seed) == split
+    assert split_by_picture(samples, 48, seed + 1) != split
+
+
+def test_a_router_is_judged_by_other_pictures_than_it_is_trained_on():
+    samples = [sample(n, n // 3, type="abcdef"[n % 6]) for n in range(240)]
+    trained_on, held_out = parted(samples, seed=0)
+    pictures = pictures_of(samples)
+    assert not {pictures[i] for i in trained_on} & {pictures[i] for i in held_out}
+    assert {samples[i].type for i in held_out} == set("abcdef"), "every eighth row would hold three of six"
+    assert parted(samples[:12], seed=0) == (list(range(12)), [])
+
+
+def test_too_few_pictures_are_said():
+    split = split_by_picture([sample(n, n // 6) for n in range(30)], 6, 0)
+    assert split.held_out == ()
+    assert "about 5 pictures, and at least 8 are needed" in split.too_few
+
+
+def test_errors_are_over_pictures_and_differences_below_them_go_to_the_simpler():
+    alone = Divergence((0.1, 0.3, 0.2, 0.4), (1, 1, 1, 1), (0, 1, 2, 3))
+    assert alone.mean == pytest.approx(0.25)
+    assert alone.error == pytest.approx(math.sqrt(0.05 / 3 / 4))  # of four independent values
+    together = dataclasses.replace(alone, pictures=(0, 0, 1, 1))
+    assert together.error != pytest.approx(alone.error)
+    assert dataclasses.replace(alone, pictures=(0, 0, 0, 0)).error == math.inf
+    noisy = Divergence((0.0, 0.4, 0.0, 0.5), (1, 1, 1, 1), (0, 1, 2, 3))
+    better = Divergence((0.05, 0.25, 0.15, 0.35), (1, 1, 1, 1), (0, 1, 2, 3))
+    assert simplest([alone, noisy]) == 0
+    assert simplest([alone, better]) == 1, "it is better on every picture"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Two dozen pictures with two questions each."""
+    import numpy as np
+
+    folder, random = tmp_path_factory.mktemp("many"), np.random.default_rng(3)
+    lines = []
+    for index in range(24):
+        random_image(random, (48, 48)).save(folder / f"{index}.png")
+        lines += [{"image": f"{index}.png", "question": QUESTIONS[(index + k) % len(QUESTIONS)]} for k in (0, 3)]
+    path = folder / "many.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def opened(model, data, count=2, **changes):
+    calibration = CalibrationData(str(data), samples=None, answer_tokens=6)
+    job = prepare(Recipe(str(model), calibration, LayerBudget(drop_layers=count), **changes), RunOptions(batch_size=8))
+    loaded, _ = job.load_model()
+    return job, loaded, job.questions(loaded)
+
+
+def test_the_fold_that_is_applied_is_no_worse_than_none_on_held_out_questions(tiny, many):
+    job, model, questions = opened(tiny("llava"), many)
+    for drop in ((2, 4), (1, 2), (0, 5)):
+        plan = make_plan(6, drop)
+        folded, told = fold_gaps(job, model, questions, plan)
+        none, chosen = HeldOut(model, questions).judge([Variant(plan), Variant(plan, folded)])
+        assert chosen.mean <= none.mean
+        assert told["candidates"]["none"]["kl"] >= told["held_out"]["kl"]
+        assert told["held_out"]["kl"] == pytest.approx(chosen.mean)
+        assert bool(folded) == (told["name"] != "none")
+
+
+def test_a_fold_that_hurts_is_rejected(tiny, many, monkeypatch):
+    job, model, questions = opened(tiny("llava"), many)
+
+    def ruin(job, **options):
+        return {(1, "mlp.down_proj.weight"): -9 * job.read(1, "mlp.down_proj.weight")}
+
+    for name in ("scp", "scp_both", "least_squares", "reconstruction"):
+        monkeypatch.setitem(FOLDS, name, Fold(ruin, name))
+    folded, told = fold_gaps(job, model, questions, make_plan(6, (2, 4)))
+    assert folded == {}
+    assert told["name"] == "none"
+
+
+def test_with_too_few_tokens_the_refit_falls_back_and_says_so(tiny, many):
+    job, model, questions = opened(tiny("llava"), many)
+    plan = make_plan(6, (2, 4))
+    made = fold_job(job, model, questions, plan)
+    width = made.read(1, "mlp.down_proj.weight").shape[1] + made.read(1, "self_attn.o_proj.weight").shape[1]
+    folded = fold_reconstruction(dataclasses.replace(made, batches=lambda share: questions.batches("f", number=1)))
+    tokens = made.report["tokens"]
+    assert made.report["inputs"] == width
+    assert ("fell_back" in made.report) == (tokens < width)
+    if tokens < width:
+        assert len({name for _, name in folded}) <= 1
+
+
+def test_answers_are_read_with_their_questions(tiny, many):
+    _, _, questions = opened(tiny("llava"), many)
+    batch = next(iter(questions.batches("read")))
+    assert batch.is_answer is not None
+    assert (batch.is_answer & ~batch.is_text).sum() == 0
+    assert batch.is_answer.any(1).all()
+    asked = dict(questions.answers)
+    list(questions.batches("read again"))
+    assert questions.answers.keys() == asked.keys()
+    assert all(torch.equal(questions.answers[i], asked[i]) for i in asked)
+
+
+def test_the_choice_is_repeatable(tiny, many):
+    first, second = (localize(*opened(tiny("llava"), many)) for _ in range(2))
+    assert first == second
+    assert first.details["rounds"]
+
+
+def test_the_default_costs_at_most_four_passes_over_the_questions(tiny, many):
+    """Counted in tokens through decoder layers, answering included."""
+    lines = [json.loads(line) for line in many.read_text().splitlines()]
+    data = many.parent / "more.jsonl"
+    more = [line | {"question": f"{line['question']} {number}"} for number in range(8) for line in lines]
+    data.write_text("".join(json.dumps(line) + "\n" for line in more))
+    job, model, questions = opened(tiny("llava"), data, count=1)
+    tokens: list[int] = []
+
+    def count(layer, arguments):
+        if getattr(layer.forward, "__name__", "") != "identity":  # switched off
+            tokens.append(arguments[0].shape[:2].numel())
+
+    for layer in text_decoder(model).layers:
+        layer.register_forward_pre_hook(count)
+    for batch in make_batches(questions.samples, questions.processor, model.config, 8):
+        model.base_model(**batch.inputs, use_cache=False)
+    one_pass = sum(tokens)
+    tokens.clear()
+    scores = localize(job, model, questions)
+    fold_gaps(job, model, questions, make_plan(6, scores.drop))
+    assert sum(tokens) <= 4 * one_pass
