@@ -48,12 +48,12 @@ def silent(items, what, total):
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory) -> CalibrationData:
-    """Three questions about each of 16 pictures, with short answers."""
+    """Two questions about each of 12 pictures, with short answers."""
     folder, random = tmp_path_factory.mktemp("asked"), np.random.default_rng(1)
     lines = []
-    for index in range(16):
+    for index in range(12):
         random_image(random, SIZES[index % 2]).save(folder / f"{index}.png")
-        lines += [{"image": f"{index}.png", "question": QUESTIONS[(index + n) % 6]} for n in range(3)]
+        lines += [{"image": f"{index}.png", "question": QUESTIONS[(index + n) % 6]} for n in range(2)]
     (folder / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return CalibrationData(str(folder / "c.jsonl"), answer_tokens=3)
 
@@ -70,7 +70,7 @@ def plain(model: Path, asked: CalibrationData) -> Recipe:
     return Recipe(str(model), asked, budget, fold=Method("none"), protect=())
 
 
-LEARNING = HealRecipe(steps=30, rank=4, learning_rate=0.02, batch_size=8, exchanges=2)
+LEARNING = HealRecipe(steps=20, rank=4, learning_rate=0.02, batch_size=8, exchanges=1)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_questions_change_places_and_no_pair_comes_twice():
 def test_questions_that_judge_are_about_other_pictures(asked):
     samples = load_calibration(asked.data, samples=None).samples
     fit, held_out = parted(samples, seed=0)
-    assert sorted(fit + held_out) == list(range(48)) and 3 <= len(held_out) <= 12
+    assert sorted(fit + held_out) == list(range(24)) and 2 <= len(held_out) <= 6
     assert not {samples[i].images for i in fit} & {samples[i].images for i in held_out}
     assert parted([question(n) for n in range(5)], seed=0)[1] == [], "too few pictures"
 
@@ -199,8 +199,9 @@ def test_a_model_whose_layers_cannot_be_folded_learns(small, tiny, asked, tmp_pa
     record, before = read_record(out), read_record(small)
     told = record["heal"]
     assert told["kept"] and told["after"]["kl"] < 0.9 * told["before"]["kl"]
-    assert told["pairs"] == 3 * told["questions"] and told["questions"] == 42
-    assert (told["before"]["questions"], told["before"]["pictures"]) == (5 * 6, 2), "each about others' pictures too"
+    judging = told["before"]
+    assert told["pairs"] == 2 * told["questions"]
+    assert judging["questions"] > 24 - told["questions"] >= judging["pictures"] >= 2, "each about others' pictures too"
     carry_adapter(out, tmp_path)  # to a checkpoint with a router, for one
     assert sha256(tmp_path / ADAPTER_FILE) == told["adapter"]["sha256"]
     assert told["adapter"] == {"file": ADAPTER_FILE, "sha256": sha256(out / ADAPTER_FILE)}
@@ -233,7 +234,7 @@ def test_what_does_not_help_is_not_kept(small, tiny, asked, tmp_path, caplog):
 
 @pytest.mark.usefixtures("quick")
 def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(small, tiny, asked, tmp_path):
-    healing = HealRecipe(**{**vars(LEARNING), "calibration": asked, "teacher": str(tiny("gemma3")), "steps": 20})
+    healing = HealRecipe(**{**vars(LEARNING), "calibration": asked, "teacher": str(tiny("gemma3"))})
 
     def breaks(name, after):
         def progress(items, what, total):
@@ -256,7 +257,7 @@ def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(small, tiny, asked
 
 
 def test_compress_heals_and_reproduce_merges_again(tiny, asked, tmp_path, capsys, monkeypatch):
-    data = plain(tiny("llava"), asked).to_data() | {"heal": {**LEARNING.to_data(), "steps": 20}}
+    data = plain(tiny("llava"), asked).to_data() | {"heal": {**LEARNING.to_data()}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(data))
     assert main(["compress", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "one")]) == 0
     printed = capsys.readouterr().out
