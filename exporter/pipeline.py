@@ -54,7 +54,7 @@ def compress(
     if recipe.router is not None:
         check_router(recipe)
     if recipe.heal is not None and healed is None:
-        check_healing(recipe.heal, recipe.heal.calibration or recipe.calibration)
+        check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration)
     with staging_directory(out) as room:
         (room / "folded").mkdir()
         (room / "healed").mkdir()
@@ -119,7 +119,7 @@ def healing_of(recipe: Recipe, source: Source, gone: int, itemsize: int) -> dict
     """
     assert recipe.heal is not None
     data = recipe.heal.calibration or recipe.calibration
-    calibration, fit, held_out = check_healing(recipe.heal, data)
+    calibration, fit, held_out = check_healing(recipe.heal.seeded(recipe.seed), data)
     schedule, kept = Schedule(recipe.heal, len(fit), len(held_out)), 1 - gone / source.num_layers
     return healing_cost(schedule, source, calibration.samples, data.answer_tokens, kept, itemsize)
 
@@ -130,7 +130,7 @@ def _heal(
     """Heal a checkpoint; what a broken-off run goes on from lies beside the target as .NAME.healing."""
     data, teacher = healing.calibration or recipe.calibration, healing.teacher or recipe.model
     work = out.absolute().parent / f".{out.name}.healing"
-    return with_healing(plain, healing, data, teacher, made, options, progress, work)
+    return with_healing(plain, healing.seeded(recipe.seed), data, teacher, made, options, progress, work)
 
 
 def route(

@@ -136,14 +136,14 @@ class HealRecipe:
     loss: str = "forward"
     norms: bool = False  # learn the decoder layers' norms, too
     top: int = 64  # likeliest tokens that are kept of each of the original's distributions
-    seed: int = 0
+    seed: int | None = None  # None: the compression's, so that the same questions are drawn and held out
 
     def __post_init__(self) -> None:
         paths_as_text(self, "teacher")
         wholes = {"steps": 1, "rank": 1, "batch_size": 1, "exchanges": 0, "top": 1, "seed": 0}
         for name, least in wholes.items():
             value = getattr(self, name)
-            if name == "steps" and value is None:
+            if name in ("steps", "seed") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"heal: {name}={value!r}: a whole number from {least} up is needed.")
@@ -155,6 +155,10 @@ class HealRecipe:
             raise InputError(f"heal: norms={self.norms!r}: true or false is needed.")
         if self.teacher is not None and not isinstance(self.teacher, str):
             raise InputError(f"heal: teacher must be a text, not {self.teacher!r}.")
+
+    def seeded(self, seed: int) -> HealRecipe:
+        """Return the same with a seed, where it has none of its own."""
+        return self if self.seed is not None else dataclasses.replace(self, seed=seed)
 
     def to_data(self) -> dict[str, Any]:
         """Plain data; what is left to defaults stays out."""

@@ -119,11 +119,11 @@ def healed(small: Path, model: str, data: CalibrationData, setting: Row | None, 
     job = prepare_healing(str(small), heal_from_data(setting or True), data, model, RunOptions("cpu", batch_size=BATCH))
     loaded = load_model(job.source, "cpu", job.dtype)[0]
     heal = job.recipe
-    student = prepared(loaded, load_processor(job.source.folder), job.source, heal.rank, heal.norms, heal.seed)
+    student = prepared(loaded, load_processor(job.source.folder), job.source, heal.rank, heal.norms, job.seed)
     told: Row = {"steps": 0}
     if setting is not None:
         questions = answered_once(job, work)
-        training = HealTraining(job.schedule.steps, heal.batch_size, heal.learning_rate, heal.loss, heal.seed)
+        training = HealTraining(job.schedule.steps, heal.batch_size, heal.learning_rate, heal.loss, job.seed)
         before = judged(student, questions, heal.batch_size)
         best, curve = train(student, questions, training, before, silent)
         held_out = [round(value, 4) for point in curve for name, value in point.items() if name.startswith("KL")]

@@ -57,6 +57,10 @@ class HealingJob:
     held_out: tuple[int, ...]
 
     @property
+    def seed(self) -> int:
+        return self.recipe.seed or 0
+
+    @property
     def schedule(self) -> Schedule:
         return Schedule(self.recipe, len(self.fit), len(self.held_out))
 
@@ -67,7 +71,7 @@ class HealingJob:
     def fingerprint(self, *parts: Any) -> str:
         """Return one of the questions and the original's answers to them, and of further parts."""
         said = [file_hashes(self.teacher), self.calibration.fingerprint, self.answer_tokens, self.top, *parts]
-        said += [self.recipe.seed, str(self.dtype), self.fit[:1], len(self.fit)]
+        said += [self.seed, str(self.dtype), self.fit[:1], len(self.fit)]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -77,8 +81,9 @@ def check_healing(heal: HealRecipe, data: CalibrationData) -> tuple[Calibration,
     Raises: InputError for all that can be wrong before a model is there.
     """
     require_peft()
-    calibration = load_questions(data, heal.seed)
-    fit, held_out = parted(calibration.samples, heal.seed)
+    seed = heal.seeded(0).seed or 0
+    calibration = load_questions(data, seed)
+    fit, held_out = parted(calibration.samples, seed)
     if not held_out:
         raise InputError(
             f"{data.data} has questions about {len(set(pictures_of(calibration.samples)))} pictures: healing needs "
@@ -110,8 +115,19 @@ def prepare_healing(
     calibration, fit, held_out = check_healing(heal, data)
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
+    if options.memory:
+        logger.warning("--memory holds for the original alone: the smaller model, which learns, is loaded whole")
     return HealingJob(
-        heal, source, original, calibration, data.answer_tokens, device, dtype, options, tuple(fit), tuple(held_out)
+        heal.seeded(0),
+        source,
+        original,
+        calibration,
+        data.answer_tokens,
+        device,
+        dtype,
+        options,
+        tuple(fit),
+        tuple(held_out),
     )
 
 
@@ -173,7 +189,7 @@ def with_healing(
     with _alone(work):
         questions = ask_teacher(job, work, progress)
         model = load_model(job.source, job.device, job.dtype)[0]
-        student = prepared(model, load_processor(job.source.folder), job.source, heal.rank, heal.norms, heal.seed)
+        student = prepared(model, load_processor(job.source.folder), job.source, heal.rank, heal.norms, job.seed)
         told, adapter = _learnt(job, student, questions, work, progress)
         record["recipe"]["heal"] = {**heal.to_data(), "teacher": teacher, "calibration": data.to_data()}
         record["heal"] = {**told, "seconds": round(time.monotonic() - begin, 1)}
@@ -207,9 +223,9 @@ def refuse_healed(record: dict[str, Any], folder: Path) -> None:
 def ask_teacher(job: HealingJob, work: Path, progress: Progress) -> HealingQuestions:
     """Let the original answer all questions that it has not answered yet, and let it go again."""
     samples = job.calibration.samples
-    rounds = exchanged([samples[index] for index in job.fit], job.schedule.rounds, job.recipe.seed)
+    rounds = exchanged([samples[index] for index in job.fit], job.schedule.rounds, job.seed)
     store = AnswerStore(work, job.fingerprint(job.schedule.judging_rounds), job.top)
-    judging = exchanged([samples[index] for index in job.held_out], job.schedule.judging_rounds, job.recipe.seed)
+    judging = exchanged([samples[index] for index in job.held_out], job.schedule.judging_rounds, job.seed)
     questions = HealingQuestions(store, [sample for row in judging for sample in row], rounds)
     if store.missing(len(questions.all)):
         model = load_model(job.teacher, job.device, job.dtype, job.options.memory)[0]
@@ -223,7 +239,7 @@ def _learnt(
 ) -> tuple[dict[str, Any], Path | None]:
     """Train and merge. Return what the record says of it, and the adapter; None where nothing helped."""
     heal = job.recipe
-    training = HealTraining(job.schedule.steps, heal.batch_size, heal.learning_rate, heal.loss, heal.seed)
+    training = HealTraining(job.schedule.steps, heal.batch_size, heal.learning_rate, heal.loss, job.seed)
     before = judged(student, questions, heal.batch_size)
     key = job.fingerprint(heal.to_data(), file_hashes(job.source))
     best, curve = train(student, questions, training, before, progress, work / "training.state", key)

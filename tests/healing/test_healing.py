@@ -343,4 +343,5 @@ def test_what_can_be_wrong_is_said(small, tiny, asked, questions, tmp_path, monk
 def test_recipes_of_healing_are_checked(data, message):
     with pytest.raises(InputError, match=message):
         heal_from_data(data)
+    assert HealRecipe().seeded(3).seed == 3 and HealRecipe(seed=1).seeded(3).seed == 1
     assert heal_from_data(True) == HealRecipe() and heal_from_data({"rank": 4}).to_data() == {"rank": 4}
