@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.safetensors_ranges import read_shard
 from ..checkpoints.source import Source
-from ..checkpoints.weight_files import read_shard
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ def _merged(source: Source, stored: str, path: Path, name: str, scaling: float) 
 
     before = source.weights.read(stored)
     with safe_open(path, framework="pt") as file:
-        learnt = file.get_tensor(name)
+        learnt: Tensor = file.get_tensor(name)
         if not name.endswith(A):
             return learnt.to(before.dtype)
-        second = file.get_tensor(name.removesuffix(A) + B)
+        second: Tensor = file.get_tensor(name.removesuffix(A) + B)
     update = scaling * (second.double() @ learnt.double())
     if update.shape != before.shape:
         raise InputError(f"{path} is of another model: its update of {stored} is {list(update.shape)}.")
-    made: Any = (before.double() + update).to(before.dtype)
+    made: Tensor = (before.double() + update).to(before.dtype)
     return made

@@ -133,7 +133,7 @@ def said(model: Any, batch: Batch, answer_tokens: int, top: int) -> tuple[list[T
     length = batch.inputs["input_ids"].shape[1]
     one = with_answers(model, batch, made[:, length:])
     real = one.predicts[:, length - 1 : -1].cpu()  # [B, A of the longest]
-    answers = list(one.targets.cpu().split(real.sum(1).tolist()))
+    answers = list(torch.split(one.targets.cpu(), real.sum(1).tolist()))
     ids, log_p = (torch.stack(steps, 1)[real] for steps in (seen.ids, seen.log_p))
     return answers, ids, log_p
 

@@ -126,7 +126,7 @@ def train(
             break
         loss = one_step(student, questions, training, step)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(learnt.values(), 1.0)
         optimizer.step()
         schedule.step()
@@ -164,8 +164,9 @@ def judged(student: Student, questions: HealingQuestions, batch_size: int) -> Di
         targets = questions.store.targets(indices)
         one = student.batch([questions.held_out[index] for index in indices], targets.tokens)
         log_q, lengths = student.log_q(one), [len(answer) for answer in targets.tokens]
-        parts = divergence(targets.log_p.to(log_q.device), targets.ids.to(log_q.device), log_q).double().split(lengths)
-        said = (log_q.argmax(-1) == one.targets).split(lengths)
+        targets = targets.to(log_q.device)
+        parts = torch.split(divergence(targets.log_p, targets.ids, log_q).double(), lengths)
+        said = torch.split(log_q.argmax(-1) == one.targets, lengths)
         kl += [float(part.sum()) for part in parts]
         tokens += lengths
         follows += [bool(part.all()) for part in said]
