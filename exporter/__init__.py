@@ -96,3 +96,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'exporter' has no attribute '{name}'")
 
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """List what is imported when it is asked for, too: what editors and notebooks complete."""
+    return sorted({*globals(), *_HOMES, "onnx"})

@@ -18,6 +18,7 @@ from .clean_room import reference_answer
 from .compression.job import CompressionJob, prepare
 from .compression.record import describe, measure
 from .compression.steps import fold_gaps, localize, write_with_progress
+from .data.calibration import Calibration
 from .errors import InputError
 from .healing.estimate import healing_cost
 from .healing.healed import check_healing, merged_again, prepare_healing, with_healing
@@ -51,8 +52,7 @@ def compress(
     check_target(out)
     if recipe.router is None and recipe.heal is None:
         return _compress(recipe, out, options, progress)
-    if recipe.router is not None:
-        check_router(recipe)
+    questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
         check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration)
     with staging_directory(out) as room:
@@ -68,7 +68,9 @@ def compress(
                 made = _heal(made, recipe.heal, recipe, place, out, options, progress)
         if recipe.router is not None:
             data = router_data(recipe.router, recipe.calibration)
-            made = with_router(made, recipe.router, data, out, options, progress)
+            made = with_router(
+                made, recipe.router, data, out=out, options=options, progress=progress, questions=questions
+            )
     return made
 
 
@@ -154,7 +156,7 @@ def route(
     source = open_source(model)
     check_routable(source.config)
     if (source.folder / RECORD).exists():
-        return with_router(source.folder, router, router.calibration, out, options, progress)
+        return with_router(source.folder, router, data=router.calibration, out=out, options=options, progress=progress)
     return compress(Recipe(model, router.calibration, LayerBudget(layers=()), router=router), out, options, progress)
 
 
@@ -163,8 +165,8 @@ def router_data(router: RouterRecipe, calibration: CalibrationData) -> Calibrati
     return router.calibration or dataclasses.replace(calibration, samples=ROUTER_SAMPLES)
 
 
-def check_router(recipe: Recipe) -> None:
-    """What is wrong with the router's part is said before the layers are looked at."""
+def check_router(recipe: Recipe) -> Calibration:
+    """Check the router's part of a recipe before the layers are looked at; return its questions, checked too."""
     from .routing.training.losses import check_loss
 
     router = recipe.router
@@ -173,7 +175,7 @@ def check_router(recipe: Recipe) -> None:
     check_routable(config)
     check_loss(router.loss)
     default_settings(config, router.drop_at, router.candidates)  # what does not fit all layers fits fewer still less
-    unlabelled(router_data(router, recipe.calibration), router.seed)
+    return unlabelled(router_data(router, recipe.calibration), router.seed)
 
 
 def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress) -> Path:
@@ -194,7 +196,7 @@ def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress
     record["source"]["unexpected_keys"] = ignored
     with staged(out) as stage:
         kept = sum(piece.entry.num_bytes for shard in kept_pieces(job.source, plan, folded) for piece in shard)
-        write_with_progress(job.source, plan, folded, stage, progress, kept)
+        write_with_progress(job.source, plan, folded=folded, stage=stage, progress=progress, num_bytes=kept)
         record["measured"] = measure(stage, record, time.monotonic() - begin)
         write_record(stage, record)
         card(stage, out.name)

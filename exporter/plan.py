@@ -28,15 +28,15 @@ class PruningPlan:
         return {old: new for new, old in enumerate(self.keep)}
 
     @property
-    def runs(self) -> tuple[tuple[int, ...], ...]:
+    def gaps(self) -> tuple[tuple[int, ...], ...]:
         """The dropped layers in groups of consecutive ones."""
-        runs: list[tuple[int, ...]] = []
+        gaps: list[tuple[int, ...]] = []
         for layer in self.drop:
-            if runs and runs[-1][-1] == layer - 1:
-                runs[-1] += (layer,)
+            if gaps and gaps[-1][-1] == layer - 1:
+                gaps[-1] += (layer,)
             else:
-                runs.append((layer,))
-        return tuple(runs)
+                gaps.append((layer,))
+        return tuple(gaps)
 
 
 @dataclass(frozen=True)

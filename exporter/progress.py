@@ -9,4 +9,5 @@ Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # items, what is 
 
 
 def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """Return the items, and show nothing."""
     return items

@@ -6,6 +6,7 @@ Imports nothing heavy: the command line reads it to explain usage.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,10 @@ class TaskData:
     def options(self) -> dict[str, Any]:
         """What `load_task` takes beside the place."""
         return {name: value for name, value in vars(self).items() if name != "data"}
+
+    def to_data(self) -> Any:
+        """The place alone, where everything else is left to defaults."""
+        return dataclasses.asdict(self) if self != TaskData(self.data) else self.data
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         paths_as_text(self, "model")
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise InputError(f"model must be a folder or a hub id, not {self.model!r}.")
+        if not isinstance(self.revision, str | None):
+            raise InputError(f"revision must be a text, not {self.revision!r}: put it in quotes.")
+        if not is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed must be a whole number from 0 to {LARGEST_SEED}, not {self.seed!r}.")
+        named = self.base_model
+        if named is not None and not (isinstance(named, str) and HUB_NAME.fullmatch(named)):
+            raise InputError(f"base_model must be a name on the hub (USER/NAME), not {named!r}: the card links to it.")
 
     def to_data(self) -> dict[str, Any]:
         """Plain data, as YAML and compression.json hold it; what is left to defaults stays out."""
@@ -225,7 +239,9 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-KIND_NAMES = {str: "text", Mapping: "mapping", bool: "yes or no"}
+LARGEST_SEED = 2**32 - 1  # of numpy's generators
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # old repositories have no user: bert-base-uncased
+KIND_NAMES = {str: "text", Mapping: "a mapping", bool: "true or false"}
 BUDGET_KEYS = tuple(f.name for f in dataclasses.fields(LayerBudget))
 RECIPE_KEYS = (*(f.name for f in dataclasses.fields(Recipe) if f.name != "budget"), *BUDGET_KEYS)
 
@@ -261,20 +277,20 @@ def recipe_from_data(data: Any) -> Recipe:
     if "layers" in budget:
         budget["layers"] = integers(budget["layers"], "layers")
     for key in ("drop_layers", "target_params"):
-        if key in budget and not isinstance(budget[key], int):
+        if key in budget and not is_whole(budget[key]):
             raise InputError(f"{key} must be a whole number, not {budget[key]!r}.")
-    if not isinstance(budget.get("drop_ratio", 0.0), float | int):
+    if isinstance(ratio := budget.get("drop_ratio", 0.0), bool) or not isinstance(ratio, float | int):
         raise InputError(f"drop_ratio must be a number, not {budget['drop_ratio']!r}.")
     protect = data.get("protect")
     return Recipe(
-        model=str(data["model"]),
+        model=data["model"],
         calibration=calibration_from_data(data["calibration"]),
         budget=LayerBudget(**budget),
         revision=data.get("revision"),
         localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZERS, "localizer"),
         fold=read_method(data["fold"], FOLDS, "fold") if data.get("fold") is not None else None,
         protect=None if protect is None else integers(protect, "protect"),
-        seed=int(data.get("seed", 0)),
+        seed=data.get("seed", 0),
         base_model=data.get("base_model"),
         heal=heal_from_data(data["heal"]) if data.get("heal") not in (None, False) else None,
         router=router_from_data(data["router"]) if data.get("router") not in (None, False) else None,
@@ -314,7 +330,10 @@ def _named(cls: Any, data: Any, what: str, places: str) -> Mapping[str, Any]:
 def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
     for name, kind in kinds.items():
         if name in data and not isinstance(data[name], kind):
-            raise InputError(f"{what}: {name} must be a {KIND_NAMES[kind]}, not {data[name]!r}.")
+            raise InputError(f"{what}: {name} must be {KIND_NAMES[kind]}, not {data[name]!r}.")
+    for pair in dict(data.get("columns", {})).items():
+        if not all(isinstance(part, str) for part in pair):
+            raise InputError(f"{what}: columns must map texts to texts, not {pair[0]!r} to {pair[1]!r}.")
 
 
 def router_from_data(data: Any) -> RouterRecipe:
@@ -376,7 +395,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and bool(value) and all(_fits(item, arguments[0]) for item in value)
     if arguments:  # a union
-        return any(_fits(value, one) for one in arguments)
+        return any(_fits(value, choice) for choice in arguments)
     if hint is float:
         return isinstance(value, float | int) and not isinstance(value, bool) and value >= 0
     if hint is int:
@@ -400,9 +419,14 @@ def _said(hint: Any) -> str:
 
 
 def integers(value: Any, name: str) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(v, int) for v in value):
+    if not isinstance(value, list | tuple) or not all(map(is_whole, value)):
         raise InputError(f"{name} must be a list of layer numbers, not {value!r}.")
     return tuple(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Tell whether a value of YAML is a whole number; yes and no are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_keys(data: Any, known: Any, what: str) -> None:

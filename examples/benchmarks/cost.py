@@ -221,7 +221,7 @@ def routing(options: argparse.Namespace) -> None:
     router = Router(model.config.get_text_config().hidden_size, settings).to(options.device)
 
     def answer() -> None:
-        teacher.ask(lambda items, what, total: items, 16)
+        teacher.answer_all(lambda items, what, total: items, 16)
 
     answer()
     asked = [teacher.question(range(start, start + 16))[1].batch.inputs for start in starts]
@@ -236,7 +236,7 @@ def routing(options: argparse.Namespace) -> None:
 
         def step(loss: Callable[..., torch.Tensor]) -> None:
             for start in starts:
-                look = learner.look(range(start, start + 16))
+                look = learner.training_batch(range(start, start + 16))
                 loss(look, torch.Generator().manual_seed(start)).backward()
 
         steps = {name: functools.partial(step, resolve(loss.run)) for name, loss in LOSSES.items()}

@@ -66,12 +66,12 @@ def bench(
     subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
     prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]
     done = Benchmark(
-        workload,
-        options,
-        hardware(device),
-        versions() | onnx_versions(subjects),
-        datetime.date.today().isoformat(),
-        measure(subjects, prompts, options, device, runtimes.torch.compile, progress),
+        workload=workload,
+        options=options,
+        hardware=hardware(device),
+        versions=versions() | onnx_versions(subjects),
+        date=datetime.date.today().isoformat(),
+        models=measure(subjects, prompts, options, device, runtimes.torch.compile, progress),
     )
     if update_cards:
         for model in done.models:
@@ -116,8 +116,11 @@ def _column(
     """The figures of all subjects at one batch size."""
     peaks = [run.peak_beyond(cost.weight_bytes) for run, cost in zip(runs, costs, strict=True)]
     times = time_interleaved(runs, rounds, progress)
-    own = [figures(*known) for known in zip(runs, costs, times, peaks, strict=True)]
-    return [own[0], *(compared(f, t, own[0], times[0]) for f, t in zip(own[1:], times[1:], strict=True))]
+    column_figures = [figures(*known) for known in zip(runs, costs, times, peaks, strict=True)]
+    return [
+        column_figures[0],
+        *(compared(f, t, column_figures[0], times[0]) for f, t in zip(column_figures[1:], times[1:], strict=True)),
+    ]
 
 
 def ready(prompt: Batch, device: Any) -> Batch:
@@ -218,12 +221,12 @@ def figures(run: TimedModel, cost: Cost, times: Times, peak: int | None) -> Figu
     )
 
 
-def compared(own: Figures, times: Times, reference: Figures, reference_times: Times) -> Figures:
+def compared(measured: Figures, times: Times, reference: Figures, reference_times: Times) -> Figures:
     """With every figure as a ratio to the reference's, and how much of what could be gained was."""
     spreads = {name: paired(times[name], reference_times[name]) for name in TIMED if min(reference_times[name]) > 0}
     ratio: dict[str, Any] = {name: spread.median for name, spread in spreads.items()}
     for name in COUNTED:
-        mine, theirs = getattr(own, name), getattr(reference, name)
+        mine, theirs = getattr(measured, name), getattr(reference, name)
         ratio[name] = mine / theirs if mine is not None and theirs else None
     ratio["tokens_per_s"] = 1 / ratio["total_ms"]
     ratio["intervals"] = {name: (spread.low, spread.high) for name, spread in spreads.items()}
@@ -231,7 +234,7 @@ def compared(own: Figures, times: Times, reference: Figures, reference_times: Ti
         "prefill": _share(ratio["flops"], spreads["prefill_ms"]),
         "decode": _share(ratio["step_bytes"], spreads["decode_ms"]),
     }
-    return replace(own, ratio_to_reference=ratio)
+    return replace(measured, ratio_to_reference=ratio)
 
 
 def _share(ideal: float | None, time: Spread) -> float | None:
@@ -274,10 +277,10 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
     }
     entry = same | {"date": done.date, "versions": done.versions}
     if is_onnx(folder):
-        shown = [one for one in done.models if one is base or one is model or one.path != model.path]
-        record, entry["models"] = read_manifest(folder), [one.to_data() for one in shown]
+        shown = [other for other in done.models if other is base or other is model or other.path != model.path]
+        record, entry["models"] = read_manifest(folder).to_data(), [other.to_data() for other in shown]
     elif model.runtime == base.runtime and (folder / RECORD).exists():
-        record = read_record(folder)
+        record = read_record(folder).to_data()
         entry["reference_is_this_model"] = base.path == model.path
         entry["batches"] = [asdict(figures) for figures in model.batches]
         entry["reference"] = [asdict(figures) for figures in base.batches]

@@ -37,7 +37,10 @@ class BenchOptions:
         if self.new_tokens < 1:
             raise InputError(f"new_tokens={self.new_tokens}: at least 1 is needed.")
         if self.rounds < 2 or self.rounds % 2:
-            raise InputError(f"rounds={self.rounds}: an even number from 2 on is needed, they are run there and back.")
+            raise InputError(
+                f"rounds={self.rounds}: an even number from 2 up is needed, since every second round runs "
+                "in the reverse order."
+            )
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,11 @@ class Benchmark:
     def check_caches(self) -> None:
         """Raise CheckFailed where a cache is not as large as configuration, prompt and route say."""
         for model in self.models:
-            for one in model.batches:
-                if one.kv_bytes != one.kv_bytes_formula:
+            for batch in model.batches:
+                if batch.kv_bytes != batch.kv_bytes_formula:
                     raise CheckFailed(
-                        f"{model.path}: the cache holds {one.kv_bytes:,} bytes at batch {one.batch}, and should hold "
-                        f"{one.kv_bytes_formula:,}."
+                        f"{model.path}: the cache holds {batch.kv_bytes:,} bytes at batch {batch.batch}, "
+                        f"and should hold {batch.kv_bytes_formula:,}."
                     )
 
     def to_data(self) -> dict[str, Any]:

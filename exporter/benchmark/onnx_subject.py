@@ -54,9 +54,9 @@ class OnnxSubject:
 
     @property
     def runtime(self) -> str:
-        made = self.model.manifest
-        quantized = f", {made['quantize']} weights" if made["quantize"] else ""
-        return f"ONNX Runtime, {made['device']}, {made['dtype']}{quantized}"
+        facts = self.model.manifest
+        quantized = f", {facts['quantize']} weights" if facts["quantize"] else ""
+        return f"ONNX Runtime, {facts['device']}, {facts['dtype']}{quantized}"
 
     @property
     def routed(self) -> bool:
@@ -80,8 +80,8 @@ class OnnxSubject:
         assert isinstance(self.model, RoutedOnnxModel)
         return self.model.budget_for(**(self.budget or {"preset": "off"}))
 
-    def decode(self, said: OnnxOutputs) -> OnnxOutputs:
-        return OnnxOutputs(said.state, self.model.step(said.state, said.token).argmax(-1))
+    def decode(self, outputs: OnnxOutputs) -> OnnxOutputs:
+        return OnnxOutputs(outputs.state, self.model.step(outputs.state, outputs.token).argmax(-1))
 
     # --- counted ---
 
@@ -94,9 +94,9 @@ class OnnxSubject:
         router = self._sizes["router"].weights * length if self._chooses(state) else 0
         entries_of_a_step = sum(len(layers) * (entries + (new_tokens + 1) // 2) for _, layers, entries in passes)
         return Cost(
-            flops=2 * rows * (router + head) + sum(self._pass_flops(rows, *one) for one in passes),
+            flops=2 * rows * (router + head) + sum(self._pass_flops(rows, *graph_pass) for graph_pass in passes),
             vision_flops=None,
-            decode_flops=2 * rows * head + sum(self._step_flops(rows, *one) for one in passes),
+            decode_flops=2 * rows * head + sum(self._step_flops(rows, *graph_pass) for graph_pass in passes),
             kv_bytes=sum(self._bytes_of(value) for value in state.cache.values()),
             kv_bytes_formula=rows * self._entry_bytes * sum(len(layers) * entries for _, layers, entries in passes),
             weight_bytes=sum(size.bytes for size in self._sizes.values()),
@@ -124,10 +124,10 @@ class OnnxSubject:
         assert isinstance(state, RoutedState)
         facts, kept = self.model.router_facts, int(state.kept.max())
         running = self.model.running(state)
-        found = [("decoder", [layer for layer in running if layer not in facts["candidates"]], kept)]
+        listed = [("decoder", [layer for layer in running if layer not in facts["candidates"]], kept)]
         if facts["drop_at"]:
-            found.append((FRONT, list(range(facts["drop_at"])), length))
-        return found + [(f"layer {layer}", [layer], kept) for layer in running if layer in facts["candidates"]]
+            listed.append((FRONT, list(range(facts["drop_at"])), length))
+        return listed + [(f"layer {layer}", [layer], kept) for layer in running if layer in facts["candidates"]]
 
     def _pass_flops(self, rows: int, graph: str, layers: list[int], tokens: int) -> int:
         return 2 * rows * tokens * (self._sizes[graph].weights + len(layers) * 2 * tokens * self._query_width)
@@ -142,8 +142,8 @@ class OnnxSubject:
     @property
     def _entry_bytes(self) -> int:
         """Of one token in one layer."""
-        made = self.model.manifest
-        return int(2 * made["heads"] * made["head_size"] * np.dtype(self.model.dtype).itemsize)
+        facts = self.model.manifest
+        return int(2 * facts["heads"] * facts["head_size"] * np.dtype(self.model.dtype).itemsize)
 
     def _bytes_of(self, value: Any) -> int:
         return int(np.prod(value.shape())) * np.dtype(self.model.dtype).itemsize
@@ -162,7 +162,14 @@ class OnnxRuntime:
         if path not in self._loaded:
             model = load(path, self.device.partition(":")[0], self.threads)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            self._loaded[path] = OnnxSubject(path, None, model, load_processor(path), config, self.new_tokens)
+            self._loaded[path] = OnnxSubject(
+                path=path,
+                budget=None,
+                model=model,
+                processor=load_processor(path),
+                config=config,
+                new_tokens=self.new_tokens,
+            )
         whole = self._loaded[path]
         return replace(whole, budget=budget_of(whole.model, asked, path))
 

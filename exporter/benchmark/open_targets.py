@@ -35,8 +35,8 @@ class Runtimes:
 
 def onnx_device(paths: Sequence[str]) -> str | None:
     """The device that the first ONNX folder was exported for; None where there is none."""
-    made: list[str] = [read_manifest(Path(path))["device"] for path in paths if is_onnx(path)]
-    return made[0] if made else None
+    devices = [read_manifest(Path(path)).device for path in paths if is_onnx(path)]
+    return devices[0] if devices else None
 
 
 def onnx_versions(subjects: Sequence[Subject]) -> dict[str, str]:
@@ -47,12 +47,12 @@ def onnx_versions(subjects: Sequence[Subject]) -> dict[str, str]:
 
 def made_from(path: str) -> str:
     """The checkpoint that an ONNX folder was exported from."""
-    name: str = read_manifest(Path(path))["source"]["name"]
+    name = read_manifest(Path(path)).source.name
     try:
         resolve(name)
     except InputError as error:
         raise InputError(
-            f"{path} was exported from {name}, which it is to be compared with, and that is not to be had ({error}) "
+            f"{path} is compared with {name}, which it was exported from, but that cannot be opened ({error}) "
             "Name a checkpoint or an ONNX folder with --reference."
         ) from error
     return name

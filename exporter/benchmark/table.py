@@ -18,18 +18,25 @@ def benchmark_table(done: Any) -> str:
     runtimes = {model.runtime for model in done.models}
     for model in done.models:
         name = benchmark_name(model) + (f" [{model.runtime}]" if len(runtimes) > 1 else "")
-        for one in model.batches:
-            times = (one.vision_ms, one.prefill_ms, one.first_token_ms, one.decode_ms, one.tokens_per_s)
-            sizes = (_in(1e9, one.flops), _in(1e6, one.kv_bytes, 3), _in(1e6, one.peak_bytes, 1))
-            rows.append((name, one.batch, *(f"{value:.1f}" for value in times), *sizes))
-            if one.ratio_to_reference is not None:
-                ratios.append((name, one.batch, *_ratio_cells(one.ratio_to_reference)))
+        for figures in model.batches:
+            times = (
+                figures.vision_ms,
+                figures.prefill_ms,
+                figures.first_token_ms,
+                figures.decode_ms,
+                figures.tokens_per_s,
+            )
+            sizes = (_in(1e9, figures.flops), _in(1e6, figures.kv_bytes, 3), _in(1e6, figures.peak_bytes, 1))
+            rows.append((name, figures.batch, *(f"{value:.1f}" for value in times), *sizes))
+            if figures.ratio_to_reference is not None:
+                ratios.append((name, figures.batch, *_ratio_cells(figures.ratio_to_reference)))
     where = ", ".join(f"{value}" if key == "device" else f"{key} {value}" for key, value in done.hardware.items())
     text = table(BENCHMARK_HEADER, rows) + ("\n\n" + table(RATIO_HEADER, ratios) if ratios else "")
-    one, options = done.models[0].batches[0], done.options
+    figures, options = done.models[0].batches[0], done.options
     return (
-        f"{text}\n\n{where}; {'; '.join(sorted(runtimes))}; prompts of {one.visual_tokens // one.batch} visual and "
-        f"{one.text_tokens // one.batch} other tokens,\n{options.new_tokens} decoding steps, medians of "
+        f"{text}\n\n{where}; {'; '.join(sorted(runtimes))}; "
+        f"prompts of {figures.visual_tokens // figures.batch} visual and "
+        f"{figures.text_tokens // figures.batch} other tokens,\n{options.new_tokens} decoding steps, medians of "
         f"{options.rounds} rounds in turn. First token: image (tower, projector) and prefill (router, decoder, head);\n"
         "the processor's work is in none."
     )

@@ -47,10 +47,10 @@ def interleaved(subjects: int, rounds: int) -> Iterator[list[int]]:
         yield order[::-1] if number % 2 else order
 
 
-def paired(own: Sequence[float], reference: Sequence[float]) -> Spread:
+def paired(measured: Sequence[float], reference: Sequence[float]) -> Spread:
     """Ratio to the reference, round by round. Rounds come in pairs, each subject early in one and late in the other."""
-    pairs = range(0, len(own) - 1, 2)
-    return Spread.of([(own[i] + own[i + 1]) / (reference[i] + reference[i + 1]) for i in pairs])
+    pairs = range(0, len(measured) - 1, 2)
+    return Spread.of([(measured[i] + measured[i + 1]) / (reference[i] + reference[i + 1]) for i in pairs])
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:

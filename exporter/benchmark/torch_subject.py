@@ -64,8 +64,10 @@ class TorchSubject:
         if PIXELS[0] not in prompt.inputs:
             return None
         encode = self.model.base_model.get_image_features
-        given = {name: prompt.inputs[name] for name in inspect.signature(encode).parameters if name in prompt.inputs}
-        return encode(**given, return_dict=True)
+        encoder_inputs = {
+            name: prompt.inputs[name] for name in inspect.signature(encode).parameters if name in prompt.inputs
+        }
+        return encode(**encoder_inputs, return_dict=True)
 
     @torch.inference_mode()
     def prefill(self, prompt: Batch, seen: Any) -> TorchDecodingState:
@@ -113,14 +115,14 @@ class TorchSubject:
             state = self.decode(state)
         for _ in range(new_tokens - 1):
             state = self.decode(state)
-        own = {id(p): p for p in (*self.model.parameters(), *self.model.buffers())}
+        tensors = {id(p): p for p in (*self.model.parameters(), *self.model.buffers())}
         return Cost(
             flops=prefill.get_total_flops(),
             vision_flops=vision.get_total_flops(),
             decode_flops=step.get_total_flops(),
             kv_bytes=begin,
             kv_bytes_formula=formula,
-            weight_bytes=sum(tensor.nbytes for tensor in own.values()),
+            weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             step_bytes=weights_read(self.model, state.route) + (begin + cache_bytes(state.cache)) // 2,
         )
 
@@ -128,7 +130,7 @@ class TorchSubject:
         drop_at = self.model.router_settings.drop_at if route is not None else 0
         mask = prompt.inputs.get("attention_mask")
         real = torch.ones_like(prompt.is_visual) if mask is None else mask.bool()
-        return kv_bytes(self.config, self.model.dtype, real, route, drop_at)
+        return kv_bytes(self.config, self.model.dtype, real=real, route=route, drop_at=drop_at)
 
 
 def is_routed(model: Any) -> bool:
@@ -224,7 +226,9 @@ class TorchRuntime:
             self._loaded[path] = load_torch(source, self.setup), load_processor(source.folder)
         model, processor = self._loaded[path]
         runtime = describe_way(model) + ", dense parts compiled" * self.setup.compile
-        return TorchSubject(path, budget_of(model, asked, path), model, processor, runtime)
+        return TorchSubject(
+            path=path, budget=budget_of(model, asked, path), model=model, processor=processor, runtime=runtime
+        )
 
     def other_ways(self, subject: TorchSubject) -> list[TorchSubject]:
         """The same weights with eager attention, and compiled; none where the setup asks for one way."""

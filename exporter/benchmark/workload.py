@@ -45,7 +45,7 @@ class Workload:
     def __post_init__(self) -> None:
         paths_as_text(self, "task")
         if self.task is not None and (self.visual_tokens is not None or self.text_tokens is not None):
-            raise InputError("a task has prompts of its own: give either it or numbers of visual and text tokens.")
+            raise InputError("give either a task, which has prompts of its own, or numbers of visual and text tokens.")
         for name in ("visual_tokens", "text_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}={value}: at least 1 is needed.")
@@ -122,6 +122,6 @@ def image_shape(processor: Any, config: Any, tokens: int) -> tuple[int, int]:
     below = made(max(1, low - 1))
     near = sorted({n for n in (below, above, tokens // usual * usual, (tokens // usual + 1) * usual) if n})
     raise InputError(
-        f"visual_tokens={tokens}: this model's processor makes no such number of square images, ask for "
+        f"visual_tokens={tokens}: this model's processor makes no square images of that many tokens: ask for "
         f"{' or '.join(map(str, near))}."
     )

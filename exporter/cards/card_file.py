@@ -238,30 +238,30 @@ class Hunk:
 
 def _hunks(base: Sequence[str], parts: Sequence[str]) -> list[Hunk]:
     """What changed from checksums to paragraphs, in pieces as small as can be told apart."""
-    found = []
+    hunks = []
     matcher = difflib.SequenceMatcher(None, base, [checksum(part) for part in parts], autojunk=False)
     for kind, i1, i2, j1, j2 in matcher.get_opcodes():
         if kind == "equal":
             continue
         new = tuple(parts[j1:j2])
         if i2 - i1 == len(new):
-            found += [Hunk(i, i + 1, (part,)) for i, part in zip(range(i1, i2), new, strict=True)]
+            hunks += [Hunk(i, i + 1, (part,)) for i, part in zip(range(i1, i2), new, strict=True)]
             continue
         section = next((k for k, part in enumerate(new) if k and part.startswith("## ")), len(new))
-        found.append(Hunk(i1, i2, new[:section]))
-        found += [Hunk(i2, i2, new[section:])] if new[section:] else []  # a new section belongs to no edit before it
-    return found
+        hunks.append(Hunk(i1, i2, new[:section]))
+        hunks += [Hunk(i2, i2, new[section:])] if new[section:] else []  # a new section belongs to no edit before it
+    return hunks
 
 
-def _merge_body(own: str, rendered: str, base: Base) -> tuple[str, list[str]]:
+def _merge_body(existing: str, rendered: str, base: Base) -> tuple[str, list[str]]:
     """The merged text, and the sections where a person's paragraphs stand in place of ours."""
-    own_parts, new_parts = paragraphs(own), paragraphs(rendered)
+    own_parts, new_parts = paragraphs(existing), paragraphs(rendered)
     mine, ours = _hunks(base.paragraphs, own_parts), _hunks(base.paragraphs, new_parts)
     sections = []
     for hunk in list(ours):
-        if clashes := [one for one in mine if one.overlaps(hunk)]:
+        if clashes := [other for other in mine if other.overlaps(hunk)]:
             ours.remove(hunk)
-            if hunk.new and any(tuple(map(checksum, one.new)) != tuple(map(checksum, hunk.new)) for one in clashes):
+            if hunk.new and any(tuple(map(checksum, other.new)) != tuple(map(checksum, hunk.new)) for other in clashes):
                 sections.append(_section_of(hunk.new[0], new_parts))
     known = {checksum(part): part for part in (*new_parts, *own_parts)}  # the person's own blank lines win
     merged: list[str] = []
@@ -313,12 +313,12 @@ def _merge_metadata(own_text: str | None, rendered: str, base: Base) -> tuple[st
     """The merged front matter, and what could not be merged."""
     if own_text is None:
         return rendered, []
-    own, new = _mapping(own_text), _mapping(rendered) or {}
-    if own is None:
+    existing, new = _mapping(own_text), _mapping(rendered) or {}
+    if existing is None:
         return own_text, ["the metadata, which is no YAML mapping"]
     merged: dict[str, Any] = {}
     unmerged = []
-    for key, value in own.items():
+    for key, value in existing.items():
         edited = checksum(value) != base.keys.get(key)
         if key == "model-index":
             merged[key], fits = _merge_results(value, new.get(key))
@@ -331,19 +331,21 @@ def _merge_metadata(own_text: str | None, rendered: str, base: Base) -> tuple[st
             unmerged += [f"'{key}'"] if key in base.keys and not both else []
         elif edited:
             merged[key] = value
-    merged |= {key: value for key, value in new.items() if key not in own and key not in base.keys}
-    merged = {key: value for key, value in merged.items() if value is not None or own.get(key, 0) is None}
+    merged |= {key: value for key, value in new.items() if key not in existing and key not in base.keys}
+    merged = {key: value for key, value in merged.items() if value is not None or existing.get(key, 0) is None}
     return _dumped(merged, own_text, rendered), unmerged
 
 
-def _merge_results(own: Any, new: Any) -> tuple[Any, bool]:
+def _merge_results(existing: Any, new: Any) -> tuple[Any, bool]:
     """A model-index with a person's results and today's figures of ours; whether the person's could be read."""
     entries: list[dict[str, Any]] = new or []
-    if not isinstance(own, list) or not all(isinstance(e, dict) and isinstance(e.get("results"), list) for e in own):
-        return own, not entries
-    kept: list[dict[str, Any]] = [e | {"results": [r for r in e["results"] if not _is_ours(r)]} for e in own]
+    if not isinstance(existing, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("results"), list) for e in existing
+    ):
+        return existing, not entries
+    kept: list[dict[str, Any]] = [e | {"results": [r for r in e["results"] if not _is_ours(r)]} for e in existing]
     if entries and kept:
-        name = entries[0]["name"] if _all_ours(own[0]) else own[0].get("name", entries[0]["name"])
+        name = entries[0]["name"] if _all_ours(existing[0]) else existing[0].get("name", entries[0]["name"])
         kept[0] = {**kept[0], "name": name, "results": [*entries[0]["results"], *kept[0]["results"]]}
     elif entries:
         kept = entries
@@ -368,9 +370,9 @@ def _dumped(merged: dict[str, Any], own_text: str, rendered: str) -> str:
     own_blocks, new_blocks = _blocks(own_text), _blocks(rendered)
     if own_blocks is None or new_blocks is None:
         return yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
-    own, new = _mapping(own_text) or {}, _mapping(rendered) or {}
+    existing, new = _mapping(own_text) or {}, _mapping(rendered) or {}
     lines = []
-    known = ((dict(own_blocks), own), (dict(new_blocks), new))
+    known = ((dict(own_blocks), existing), (dict(new_blocks), new))
 
     def block(key: str) -> str:
         for blocks, data in known:
@@ -383,7 +385,7 @@ def _dumped(merged: dict[str, Any], own_text: str, rendered: str) -> str:
             lines.append(text)
         elif name in merged:
             lines.append(block(name))
-    lines += [block(key) for key in merged if key not in own]
+    lines += [block(key) for key in merged if key not in existing]
     return "".join(lines)
 
 

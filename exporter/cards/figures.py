@@ -8,8 +8,12 @@ from typing import Any
 def describe(budget: dict[str, Any]) -> str:
     """'fast: 0.25 of the visual tokens, 10 layers, by router' of a result's budget, as JSON has it."""
     tokens, layers = budget["keep_visual_tokens"], budget["keep_layers"]
-    said = [f"{tokens} of the visual tokens" if isinstance(tokens, float) else f"{tokens} visual tokens"] * bool(tokens)
-    said += [f"{layers} layers"] * bool(layers)
-    at = "" if budget["drop_at"] is None else f" at {budget['drop_at']}"
-    said += [f"by {budget['rule']}{at}"] * (bool(said) and budget["rule"] != "router")
-    return (f"{budget['preset']}: " if budget["preset"] else "") + (", ".join(said) or "everything")
+    parts = []
+    if tokens:
+        parts.append(f"{tokens} of the visual tokens" if isinstance(tokens, float) else f"{tokens} visual tokens")
+    if layers:
+        parts.append(f"{layers} layers")
+    if parts and budget["rule"] != "router":
+        at = "" if budget["drop_at"] is None else f" at {budget['drop_at']}"
+        parts.append(f"by {budget['rule']}{at}")
+    return (f"{budget['preset']}: " if budget["preset"] else "") + (", ".join(parts) or "everything")

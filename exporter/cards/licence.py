@@ -28,15 +28,15 @@ def inherited_licence(folder: Path, base_model: str | None = None) -> dict[str, 
     data = front_matter(card_text(folder / "README.md"))
     named = data.get("base_model")
     base = base_model or (named[0] if isinstance(named, list) and named else named)
-    found = stated_licence(data)
-    if not found or found == {"license": "other"}:
-        found = licence_of_file(folder) or found
-    if not found and base:
-        found = stated_licence(front_matter(_card_on_hub(str(base))))
-    link = found.get("license_link")
+    stated = stated_licence(data)
+    if not stated or stated == {"license": "other"}:
+        stated = licence_of_file(folder) or stated
+    if not stated and base:
+        stated = stated_licence(front_matter(_card_on_hub(str(base))))
+    link = stated.get("license_link")
     if base and link and "://" not in link and not (folder / link).is_file():  # a file that can't go along
-        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
-    return found
+        stated["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+    return stated
 
 
 def card_text(path: Path) -> str:
@@ -46,14 +46,14 @@ def card_text(path: Path) -> str:
 def stated_licence(data: dict[str, Any]) -> dict[str, Any]:
     """Return the licence of a card's front matter; its keys may be written in any case, its value may be a list."""
     lower = {key.lower(): value for key, value in data.items()}
-    found = {key: _plain(lower[key]) for key in KEYS if lower.get(key)}
-    if "license" in found:
-        names = found["license"] if isinstance(found["license"], list) else [found["license"]]
+    entries = {key: _plain(lower[key]) for key in KEYS if lower.get(key)}
+    if "license" in entries:
+        names = entries["license"] if isinstance(entries["license"], list) else [entries["license"]]
         names = [str(name).lower() for name in names]  # the hub's identifiers are written in lower case
-        found["license"] = names if len(names) > 1 else names[0]
-    elif found:
-        found = {"license": "other", **found}
-    return found
+        entries["license"] = names if len(names) > 1 else names[0]
+    elif entries:
+        entries = {"license": "other", **entries}
+    return entries
 
 
 def _plain(value: Any) -> Any:

@@ -6,11 +6,13 @@ Every figure in it was measured on that checkpoint and stands in compression.jso
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.json_file import read_json
-from ..checkpoints.record import RECORD, read_record
+from ..checkpoints.record import RECORD, CheckpointRecord, read_record
+from ..checkpoints.record_types import HealPart, RouterPart
 from ..errors import InputError
 from ..localize.scores import LayerScores
 from ..methods import fold_row, localizer_row
@@ -19,10 +21,6 @@ from .figures import describe
 from .licence import card_text, licence_sentence
 from .plots import plot_scores, plot_training
 
-TRAININGS = (
-    ("heal", "healing", "healing.png"),
-    ("router", "training the router", "router_training.png"),
-)  # parts of a record with a curve, its title, its file
 LOADING = re.compile(r'from_pretrained\("([^"]+)"')
 
 
@@ -47,20 +45,27 @@ def card(folder: Path, name: str | None = None) -> Path:
     return write_card(folder, data, text)
 
 
-def draw(record: dict[str, Any], folder: Path) -> None:
+def draw(record: CheckpointRecord, folder: Path) -> None:
     """Draw the layer scores and the router's training curve, where the record holds them, into `folder`/assets."""
-    scores = record["scores"]
-    if not localizer_row(scores["method"]).control and record["plan"]["drop"]:
+    scores = record.scores
+    if not localizer_row(scores.method).control and record.plan.drop:
         (folder / "assets").mkdir(exist_ok=True)
         plot_scores(
-            LayerScores(scores["method"], tuple(scores["values"]), tuple(scores["drop"]), scores["details"]),
+            LayerScores(scores.method, scores.values, scores.drop, scores.details),
             folder / "assets" / "layer_scores.png",
-            record["protect"],
+            record.protect,
         )
-    for part, title, name in TRAININGS:
-        if part in record:
-            (folder / "assets").mkdir(exist_ok=True)
-            plot_training(record[part]["curve"], folder / "assets" / name, title)
+    for training, title, name in _trainings(record):
+        (folder / "assets").mkdir(exist_ok=True)
+        plot_training(training.curve, folder / "assets" / name, title)
+
+
+def _trainings(record: CheckpointRecord) -> Iterator[tuple[RouterPart | HealPart, str, str]]:
+    """Yield what was trained, with the title and the file of its curve."""
+    if record.heal is not None:
+        yield record.heal, "healing", "healing.png"
+    if record.router is not None:
+        yield record.router, "training the router", "router_training.png"
 
 
 def shown_name(folder: Path) -> str:
@@ -90,58 +95,59 @@ def template(name: str) -> Any:
     return environment.get_template(name)
 
 
-def body(record: dict[str, Any], name: str) -> str:
+def body(record: CheckpointRecord, name: str) -> str:
     """Render the card's text from a record, under the name that the model is loaded by."""
     import yaml
 
-    fold = dict(record["fold"])
+    data = record.to_data()
+    fold = dict(data["fold"])
     row = fold_row(fold["name"])
     fold["title"], fold["link"] = row.title, row.link
     fold["places"] = _places(fold["tensors"])
-    fold["sure"] = _sure(record["fold"])
+    fold["sure"] = _sure(data["fold"])
     rendered: str = template("compressed.md.jinja").render(
-        record,
-        evaluations=[e for e in record["evaluations"] if not e.get("budget")],
-        budgets=[e for e in record["evaluations"] if e.get("budget")],
-        routes=record.get("routes", []),
-        several_references=len({e.get("reference_name") for e in record["evaluations"] if e.get("reference")}) > 1,
+        data,
+        evaluations=[e for e in data["evaluations"] if not e.get("budget")],
+        budgets=[e for e in data["evaluations"] if e.get("budget")],
+        routes=record.routes,
+        several_references=len({e.reference_name for e in record.evaluations if e.reference is not None}) > 1,
         describe=describe,
         title=name.split("/")[-1],
         load_name=name,
         fold=fold,
         chosen=_choice(record),
-        measured_scores=not localizer_row(record["scores"]["method"]).control,
+        measured_scores=not localizer_row(record.scores.method).control,
         healed=is_healed(record),
-        teacher_name=model_name(record["heal"]["teacher"]["name"]) if "heal" in record else "",
+        teacher_name=model_name(record.heal.teacher.name) if record.heal is not None else "",
         pct=_percent,
         ratio=ratio_cell,
         budget_name=budget_name,
-        model_type=record["source"]["model_type"],
-        recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False),
+        model_type=record.source.model_type,
+        recipe_yaml=yaml.safe_dump(record.recipe, sort_keys=False),
         base_sentence=_base_sentence(record),
-        licence_sentence=licence_sentence(record["source"]),
+        licence_sentence=licence_sentence(data["source"]),
     )
     return rendered
 
 
-def _base_sentence(record: dict[str, Any]) -> str:
+def _base_sentence(record: CheckpointRecord) -> str:
     """Return what it is, and what of: 'This is [a/b](https://huggingface.co/a/b) with fewer layers.'"""
-    source = record["source"]
-    base = source["base_model"]
-    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source['name']).split('@')[0]}`"
+    source = record.source
+    base = source.base_model
+    named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source.name).split('@')[0]}`"
     changes = []
-    if record["plan"]["drop"]:
+    if record.plan.drop:
         changes.append("with fewer layers")
     if is_healed(record):
         changes.append("healed by self-distillation")
-    if "router" in record:
+    if record.router is not None:
         changes.append("with a router")
     return f"This is {named} {' and '.join(changes) or 'unchanged'}."
 
 
-def is_healed(record: dict[str, Any]) -> bool:
+def is_healed(record: CheckpointRecord) -> bool:
     """Tell whether what healing learnt is in the weights."""
-    return bool(record.get("heal", {}).get("kept"))
+    return record.heal is not None and record.heal.kept
 
 
 def template_folder() -> Path:
@@ -151,7 +157,7 @@ def template_folder() -> Path:
     return inside if inside.is_dir() else here.parent / "model_cards"
 
 
-def metadata(record: dict[str, Any], name: str) -> str:
+def metadata(record: CheckpointRecord, name: str) -> str:
     """Return the YAML that the hub reads: base model and relation, licence, tags, measured results as model-index."""
     from huggingface_hub import EvalResult
 
@@ -167,9 +173,18 @@ def metadata(record: dict[str, Any], name: str) -> str:
             metric_value=round(e["accuracy"], 4),
             metric_name=f"{OUR_METRIC}{e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
         )
-        for e in record["evaluations"]  # against another reference the same answers are as right: the last one counts
+        for e in record.data[
+            "evaluations"
+        ]  # against another reference the same answers are as right: the last one counts
     }
-    return hub_metadata(record["source"], name, "transformers", _tags(record), "finetune", [*results.values()])
+    return hub_metadata(
+        record.data["source"],
+        name,
+        library="transformers",
+        tags=_tags(record),
+        relation="finetune",
+        results=[*results.values()],
+    )
 
 
 def hub_metadata(
@@ -200,9 +215,9 @@ def hub_metadata(
     return data.to_yaml() + "\n"
 
 
-def _tags(record: dict[str, Any]) -> list[str]:
-    pruned = ["layer-pruning", "compressed", record["scores"]["method"]] if record["plan"]["drop"] else []
-    routed = ["token-pruning", "layer-skipping", "custom_code"] if "router" in record else []
+def _tags(record: CheckpointRecord) -> list[str]:
+    pruned = ["layer-pruning", "compressed", record.scores.method] if record.plan.drop else []
+    routed = ["token-pruning", "layer-skipping", "custom_code"] if record.router is not None else []
     healed = ["distillation"] if is_healed(record) else []
     return ["lvlm-exporter", *pruned, *healed, *routed]
 
@@ -224,15 +239,15 @@ def model_name(name: str) -> str:
     return Path(name).absolute().name if Path(name).expanduser().is_dir() else name.removeprefix("hub:")
 
 
-def _choice(record: dict[str, Any]) -> str:
+def _choice(record: CheckpointRecord) -> str:
     """How the layers were chosen, in a sentence."""
-    row, data = localizer_row(record["scores"]["method"]), record["calibration"]
+    row, data = localizer_row(record.scores.method), record.calibration
     if row.control:
         return row.title
-    tokens = data["tokens"]
+    tokens = data.tokens
     counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
-    read, given = record["scores"]["details"].get("questions", data["samples"]), data["samples"]
-    questions = f"{given}" if read == given else f"{read} of {given}"
+    read, total = record.scores.details.get("questions", data.samples), data.samples
+    questions = f"{total}" if read == total else f"{read} of {total}"
     return f"They were chosen by [{row.title}]({row.link}) from {questions} unlabelled questions about images{counted}."
 
 
@@ -260,7 +275,10 @@ def _places(tensors: list[str]) -> str:
     for tensor in tensors:
         layer, name = tensor.removeprefix("layer ").split("'s ")
         layers.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
-    return " and ".join(f"{name} of layer{'s' * (len(of) > 1)} {', '.join(of)}" for name, of in layers.items())
+    return " and ".join(
+        f"{name} of {'layers' if len(numbers) > 1 else 'layer'} {', '.join(numbers)}"
+        for name, numbers in layers.items()
+    )
 
 
 def ratio_cell(ratios: dict[str, Any], name: str) -> str:

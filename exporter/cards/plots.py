@@ -48,7 +48,9 @@ def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) ->
     axes.set_ylabel(_wrapped(row.value_name))
     step = max(1, len(layers) // 32)
     axes.set_xticks(list(layers)[::step])
-    shown = [("kept", KEPT), ("dropped", DROPPED)] + [("protected", PROTECTED)] * bool(protect)
+    shown = [("kept", KEPT), ("dropped", DROPPED)]
+    if protect:
+        shown.append(("protected", PROTECTED))
     handles = [axes.bar(0, 0, color=color) for _, color in shown]
     axes.legend(
         handles, [name for name, _ in shown], frameon=False, ncols=len(shown), loc="lower right", bbox_to_anchor=(1, 1)

@@ -9,8 +9,17 @@ from typing import Any
 from ..errors import InputError
 from .json_file import read_json
 
-__all__ = ["ATTENTION_KEYS", "check_raw_config", "first_lines", "load_config", "places", "read_json"]
+__all__ = [
+    "ATTENTION_KEYS",
+    "check_generation_config",
+    "check_raw_config",
+    "first_lines",
+    "load_config",
+    "places",
+    "read_json",
+]
 
+GENERATION = "generation_config.json"
 NESTED = ("text_config", "vision_config")
 LAYERS = ("num_hidden_layers", "num_layers", "depth")  # each is built, so that a wrong number is hours of building
 MOST_LAYERS = 1000
@@ -117,6 +126,29 @@ def _unknown_type(folder: Path, model_type: Any, has_code: bool) -> str:
         return f"{folder} has the model_type '{model_type}': {OWN_CODE[model_type]}."
     hint = " It needs remote code; look for a version that transformers loads natively ('...-hf')." if has_code else ""
     return f"transformers {__version__} has no model_type {_shown(model_type)} ({folder}/config.json).{hint}"
+
+
+def check_generation_config(name: str, folder: Path) -> None:
+    """Raise InputError for a generation_config.json that transformers refuses: no model of the folder would load.
+
+    What it says of sampling does not matter here: everything is asked greedily (`clean_room.greedy`).
+    """
+    if not (folder / GENERATION).exists():
+        return
+    from transformers import GenerationConfig
+
+    try:
+        settings = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # its checks raise what they like
+        raise InputError(
+            f"{name}: transformers refuses {GENERATION}, and loads no model beside it ({first_lines(error)}). Correct "
+            "the entry, or take the file out."
+        ) from error
+    for key in ("bos_token_id", "eos_token_id"):
+        value = getattr(settings, key, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in ids):
+            raise InputError(f"{name}: {GENERATION} has {key}={value!r}, which is no token id: correct it.")
 
 
 def first_lines(error: BaseException) -> str:

@@ -80,7 +80,7 @@ Plan = dict[str, PlanEntry]  # by the weight's name
 
 
 def _bfloat16(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
-    return TensorEntry(entry.path, "BF16", shape, 0, 2 * prod(shape))
+    return TensorEntry(path=entry.path, dtype="BF16", shape=shape, begin=0, end=2 * prod(shape))
 
 
 def _fp8(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:

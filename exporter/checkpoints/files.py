@@ -87,7 +87,7 @@ def check_written(folder: Path) -> None:
     refuse_links_out(folder, [CARD, *RECORDS, "assets", *pictures])
 
 
-def settled(target: Path) -> Path:
+def real_target(target: Path) -> Path:
     """Return the place that a folder to be made has on disk: a link is followed before the work, not after it.
 
     Raises: InputError for a link that leads in a circle.
@@ -103,15 +103,15 @@ def settled(target: Path) -> Path:
 
 def listed(folder: Path) -> dict[str, Path]:
     """Return every file below a folder, links to folders among them, by name; hidden ones and leftovers stay out."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_ignored(name))
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for name in [*links, *names]:
             if not is_ignored(name):
                 path = Path(place, name)
-                found[path.relative_to(folder).as_posix()] = path
-    return dict(sorted(found.items()))
+                files[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(files.items()))
 
 
 def is_ignored(part: str) -> bool:
@@ -198,12 +198,12 @@ def vocabulary_files(folder: Path) -> set[str]:
         return set()
     import transformers
 
-    found: set[str] = set()
+    names: set[str] = set()
     for class_name in (str(name), str(name).removesuffix("Fast"), f"{str(name).removesuffix('Fast')}Fast"):
         files = getattr(getattr(transformers, class_name, None), "vocab_files_names", None)
         if isinstance(files, dict):
-            found |= {file for file in files.values() if isinstance(file, str) and file.endswith(VOCABULARY_ENDINGS)}
-    return found
+            names |= {file for file in files.values() if isinstance(file, str) and file.endswith(VOCABULARY_ENDINGS)}
+    return names
 
 
 def left_behind(left: Iterable[str]) -> str:

@@ -56,7 +56,7 @@ def resolve(name: str, revision: str | None = None, whole: bool = False) -> tupl
         whole: download everything, code too, for comparing each file with a record; else what models are made of.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and not name.startswith("hub:"):
+    if name and path.is_dir() and not name.startswith("hub:"):
         return path, None
     match = HUB_ID.match(name)
     if not match or name.startswith((".", "/", "~")) or path.exists():
@@ -131,9 +131,9 @@ def _limited_waiting() -> Iterator[None]:
     limit = hub_timeout()
 
     def set_limit(request: Any) -> None:
-        given = request.extensions.get("timeout", {})
+        timeouts = request.extensions.get("timeout", {})
         kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: given.get(kind) or limit for kind in kinds}
+        request.extensions["timeout"] = {kind: timeouts.get(kind) or limit for kind in kinds}
 
     client = get_session()
     hooks = client.event_hooks

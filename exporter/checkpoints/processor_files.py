@@ -139,16 +139,16 @@ def class_repairs(folder: Path) -> Repairs:
     if not (folder / IMAGES).is_file():
         return {}
     settings = parse_json(folder / IMAGES)
-    given = settings.get("image_processor_type") or settings.get("feature_extractor_type")
-    if not isinstance(given, str) or not given.endswith(OLD_CLASS):
+    image_class = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    if not isinstance(image_class, str) or not image_class.endswith(OLD_CLASS):
         return {}
-    renamed = given.removesuffix(OLD_CLASS) + CLASS
+    renamed = image_class.removesuffix(OLD_CLASS) + CLASS
     return {IMAGES: {"image_processor_type": renamed, "feature_extractor_type": None}}
 
 
 def setting_repairs(name: str, folder: Path, processor: Any, config: Any) -> Repairs:
     """What the processor lacks and config.json says. Raises InputError where both say something and disagree."""
-    given = parse_json(folder / PROCESSOR) if (folder / PROCESSOR).exists() else {}
+    existing = parse_json(folder / PROCESSOR) if (folder / PROCESSOR).exists() else {}
     repairs: Repairs = {}
     for agreement in AGREEMENTS:
         if not agreement.tells(config):
@@ -158,7 +158,7 @@ def setting_repairs(name: str, folder: Path, processor: Any, config: Any) -> Rep
         if not has or expected is None or _same(value, expected):
             continue
         part, _, entry = agreement.attribute.rpartition(".")
-        if part or given.get(entry) is not None:
+        if part or existing.get(entry) is not None:
             raise InputError(
                 f"{name}: the processor says {agreement.attribute}={value!r}, config.json's {agreement.stated} asks "
                 f"for {expected!r}: the prompt would have more or fewer image tokens than the picture has features. "
@@ -188,12 +188,12 @@ def _padding(name: str, tokenizer: Any, config: Any) -> str:
 
 
 def _attribute(processor: Any, path: str) -> tuple[bool, Any]:
-    found = processor
+    value = processor
     for part in path.split("."):
-        if found is None or not hasattr(found, part):
+        if value is None or not hasattr(value, part):
             return False, None
-        found = getattr(found, part)
-    return True, found
+        value = getattr(value, part)
+    return True, value
 
 
 def _same(value: Any, expected: Any) -> bool:

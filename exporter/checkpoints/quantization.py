@@ -54,11 +54,11 @@ def find_quantization(raw: dict[str, Any], folder: Path, weights: Weights) -> Qu
     return Quantized("an unnamed method", {}, parts) if parts else None
 
 
-def refusal(name: str, found: Quantized, folder: Path, reason: str) -> InputError:
+def refusal(name: str, quantized: Quantized, folder: Path, reason: str) -> InputError:
     """What a user is told of a quantized checkpoint that can't be read."""
     base = base_in_card(folder)
     where = f"{base}, which its card names as base model," if base else "the checkpoint that it was made from"
-    return InputError(f"{name} is quantized by {found.method}: {reason}. Name {where} instead.")
+    return InputError(f"{name} is quantized by {quantized.method}: {reason}. Name {where} instead.")
 
 
 def base_in_card(folder: Path) -> str | None:

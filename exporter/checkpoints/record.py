@@ -2,148 +2,75 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..errors import InputError
 from .files import check_written, replace_text
-from .shapes import (
-    ANYTHING,
-    COUNT,
-    FLAG,
-    HASHES,
-    INNER_PATH,
-    NUMBER,
-    POSITIVE,
-    TEXT,
-    Kind,
-    ListOf,
-    MapOf,
-    Maybe,
-    Misfit,
-    check,
-    one_of,
-    read_json,
-    require_file,
+from .record_types import (
+    BenchmarkEntry,
+    CalibrationPart,
+    EvaluationEntry,
+    FoldPart,
+    HealPart,
+    MeasuredPart,
+    PlanPart,
+    ReferenceAnswer,
+    ReferencePart,
+    RoutePicture,
+    RouterPart,
+    RunPart,
+    ScoresPart,
+    SourcePart,
+    VersionsPart,
 )
+from .shapes import POSITIVE, Misfit, check, read_json, require_file
+from .typed import OR_MISSING, Count, Text, from_data, named
 
 RECORD = "compression.json"
 FORMAT = 1
-DTYPES = ("float32", "bfloat16", "float16")
-TENSOR = Kind('"layer N\'s NAME"', lambda value: isinstance(value, str) and value.count("'s ") == 1)
-LICENCE = MapOf(TEXT)
-REFERENCE = {"tokens": ListOf(COUNT), "margins": ListOf(NUMBER)}
-RATE = {"n": COUNT, "accuracy": NUMBER}
-FIGURES = {
-    "n": COUNT,
-    "accuracy": NUMBER,
-    "interval": ListOf(NUMBER, 2),
-    "by_type": MapOf(RATE),
-    "kl?": Maybe(NUMBER),
-    "agreement?": Maybe(NUMBER),
-}
-BUDGET = {
-    "preset": Maybe(TEXT),
-    "keep_visual_tokens": Maybe(NUMBER),
-    "keep_layers": Maybe(COUNT),
-    "rule": TEXT,
-    "drop_at": Maybe(COUNT),
-}
-EVALUATION = {
-    "task": TEXT,
-    "fingerprint": TEXT,
-    **FIGURES,
-    "kl": Maybe(NUMBER),
-    "agreement": Maybe(NUMBER),
-    "budget?": Maybe(BUDGET),
-    "flops_share?": Maybe(NUMBER),
-    "decoder_flops_share?": Maybe(NUMBER),
-    "reference": Maybe(FIGURES),
-}
-RATIOS = {
-    **{f"{name}?": Maybe(NUMBER) for name in ("prefill_ms", "first_token_ms", "decode_ms", "flops", "kv_bytes")},
-    "peak_bytes?": Maybe(NUMBER),
-    "achieved": MapOf(Maybe(NUMBER)),
-}
-TIMES = {"batch": POSITIVE, "visual_tokens": COUNT, "text_tokens": COUNT, "prefill_ms": NUMBER, "decode_ms": NUMBER}
-NOT_EMPTY = Kind("a list that is not empty", lambda value: isinstance(value, list) and bool(value))
-BENCHMARK_HEAD = {
-    "budget": Maybe(MapOf(ANYTHING)),
-    "runtime": TEXT,
-    "hardware": {"device": TEXT, "threads?": Maybe(COUNT)},
-    "workload": {"task": Maybe(TEXT)},
-    "options": {"new_tokens": COUNT, "rounds": COUNT},
-    "date": TEXT,
-    "versions": {"transformers": TEXT, "torch": TEXT},
-}  # what was run, and on what
-ROUTER = {
-    "settings": {
-        "drop_at": COUNT,
-        "candidates": ListOf(COUNT),
-        "presets": MapOf({"keep_visual_tokens?": NUMBER, "keep_layers?": COUNT}),
-        "default": TEXT,
-    },
-    "parameters": COUNT,
-    "questions": COUNT,
-    "held_out": COUNT,
-    "curve": ListOf(MapOf(NUMBER)),
-    "reference": REFERENCE,
-}
-HELD_OUT = {"kl": NUMBER, "interval": ListOf(NUMBER, 2), "questions": COUNT, "pictures": COUNT, "same_answers": NUMBER}
-HEALED = {
-    "kept": FLAG,
-    "steps": COUNT,
-    "steps_run": COUNT,
-    "steps_kept": COUNT,
-    "parameters": COUNT,
-    "questions": COUNT,
-    "pairs": COUNT,
-    "answer_tokens": COUNT,
-    "curve": ListOf(MapOf(NUMBER)),
-    "before": HELD_OUT,
-    "after?": HELD_OUT,
-    "adapter?": {"file": INNER_PATH, "sha256": TEXT},
-    "teacher": {"name": TEXT, "revision": Maybe(TEXT)},
-    "fingerprint": TEXT,
-}
-CHECKPOINT = {
-    "recipe": MapOf(ANYTHING),
-    "run": {
-        "device": TEXT,
-        "dtype": one_of(*DTYPES),
-        "batch_size": POSITIVE,
-        "memory": Maybe(TEXT),
-    },
-    "source": {
-        "name": TEXT,
-        "revision": Maybe(TEXT),
-        "model_type": TEXT,
-        "base_model": Maybe(TEXT),
-        "license": LICENCE,
-        "parameters": POSITIVE,
-        "bytes": COUNT,
-        "kv_bytes_per_token": COUNT,
-        "files": HASHES,
-        "unexpected_keys?": ListOf(TEXT),
-    },
-    "calibration": {"data": TEXT, "samples": COUNT, "fingerprint": TEXT, "tokens": MapOf(COUNT)},
-    "protect": ListOf(COUNT),
-    "scores": {"method": TEXT, "values": ListOf(NUMBER), "drop": ListOf(COUNT), "details": MapOf(ANYTHING)},
-    "plan": {"num_layers": POSITIVE, "drop": ListOf(COUNT), "keep": ListOf(COUNT)},
-    "fold": {"name": TEXT, "reason": TEXT, "tensors": ListOf(TENSOR)},
-    "reference": {**REFERENCE, "dtype": one_of(*DTYPES)},
-    "evaluations": ListOf(EVALUATION),
-    "versions": {"exporter": TEXT, "transformers": TEXT, "torch": TEXT},
-    "measured": {"parameters": COUNT, "bytes": COUNT, "seconds": NUMBER, "kv_bytes_per_token": COUNT, "files": HASHES},
-    "heal?": HEALED,
-    "router?": ROUTER,
-    "routes?": ListOf({"file": INNER_PATH, "question": TEXT}),
-    "benchmarks?": ListOf(BENCHMARK_HEAD),
-}
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """A checkpoint's record. Its parts are typed; `to_data` is what the file holds, with what no part names."""
+
+    recipe: dict[Text, Any]
+    run: RunPart
+    source: SourcePart
+    calibration: CalibrationPart
+    protect: tuple[Count, ...]
+    scores: ScoresPart
+    plan: PlanPart
+    fold: FoldPart
+    reference: ReferencePart
+    evaluations: tuple[EvaluationEntry, ...]
+    versions: VersionsPart
+    measured: MeasuredPart
+    heal: Annotated[HealPart | None, OR_MISSING] = None
+    router: Annotated[RouterPart | None, OR_MISSING] = None
+    routes: tuple[RoutePicture, ...] = ()
+    benchmarks: tuple[BenchmarkEntry, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata=named(None))
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> CheckpointRecord:
+        """Read a record's JSON. Raises: Misfit where any part of it is missing or not what it should be."""
+        read = from_data(cls, data)
+        object.__setattr__(read, "data", data)
+        _check_together(read)
+        return read
+
+    def to_data(self) -> dict[str, Any]:
+        """Return a copy of the JSON, to be changed and written."""
+        return copy.deepcopy(dict(self.data))
+
+
+def read_record(folder: Path) -> CheckpointRecord:
     """Return the record of a checkpoint folder.
 
     Raises: InputError where there is none, or where any part of it is missing or not what it should be.
@@ -155,19 +82,18 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} has no {RECORD}: it is no checkpoint that lvlm-exporter wrote.")
     require_file(path, "a record of lvlm-exporter")
     try:
-        record = read_json(path)
-        if not isinstance(record, dict) or "recipe" not in record:
+        data = read_json(path)
+        if not isinstance(data, dict) or "recipe" not in data:
             raise InputError(f"{path} is no record of lvlm-exporter: it has no 'recipe'.")
-        check_format(record, path)
-        check(record, CHECKPOINT)
-        _check_together(record)
+        check_format(data, path)
+        return CheckpointRecord.from_data(data)
     except Misfit as misfit:
         raise InputError(f"{path} is damaged ({misfit}): take it from where the checkpoint was made.") from misfit
-    return record
 
 
-def check_format(record: dict[str, Any], path: Path) -> None:
-    version = record.get("format", FORMAT)
+def check_format(data: dict[str, Any], path: Path) -> None:
+    """Raise InputError where the record is of a later format than this version reads."""
+    version = data.get("format", FORMAT)
     check(version, POSITIVE, "format")
     if version > FORMAT:
         raise InputError(
@@ -175,58 +101,52 @@ def check_format(record: dict[str, Any], path: Path) -> None:
         )
 
 
-def _check_together(record: dict[str, Any]) -> None:
+def _check_together(record: CheckpointRecord) -> None:
     """Check what one part says against another."""
-    layers = record["plan"]["num_layers"]
-    if sorted([*record["plan"]["drop"], *record["plan"]["keep"]]) != list(range(layers)) or not record["plan"]["keep"]:
-        raise Misfit(f"'plan' does not keep or drop each of its {layers} layers once")
-    if len(record["scores"]["values"]) != layers:
-        raise Misfit(f"'scores.values' has {len(record['scores']['values'])} numbers for {layers} layers")
-    tokens = record["calibration"]["tokens"]
+    plan = record.plan
+    if sorted([*plan.drop, *plan.keep]) != list(range(plan.num_layers)) or not plan.keep:
+        raise Misfit(f"'plan' does not keep or drop each of its {plan.num_layers} layers once")
+    if len(record.scores.values) != plan.num_layers:
+        raise Misfit(f"'scores.values' has {len(record.scores.values)} numbers for {plan.num_layers} layers")
+    tokens = record.calibration.tokens
     if tokens and not {"visual", "text"} <= tokens.keys():
         raise Misfit("'calibration.tokens' is without 'visual' or 'text'")
-    answers = {"reference": record["reference"]}
-    if "router" in record:
-        answers["router.reference"] = record["router"]["reference"]
-        _check_curve(record["router"]["curve"], "router")
+    answers: dict[str, ReferenceAnswer] = {"reference": record.reference}
+    if record.router is not None:
+        answers["router.reference"] = record.router.reference
+        _check_curve(record.router.curve, "router")
+    if record.heal is not None:
+        _check_curve(record.heal.curve, "heal")
+        if record.heal.kept and (record.heal.after is None or record.heal.adapter is None):
+            raise Misfit("'heal' was kept and has no 'after' or no 'adapter'")
     for name, answer in answers.items():
-        if len(answer["tokens"]) != len(answer["margins"]) or not answer["tokens"]:
-            raise Misfit(f"'{name}' has {len(answer['tokens'])} tokens and {len(answer['margins'])} margins")
-    if (healed := record.get("heal")) and healed["kept"] and not {"after", "adapter"} <= healed.keys():
-        raise Misfit("'heal' was kept and has no 'after' or no 'adapter'")
-    if "heal" in record:
-        _check_curve(record["heal"]["curve"], "heal")
-    for index, entry in enumerate(record["evaluations"]):
+        if len(answer.tokens) != len(answer.margins) or not answer.tokens:
+            raise Misfit(f"'{name}' has {len(answer.tokens)} tokens and {len(answer.margins)} margins")
+    for index, entry in enumerate(record.evaluations):
         _check_evaluation(entry, f"evaluations[{index}]")
-    for index, entry in enumerate(record.get("benchmarks", [])):
-        _check_benchmark(entry, f"benchmarks[{index}]")
+    for index, benchmark in enumerate(record.benchmarks):
+        for part in ("batches", "reference"):
+            if not getattr(benchmark, part):
+                raise Misfit(f"'benchmarks[{index}].{part}' is not a list that is not empty")
 
 
-def _check_curve(curve: list[dict[str, float]], part: str) -> None:
+def _check_curve(curve: tuple[dict[str, float], ...], part: str) -> None:
     if not curve or any(not {"step", "loss"} <= point.keys() for point in curve):
         raise Misfit(f"'{part}.curve' has a point without 'step' or 'loss', or none at all")
 
 
-def _check_evaluation(entry: dict[str, Any], where: str) -> None:
-    if entry.get("budget") and None in (entry.get("flops_share"), entry.get("decoder_flops_share")):
+def _check_evaluation(entry: EvaluationEntry, where: str) -> None:
+    if entry.budget is not None and None in (entry.flops_share, entry.decoder_flops_share):
         raise Misfit(f"'{where}' is under a budget and has no share of FLOPs")
-    base = entry["reference"]
-    missing = entry["by_type"].keys() - base["by_type"].keys() if base and len(entry["by_type"]) > 1 else ()
+    base = entry.reference
+    missing = entry.by_type.keys() - base.by_type.keys() if base and len(entry.by_type) > 1 else ()
     if missing:
         raise Misfit(f"'{where}.reference.by_type' has no {min(missing)!r:.80}")
 
 
-def _check_benchmark(entry: dict[str, Any], where: str) -> None:
-    """Check the figures of each batch; with the first one and the reference's the card tells what was run."""
-    for name, shape in (("batches", {**TIMES, "ratio_to_reference": RATIOS}), ("reference", TIMES)):
-        check(entry.get(name), NOT_EMPTY, f"{where}.{name}")
-        check(entry[name], ListOf(shape), f"{where}.{name}")
-    check(entry, {"reference_is_this_model": FLAG}, where)
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """compression.json."""
-    replace_json(folder / RECORD, record)
+def write_record(folder: Path, data: dict[str, Any]) -> None:
+    """Write compression.json."""
+    replace_json(folder / RECORD, data)
 
 
 def replace_json(path: Path, data: dict[str, Any]) -> None:

@@ -154,7 +154,9 @@ def _entry(path: Path, name: str, spec: Any, start: int) -> tuple[str, TensorEnt
         raise _damaged(
             path, f"'{name}' ({dtype} {shape}) needs {needed // 8:,} bytes and has {offsets[1] - offsets[0]:,}"
         )
-    return name, TensorEntry(path, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+    return name, TensorEntry(
+        path=path, dtype=dtype, shape=tuple(shape), begin=start + offsets[0], end=start + offsets[1]
+    )
 
 
 def _sizes(values: Any) -> bool:
@@ -163,11 +165,11 @@ def _sizes(values: Any) -> bool:
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of the header; a name that stands twice would hide a tensor."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise _damaged(path, f"'{next(name for name in names if names.count(name) > 1)}' stands in it twice")
-    return found
+    return entries
 
 
 def _no_number(name: str) -> None:
@@ -255,7 +257,7 @@ def write_shard(
                 continue
             begin, end = run[0].entry.begin, run[-1].entry.end
             with run[0].entry.path.open("rb") as source:
-                copy_range(source.fileno(), target.fileno(), begin, end - begin, advance)
+                copy_range(source.fileno(), target.fileno(), begin=begin, count=end - begin, advance=advance)
 
 
 def _adjacent(pieces: list[TensorRange]) -> Iterator[list[TensorRange]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..families import Decoder, Family, decoder_of, family_of
-from .config_file import ATTENTION_KEYS, check_raw_config, first_lines, load_config, places
+from .config_file import ATTENTION_KEYS, check_generation_config, check_raw_config, first_lines, load_config, places
 from .files import Companions, companions, file_hash, is_read
 from .hub_access import refuse_without_weights, resolve
 from .json_file import read_json
@@ -110,17 +110,41 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
     if revision is not None:
         refuse_without_weights(name, revision, folder)
     weights = open_weights(folder, raw_config.get(NAMED_WEIGHTS))
-    found = find_quantization(raw_config, folder, weights)
-    if found is None:
-        source = Source(name, folder, revision, config, raw_config, weights, family, decoder, folder, weights)
+    quantized = find_quantization(raw_config, folder, weights)
+    if quantized is None:
+        source = Source(
+            name=name,
+            folder=folder,
+            revision=revision,
+            config=config,
+            raw_config=raw_config,
+            weights=weights,
+            family=family,
+            decoder=decoder,
+            original=folder,
+            stored=weights,
+        )
         check_layers(source)
     else:
-        _refuse_own(name, folder, f"it is quantized by {found.method}")
-        view = make_decoded_view(name, folder, raw_config, found, weights)
-        logger.warning("%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, found.method)
+        _refuse_own(name, folder, f"it is quantized by {quantized.method}")
+        view = make_decoded_view(name, folder, raw=raw_config, quantized=quantized, weights=weights)
+        logger.warning(
+            "%s is quantized by %s: its weights are decoded to bfloat16, and so written", name, quantized.method
+        )
         raw_config = read_json(view / "config.json")
         config, decoded = load_config(view, raw_config), open_weights(view)
-        source = Source(name, view, revision, config, raw_config, decoded, family, decoder, folder, weights)
+        source = Source(
+            name=name,
+            folder=view,
+            revision=revision,
+            config=config,
+            raw_config=raw_config,
+            weights=decoded,
+            family=family,
+            decoder=decoder,
+            original=folder,
+            stored=weights,
+        )
         check_layers(source)
     source = _mended(source)
     check_fit(source)
@@ -129,12 +153,12 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
 
 def check_layers(source: Source) -> None:
     """Raise InputError where config.json and the weights differ in the number of decoder layers."""
-    found = {layer for layer in map(source.layer_of, source.weights.entries) if layer is not None}
+    layers = {layer for layer in map(source.layer_of, source.weights.entries) if layer is not None}
     expected = set(range(source.num_layers))
-    if found != expected:
+    if layers != expected:
         raise InputError(
-            f"{source.name}: config.json says {len(expected)} decoder layers, the weights hold {len(found)}"
-            f"{_difference(expected, found)}. The checkpoint is incomplete, or its config is of another one."
+            f"{source.name}: config.json says {len(expected)} decoder layers, the weights hold {len(layers)}"
+            f"{_difference(expected, layers)}. The checkpoint is incomplete, or its config is of another one."
         )
 
 
@@ -143,6 +167,7 @@ def _mended(source: Source) -> Source:
     changes: Repairs = class_repairs(source.folder) | _attention_repairs(source)
     if changes:
         source = _viewed(source, changes)
+    check_generation_config(source.name, source.folder)
     processor = load_processor_for(source.name, source.folder, source.config)
     if repairs := setting_repairs(source.name, source.folder, processor, source.config):
         stated = ", ".join(f"{key}={value}" for entries in repairs.values() for key, value in entries.items())
@@ -151,7 +176,7 @@ def _mended(source: Source) -> Source:
         )
         source = _viewed(source, repairs)
         processor = load_processor_for(source.name, source.folder, source.config)
-    check_tokens(source.name, processor, source.config, source.raw_config, _embeddings(source))
+    check_tokens(source.name, processor, config=source.config, raw=source.raw_config, embeddings=_embeddings(source))
     return source
 
 
@@ -237,9 +262,9 @@ def refuse_report(name: str, report: dict[str, Any]) -> None:
         )
 
 
-def _difference(expected: set[int], found: set[int]) -> str:
-    missing, extra = sorted(expected - found), sorted(found - expected)
-    parts = [f"missing {missing}"] * bool(missing) + [f"too many {extra}"] * bool(extra)
+def _difference(expected: set[int], actual: set[int]) -> str:
+    missing, extra = sorted(expected - actual), sorted(actual - expected)
+    parts = [f"{what} {names}" for what, names in (("missing", missing), ("too many", extra)) if names]
     return f" ({', '.join(parts)})" if parts else ""
 
 

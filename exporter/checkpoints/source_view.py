@@ -40,12 +40,12 @@ def make_view(folder: Path, changes: dict[str, dict[str, Any]]) -> Path:
     return view
 
 
-def make_decoded_view(name: str, folder: Path, raw: dict[str, Any], found: Quantized, weights: Weights) -> Path:
+def make_decoded_view(name: str, folder: Path, raw: dict[str, Any], quantized: Quantized, weights: Weights) -> Path:
     """Return a folder as `make_view` does, with the quantized weights decoded to bfloat16 and config.json saying so.
 
     Raises: InputError for a format that can't be decoded, and where the temporary disk is too small.
     """
-    shards = list(decoded_pieces(name, found, folder, weights))
+    shards = list(decoded_pieces(name, quantized, folder, weights))
     view = make_view(folder, {"config.json": {}})
     for leave_out in (SINGLE, INDEX, *SIDE_FILES, *(str(shard.path.relative_to(folder)) for shard in weights.shards)):
         (view / leave_out).unlink(missing_ok=True)

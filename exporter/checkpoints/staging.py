@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError
-from .files import settled, umask
+from .files import real_target, umask
 
 LOCK = ".lock"
 SPARE_BYTES = 64 << 20  # for everything that is not weights
@@ -25,7 +25,7 @@ def staged(target: Path) -> Iterator[Path]:
 
     A target that is a link is made where the link leads.
     """
-    target = settled(target)
+    target = real_target(target)
     with staging_directory(target) as stage:
         yield stage
         stage.chmod(0o777 & ~umask())
@@ -40,21 +40,21 @@ def staging_directory(target: Path) -> Iterator[Path]:
 
     What a killed run has left is removed by the next one: a live room is locked, a dead one is not.
     """
-    target = settled(target)
+    target = real_target(target)
     check_target(target)
     _sweep(target)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    lock = (made / LOCK).open("w")
+    directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    lock = (directory / LOCK).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        yield made
+        yield directory
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InputError(f"the disk of {target.parent} is full; nothing was kept. Free some space.") from error
         raise
     finally:
         lock.close()
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def stage_name(folder: Path) -> str:
@@ -64,9 +64,9 @@ def stage_name(folder: Path) -> str:
 
 def check_target(target: Path) -> None:
     """Raise InputError if the folder can't be made. An empty folder may be there already, or a link to one."""
-    named, target = target, settled(target)
+    named, target = target, real_target(target)
     if os.path.ismount(target):
-        raise InputError(f"{named} is where a disk is mounted, which no folder can take the place of: name one in it.")
+        raise InputError(f"{named} is a mount point, which cannot be replaced: name a folder inside it.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{named} exists already: name another folder, or remove it.")
     parent = target.parent
@@ -77,7 +77,7 @@ def check_target(target: Path) -> None:
 
 
 def check_space(target: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(settled(target).parent).free
+    free = shutil.disk_usage(real_target(target).parent).free
     if free < num_bytes + SPARE_BYTES:
         raise InputError(
             f"{target.name} needs {num_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free. Free some space, or "

@@ -40,17 +40,17 @@ def foreign_files(folder: Path) -> list[str]:
 
 def foreign_names(folder: Path) -> list[str]:
     """Return what configurations of the folder name that is code from elsewhere, or code that is not there."""
-    found = []
+    names = []
     for name, path in listed(folder).items():
         if path.suffix == ".json" and path.name not in LARGE and _inside(path, folder):
-            found += [f"{name} {reason}: {HOW_TO_TRUST}" for reason in dict.fromkeys(_named_code(path, folder))]
-    return found
+            names += [f"{name} {reason}: {HOW_TO_TRUST}" for reason in dict.fromkeys(_named_code(path, folder))]
+    return names
 
 
 def warn_of_foreign_code(folder: Path, name: str) -> None:
     """Log that what is measured is this package's code, where a user of the folder would run other code."""
-    if found := foreign_files(folder):
-        logger.warning("%s: %s; what runs here is lvlm-exporter's own modeling file", name, found[0])
+    if names := foreign_files(folder):
+        logger.warning("%s: %s; what runs here is lvlm-exporter's own modeling file", name, names[0])
 
 
 def _inside(path: Path, folder: Path) -> bool:

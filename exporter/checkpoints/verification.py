@@ -16,7 +16,7 @@ from ..clean_room.process import run_check
 from ..errors import CheckFailed
 from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
 from .hub_access import resolve
-from .record import read_record
+from .record import CheckpointRecord, read_record
 from .staging import stage_name
 from .trust import foreign_code, replaced_weights
 from .weight_files import open_weights
@@ -45,7 +45,7 @@ def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = Fa
     """
     folder, _ = resolve(str(folder), whole=True)
     record = read_record(folder)
-    problems = compared(folder, record["measured"]["files"], "lvlm-exporter reproduce FOLDER --out NEW")
+    problems = compared(folder, record.measured.files, "lvlm-exporter reproduce FOLDER --out NEW")
     problems += replaced_weights(folder)
     if not trust_remote_code:
         problems += foreign_code(folder)
@@ -65,23 +65,26 @@ def compared(folder: Path, recorded: Mapping[str, str], again: str) -> list[str]
         recorded: SHA-256 by name, of every file that was made.
         again: the command that makes the folder again.
     """
-    found = made_files(folder)
-    links = [name for name, path in found.items() if leads_out(path, folder)]
-    odd = [name for name, path in found.items() if name not in links and not path.is_file()]
-    missing = [name for name in recorded if name not in found]
+    files = made_files(folder)
+    links = [name for name, path in files.items() if leads_out(path, folder)]
+    odd = [name for name, path in files.items() if name not in links and not path.is_file()]
+    missing = [name for name in recorded if name not in files]
     changed = [
         name
         for name, digest in recorded.items()
-        if name in found and name not in [*links, *odd] and sha256(found[name]) != digest.lower()
+        if name in files and name not in [*links, *odd] and sha256(files[name]) != digest.lower()
     ]
-    unrecorded = [name for name in found if name not in recorded and not is_licence(name)]
-    problems = [f"{_names(links)} leads out of the folder by a link"] * bool(links)
-    problems += [f"{_names(odd)} is no regular file"] * bool(odd)
-    problems += [f"{_names(missing)} is missing"] * bool(missing)
-    problems += [f"{_names(changed)} is not the file that was made: its SHA-256 is another"] * bool(changed)
+    unrecorded = [name for name in files if name not in recorded and not is_licence(name)]
+    kinds = (
+        (links, "leads out of the folder by a link"),
+        (odd, "is no regular file"),
+        (missing, "is missing"),
+        (changed, "is not the file that was made: its SHA-256 is another"),
+    )
+    problems = [f"{_names(names)} {problem}" for names, problem in kinds if names]
     if CONFIG_JSON not in recorded:
         problems.append(
-            f"its record has the SHA-256 of {len(recorded.keys() & found.keys())} of its {len(found)} files, as "
+            f"its record has the SHA-256 of {len(recorded.keys() & files.keys())} of its {len(files)} files, as "
             f"records of lvlm-exporter 0.1.0 do: make it again for one that can be verified ({again})"
         )
     elif unrecorded:
@@ -94,14 +97,14 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:NAMED_AT_MOST]) + more
 
 
-def _router_problems(folder: Path, record: dict[str, Any]) -> list[str]:
+def _router_problems(folder: Path, record: CheckpointRecord) -> list[str]:
     """Return what does not fit between the record's router and config.json's."""
     try:
         config = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8-sig"))
         in_config = "router" in config and "auto_map" in config
     except (OSError, ValueError, TypeError):
         return [f"{CONFIG_JSON} is missing or no JSON"]
-    if in_config == ("router" in record):
+    if in_config == (record.router is not None):
         return []
     return [f"a router is named in {'config.json' if in_config else 'compression.json'} only"]
 

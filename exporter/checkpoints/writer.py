@@ -56,7 +56,7 @@ def write_checkpoint(
     advance: Callable[[int], object] = lambda done: None,
 ) -> None:
     """Weights, configuration and everything that goes along, into an existing folder; what stays behind is logged."""
-    write_weights(source, plan, folded, folder, advance)
+    write_weights(source, plan, folded=folded, folder=folder, advance=advance)
     # Without the mention of code, which stays behind: the plain class is what the checkpoint is verified with.
     config = without_auto_map(pruned_config(source.raw_config, source.config, plan))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -157,7 +157,7 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
         return {"problems": [f"ONNX Runtime can't open it: {_first_line(error)}"]}
     findings = Findings()
     for what, inputs in [*questions(processor), *given_questions(job["inputs"])]:
-        compare_batch(model, runner, (what, inputs), job, findings)
+        compare_batch(model, runner, batch=(what, inputs), job=job, findings=findings)
     problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems
     for part, tokens in findings.tokens.items():
         if not tokens:
@@ -193,7 +193,7 @@ def compare_batch(
     try:
         prompt = runner.prompt({name: tensor.numpy() for name, tensor in inputs.items()})
         part = "vision and embeddings"
-        compare_parts(model, runner, inputs, prompt, findings.outputs)
+        compare_parts(model, runner, inputs=inputs, prompt=prompt, differences=findings.outputs)
         for preset in presets(runner):
             part = "decoder" if preset is None else f"decoder ({preset})"
             if preset is not None:
@@ -203,12 +203,14 @@ def compare_batch(
             if preset is not None and not job["quantize"]:
                 wrong, rows = compare_routes(model, runner, inputs, prompt, tolerance)
                 findings.problems += [f"router, {what}: {problem}" for problem in wrong]
-            made = generate(model, inputs, NEW_TOKENS)
-            findings.equal_tokens += compare_decoder(runner, inputs, prompt, made, rows, findings.outputs)
+            generated = generate(model, inputs, NEW_TOKENS)
+            findings.equal_tokens += compare_decoder(
+                runner, inputs, prompt=prompt, generated=generated, rows=rows, differences=findings.outputs
+            )
             findings.tokens[part] += NEW_TOKENS * int(rows.sum())
             findings.left_out += int((~rows).sum())
             if not job["quantize"]:
-                answers = compare_answers(model, runner, inputs, rows, tolerance)
+                answers = compare_answers(model, runner, inputs=inputs, rows=rows, tolerance=tolerance)
                 findings.problems += [f"generate, {what}: {problem}" for problem in answers]
     except Exception as error:
         findings.problems.append(f"{part}: fails for {what}: {type(error).__name__}: {_first_line(error)}")
@@ -223,9 +225,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def out_of_tolerance(found: dict[str, Difference], dtype: str, quantized: str | None) -> list[str]:
+def out_of_tolerance(differences: dict[str, Difference], dtype: str, quantized: str | None) -> list[str]:
     problems = []
-    for name, difference in found.items():
+    for name, difference in differences.items():
         if quantized:
             if "logits" in name and not difference.mean <= MEAN_TOLERANCE[quantized] * difference.scale:
                 limit = MEAN_TOLERANCE[quantized] * difference.scale

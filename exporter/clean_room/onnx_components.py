@@ -23,15 +23,15 @@ class Difference:
     count: int = 0
     scale: float = 1.0  # largest magnitude met, at least 1
 
-    def add(self, found: Any, expected: Any) -> None:
+    def add(self, actual: Any, expected: Any) -> None:
         import numpy as np
 
-        found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-        if found.shape != expected.shape:
-            raise ValueError(f"shape {found.shape} instead of {expected.shape}")
-        if not found.size:
+        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+        if actual.shape != expected.shape:
+            raise ValueError(f"shape {actual.shape} instead of {expected.shape}")
+        if not actual.size:
             return
-        off = np.abs(found - expected)
+        off = np.abs(actual - expected)
         self.largest = max(self.largest, float("inf") if np.isnan(off).any() else float(off.max()))
         self.total, self.count = self.total + float(off.sum()), self.count + off.size
         self.scale = max(self.scale, float(np.abs(expected).max()))
@@ -50,28 +50,30 @@ def torch_features(model: Any, inputs: dict[str, Any]) -> Any:
 
     accepted = inspect.signature(model.model.get_image_features).parameters
     wanted = ("pixel_values", "image_sizes", "pixel_attention_mask", "image_grid_thw", "batch_num_images")
-    given = {name: inputs[name] for name in wanted if name in inputs and name in accepted}
-    features = model.model.get_image_features(**given).pooler_output
+    image_inputs = {name: inputs[name] for name in wanted if name in inputs and name in accepted}
+    features = model.model.get_image_features(**image_inputs).pooler_output
     if isinstance(features, torch.Tensor):
         features = [features]
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
 
 
-def compare_parts(model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, found: dict[str, Difference]) -> None:
+def compare_parts(
+    model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, differences: dict[str, Difference]
+) -> None:
     """Vision and embeddings."""
     features = torch_features(model, inputs)
     runner_features = runner.image_features(prompt)
-    found["vision: image_features"].add(runner_features.numpy(), features)
+    differences["vision: image_features"].add(runner_features.numpy(), features)
     ids = inputs["input_ids"]
     visual = ids == model.config.image_token_id
     embeds = model.get_input_embeddings()(ids.masked_fill(visual, 0))
     embeds = embeds.masked_scatter(visual[..., None], features)
     runner_embeds = runner.embedded(prompt, runner_features).numpy()
-    found["embeddings: inputs_embeds"].add(runner_embeds[prompt.real], embeds[inputs["attention_mask"].bool()])
+    differences["embeddings: inputs_embeds"].add(runner_embeds[prompt.real], embeds[inputs["attention_mask"].bool()])
 
 
 def compare_decoder(
-    runner: Any, inputs: dict[str, Any], prompt: Any, made: Any, rows: Any, found: dict[str, Difference]
+    runner: Any, inputs: dict[str, Any], prompt: Any, generated: Any, rows: Any, differences: dict[str, Difference]
 ) -> int:
     """Logits of the prompt and of each step along torch's own answer, and the cache at its end; equal best tokens.
 
@@ -79,30 +81,34 @@ def compare_decoder(
         rows: [B] True: those that are compared.
     """
     length = inputs["input_ids"].shape[1]
-    answer = made.sequences[:, length:].numpy()  # [B, N]
+    answer = generated.sequences[:, length:].numpy()  # [B, N]
     logits, state = runner.prefill(prompt, NEW_TOKENS)
     equal = 0
     for step in range(NEW_TOKENS):
-        expected = made.logits[step].float().numpy()[rows]  # [b, V]
+        expected = generated.logits[step].float().numpy()[rows]  # [b, V]
         chosen = logits[rows]
         name = "decoder (prompt): logits" if step == 0 else "decoder (step): logits"
-        found[name].add(chosen, expected)
+        differences[name].add(chosen, expected)
         equal += int((chosen.argmax(-1) == expected.argmax(-1)).sum())
         if step + 1 < NEW_TOKENS:
             logits = runner.step(state, answer[:, step])
     if "router" not in runner.manifest:  # behind a router each side lays out what stays in its own way
-        compare_cache(runner, state, inputs, made, found)
+        compare_cache(runner, state, inputs=inputs, generated=generated, differences=differences)
     return equal
 
 
-def compare_cache(runner: Any, state: Any, inputs: dict[str, Any], made: Any, found: dict[str, Difference]) -> None:
+def compare_cache(
+    runner: Any, state: Any, inputs: dict[str, Any], generated: Any, differences: dict[str, Difference]
+) -> None:
     """Keys and values of each layer at the end of an answer, padding left out."""
     import numpy as np
 
     mask = inputs["attention_mask"].bool().numpy()
     mask = np.concatenate([mask, np.ones((len(mask), NEW_TOKENS - 1), bool)], 1)  # [B, S + N - 1]
     shared = runner.manifest["cache"] == "shared"
-    cache = made.cache if hasattr(made, "cache") else made.past_key_values  # since transformers 5.24, before
+    cache = (
+        generated.cache if hasattr(generated, "cache") else generated.past_key_values
+    )  # since transformers 5.24, before
     for layer_idx, layer in enumerate(cache.layers):
         for part, tensor in (("key", layer.keys), ("value", layer.values)):
             if tensor.shape[2] != mask.shape[1]:
@@ -110,7 +116,7 @@ def compare_cache(runner: Any, state: Any, inputs: dict[str, Any], made: Any, fo
             mine = state.cache[f"{layer_idx}.{part}"].numpy()
             real = np.arange(mine.shape[2])[None] < state.lengths[:, None] if shared else mask
             theirs = tensor.float().numpy().swapaxes(1, 2)[mask]
-            found[f"decoder: present.{layer_idx}.{part}"].add(mine.swapaxes(1, 2)[real], theirs)
+            differences[f"decoder: present.{layer_idx}.{part}"].add(mine.swapaxes(1, 2)[real], theirs)
 
 
 def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], rows: Any, tolerance: float) -> list[str]:
@@ -122,28 +128,28 @@ def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], rows: Any, 
     import numpy as np
     import torch
 
-    made = model.generate(
+    generated = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_scores=True
     )
     length = inputs["input_ids"].shape[1]
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    said = runner.generate(**arrays, max_new_tokens=NEW_TOKENS, do_sample=False)[:, length:]
-    expected = made.sequences[:, length:].numpy()
-    scores = torch.stack(made.scores, 1).float()  # [B, N, V]
+    tokens = runner.generate(**arrays, max_new_tokens=NEW_TOKENS, do_sample=False)[:, length:]
+    expected = generated.sequences[:, length:].numpy()
+    scores = torch.stack(generated.scores, 1).float()  # [B, N, V]
     best = scores.topk(2).values
     largest = torch.where(scores.isfinite(), scores.abs(), 0).amax(-1)
     margins = (best[..., 0] - best[..., 1]) / largest
-    if said.shape != expected.shape and rows.all():
-        return [f"{said.shape[1]} tokens instead of {expected.shape[1]}"]
-    width = min(said.shape[1], expected.shape[1])  # rows that are not compared may go on for longer
-    said, expected = said[:, :width], expected[:, :width]
+    if tokens.shape != expected.shape and rows.all():
+        return [f"{tokens.shape[1]} tokens instead of {expected.shape[1]}"]
+    width = min(tokens.shape[1], expected.shape[1])  # rows that are not compared may go on for longer
+    tokens, expected = tokens[:, :width], expected[:, :width]
     problems = []
     for row in np.flatnonzero(rows).tolist():
         rest = margins[row].nan_to_num(0).tolist()
-        at = first_difference(said[row].tolist(), expected[row].tolist(), rest, tolerance)
+        at = first_difference(tokens[row].tolist(), expected[row].tolist(), rest, tolerance)
         if at is not None:
-            problems.append(f"token {at + 1} of row {row + 1} is {said[row][at]}, not {expected[row][at]}")
-    return problems if not np.array_equal(said[rows], expected[rows]) else []
+            problems.append(f"token {at + 1} of row {row + 1} is {tokens[row][at]}, not {expected[row][at]}")
+    return problems if not np.array_equal(tokens[rows], expected[rows]) else []
 
 
 def compare_routes(

@@ -108,9 +108,11 @@ def render(processor: Any, chat: list[dict[str, Any]]) -> str:
     Raises: PromptError where a template is missing, as after fine-tuning: the bare text would be another prompt than
     the one that the model was trained with; where it fails; and where it does not place every image once.
     """
-    own = getattr(processor, "chat_template", None)
-    if template := own or getattr(processor.tokenizer, "chat_template", None):  # the tokenizer's is not looked for
-        chosen = {} if own else {"chat_template": template}
+    own_template = getattr(processor, "chat_template", None)
+    if template := own_template or getattr(
+        processor.tokenizer, "chat_template", None
+    ):  # the tokenizer's is not looked for
+        chosen = {} if own_template else {"chat_template": template}
         try:
             text: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **chosen)
         except Exception as error:  # jinja2's own, and whatever an expression of the template raises

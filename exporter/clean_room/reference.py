@@ -34,11 +34,11 @@ def reference_answer(model: Any, processor: Any) -> dict[str, list[Any]]:
     import torch
 
     inputs = {k: v.to(model.device) for k, v in reference_inputs(processor).items()}
-    made = generate(model, inputs)
-    logits = torch.stack([step[0] for step in made.logits]).float()  # [tokens, vocabulary]
+    generated = generate(model, inputs)
+    logits = torch.stack([step[0] for step in generated.logits]).float()  # [tokens, vocabulary]
     best = logits.topk(2).values
     margins = (best[:, 0] - best[:, 1]) / logits.abs().amax(-1)
-    tokens = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    tokens = generated.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return {"tokens": tokens, "margins": [round(m, 6) for m in margins.tolist()]}
 
 
@@ -56,8 +56,8 @@ def greedy_answers(model: Any, inputs: dict[str, Any], max_new_tokens: int, **ro
         routing: what a routed model's `generate` takes beside its inputs.
     """
     with greedy(model, max_new_tokens=max_new_tokens) as settings:
-        made = model.generate(**inputs, generation_config=settings, **routing)
-    return made[:, inputs["input_ids"].shape[1] :]
+        sequences = model.generate(**inputs, generation_config=settings, **routing)
+    return sequences[:, inputs["input_ids"].shape[1] :]
 
 
 @contextmanager
@@ -69,14 +69,14 @@ def greedy(model: Any, **more: Any) -> Iterator[Any]:
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    ids = {name: _token_ids(own, name) for name in GENERATION_TOKENS}
+    settings_before = model.generation_config
+    ids = {name: _token_ids(settings_before, name) for name in GENERATION_TOKENS}
     settings = GenerationConfig(**ids, **more, do_sample=False, num_beams=1, use_cache=True)
     model.generation_config = GenerationConfig(**ids)
     try:
         yield settings
     finally:
-        model.generation_config = own
+        model.generation_config = settings_before
 
 
 def _token_ids(settings: Any, name: str) -> int | list[int] | None:
@@ -100,19 +100,19 @@ def cache_difference(model: Any, processor: Any, **routing: Any) -> float:
 
     inputs = {k: v.to(model.device) for k, v in reference_inputs(processor).items()}
     length = inputs["input_ids"].shape[1]
-    made = generate(model, inputs)
-    answer = made.sequences[:, length:]
+    generated = generate(model, inputs)
+    answer = generated.sequences[:, length:]
     whole = extend(inputs, answer, torch.ones_like(answer, dtype=torch.bool), model.config.model_type)
     with torch.no_grad():
         logits = model(**whole, use_cache=False, **routing).logits[0, length - 1 : -1].float()
-    decoded = torch.stack([step[0] for step in made.logits]).float()
+    decoded = torch.stack([step[0] for step in generated.logits]).float()
     difference: float = ((logits - decoded).abs().max() / decoded.abs().max()).item()
     return difference
 
 
-def first_difference(said: list[int], expected: list[int], margins: list[float], tolerance: float) -> int | None:
+def first_difference(actual: list[int], expected: list[int], margins: list[float], tolerance: float) -> int | None:
     """Position of the first token that differs and was not a tie within rounding; what follows a tie counts no more."""
-    for position, (token, wanted, margin) in enumerate(zip(said, expected, margins, strict=True)):
+    for position, (token, wanted, margin) in enumerate(zip(actual, expected, margins, strict=True)):
         if token != wanted:
             return None if margin <= tolerance else position
     return None

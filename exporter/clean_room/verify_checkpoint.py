@@ -55,19 +55,19 @@ def verify_once(
     processor = load_processor(folder)
     tolerance = TOLERANCE[dtype]
     try:
-        said = reference_answer(model, processor)["tokens"]
+        tokens = reference_answer(model, processor)["tokens"]
     except PromptError as error:
         return {"problems": [str(error)]}
     expected = reference["tokens"]
-    if (at := first_difference(said, expected, reference["margins"], tolerance)) is not None:
-        problems.append(f"token {at + 1} of the reference answer is {said[at]}, not {expected[at]} as at export")
+    if (at := first_difference(tokens, expected, reference["margins"], tolerance)) is not None:
+        problems.append(f"token {at + 1} of the reference answer is {tokens[at]}, not {expected[at]} as at export")
     routing = {"prompt_length": reference_inputs(processor)["input_ids"].shape[1]} if trust else {}
     difference = cache_difference(model, processor, **routing)
     if not difference <= tolerance:
         problems.append(f"logits with and without the cache differ by {difference:.1e} (at most {tolerance:.0e})")
     return {
         "problems": problems,
-        "tokens": said,
+        "tokens": tokens,
         "cache_difference": difference,
         "class": type(model).__name__,
         "layers": model.config.get_text_config().num_hidden_layers,

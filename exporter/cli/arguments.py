@@ -60,7 +60,7 @@ def data_arguments(subcommand: Any, split: str) -> None:
 def localizer_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("--localizer", choices=tuple(LOCALIZERS), help=f"({DEFAULT_LOCALIZER})")
     subcommand.add_argument("--localizer-option", action="append", default=[], metavar="NAME=VALUE")
-    subcommand.add_argument("--protect", type=layer_list, metavar="0,1", help="layers that must stay")
+    subcommand.add_argument("--protect", type=_none_or_layers, metavar="0,1", help="layers that must stay")
 
 
 def layer_budget_arguments(subcommand: argparse.ArgumentParser) -> None:
@@ -199,13 +199,18 @@ def _memory(text: str) -> str:
 
 def _whole_numbers(text: str, what: str) -> tuple[int, ...]:
     try:
-        return tuple(whole_number(part) for part in text.split(",") if part.strip())
+        return tuple(map(whole_number, text.removesuffix(",").split(",")))
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"'{text[:40]}' is no list of {what}") from error
 
 
 def layer_list(text: str) -> tuple[int, ...]:
     return _whole_numbers(text, "layers like 8,9,10")
+
+
+def _none_or_layers(text: str) -> tuple[int, ...]:
+    """No text at all protects no layer, where a family has some that stay by default."""
+    return layer_list(text) if text.strip() else ()
 
 
 def _row_counts(text: str) -> tuple[int, ...]:

@@ -49,16 +49,16 @@ def run(options: argparse.Namespace) -> None:
             raise
         raise KeyboardInterrupt("interrupted; the same command goes on with healing from what is saved.") from None
     record = read_record(folder)
-    plan, measured, source = record["plan"], record["measured"], record["source"]
+    plan, measured, source = record.plan, record.measured, record.source
     shown = ("plan", "measured", "scores", "fold", "heal")
-    write_json(options, {"path": str(folder), **{k: record[k] for k in shown if k in record}})
+    write_json(options, {"path": str(folder), **{k: record.data[k] for k in shown if k in record.data}})
     print(
-        f"dropped layers {', '.join(map(str, plan['drop'])) or 'none'} of {plan['num_layers']}; "
-        f"{source['parameters']:,} -> {measured['parameters']:,} parameters, "
-        f"{source['bytes'] / 1e6:,.1f} -> {measured['bytes'] / 1e6:,.1f} MB, {measured['seconds']:.0f} s"
+        f"dropped layers {', '.join(map(str, plan.drop)) or 'none'} of {plan.num_layers}; "
+        f"{source.parameters:,} -> {measured.parameters:,} parameters, "
+        f"{source.bytes / 1e6:,.1f} -> {measured.bytes / 1e6:,.1f} MB, {measured.seconds:.0f} s"
     )
-    if "heal" in record:
-        print("\n".join(result_lines(record["heal"])))
+    if record.heal is not None:
+        print("\n".join(result_lines(record.data["heal"])))
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
 
 

@@ -45,7 +45,13 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.table import evaluation_table
     from ..routing.requests import BudgetGrid
 
-    wanted = BudgetGrid(options.keep_visual_tokens, options.keep_layers, options.preset, options.rule, options.drop_at)
+    wanted = BudgetGrid(
+        keep_visual_tokens=options.keep_visual_tokens,
+        keep_layers=options.keep_layers,
+        presets=options.preset,
+        rule=options.rule,
+        drop_at=options.drop_at,
+    )
     done = evaluate(
         options.folders,
         options.task,

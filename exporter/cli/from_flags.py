@@ -76,7 +76,7 @@ def recipe_from_flags(options: argparse.Namespace, budget_needed: bool = True) -
 
 def calibration_from_flags(options: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of the questions."""
-    said = {
+    flags = {
         "data": options.calibration,
         "samples": options.samples,
         "split": options.split,
@@ -85,7 +85,7 @@ def calibration_from_flags(options: argparse.Namespace) -> dict[str, Any]:
         "config": options.config,
         "allow_urls": options.allow_urls or None,
     }
-    return {k: v for k, v in said.items() if v is not None}
+    return {k: v for k, v in flags.items() if v is not None}
 
 
 def router_from_flags(options: argparse.Namespace) -> RouterRecipe:

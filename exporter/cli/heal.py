@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         folder = heal(options.model, healing, options.out, run, progress_bar(options))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from what is saved.") from None
-    record = read_record(folder)
-    write_json(options, {"path": str(folder), "heal": record["heal"]})
-    print("\n".join(result_lines(record["heal"])))
+    healed = read_record(folder).data["heal"]
+    write_json(options, {"path": str(folder), "heal": healed})
+    print("\n".join(result_lines(healed)))
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")

@@ -42,6 +42,6 @@ def run(options: argparse.Namespace) -> None:
     names = ("device", "dtype", "quantize", "opset", "calibration", "samples", "trust_remote_code")
     folder = export(options.folder, options.out, ExportOptions(**{name: getattr(options, name) for name in names}))
     manifest = read_manifest(folder)
-    write_json(options, {"path": str(folder), **manifest})
+    write_json(options, {"path": str(folder), **manifest.data})
     print(differences_table(manifest))
     print(f"validated in a clean process. ONNX folder: {folder}")

@@ -45,14 +45,15 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from the last saved step.") from None
     record = read_record(folder)
-    made = record["router"]
-    write_json(options, {"path": str(folder), **{k: made[k] for k in made if k != "reference"}})
+    router_part = record.router
+    assert router_part is not None
+    data = record.to_data()["router"]
+    write_json(options, {"path": str(folder), **{k: data[k] for k in data if k != "reference"}})
+    replaced = f"; {options.model} had one, which stays behind" if router_part.replaces_another else ""
     print(
-        f"trained a router of {made['parameters']:,} parameters on {made['questions']} questions in "
-        f"{made['seconds']:.0f} s, {made['held_out']} held out"
-        + f"; {options.model} had one, which stays behind"
-        * made["replaces_another"]
+        f"trained a router of {router_part.parameters:,} parameters on {router_part.questions} questions in "
+        f"{router_part.seconds:.0f} s, {router_part.held_out} held out{replaced}"
     )
-    probes = {k: v for step in made["curve"] for k, v in step.items() if k.startswith("KL")}
+    probes = {k: v for step in router_part.curve for k, v in step.items() if k.startswith("KL")}
     print("\n".join(f"  {name}: {value:.4f}" for name, value in probes.items()))
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")

@@ -88,13 +88,13 @@ def grid_from_data(data: Any) -> Grid:
     rest = {key: data[key] for key in ("task_samples", "revision", "seed") if key in data}
     protect = data.get("protect")
     return Grid(
-        str(data["model"]),
-        calibration_from_data(data["calibration"]),
-        task_from_data(data["task"]),
-        localizers,
-        folds,
-        integers(data.get("drop_layers", []), "drop_layers"),
-        shares(data.get("drop_ratios", [])),
+        model=str(data["model"]),
+        calibration=calibration_from_data(data["calibration"]),
+        task=task_from_data(data["task"]),
+        localizers=localizers,
+        folds=folds,
+        drop_layers=integers(data.get("drop_layers", []), "drop_layers"),
+        drop_ratios=shares(data.get("drop_ratios", [])),
         protect=None if protect is None else integers(protect, "protect"),
         **rest,
     )
@@ -145,8 +145,8 @@ class Comparison:
     def p_value(self, cell: Cell) -> float:
         """Whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
         best = self.best[len(cell.drop)]
-        wrong = [set(one.wrong) for one in (best, cell)]
-        return mcnemar(*([index not in one for index in range(cell.n)] for one in wrong))[2]
+        wrong = [set(each.wrong) for each in (best, cell)]
+        return mcnemar(*([index not in each for index in range(cell.n)] for each in wrong))[2]
 
     def to_data(self) -> dict[str, Any]:
         cells = [asdict(cell) | {"p_value": self.p_value(cell)} for cell in self.cells]

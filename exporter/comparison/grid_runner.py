@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -12,13 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.staging import check_target
 from ..compression.job import CompressionJob
 from ..compression.steps import fold_job, localize
 from ..data.batches import make_batch, make_batches
 from ..data.samples import Sample
 from ..data.task import SPARE_TOKENS, Task, greedy_answers
-from ..errors import InputError
 from ..evaluation.scoring import Rate, is_right
 from ..fold.job import FoldRefused
 from ..localize.scores import LayerScores
@@ -30,6 +27,7 @@ from ..models.variants import AnswerAgreement, Variant, assembled, judge
 from ..plan import Folded, PruningPlan, make_plan
 from ..progress import Progress
 from ..recipe import Method
+from .cells_file import CellsFile
 from .grid import Cell, Comparison, Grid, Key, cell_from_data, label
 
 CELLS_AT_A_TIME = 16  # whose new tensors are held together
@@ -121,21 +119,25 @@ class GridRunner:
                 self.refused[fold] = str(error)
         variants = list(distinct.values())
         begin = time.monotonic()
-        bar = iter(self.progress(range(len(variants) * len(self.said)), "judge", len(variants) * len(self.said)))
-        agreements = judge(self.model, variants, self.said, lambda _: next(bar, None))
+        bar = iter(
+            self.progress(
+                range(len(variants) * len(self.reference_answers)), "judge", len(variants) * len(self.reference_answers)
+            )
+        )
+        agreements = judge(self.model, variants, self.reference_answers, lambda _: next(bar, None))
         for _ in bar:
             pass
         correct = [self._correct(v, a) for v, a in zip(variants, agreements, strict=True)]
         self.timed("judge", begin)
-        found = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
-        return {key: self._cell(key, at[0], *found[at]) for key, at in wanted.items() if at in found}
+        judged = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
+        return {key: self._cell(key, at[0], *judged[at]) for key, at in wanted.items() if at in judged}
 
     def fold(self, plan: PruningPlan, method: Method) -> Folded:
         if not plan.drop:
             return {}
         begin = time.monotonic()
-        given = fold_job(self.job, self.model, self.questions, plan, self._measured)
-        folded: Folded = resolve(FOLDS[method.name].run)(given, **method.options)
+        fold_inputs = fold_job(self.job, self.model, questions=self.questions, plan=plan, memo=self._measured)
+        folded: Folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options)
         self.timed("fold", begin)
         return folded
 
@@ -146,7 +148,7 @@ class GridRunner:
     # the original's answers
 
     @functools.cached_property
-    def said(self) -> list[AnsweredBatch]:
+    def reference_answers(self) -> list[AnsweredBatch]:
         """The task's questions with what the original answers, in batches; also sets its correctness."""
         begin = time.monotonic()
         samples, size = self.task.samples, self.job.options.batch_size
@@ -169,7 +171,7 @@ class GridRunner:
 
     @property
     def original(self) -> Rate:
-        self.said  # noqa: B018
+        self.reference_answers  # noqa: B018
         return Rate.of(self.correct)
 
     def _judge(self, answers: Any, samples: Sequence[Sample]) -> list[bool]:
@@ -198,18 +200,18 @@ class GridRunner:
             types.setdefault(sample.type or "all", []).append(right)
         gone = sum(self.job.source.parameters_per_layer[layer] for layer in plan.drop)
         return Cell(
-            key[0],
-            key[1],
-            plan.drop,
-            self.job.source.weights.num_parameters - gone,
-            rate.n,
-            rate.accuracy,
-            rate.interval,
-            rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
-            {name: sum(values) / len(values) for name, values in sorted(types.items())},
-            agreement.kl / max(agreement.tokens, 1),
-            agreement.same / max(agreement.tokens, 1),
-            tuple(index for index, right in enumerate(correct) if not right),
+            localizer=key[0],
+            fold=key[1],
+            drop=plan.drop,
+            parameters=self.job.source.weights.num_parameters - gone,
+            n=rate.n,
+            accuracy=rate.accuracy,
+            interval=rate.interval,
+            kept=rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
+            by_type={name: sum(values) / len(values) for name, values in sorted(types.items())},
+            kl=agreement.kl / max(agreement.tokens, 1),
+            agreement=agreement.same / max(agreement.tokens, 1),
+            wrong=tuple(index for index, right in enumerate(correct) if not right),
         )
 
     def naive_seconds(self, cells: int) -> float:
@@ -222,24 +224,17 @@ class GridRunner:
         return cells * (localizing + per_cell.get("fold", 0.0) + per_cell.get("answer", 0.0))
 
 
-class Progressive:
-    """Cells on disk as they are done, so that a broken-off run goes on."""
+class FinishedCells:
+    """Cells of the grid on disk as they are done."""
 
     def __init__(self, out: Path, grid: Grid) -> None:
-        self.path = out / "cells.jsonl"
+        self.out = out
         columns = [f.name for f in dataclasses.fields(Cell)]
-        fingerprint = hashlib.sha256(json.dumps([asdict(grid), columns], sort_keys=True).encode()).hexdigest()
+        asked = asdict(grid) | {"task": grid.task.to_data()}
+        self.file = CellsFile(out / "cells.jsonl", [asked, columns])
         self.cells: dict[Key, Cell] = {}
-        if out.exists() and self.path.exists():
-            first, *lines = self.path.read_text().splitlines()
-            if json.loads(first).get("grid") != fingerprint:
-                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
-            for line in lines:
-                self._keep(json.loads(line))
-            return
-        check_target(out)
-        out.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"grid": fingerprint}) + "\n")
+        for data in self.file.cells:
+            self._keep(data)
 
     def _keep(self, data: dict[str, Any]) -> None:
         cell = cell_from_data(data)
@@ -247,12 +242,11 @@ class Progressive:
 
     def finished(self) -> Comparison | None:
         """Return the result of an earlier run that came to its end, if there is one."""
-        results = self.path.with_name("results.json")
+        results = self.out / "results.json"
         try:
             return Comparison.from_data(json.loads(results.read_text()), results.parent)
         except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: made again from the cells
             return None
 
     def add(self, cells: dict[Key, Cell]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(asdict(cell)) + "\n" for cell in cells.values())
+        self.file.add([asdict(cell) for cell in cells.values()])

@@ -17,7 +17,7 @@ from ..data.task import load_task
 from ..progress import Progress, silent
 from ..recipe import RunOptions
 from .grid import Comparison, Grid
-from .grid_runner import GridRunner, Progressive, alike_together
+from .grid_runner import FinishedCells, GridRunner, alike_together
 from .grid_table import write_results
 
 
@@ -29,7 +29,7 @@ def compare(
     Cells that an earlier, broken-off run of the same grid has left in `out` are not computed again.
     """
     out = Path(out)
-    kept = Progressive(out, grid)
+    kept = FinishedCells(out, grid)
     if finished := kept.finished():
         return finished
     begin = time.monotonic()
@@ -38,7 +38,9 @@ def compare(
     task = dataclasses.replace(task, samples=tuple(by_size(task.samples)))
     model, _ = job.load_model()
     counts = tuple(job.count_of(budget) for budget in grid.budgets)
-    runner = GridRunner(grid, job, model, task, progress, tuple(dict.fromkeys(counts)))
+    runner = GridRunner(
+        grid=grid, job=job, model=model, task=task, progress=progress, counts=tuple(dict.fromkeys(counts))
+    )
     choices = runner.choose()
     cells = dict(kept.cells)
     todo = [key for key in runner.keys(choices) if key not in cells]
@@ -53,17 +55,17 @@ def compare(
         for count in runner.counts
     }
     done = Comparison(
-        out,
-        runner.original,
-        job.source.weights.num_parameters,
-        ordered,
-        seconds,
-        runner.naive_seconds(len(todo)),
-        best,
-        job.source.num_layers,
-        counts,
-        grid.drop_ratios,
-        runner.refused,
+        out=out,
+        original=runner.original,
+        parameters=job.source.weights.num_parameters,
+        cells=ordered,
+        seconds=seconds,
+        naive_seconds=runner.naive_seconds(len(todo)),
+        best=best,
+        num_layers=job.source.num_layers,
+        counts=counts,
+        ratios=grid.drop_ratios,
+        refused=runner.refused,
     )
     write_results(done)
     return done

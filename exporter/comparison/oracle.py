@@ -107,16 +107,18 @@ def _selections(
         scores = noise if number % 2 else attention + (noise if number else 0)
         rule = Rule("fastv", layers, drop_at)
         undecided = torch.zeros(len(scores), len(model.router_settings.candidates), device=scores.device)
-        yield replace(assemble(model, batch, budget, scores, undecided, rule), layers=start.layers)
+        yield replace(
+            assemble(model, batch, budget=budget, tokens=scores, layers=undecided, rule=rule), layers=start.layers
+        )
 
 
-def better(best: Route | None, lowest: Tensor, route: Route, found: Tensor) -> tuple[Route, Tensor]:
+def better(best: Route | None, lowest: Tensor, route: Route, divergence: Tensor) -> tuple[Route, Tensor]:
     """Row by row the route of the lower divergence, which ties leave as it is."""
     if best is None:
-        return route, found
-    wins = found < lowest
+        return route, divergence
+    wins = divergence < lowest
     keep = torch.where(wins.to(route.keep.device)[:, None], route.keep, best.keep)
-    return replace(best, keep=keep), torch.minimum(lowest, found)
+    return replace(best, keep=keep), torch.minimum(lowest, divergence)
 
 
 def swapped(route: Route, share: float, rows: Sequence[torch.Generator]) -> Route:

@@ -22,7 +22,7 @@ from ..progress import Progress, silent
 from ..recipe import RunOptions
 from ..routing.requests import BudgetRequest, router_settings
 from .routes import RouteComparison, RouteTables
-from .routes_runner import Finished, RoutesRunner
+from .routes_runner import FinishedRows, RoutesRunner
 from .routes_table import plot_routes, table_markdown
 
 
@@ -43,14 +43,20 @@ def compare_routes(
         if row.parsed().layers == "shortgpt" and tables.calibration is None:
             raise InputError(f"row '{row.name}': shortgpt measures layers on questions: add calibration: FILE.")
     task = load_task(tables.task.data, tables.task_samples, tables.seed, **tables.task.options)
-    kept = Finished(out, tables)
+    kept = FinishedRows(out, tables)
     runner = RoutesRunner.of(tables, task, options, progress)
     for row in tables.rows:
         if row.name not in kept.cells:
             kept.add(row.name, runner.fill(row))
     names = tuple(describe(BudgetRequest(budget).to_data()) for budget in tables.budgets)
     cells = tuple(cell for row in tables.rows for cell in kept.cells[row.name])
-    done = RouteComparison(out, Rate.of(runner.original.correct), names, tuple(row.name for row in tables.rows), cells)
+    done = RouteComparison(
+        out=out,
+        original=Rate.of(runner.original.correct),
+        columns=names,
+        rows=tuple(row.name for row in tables.rows),
+        cells=cells,
+    )
     (out / "results.json").write_text(json.dumps(done.to_data(), indent=2) + "\n")
     (out / "table.md").write_text(table_markdown(done))
     plot_routes(done, out / "accuracy.png")

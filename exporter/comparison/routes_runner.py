@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,11 +10,9 @@ from typing import Any
 import torch
 
 from ..checkpoints.source import open_source
-from ..checkpoints.staging import check_target
 from ..data.batches import Batch, make_batch, size_order
 from ..data.resumable import ResumableLines
 from ..data.task import Task, greedy_answers
-from ..errors import InputError
 from ..evaluation.judge import Judge, Reference
 from ..evaluation.loaded import Loaded, influence_of, load
 from ..evaluation.results import ModelResult
@@ -29,6 +25,7 @@ from ..routing.cost import few_prompts, flops_of
 from ..routing.folder import load_routed, routable
 from ..routing.requests import BudgetRequest
 from ..routing.rules import Rule, make_route
+from .cells_file import CellsFile
 from .oracle import images_seen_once, search
 from .routes import FEWEST, OUT_OF_REACH, RouteCell, RouteTables, Row
 
@@ -88,7 +85,7 @@ class RoutesRunner:
             first = self.tables.rows[0]
             model = self.model_of(first)
             self.targets = [self._share(model, self._plain(first, model, budget)) for budget in self.tables.budgets]
-        return [self.fitted(row, loaded, *of) for of in zip(self.tables.budgets, self.targets, strict=True)]
+        return [self.fitted(row, loaded, *pair) for pair in zip(self.tables.budgets, self.targets, strict=True)]
 
     def _plain(self, row: Row, loaded: Loaded, budget: Budget) -> BudgetRequest:
         """The column's counts, as far as the row uses them."""
@@ -101,10 +98,10 @@ class RoutesRunner:
         """Decoder FLOPs under a budget, whoever chooses, as a share of the unrouted model's."""
         rule = Rule("random", "random", ask.rule.drops_at(loaded.model.router_settings))
         prompts = loaded.prompts[:FIT_PROMPTS]
-        for one in (None, BudgetRequest(ask.budget, rule)):
-            key = one and (one.budget, rule.drop_at)
+        for request in (None, BudgetRequest(ask.budget, rule)):
+            key = request and (request.budget, rule.drop_at)
             if key not in self.shares:
-                self.shares[key] = flops_of(loaded.model, prompts, one).decoder
+                self.shares[key] = flops_of(loaded.model, prompts, request).decoder
         return self.shares[ask.budget, rule.drop_at] / self.shares[None]
 
     def fitted(self, row: Row, loaded: Loaded, column: Budget, target: float) -> BudgetRequest | None:
@@ -119,7 +116,7 @@ class RoutesRunner:
             settings = loaded.model.router_settings
             least = loaded.model.num_layers - len(settings.candidates)
             tried = [replace(ask, budget=Budget(None, count)) for count in range(least, loaded.model.num_layers)]
-            ask = min(tried, key=lambda one: abs(self._share(loaded, one) - target))
+            ask = min(tried, key=lambda candidate: abs(self._share(loaded, candidate) - target))
         else:
             ask = self._fewer_tokens(loaded, rule, layers, target)
         return ask if abs(self._share(loaded, ask) - target) <= OUT_OF_REACH else None
@@ -169,17 +166,17 @@ class RoutesRunner:
         with images_seen_once(loaded.model):
             route = self._searched(loaded, batch, indices) if row.searches else self._route(loaded, batch)
             compared = self.reference.compare(loaded, batch, indices, route)
-        departs = [place for place, one in enumerate(compared) if one["same"] < one["tokens"]]
+        departs = [place for place, result in enumerate(compared) if result["same"] < result["tokens"]]
         right = [self.original.correct[i] for i in indices]
         if departs:
             samples = [batch.samples[place] for place in departs]
             few = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
-            own = last_columns(route.select(torch.tensor(departs)), few.is_visual.shape[1])
-            said = greedy_answers(loaded.model, few, self.task.longest(loaded.processor), own)
+            route_of_few = last_columns(route.select(torch.tensor(departs)), few.is_visual.shape[1])
+            said = greedy_answers(loaded.model, few, self.task.longest(loaded.processor), route_of_few)
             texts = loaded.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
             for place, text, sample in zip(departs, texts, samples, strict=True):
                 right[place] = is_right(text, sample.answers, sample.choices)
-        return iter([one | {"correct": correct} for one, correct in zip(compared, right, strict=True)])
+        return iter([result | {"correct": correct} for result, correct in zip(compared, right, strict=True)])
 
     def _route(self, loaded: Loaded, batch: Batch) -> Route:
         assert loaded.ask is not None
@@ -190,30 +187,38 @@ class RoutesRunner:
         assert loaded.ask is not None
 
         def divergence(route: Route) -> torch.Tensor:
-            return torch.tensor([one["kl"] for one in self.reference.compare(loaded, batch, indices, route)])
+            return torch.tensor([result["kl"] for result in self.reference.compare(loaded, batch, indices, route)])
 
         rule = loaded.ask.rule
         return search(
-            loaded.model, batch, loaded.ask.budget, divergence, self.tables.oracle, layers=rule.layers,
-            drop_at=rule.drops_at(loaded.model.router_settings), seed=loaded.seed, influence=loaded.influence,
-        )  # fmt: skip
+            loaded.model,
+            batch,
+            budget=loaded.ask.budget,
+            divergence=divergence,
+            effort=self.tables.oracle,
+            layers=rule.layers,
+            drop_at=rule.drops_at(loaded.model.router_settings),
+            seed=loaded.seed,
+            influence=loaded.influence,
+        )
 
-    def _cell(self, row: Row, column: int, loaded: Loaded, found: dict[int, dict[str, Any]]) -> RouteCell:
+    def _cell(self, row: Row, column: int, loaded: Loaded, results: dict[int, dict[str, Any]]) -> RouteCell:
         assert loaded.ask is not None
-        rate = Rate.of(found[i]["correct"] for i in range(len(found)))
+        rate = Rate.of(results[i]["correct"] for i in range(len(results)))
         types: dict[str, list[bool]] = {}
         for i, sample in enumerate(self.task.samples):
-            types.setdefault(sample.type or "all", []).append(found[i]["correct"])
-        tokens = max(1, sum(one["tokens"] for one in found.values()))
+            types.setdefault(sample.type or "all", []).append(results[i]["correct"])
+        tokens = max(1, sum(result["tokens"] for result in results.values()))
         total, decoder = loaded.flops_shares()
         assert total is not None and decoder is not None
         data = loaded.ask.to_data() | {"rule": row.rule}
         return RouteCell(
-            row.name, column, data, rate.n, rate.accuracy, rate.interval,
-            rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
-            {name: sum(right) / len(right) for name, right in sorted(types.items())},
-            sum(one["kl"] for one in found.values()) / tokens, sum(one["same"] for one in found.values()) / tokens,
-            total, decoder, str(self.tables.oracle) if row.searches else None,
+            row=row.name, column=column, budget=data, n=rate.n, accuracy=rate.accuracy, interval=rate.interval,
+            kept=rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
+            by_type={name: sum(right) / len(right) for name, right in sorted(types.items())},
+            kl=sum(result["kl"] for result in results.values()) / tokens,
+            agreement=sum(result["same"] for result in results.values()) / tokens,
+            flops_share=total, decoder_flops_share=decoder, searched=str(self.tables.oracle) if row.searches else None,
         )  # fmt: skip
 
 
@@ -223,25 +228,16 @@ def last_columns(route: Route, length: int) -> Route:
     return replace(route, **{name: part if part is None else part[:, -length:] for name, part in cut.items()})
 
 
-class Finished:
-    """Rows on disk as they are done, so that a broken-off run goes on."""
+class FinishedRows:
+    """Rows of the tables on disk as they are done."""
 
     def __init__(self, out: Path, tables: RouteTables) -> None:
-        self.path, self.cells = out / "rows.jsonl", dict[str, list[RouteCell]]()
-        fingerprint = hashlib.sha256(json.dumps(asdict(tables), sort_keys=True).encode()).hexdigest()
-        if self.path.exists():
-            first, *lines = self.path.read_text().splitlines()
-            if json.loads(first).get("tables") != fingerprint:
-                raise InputError(f"{out} holds another comparison: name another folder, or remove it.")
-            for line in lines:
-                row = json.loads(line)
-                self.cells[row["row"]] = [RouteCell(**c | {"interval": tuple(c["interval"])}) for c in row["cells"]]
-            return
-        check_target(out)
-        out.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"tables": fingerprint}) + "\n")
+        self.file = CellsFile(out / "rows.jsonl", asdict(tables) | {"task": tables.task.to_data()})
+        self.cells = {
+            row["row"]: [RouteCell(**cell | {"interval": tuple(cell["interval"])}) for cell in row["cells"]]
+            for row in self.file.cells
+        }
 
     def add(self, name: str, cells: list[RouteCell]) -> None:
         self.cells[name] = cells
-        with self.path.open("a") as file:
-            file.write(json.dumps({"row": name, "cells": [asdict(cell) for cell in cells]}) + "\n")
+        self.file.add([{"row": name, "cells": [asdict(cell) for cell in cells]}])

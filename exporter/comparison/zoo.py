@@ -143,7 +143,19 @@ def rows(done: dict[str, Comparison]) -> list[ZooRow]:
         worst = min(kept, key=lambda name: kept[name])
         mean = sum(kept.values()) / len(kept)
         rank = sum(places) / len(places)
-        found.append(ZooRow(localizer, fold, share, len(kept), mean, kept[worst], worst, rank, max(gaps)))
+        found.append(
+            ZooRow(
+                localizer=localizer,
+                fold=fold,
+                drop_share=share,
+                models=len(kept),
+                mean=mean,
+                worst=kept[worst],
+                worst_model=worst,
+                rank=rank,
+                below_best=max(gaps),
+            )
+        )
     return sorted(found, key=lambda row: (row.drop_share, -row.worst, -row.mean))
 
 

@@ -55,17 +55,17 @@ def estimate(job: CompressionJob) -> Estimate:
         + _streams(job, tokens) * width * job.dtype.itemsize
     )
     return Estimate(
-        len(per_layer),
-        job.count,
-        weights.num_parameters,
-        weights.num_parameters - gone,
-        weights.num_bytes,
-        weights.num_bytes - gone_bytes,
-        kv_bytes_per_token(job.source.config, job.dtype),
-        tokens,
-        passes,
-        seconds,
-        memory,
+        layers=len(per_layer),
+        drop=job.count,
+        parameters=weights.num_parameters,
+        parameters_after=weights.num_parameters - gone,
+        bytes=weights.num_bytes,
+        bytes_after=weights.num_bytes - gone_bytes,
+        kv_bytes_per_token=kv_bytes_per_token(job.source.config, job.dtype),
+        tokens=tokens,
+        forward_passes=passes,
+        seconds=seconds,
+        memory_bytes=memory,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.source import Source, open_source
 from ..clean_room import load_processor
 from ..data.batches import check_prompt
-from ..data.calibration import Calibration, load_calibration
+from ..data.calibration import Calibration, questions_of
 from ..errors import InputError
 from ..families import protected_layers
 from ..methods import FOLDS, LOCALIZERS
@@ -41,13 +41,13 @@ class CompressionJob:
     def questions(self, model: Any) -> Questions:
         """The calibration questions, to be answered by the model when they are first read."""
         return Questions(
-            model,
-            self.processor,
-            self.calibration.samples,
-            self.options.batch_size,
-            self.recipe.seed,
-            self.progress,
-            self.recipe.calibration.answer_tokens,
+            model=model,
+            processor=self.processor,
+            samples=self.calibration.samples,
+            batch_size=self.options.batch_size,
+            seed=self.recipe.seed,
+            progress=self.progress,
+            answer_tokens=self.recipe.calibration.answer_tokens,
         )
 
     @property
@@ -88,7 +88,16 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     processor = load_processor(source.folder)
     check_prompt(calibration.samples, processor, source.config)
     return CompressionJob(
-        recipe, options, source, calibration, processor, device, dtype, tuple(protect), count, progress
+        recipe=recipe,
+        options=options,
+        source=source,
+        calibration=calibration,
+        processor=processor,
+        device=device,
+        dtype=dtype,
+        protect=tuple(protect),
+        count=count,
+        progress=progress,
     )
 
 
@@ -98,15 +107,5 @@ def layers_to_go(budget: LayerBudget, source: Source, protect: Collection[int]) 
 
 
 def load_for(recipe: Recipe) -> Calibration:
-    """The recipe's calibration questions."""
-    data = recipe.calibration
-    return load_calibration(
-        data.data,
-        samples=data.samples,
-        seed=recipe.seed,
-        columns=data.columns,
-        split=data.split,
-        prompt=data.prompt,
-        config=data.config,
-        allow_urls=data.allow_urls,
-    )
+    """Load the recipe's calibration questions."""
+    return questions_of(recipe.calibration, recipe.seed)

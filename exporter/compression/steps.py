@@ -25,9 +25,19 @@ def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScor
     """The layers to drop, by the recipe's localizer or as the recipe names them."""
     if job.recipe.budget.layers is not None:
         return explicit(job.source.num_layers, job.recipe.budget.layers)
-    folded = FoldedSets(model, HeldOut(model, questions), reader(job.source), job.source.decoder, job.multiplier)
+    folded = FoldedSets(
+        model=model,
+        held_out=HeldOut(model, questions),
+        read=reader(job.source),
+        decoder=job.source.decoder,
+        multiplier=job.multiplier,
+    )
     measured_from = LocalizeJob(
-        model, job.source.num_layers, questions, job.recipe.seed, None if questions.split.too_few else folded
+        model=model,
+        num_layers=job.source.num_layers,
+        questions=questions,
+        seed=job.recipe.seed,
+        folded=None if questions.split.too_few else folded,
     )
     return run_localizer(job.recipe.localizer, measured_from, job.count, job.protect)
 
@@ -37,10 +47,10 @@ def fold_gaps(
 ) -> tuple[Folded, dict[str, Any]]:
     """New weights for the layers that stay, and what the record says of them."""
     method = job.fold
-    made = fold_job(job, model, questions, plan)
-    folded = resolve(FOLDS[method.name].run)(made, **method.options) if plan.drop else {}
+    fold_inputs = fold_job(job, model, questions, plan)
+    folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options) if plan.drop else {}
     tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
-    told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **made.report}
+    told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **fold_inputs.report}
     return folded, {**told, "tensors": tensors}
 
 
@@ -53,14 +63,14 @@ def fold_job(
         memo: where gaps are kept that several folds of one model share.
     """
     return FoldJob(
-        model,
-        functools.partial(questions.batches, f"fold ({job.fold.name})"),
-        plan,
-        reader(job.source),
-        job.source.decoder,
-        job.multiplier,
-        {} if memo is None else memo,
-        HeldOut(model, questions),
+        model=model,
+        batches=functools.partial(questions.batches, f"fold ({job.fold.name})"),
+        plan=plan,
+        read=reader(job.source),
+        decoder=job.source.decoder,
+        multiplier=job.multiplier,
+        memo={} if memo is None else memo,
+        held_out=HeldOut(model, questions),
         half_of=questions.half_of,
     )
 
@@ -89,6 +99,6 @@ def write_with_progress(
             next(ticks, None)
         done += count
 
-    write_checkpoint(source, plan, folded, stage, advance)
+    write_checkpoint(source, plan, folded=folded, folder=stage, advance=advance)
     for _ in ticks:
         pass

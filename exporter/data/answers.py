@@ -92,9 +92,9 @@ def _choice(item: Any, origin: str) -> str:
 
 def _without_letters(texts: list[str]) -> list[str]:
     """'A. red', 'B. blue' without what is counted anyway."""
-    found = [LABELLED.match(text) for text in texts]
-    if all(match and match[1].lower() == letter for match, letter in zip(found, LETTERS, strict=False)):
-        return [match[2] for match in found if match]
+    matches = [LABELLED.match(text) for text in texts]
+    if all(match and match[1].lower() == letter for match, letter in zip(matches, LETTERS, strict=False)):
+        return [match[2] for match in matches if match]
     return texts
 
 
@@ -114,7 +114,9 @@ def answers_among(answers: tuple[str, ...], given: Any, choices: Mapping[str, st
     for answer in answers:
         key = _key_of(answer, choices)
         if key is not None:  # a key that is no letter in order is what a model will say
-            meant += [choices[key]] + [key] * (list(choices).index(key) != LETTERS.find(key.lower()))
+            meant.append(choices[key])
+            if list(choices).index(key) != LETTERS.find(key.lower()):
+                meant.append(key)
     if not meant:
         shown = given if isinstance(given, str | int | float) else answers[0]
         hint = f" Indices are counted from 0, to {len(choices) - 1}." if isinstance(given, int) else ""

@@ -29,7 +29,13 @@ class Batch:
     def to(self, device: Any) -> Batch:
         moved = {name: value.to(device) for name, value in self.inputs.items()}
         is_answer = None if self.is_answer is None else self.is_answer.to(device)
-        return Batch(moved, self.is_visual.to(device), self.is_text.to(device), self.samples, is_answer)
+        return Batch(
+            inputs=moved,
+            is_visual=self.is_visual.to(device),
+            is_text=self.is_text.to(device),
+            samples=self.samples,
+            is_answer=is_answer,
+        )
 
 
 def size_order(samples: Sequence[Sample]) -> list[int]:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..recipe import CalibrationData
 from .images import open_bytes, short
 from .records import read_records
-from .samples import Sample, TextOnly, sample_from
+from .samples import Sample, TextOnlyError, sample_from
 from .tables import is_saved, open_table
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ def load_calibration(
         spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls, left_out=left_out
     )
     chosen = _drawn(found, samples, seed, left_out)
-    if not chosen:
-        raise InputError(f"{short(spec)}: none of its questions has an image ('image' or 'images', or in 'messages').")
+    if left_out and not chosen:
+        raise InputError(f"{left_out[0].removesuffix('.')}; of {len(left_out)} questions none has one.")
     if left_out:
         logger.warning(
             "%s: questions without an image are left out (%d); %d are read", short(spec), len(left_out), len(chosen)
@@ -111,11 +112,25 @@ def _drawn(found: Sequence[Sample], samples: int | None, seed: int, left_out: li
             break
         try:
             chosen[index] = found[index]
-        except TextOnly as error:
+        except TextOnlyError as error:
             if left_out is None:
                 raise
             left_out.append(str(error))
     return [chosen[index] for index in sorted(chosen)]
+
+
+def questions_of(data: CalibrationData, seed: int) -> Calibration:
+    """Load the questions that a recipe names."""
+    return load_calibration(
+        data.data,
+        samples=data.samples,
+        seed=seed,
+        columns=data.columns,
+        split=data.split,
+        prompt=data.prompt,
+        config=data.config,
+        allow_urls=data.allow_urls,
+    )
 
 
 def read_samples(
@@ -133,10 +148,12 @@ def read_samples(
     Args:
         left_out: takes what is said of the lines of a file that have no image; None: such a line is an error.
     """
+    if spec == DATASETS_PREFIX:
+        raise InputError(f"{spec} names no data set: {DATASETS_PREFIX}USER/NAME.")
     if spec.startswith(DATASETS_PREFIX):
         return open_table(spec.removeprefix(DATASETS_PREFIX), columns or {}, split, config, allow_urls=allow_urls)
     path = Path(spec).expanduser()
-    if not os.path.exists(path):
+    if not spec or "\0" in spec or not os.path.exists(path):
         raise InputError(f"there is no file or folder '{short(spec)}' to read questions from.")
     if path.suffix.lower() == ".parquet" or (path.is_dir() and is_saved(path)):
         return open_table(str(path), columns or {}, split, config, allow_urls=allow_urls)
@@ -151,7 +168,7 @@ def _from_file(path: Path, allow_urls: bool, left_out: list[str] | None) -> list
     for origin, record in read_records(path):
         try:
             found.append(sample_from(record, origin, path.parent, allow_urls=allow_urls))
-        except TextOnly as error:
+        except TextOnlyError as error:
             if left_out is None:
                 raise
             left_out.append(str(error))

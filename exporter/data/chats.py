@@ -116,8 +116,10 @@ def _placed(text: str) -> list[Turn]:
         return [{"type": "text", "text": text}]
     parts: list[Turn] = []
     for number, piece in enumerate(PLACE.split(text)):
-        parts += [{"type": "image"}] * (number > 0)
-        parts += [{"type": "text", "text": piece}] * bool(piece)
+        if number > 0:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
     return parts
 
 
@@ -126,7 +128,9 @@ def check_text(text: str, origin: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{origin}: the text holds half a character ({error.reason} at {error.start}).") from error
+        raise InputError(
+            f"{origin}: the text holds an incomplete character ({error.reason} at {error.start})."
+        ) from error
 
 
 def text_of(turn: Turn) -> str:

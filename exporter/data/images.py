@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import functools
 import io
 import os
 import re
@@ -18,7 +20,6 @@ import stat
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ KINDS = {
 }
 WHITE = (255, 255, 255)  # what stands behind transparent pixels
 SIXTEEN_BIT = 65535
+PROGRAMS = ("EPS", "IPTC")  # Pillow hands the first to Ghostscript; the second may hold the first
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,9 @@ def _from_address(text: str, scheme: str, origin: str, allow_urls: bool) -> Path
     if scheme == "file":
         address = urllib.parse.urlsplit(text)
         if address.netloc not in ("", "localhost"):
-            raise InputError(f"{origin}: {short(text)} names another machine: file:///PATH is a file here.")
+            raise InputError(
+                f"{origin}: {short(text)} names another machine: write file:///PATH for a file on this one."
+            )
         return Path(urllib.parse.unquote(address.path))
     if scheme not in ("http", "https"):
         raise InputError(f"{origin}: {scheme}:// addresses are not read ({short(text)}): download the image.")
@@ -146,7 +151,7 @@ def _looks_like_an_image(content: bytes) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            Image.open(io.BytesIO(content)).close()
+            Image.open(io.BytesIO(content), formats=readable_formats()).close()
         except Exception:
             return False
     return True
@@ -158,7 +163,7 @@ def _encoded(name: str, content: bytes) -> Encoded:
 
 def short(text: str) -> str:
     """Shorten what a user wrote, for a message of one line."""
-    text = " ".join(text.split())
+    text = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
 
 
@@ -197,47 +202,78 @@ def image_pixels(image: Any) -> int:
         return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
     """A PIL file; whatever goes wrong with it until the end of the block is an InputError."""
     from PIL import Image
 
     name = short(str(image) if isinstance(image, Path) else image.name)
     size = _regular_size(image, name, origin) if isinstance(image, Path) else None
+    content: Any = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged EXIF, of sizes: what matters is raised
         try:
             content = image if isinstance(image, Path) else io.BytesIO(image.read())
             size = content.getbuffer().nbytes if isinstance(content, io.BytesIO) else size
-            with Image.open(content) as file:
+            with Image.open(content, formats=readable_formats()) as file:
                 yield file
         except InputError as error:
             raise InputError(f"{origin}: {error}") from error
         except Image.DecompressionBombError as error:
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
             raise InputError(
-                f"{origin}: {name} is larger than {limit:.0f} megapixels, the most that Pillow opens. Make it smaller."
+                f"{_at(origin, name)} is larger than {limit:.0f} megapixels, the most that Pillow opens. Make it "
+                "smaller."
             ) from error
         except Exception as error:  # Pillow's readers raise what they like on damaged files, SyntaxError among them
+            if _begin_of(content).startswith(POSTSCRIPT):
+                raise InputError(
+                    f"{_at(origin, name)} is PostScript (EPS): to see it, a program in it would have to be run. "
+                    "Convert it to PNG."
+                ) from error
             raise InputError(
-                f"{origin}: {name} can't be read as an image ({size} bytes). Replace it or take the line out."
+                f"{_at(origin, name)} can't be read as an image ({size} bytes). Replace it or take the line out."
             ) from error
+
+
+@functools.cache
+def readable_formats() -> list[str]:
+    """What Pillow reads by itself, formats of plug-ins included, without those that start a program."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in Image.ID if name not in PROGRAMS]
+
+
+def _begin_of(content: Any) -> bytes:
+    """The first bytes of a file that Pillow could not open; none where it could not even be read."""
+    if isinstance(content, io.BytesIO):
+        return content.getvalue()[:16]
+    with contextlib.suppress(OSError, AttributeError), content.open("rb") as file:
+        begin: bytes = file.read(16)
+        return begin
+    return b""
+
+
+def _at(origin: str, name: str, before: str = "") -> str:
+    """Name the image and where it was asked for; an image of a folder is both."""
+    return f"{before}{name}" if short(origin) == name else f"{origin}: {before}{name}"
 
 
 def _regular_size(path: Path, name: str, origin: str) -> int:
     """The size of a file. Raises InputError for what is none: opening a named pipe would wait for ever."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError) as error:  # no such file, a name too long, a NUL in it
         if isinstance(error, PermissionError):
-            raise InputError(f"{origin}: {name} may not be read (permission denied).") from error
-        raise InputError(f"{origin}: there is no image {name}.") from error
+            raise InputError(f"{_at(origin, name)} may not be read (permission denied).") from error
+        raise InputError(f"{_at(origin, name, 'there is no image ')}.") from error
     for is_kind, kind in KINDS.items():
-        if is_kind(found.st_mode):
-            raise InputError(f"{origin}: {name} is {kind}, not an image file.")
+        if is_kind(status.st_mode):
+            raise InputError(f"{_at(origin, name)} is {kind}, not an image file.")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{origin}: {name} may not be read (permission denied).")
-    return found.st_size
+        raise InputError(f"{_at(origin, name)} may not be read (permission denied).")
+    return status.st_size
 
 
 def _is_there(path: Path) -> bool:

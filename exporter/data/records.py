@@ -45,7 +45,7 @@ def read_text(path: Path) -> str:
             raise InputError(f"{path} is {name} text: save it as UTF-8.")
     for mark, name in PACKED.items():
         if content.startswith(mark):
-            raise InputError(f"{path} is packed by {name}: unpack it first.")
+            raise InputError(f"{path} is compressed by {name}: decompress it first.")
     if content[:8].count(0) > 2 and b"{" in content[:8]:
         raise InputError(f"{path} is UTF-16 text: save it as UTF-8.")
     try:
@@ -85,10 +85,10 @@ def _whole_object(text: str) -> Record | None:
     if text.strip().count("\n") == 0 or _reads(text.strip().split("\n", 1)[0]):
         return None
     try:
-        found = json.loads(text)
+        data = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return data if isinstance(data, dict) else None
 
 
 def _reads(line: str) -> bool:
@@ -126,11 +126,11 @@ def parse(text: str, head: str, tail: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Record:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' stands there twice")
-    return made
+        raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' is given twice")
+    return entries
 
 
 def _no_constant(name: str) -> Any:

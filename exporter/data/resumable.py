@@ -61,6 +61,11 @@ class ResumableLines:
         if rest:
             os.truncate(path, len(content) - len(rest))
 
+    @property
+    def runs(self) -> set[str]:
+        """The fingerprints of the runs that there are rows of."""
+        return set(self._known)
+
     def rows(self, fingerprint: str) -> dict[int, Row]:
         """Return what is known of a run, by number."""
         return dict(self._known.get(fingerprint, {}))

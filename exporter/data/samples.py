@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TURN_KEYS = ("messages", "conversations", "conversation")
 
 
-class TextOnly(InputError):  # noqa: N818 - found, and no fault
+class TextOnlyError(InputError):
     """A question without an image: there is nothing wrong with it, but it says nothing of how a picture is seen."""
 
 
@@ -60,7 +60,7 @@ class Sample:
 
 
 def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_urls: bool = False) -> Sample:
-    """Read one record; unknown keys are ignored. Raises InputError, TextOnly for a record that names no image.
+    """Read one record; unknown keys are ignored. Raises InputError, TextOnlyError for a record that names no image.
 
     Args:
         folder: what paths of images are relative to.
@@ -68,7 +68,7 @@ def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_u
     turns, inline = _turns(record, origin)
     images = _images(record, inline, origin)
     if not images:
-        raise TextOnly(f"{origin}: a question without an image ('image' or 'images' is missing).")
+        raise TextOnlyError(f"{origin}: a question without an image ('image' or 'images' is missing).")
     given = record.get("answer")
     given = record.get("answers") if given is None else given
     answers = read_answers(given, origin)
@@ -79,12 +79,12 @@ def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_u
             raise InputError(f"{origin}: the conversation asks nothing before its answer.")
     choices = read_choices(record.get("choices", record.get("options")), origin)
     return Sample(
-        origin,
-        tuple(image_from(image, folder, origin, allow_urls=allow_urls) for image in images),
-        tuple(turns),
-        answers_among(answers, given, choices, origin),
-        read_type(record.get("type")),
-        tuple(choices.values()),
+        origin=origin,
+        images=tuple(image_from(image, folder, origin, allow_urls=allow_urls) for image in images),
+        messages=tuple(turns),
+        answers=answers_among(answers, given, choices, origin),
+        type=read_type(record.get("type")),
+        choices=tuple(choices.values()),
     )
 
 
@@ -124,4 +124,4 @@ def _images(record: Mapping[str, Any], inline: list[Any], origin: str) -> list[A
     return [next(rest) if image is None else image for image in inline]
 
 
-__all__ = ["IMAGE_MARK", "Sample", "TextOnly", "sample_from"]
+__all__ = ["IMAGE_MARK", "Sample", "TextOnlyError", "sample_from"]

@@ -104,8 +104,8 @@ class TableSamples(Sequence[Sample]):
 
         def read() -> bytes:
             cell = self._cell(index, column)
-            one = cell[number] if isinstance(cell, list) else cell
-            content: bytes = one["bytes"] if isinstance(one, Mapping) else one
+            value = cell[number] if isinstance(cell, list) else cell
+            content: bytes = value["bytes"] if isinstance(value, Mapping) else value
             return content
 
         return Encoded(f"the image in column '{column}'", read)

@@ -86,7 +86,13 @@ def evaluate(
             results.append(judge.run(kept, progress))
         if update_cards and (budget := tightest(asks, results[-len(asks) :])):
             with results_first(loaded.source.folder):
-                show_routes(loaded.source.folder, loaded.model, loaded.processor, questions.samples, budget)
+                show_routes(
+                    loaded.source.folder,
+                    loaded.model,
+                    processor=loaded.processor,
+                    samples=questions.samples,
+                    budget=budget,
+                )
         del loaded, judge
     pairs = [
         PairedTest(a.label, b.label, *mcnemar(a.correct, b.correct))
@@ -94,11 +100,11 @@ def evaluate(
         for b in results[i + 1 :]
     ]
     done = Evaluation(
-        Path(str(task)).name,
-        questions.fingerprint,
-        tuple(results),
-        None if reference is None else str(reference),
-        tuple(pairs),
+        task=Path(str(task)).name,
+        fingerprint=questions.fingerprint,
+        models=tuple(results),
+        reference=None if reference is None else str(reference),
+        pairs=tuple(pairs),
     )
     if update_cards:
         for path in paths:

@@ -50,22 +50,22 @@ class Reference:
         return cls(loaded.processor.tokenizer.get_vocab(), weight, bias)
 
     def add(self, loaded: Loaded, batch: Batch, answers: Tensor, indices: Sequence[int]) -> None:
-        one = with_answers(loaded.model, batch, answers)
-        lengths = one.predicts.sum(1).tolist()
-        states = torch.split(loaded.answer_states(one), lengths)
-        for index, tokens, state in zip(indices, torch.split(one.targets, lengths), states, strict=True):
+        answered_batch = with_answers(loaded.model, batch, answers)
+        lengths = answered_batch.predicts.sum(1).tolist()
+        states = torch.split(loaded.answer_states(answered_batch), lengths)
+        for index, tokens, state in zip(indices, torch.split(answered_batch.targets, lengths), states, strict=True):
             self.answers[index], self.states[index] = tokens.cpu(), state.float().cpu()
 
     def compare(self, loaded: Loaded, batch: Batch, indices: Sequence[int], route: Route | None = None) -> list[Row]:
         """For each sample: summed KL(reference || model), answer tokens that both rank first, answer tokens."""
-        said = [self.answers[i] for i in indices]
-        lengths = [len(tokens) for tokens in said]
-        padded = torch.nn.utils.rnn.pad_sequence(said, batch_first=True).to(batch.is_visual.device)  # [B, A]
+        answers = [self.answers[i] for i in indices]
+        lengths = [len(tokens) for tokens in answers]
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True).to(batch.is_visual.device)  # [B, A]
         real = torch.arange(padded.shape[1])[None] < torch.tensor(lengths)[:, None]
-        one = with_answers(loaded.model, batch, padded, real.to(padded.device))
-        own = loaded.answer_logits(one, route).float().cpu().log_softmax(-1)
+        answered_batch = with_answers(loaded.model, batch, padded, real.to(padded.device))
+        all_log_q = loaded.answer_logits(answered_batch, route).float().cpu().log_softmax(-1)
         rows = []
-        for index, log_q in zip(indices, torch.split(own, lengths), strict=True):
+        for index, log_q in zip(indices, torch.split(all_log_q, lengths), strict=True):
             log_p = F.linear(self.states[index], self.head, self.bias).log_softmax(-1)  # [A, vocabulary]
             kl = float((log_p.exp() * (log_p - log_q)).sum())
             same = int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
@@ -114,10 +114,10 @@ class Judge:
         batch = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
         route = loaded.route(batch)
         answers = greedy_answers(loaded.model, batch, self.max_new_tokens, route)
-        said = loaded.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = loaded.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         rows = [
             {"answer": text.strip(), "correct": is_right(text, sample.answers, sample.choices)}
-            for text, sample in zip(said, samples, strict=True)
+            for text, sample in zip(texts, samples, strict=True)
         ]
         if self.remember is not None:
             self.remember.add(loaded, batch, answers, indices)

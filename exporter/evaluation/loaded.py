@@ -50,28 +50,30 @@ class Loaded:
             return None
         return make_route(self.model, batch, self.ask.budget, self.ask.rule, seed=self.seed, influence=self.influence)
 
-    def answer_logits(self, one: AnsweredBatch, route: Route | None) -> Tensor:
+    def answer_logits(self, answered_batch: AnsweredBatch, route: Route | None) -> Tensor:
         """At the positions that predict answer tokens, [N, vocabulary]; `route` is that of the questions."""
         with torch.inference_mode():
             if route is None:
-                logits: Tensor = self.model.get_output_embeddings()(self.answer_states(one))
+                logits: Tensor = self.model.get_output_embeddings()(self.answer_states(answered_batch))
                 return logits
-            last = one.predicts.shape[1] - route.keep.shape[1] + 1  # the prompt's last token and the answer
-            made = self.model(**one.batch.inputs, route=route, use_cache=False, logits_to_keep=last)
-            routed_logits: Tensor = made.logits[one.predicts[:, -last:]]
+            last = answered_batch.predicts.shape[1] - route.keep.shape[1] + 1  # the prompt's last token and the answer
+            output = self.model(**answered_batch.batch.inputs, route=route, use_cache=False, logits_to_keep=last)
+            routed_logits: Tensor = output.logits[answered_batch.predicts[:, -last:]]
             return routed_logits
 
     def flops_shares(self) -> tuple[float, float] | tuple[None, None]:
         """FLOPs of prompts as shares of those of the unrouted model: all of it, its decoder."""
         if self.ask is None:
             return None, None
-        own = flops_of(self.model, self.prompts, self.ask, seed=self.seed, influence=self.influence)
-        return own.total / self.unrouted.total, own.decoder / self.unrouted.decoder
+        flops = flops_of(self.model, self.prompts, self.ask, seed=self.seed, influence=self.influence)
+        return flops.total / self.unrouted.total, flops.decoder / self.unrouted.decoder
 
-    def answer_states(self, one: AnsweredBatch) -> Tensor:
+    def answer_states(self, answered_batch: AnsweredBatch) -> Tensor:
         """Last hidden states at the positions that predict answer tokens, [N, D]."""
         with torch.inference_mode():
-            states: Tensor = self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]
+            states: Tensor = self.model.base_model(**answered_batch.batch.inputs, use_cache=False).last_hidden_state[
+                answered_batch.predicts
+            ]
             return states
 
 

@@ -59,7 +59,7 @@ def record_evaluation(folder: Path, done: Evaluation) -> bool:
         return False
     from ..cards.model_card import card, model_name
 
-    record = read_record(folder)
+    record = read_record(folder).to_data()
     base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
     head = {"task": done.task, "fingerprint": done.fingerprint}
     name = None if done.reference is None else model_name(done.reference)

@@ -35,11 +35,11 @@ class HeldOut:
         pictures = tuple(self.questions.split.pictures[i] for i in self.questions.indices("held_out", number))
         return [
             Divergence(
-                tuple(one.kl_of),
-                tuple(one.tokens_of),
-                pictures,
-                tuple(one.follows),
-                one.state_error / max(1, one.states),
+                kl=tuple(agreement.kl_of),
+                tokens=tuple(agreement.tokens_of),
+                pictures=pictures,
+                follows=tuple(agreement.follows),
+                state_error=agreement.state_error / max(1, agreement.states),
             )
-            for one in agreements
+            for agreement in agreements
         ]

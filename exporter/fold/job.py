@@ -68,7 +68,7 @@ class FoldJob:
     @property
     def gaps(self) -> dict[int, tuple[int, ...]]:
         """The kept layer before each run of dropped ones, and the run. A run that begins at layer 0 has none."""
-        return {run[0] - 1: run for run in self.plan.runs if run[0] > 0}
+        return {run[0] - 1: run for run in self.plan.gaps if run[0] > 0}
 
     def trace(self, number: int, batch: Batch) -> Trace:
         """What the layers are given for the batch of that number, with what is kept of it if anything is."""
@@ -169,7 +169,7 @@ def _gaps_of(
     mlps: dict[int, Tensor] = {}
     entered: dict[int, Tensor] = {}
     added: dict[int, list[Tensor]] = {kept: [] for kept in wanted}
-    found: dict[int, Gap] = {}
+    gaps: dict[int, Gap] = {}
     with contextlib.ExitStack() as taps:
         for before_gap in wanted:
             module = layers[before_gap].get_submodule(job.decoder.down_proj)
@@ -187,7 +187,7 @@ def _gaps_of(
             if each or is_last:
                 added[kept].append(after - entered[kept])
             if is_last:
-                found[kept] = Gap(mlps.pop(kept), tuple(added.pop(kept)), means)
-                if len(found) == len(wanted):
+                gaps[kept] = Gap(mlps.pop(kept), tuple(added.pop(kept)), means)
+                if len(gaps) == len(wanted):
                     break
-    return found
+    return gaps

@@ -137,7 +137,14 @@ def _stream(job: FoldJob, number: int, batch: Batch, first: int, fit: Fit) -> St
     """A batch at the input of the first layer that changes."""
     given = job.trace(number, batch)
     half = torch.tensor([job.half_of(sample) for sample in batch.samples], device=job.model.device)
-    stream = Stream(number, given, token_weights(batch, fit), half, given.entry, given.entry)
+    stream = Stream(
+        number=number,
+        given=given,
+        weights=token_weights(batch, fit),
+        half=half,
+        original=given.entry,
+        smaller=given.entry,
+    )
     stream.original = stream.smaller = _run(job, stream, given.entry, 0, first)
     return stream
 
@@ -227,7 +234,8 @@ def _refit_gain(
         gain = gain_of(module, streams[0].smaller)
         weight: Tensor = module.weight.detach()
     change = sums.change(ridge if isinstance(ridge, float) else RIDGES[-1])
-    return (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
+    solved: Tensor = (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
+    return solved
 
 
 def _regression(

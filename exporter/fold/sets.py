@@ -48,12 +48,12 @@ class FoldedSets:
         for drop in sets:
             plan = make_plan(len(text_decoder(self.model).layers), drop)
             job = FoldJob(
-                self.model,
-                lambda share=1.0: batches,
-                plan,
-                self.read,
-                self.decoder,
-                self.multiplier,
+                model=self.model,
+                batches=lambda share=1.0: batches,
+                plan=plan,
+                read=self.read,
+                decoder=self.decoder,
+                multiplier=self.multiplier,
                 originals=originals,
             )
             self.known[drop] = Variant(plan, self._folded(job, batches))

@@ -180,7 +180,7 @@ def with_healing(
     """
     begin = time.monotonic()
     check_target(out)
-    record = read_record(plain)
+    record = read_record(plain).to_data()
     refuse_healed(record, plain)
     job = prepare_healing(str(plain), heal, data, teacher, options)
     check_space(out, job.source.weights.num_bytes)
@@ -298,7 +298,7 @@ def merged_again(plain: Path, healed: Path, out: Path, options: RunOptions) -> P
 
     Raises: InputError where the adapter is missing, or not the one that the record names.
     """
-    record, before = read_record(plain), read_record(healed)
+    record, before = read_record(plain).to_data(), read_record(healed).to_data()
     path, told = healed / ADAPTER_FILE, before["heal"]
     if not path.is_file() or sha256(path) != told["adapter"]["sha256"].lower():
         raise InputError(

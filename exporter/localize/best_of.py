@@ -59,11 +59,11 @@ def best_of(
     shown = min(proposed.values(), key=lambda scores: known[frozenset(scores.drop)])
     named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}
     start = min(sets.values(), key=lambda layers: known[layers])
-    drop, made = exchanged(start, named, known, loss, exchanges)
+    drop, swaps = exchanged(start, named, known=known, loss=loss, exchanges=exchanges)
     details: dict[str, Any] = {
         "chosen": shown.method,
         "proposals": {name: {"drop": sorted(layers), "loss": known[layers]} for name, layers in sets.items()},
-        "exchanges": made,
+        "exchanges": swaps,
     }
     if folded is not None and count:
         drop, details["rounds"] = halved([drop, *sets.values()], known, folded, count)
@@ -109,8 +109,8 @@ def exchanged(
     Args:
         known: losses of sets judged so far; those that are judged here are added.
     """
-    made: list[dict[str, Any]] = []
-    while dropped and named - dropped and len(made) < exchanges:
+    swaps: list[dict[str, Any]] = []
+    while dropped and named - dropped and len(swaps) < exchanges:
         fewer_sets = {layer: dropped - {layer} for layer in sorted(dropped)}
         _judge(known, loss, list(fewer_sets.values()))
         back = min(fewer_sets, key=lambda layer: known[fewer_sets[layer]])
@@ -121,8 +121,8 @@ def exchanged(
         if known[sets[instead]] >= known[dropped]:
             break
         dropped = sets[instead]
-        made.append({"back": back, "instead": instead, "loss": known[dropped]})
-    return dropped, made
+        swaps.append({"back": back, "instead": instead, "loss": known[dropped]})
+    return dropped, swaps
 
 
 def halved(
@@ -170,7 +170,7 @@ def by_best_of(
     statistics = list(layer_statistics(job.model, batches))
     loss = StateError.of(job.model, job.asked.batches("score layers", part="fit", number=judged_by))
     judge = job.folded if folded else None
-    scores = best_of(statistics, count, tuple(protect), loss, exchanges, judge)
+    scores = best_of(statistics, count, protect=tuple(protect), loss=loss, exchanges=exchanges, folded=judge)
     read = len(job.asked.indices("fit", max(samples, judged_by)))
     if judge is not None:
         fitted_on = job.asked.indices("fit", max(samples, judged_by, job.asked.portion("fold_sets")))

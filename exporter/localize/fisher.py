@@ -53,8 +53,8 @@ def cheapest_set(information: Tensor, free: Sequence[int], count: int) -> tuple[
         return ()
     if math.comb(len(free), count) <= EXHAUSTIVE:
         return min(itertools.combinations(free, count), key=lambda layers: set_cost(information, layers))
-    found = [_exchanged(information, free, _grown(information, free, first, count)) for first in free]
-    return min(found, key=lambda layers: set_cost(information, layers))
+    sets = [_exchanged(information, free, _grown(information, free, first, count)) for first in free]
+    return min(sets, key=lambda layers: set_cost(information, layers))
 
 
 def _grown(information: Tensor, free: Sequence[int], first: int, count: int) -> list[int]:
@@ -89,27 +89,27 @@ def information(model: Any, batches: Iterable[AnsweredBatch], draws: int = 2, se
     generator = torch.Generator().manual_seed(seed)
     num_layers = len(text_decoder(model).layers)
     total, tokens = torch.zeros(num_layers, num_layers, dtype=torch.double), 0
-    for one in batches:
-        gates = torch.ones(len(one.batch.is_visual), num_layers, device=model.device, requires_grad=True)
-        log_p = _gated_log_p(model, one, gates)  # [N, vocabulary]
+    for answered_batch in batches:
+        gates = torch.ones(len(answered_batch.batch.is_visual), num_layers, device=model.device, requires_grad=True)
+        log_p = _gated_log_p(model, answered_batch, gates)  # [N, vocabulary]
         for draw in range(draws):
             sampled = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
             likelihood = log_p.gather(1, sampled).sum()
             (rows,) = torch.autograd.grad(likelihood, gates, retain_graph=draw + 1 < draws)
             rows = rows.double().cpu()  # [B, L]
             total += rows.T @ rows / draws
-        tokens += len(one.targets)
+        tokens += len(answered_batch.targets)
     return total / tokens
 
 
-def _gated_log_p(model: Any, one: AnsweredBatch, gates: Tensor) -> Tensor:
+def _gated_log_p(model: Any, answered_batch: AnsweredBatch, gates: Tensor) -> Tensor:
     """Log-probabilities where answer tokens are predicted, differentiable in gates [B, L] of what layers add."""
-    given = trace(model, one.batch, torch.no_grad)
-    state = given.entry
+    traced = trace(model, answered_batch.batch, torch.no_grad)
+    state = traced.entry
     for layer_idx, layer in enumerate(text_decoder(model).layers):
         gate = gates[:, layer_idx, None, None].to(state.dtype)
-        state = given.after(layer_idx, state + gate * (given.step(layer, layer_idx, state) - state))
-    hidden = text_decoder(model).norm(state[one.predicts])
+        state = traced.after(layer_idx, state + gate * (traced.step(layer, layer_idx, state) - state))
+    hidden = text_decoder(model).norm(state[answered_batch.predicts])
     log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
     return log_p
 

@@ -59,7 +59,7 @@ def run_localizer(method: Method, job: LocalizeJob, count: int, protect: Sequenc
         measured = layer_statistics(job.model, job.asked.batches("score layers"), attention=row.attention)
     scores: LayerScores = resolve(row.run)(measured, count, tuple(protect), **method.options)
     if len(scores.drop) != count:
-        raise InputError(f"{scores.method} chose {len(scores.drop)} layers where {count} were to go.")
+        raise InputError(f"{scores.method} chose {len(scores.drop)} layers instead of {count}.")
     return scores
 
 

@@ -50,7 +50,7 @@ def with_answers(model: Any, batch: Batch, answers: Tensor, real: Tensor | None 
     nothing = torch.zeros_like(ended)
     is_answer = torch.cat([torch.zeros_like(batch.is_visual), ~ended], 1)
     is_visual, is_text = torch.cat([batch.is_visual, nothing], 1), torch.cat([batch.is_text, ~ended], 1)
-    extended = Batch(inputs, is_visual, is_text, batch.samples, is_answer)
+    extended = Batch(inputs=inputs, is_visual=is_visual, is_text=is_text, samples=batch.samples, is_answer=is_answer)
     predicts = torch.cat([torch.zeros_like(batch.is_visual[:, 1:]), ~ended, nothing[:, :1]], 1)
     return AnsweredBatch(extended, predicts, answers[~ended])
 
@@ -74,9 +74,9 @@ class AnswerDivergence:
     @classmethod
     def of(cls, model: Any, batches: Sequence[AnsweredBatch]) -> AnswerDivergence:
         layers, outputs = text_decoder(model).layers, []
-        for one in batches:
-            given = trace(model, one.batch)
-            outputs.append(last_output(walk(layers, given), given.entry)[one.predicts])
+        for answered_batch in batches:
+            traced = trace(model, answered_batch.batch)
+            outputs.append(last_output(walk(layers, traced), traced.entry)[answered_batch.predicts])
         return cls(model, batches, outputs)
 
     @property
@@ -87,18 +87,18 @@ class AnswerDivergence:
         """The divergence without each of the sets of layers, from one walk for all of them."""
         layers = text_decoder(self.model).layers
         totals = [0.0] * len(sets)
-        for one, original in zip(self.batches, self.outputs, strict=True):
-            for number, output in last_outputs(layers, trace(self.model, one.batch), sets):
-                totals[number] += self._kl(one, original, output)
+        for answered_batch, original in zip(self.batches, self.outputs, strict=True):
+            for number, output in last_outputs(layers, trace(self.model, answered_batch.batch), sets):
+                totals[number] += self._kl(answered_batch, original, output)
         return [total / self._tokens for total in totals]
 
     @property
     def _tokens(self) -> int:
-        return sum(len(one.targets) for one in self.batches)
+        return sum(len(answered_batch.targets) for answered_batch in self.batches)
 
-    def _kl(self, one: AnsweredBatch, original: Tensor, output: Tensor) -> float:
+    def _kl(self, answered_batch: AnsweredBatch, original: Tensor, output: Tensor) -> float:
         log_p = logits(self.model, original).float().log_softmax(-1)  # [N, vocabulary]
-        log_q = logits(self.model, output[one.predicts]).float().log_softmax(-1)
+        log_q = logits(self.model, output[answered_batch.predicts]).float().log_softmax(-1)
         return float((log_p.exp() * (log_p - log_q)).sum())
 
 
@@ -117,11 +117,11 @@ class StateError:
     def of(cls, model: Any, batches: Iterable[Batch]) -> StateError:
         decoder, kept = text_decoder(model), []
         for batch in batches:
-            given = trace(model, batch.to(model.device))
+            traced = trace(model, batch.to(model.device))
             counted = (batch.is_visual | batch.is_text).to(model.device)
             with torch.inference_mode():
                 kept.append(
-                    (given, counted, decoder.norm(last_output(walk(decoder.layers, given), given.entry)[counted]))
+                    (traced, counted, decoder.norm(last_output(walk(decoder.layers, traced), traced.entry)[counted]))
                 )
         return cls(model, kept)
 
@@ -133,11 +133,11 @@ class StateError:
         """The mean error without each of the sets of layers, from one walk for all of them."""
         decoder = text_decoder(self.model)
         totals, number = [0.0] * len(sets), 0
-        for given, counted, states in self.batches:
+        for traced, counted, states in self.batches:
             original = states.float()
             number += len(original)
             sizes = original.square().sum(-1)
-            for which, output in last_outputs(decoder.layers, given, sets):
+            for which, output in last_outputs(decoder.layers, traced, sets):
                 with torch.inference_mode():
                     changed = decoder.norm(output[counted]).float()
                     totals[which] += float(((changed - original).square().sum(-1) / sizes).sum())

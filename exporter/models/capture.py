@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..errors import InputError
+from .attention import attention_inputs, attention_replaced, attention_scores
 from .loading import text_decoder
 from .replay import trace, walk
 
@@ -78,23 +79,6 @@ def attention_means(model: Any) -> Iterator[AttentionReducer]:
         yield reducer
 
 
-@contextlib.contextmanager
-def attention_replaced(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """The decoder's attention goes through `function`, with masks as sdpa takes them; `name` is transformers' key."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    decoder = text_decoder(model)
-    before = decoder.config._attn_implementation
-    decoder.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        decoder.set_attn_implementation(before)
-
-
 class AttentionReducer:
     """Exact attention over blocks of queries, of which only AttentionMeans are kept: O(S) per layer."""
 
@@ -116,11 +100,8 @@ class AttentionReducer:
     ) -> tuple[Tensor, None]:
         assert self.is_visual is not None and self.is_text is not None
         visual, text = (kind.to(query.device, torch.float32) for kind in (self.is_visual, self.is_text))  # [B, S]
-        batch, heads, length, size = query.shape
-        scaling = scaling if scaling is not None else size**-0.5
-        groups = heads // key.shape[1]
-        keys = key.repeat_interleave(groups, 1).transpose(-1, -2) if groups > 1 else key.transpose(-1, -2)
-        values = value.repeat_interleave(groups, 1) if groups > 1 else value
+        batch, heads, length = query.shape[:3]
+        query, keys, values = attention_inputs(query, key, value, scaling)
         received = query.new_zeros(batch, 2, length, dtype=torch.float32)  # by each key from visual, from text queries
         given = query.new_zeros(batch, length, 2, dtype=torch.float32)  # by each query to visual, to text keys
         output = torch.empty(batch, length, heads, values.shape[-1], dtype=query.dtype, device=query.device)
@@ -129,9 +110,7 @@ class AttentionReducer:
         for start in range(0, length, rows):
             stop = min(start + rows, length)
             seen = stop if attention_mask is None else length  # keys that a plain causal block can attend to
-            scores = torch.matmul(query[:, :, start:stop] * scaling, keys[..., :seen])  # [B, H, Q, S]
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
+            scores = attention_scores(query[:, :, start:stop], keys[..., :seen], softcap)  # [B, H, Q, S]
             scores = _masked(scores, attention_mask, start, stop, seen)
             probabilities = scores.softmax(-1, dtype=torch.float32)
             mean = probabilities.mean(1)  # [B, Q, S]
@@ -189,10 +168,10 @@ def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None
     visual, text = batch.is_visual, batch.is_text
     if reducer is not None:
         reducer.is_visual, reducer.is_text = visual, text
-    given = trace(model, batch)
-    last_states = [given.entry[:, -1].float()]
+    traced = trace(model, batch)
+    last_states = [traced.entry[:, -1].float()]
     cosines, visual_scores, text_rows, text_columns = [], [], [], []
-    for layer_idx, before, after in walk(layers, given):
+    for layer_idx, before, after in walk(layers, traced):
         cosines.append(_cosine(before, after, visual | text, layer_idx))
         last_states.append(after[:, -1].float())
         if reducer is not None:
@@ -216,7 +195,7 @@ def _cosine(before: Tensor, after: Tensor, counted: Tensor, layer_idx: int) -> T
     cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, S]
     if not cosine[counted].isfinite().all():
         raise InputError(
-            f"decoder layer {layer_idx} puts out NaN or infinite values: the weights are damaged, or the dtype "
+            f"decoder layer {layer_idx} returns NaN or infinite values: the weights are damaged, or the dtype "
             "overflows (try --dtype float32)."
         )
     return cosine

@@ -69,8 +69,8 @@ def compute_dtype(name: str, config: Any, device: str) -> torch.dtype:
     import torch
 
     if name == "auto":
-        own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-        return own if isinstance(own, torch.dtype) and device != "cpu" else torch.float32
+        stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+        return stated if isinstance(stated, torch.dtype) and device != "cpu" else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise InputError(f"dtype '{name}' is not known: auto, {', '.join(known)}.")

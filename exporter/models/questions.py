@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from ..data.batches import Batch, make_batch
 from ..data.pictures import Split, split_by_picture
 from ..data.samples import Sample
 from ..plan import PruningPlan
+from ..progress import Progress
 from .answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
 
 PORTIONS = {  # of the questions, and how many at least: together they cost under four forward passes over all of them
@@ -36,7 +37,6 @@ PORTIONS = {  # of the questions, and how many at least: together they cost unde
 }
 SUFFIX = 0.5  # share of the layers that a variant does not share with the original, roughly
 Part = Literal["all", "fit", "held_out"]
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def portion(name: str, questions: int) -> int:
@@ -114,7 +114,7 @@ class Questions:
         if number is None and share < 1:
             number = max(1, round(share * len(self.indices(part))))
         answered = self.answered(what, part, number)
-        return (one.batch for one in answered)
+        return (answered_batch.batch for answered_batch in answered)
 
     def answered(self, what: str, part: Part = "all", number: int | None = None) -> Iterator[AnsweredBatch]:
         """The same, with what divergence needs to know of the answers.
@@ -130,9 +130,12 @@ class Questions:
         starts = range(0, len(chosen), self.batch_size)
         visual = text = 0
         for start in self.progress(starts, what, len(starts)):
-            one = self._with_answers(chosen[start : start + self.batch_size])
-            visual, text = visual + int(one.batch.is_visual.sum()), text + int(one.batch.is_text.sum())
-            yield one
+            answered_batch = self._with_answers(chosen[start : start + self.batch_size])
+            visual, text = (
+                visual + int(answered_batch.batch.is_visual.sum()),
+                text + int(answered_batch.batch.is_text.sum()),
+            )
+            yield answered_batch
         if visual + text > sum(self.tokens.values()):
             self.tokens.update(visual=visual, text=text)
 
@@ -142,9 +145,9 @@ class Questions:
         starts = range(0, len(order), self.batch_size)
         for start in self.progress(starts, "answer questions", len(starts)):
             some = order[start : start + self.batch_size]
-            one = answered(self.model, self._batch(some), self.answer_tokens)
-            lengths = one.predicts.sum(1).tolist()
-            for index, tokens in zip(some, torch.split(one.targets, lengths), strict=True):
+            answered_batch = answered(self.model, self._batch(some), self.answer_tokens)
+            lengths = answered_batch.predicts.sum(1).tolist()
+            for index, tokens in zip(some, torch.split(answered_batch.targets, lengths), strict=True):
                 self.answers[index] = tokens.cpu()
 
     def _kind(self, index: int) -> tuple[str, int, int]:

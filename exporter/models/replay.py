@@ -84,7 +84,7 @@ def trace(model: Any, batch: Batch, mode: Callable[[], Any] = torch.inference_mo
 
 def walk(
     layers: Sequence[Any],
-    given: Trace,
+    traced: Trace,
     *,
     start: int = 0,
     stop: int | None = None,
@@ -96,19 +96,19 @@ def walk(
     A layer that is left out hands on what it gets, as if it had been removed; layers keep their own masks and rotary
     embeddings. From `start`, whose input `state` is (layer 0: the embeddings), up to and with `stop`.
     """
-    state = given.entry if state is None else state
+    state = traced.entry if state is None else state
     for layer_idx in range(start, len(layers) if stop is None else min(stop + 1, len(layers))):
         if layer_idx in leave_out:
-            state = given.after(layer_idx, state)
+            state = traced.after(layer_idx, state)
             continue
         before = state
         with torch.inference_mode():
-            output = given.step(layers[layer_idx], layer_idx, before)
-            state = given.after(layer_idx, output)
+            output = traced.step(layers[layer_idx], layer_idx, before)
+            state = traced.after(layer_idx, output)
         yield layer_idx, before, output
 
 
-def last_outputs(layers: Sequence[Any], given: Trace, sets: Sequence[frozenset[int]]) -> Iterator[tuple[int, Tensor]]:
+def last_outputs(layers: Sequence[Any], traced: Trace, sets: Sequence[frozenset[int]]) -> Iterator[tuple[int, Tensor]]:
     """Yield (number, last output [B, S, D]) of the layers without each of the sets.
 
     Sets share every layer up to where they part: what several begin with is run once. At most one state is held for
@@ -119,18 +119,18 @@ def last_outputs(layers: Sequence[Any], given: Trace, sets: Sequence[frozenset[i
         for layer_idx in range(start, len(layers)):
             without = [number for number in numbers if layer_idx in sets[number]]
             if len(without) == len(numbers):
-                state = given.after(layer_idx, state)
+                state = traced.after(layer_idx, state)
                 continue
             if without:
-                yield from run(layer_idx + 1, given.after(layer_idx, state), output, without)
+                yield from run(layer_idx + 1, traced.after(layer_idx, state), output, without)
                 numbers = [number for number in numbers if number not in without]
             with torch.inference_mode():
-                output = given.step(layers[layer_idx], layer_idx, state)
-                state = given.after(layer_idx, output)
+                output = traced.step(layers[layer_idx], layer_idx, state)
+                state = traced.after(layer_idx, output)
         for number in numbers:
             yield number, output
 
-    yield from run(0, given.entry, given.entry, list(range(len(sets))))
+    yield from run(0, traced.entry, traced.entry, list(range(len(sets))))
 
 
 def last_output(steps: Iterator[tuple[int, Tensor, Tensor]], default: Tensor) -> Tensor:

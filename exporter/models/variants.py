@@ -87,16 +87,21 @@ def judge(
         done: called with the number of variants after each batch of each.
     """
     results = [AnswerAgreement() for _ in variants]
-    for one in batches:
-        given = trace(model, one.batch)
-        states, output = _original(model, given, {variant.first_change for variant in variants})
-        log_p = logits(model, output[one.predicts]).float().log_softmax(-1)  # [N, vocabulary]
+    for answered_batch in batches:
+        traced = trace(model, answered_batch.batch)
+        states, output = _original(model, traced, {variant.first_change for variant in variants})
+        log_p = logits(model, output[answered_batch.predicts]).float().log_softmax(-1)  # [N, vocabulary]
         for variant, result in zip(variants, results, strict=True):
-            changed = _run(model, variant, given, states)
-            _add(result, one, log_p, log_p if changed is None else logits(model, changed[one.predicts]).float())
-            result.states += int((one.batch.is_visual | one.batch.is_text).sum())
+            changed = _run(model, variant, traced, states)
+            _add(
+                result,
+                answered_batch,
+                log_p,
+                log_p if changed is None else logits(model, changed[answered_batch.predicts]).float(),
+            )
+            result.states += int((answered_batch.batch.is_visual | answered_batch.batch.is_text).sum())
             if changed is not None:
-                result.state_error += state_error(model, one.batch, output, changed)
+                result.state_error += state_error(model, answered_batch.batch, output, changed)
             done(1)
     return results
 
@@ -109,37 +114,37 @@ def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> 
         return float(((after - before).square().sum(-1) / before.square().sum(-1)).sum())
 
 
-def _original(model: Any, given: Trace, starts: set[int]) -> tuple[dict[int, Tensor], Tensor]:
+def _original(model: Any, traced: Trace, starts: set[int]) -> tuple[dict[int, Tensor], Tensor]:
     """The unchanged model's states at the layers where variants begin to differ, and its last output."""
     states: dict[int, Tensor] = {}
-    last = given.entry
-    for layer_idx, before, output in walk(text_decoder(model).layers, given):
+    last = traced.entry
+    for layer_idx, before, output in walk(text_decoder(model).layers, traced):
         if layer_idx in starts:
             states[layer_idx] = before
         last = output
     return states, last
 
 
-def _run(model: Any, variant: Variant, given: Trace, states: dict[int, Tensor]) -> Tensor | None:
+def _run(model: Any, variant: Variant, traced: Trace, states: dict[int, Tensor]) -> Tensor | None:
     """The variant's last output [B, S, D]; None where nothing is changed."""
     start = variant.first_change
     if start == variant.plan.num_layers:
         return None
     with replaced(model, variant.folded):
         layers = text_decoder(model).layers
-        steps = walk(layers, given, start=start, state=states[start], leave_out=set(variant.plan.drop))
+        steps = walk(layers, traced, start=start, state=states[start], leave_out=set(variant.plan.drop))
         return last_output(steps, states[start])
 
 
-def _add(result: AnswerAgreement, one: AnsweredBatch, log_p: Tensor, own: Tensor) -> None:
+def _add(result: AnswerAgreement, answered_batch: AnsweredBatch, log_p: Tensor, own: Tensor) -> None:
     log_q = own.log_softmax(-1)
-    result.nll -= float(log_q.gather(1, one.targets[:, None]).sum())
+    result.nll -= float(log_q.gather(1, answered_batch.targets[:, None]).sum())
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [N]
     result.kl += float(kl.sum())
-    right = log_q.argmax(-1) == one.targets
+    right = log_q.argmax(-1) == answered_batch.targets
     result.same += int(right.sum())
     result.tokens += len(right)
-    lengths = one.predicts.sum(1).tolist()
+    lengths = answered_batch.predicts.sum(1).tolist()
     result.follows += [bool(part.all()) for part in torch.split(right, lengths)]
     result.kl_of += [float(part.double().sum()) for part in torch.split(kl, lengths)]
     result.tokens_of += lengths

@@ -20,19 +20,21 @@ def card(folder: Path, name: str | None = None) -> Path:
     """
     manifest = read_manifest(folder, whole=False)
     name = name or shown_name(folder)
-    source = manifest["source"]
+    source = manifest.data["source"]
     text = template("onnx.md.jinja").render(
-        manifest,
+        manifest.to_data(),
         title=name,
         base=source["base_model"] or Path(source["name"]).name,
         on_hub=source["base_model"] is not None,
-        megabytes=sum(manifest["files"].values()) / 1e6,
+        megabytes=sum(manifest.files.values()) / 1e6,
         differences=differences_table(manifest),
         licence_sentence=licence_sentence(source),
         budget_name=budget_name,
         ratio=ratio_cell,
-        routed="router" in manifest,
+        routed=manifest.router is not None,
     )
-    tags = ["lvlm-exporter", "onnxruntime", *([manifest["quantize"]] if manifest["quantize"] else [])]
-    metadata = hub_metadata(source, name, "onnx", tags, "quantized" if manifest["quantize"] else "finetune")
+    tags = ["lvlm-exporter", "onnxruntime", *([manifest.quantize] if manifest.quantize else [])]
+    metadata = hub_metadata(
+        source, name, library="onnx", tags=tags, relation="quantized" if manifest.quantize else "finetune"
+    )
     return write_card(folder, metadata, text)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..cards.licence import inherited_licence
 from ..cards.model_card import base_model_of
 from ..checkpoints.files import hashes
-from ..checkpoints.record import BENCHMARK_HEAD, LICENCE, NOT_EMPTY, RATIOS, TIMES, replace_json
-from ..checkpoints.shapes import ANYTHING, COUNT, HASHES, INNER_PATH, NUMBER, TEXT, ListOf, MapOf, Maybe, Misfit, check
+from ..checkpoints.record import replace_json
+from ..checkpoints.record_types import (
+    ComparisonPart,
+    InnerPath,
+    OnnxBenchmark,
+    OnnxRouterPart,
+    OnnxSourcePart,
+    OnnxVersions,
+    Sha256,
+    VisionPart,
+)
+from ..checkpoints.shapes import Misfit
 from ..checkpoints.source import Source
+from ..checkpoints.typed import OR_MISSING, Count, Text, from_data, named
 from ..errors import InputError
 from ..version import __version__
 from .graphs.decoder import cache_shape
@@ -32,37 +45,61 @@ __all__ = [
 ]
 
 GRAPH_FILES = ("*.onnx", "*.onnx.data")
-COMPARISON = {
-    "outputs": MapOf({"max": NUMBER, "mean": NUMBER}),
-    "tokens": COUNT,
-    "equal_tokens": COUNT,
-    "left_out?": COUNT,
-}
-SHAPE = {
-    "files": MapOf(COUNT, key=INNER_PATH),
-    "sha256": HASHES,
-    "model_type": TEXT,
-    "device": TEXT,
-    "dtype": TEXT,
-    "opset": COUNT,
-    "quantize": Maybe(TEXT),
-    "layers": COUNT,
-    "heads": COUNT,
-    "head_size": COUNT,
-    "hidden_size": COUNT,
-    "image_token_id": COUNT,
-    "pad_token_id": COUNT,
-    "first_position": COUNT,
-    "mrope": ANYTHING,
-    "blocks": ANYTHING,
-    "vision": {"kind": TEXT},
-    "source": {"name": TEXT, "revision": Maybe(TEXT), "base_model": Maybe(TEXT), "license": LICENCE},
-    "versions": dict.fromkeys(("lvlm-exporter", "torch", "transformers", "onnxruntime"), TEXT),
-    "validation": COMPARISON,
-    "quantized?": COMPARISON,
-    "router?": {"presets": MapOf(ANYTHING), "default": TEXT},
-    "benchmarks?": ListOf(BENCHMARK_HEAD),
-}
+
+
+@dataclass(frozen=True)
+class OnnxRecord:
+    """An ONNX folder's record. Its parts are typed; `to_data` is what the file holds, with what no part names."""
+
+    files: dict[InnerPath, Count]  # bytes of each graph file
+    sha256: dict[InnerPath, Sha256]
+    model_type: Text
+    device: Text
+    dtype: Text
+    opset: Count
+    quantize: Text | None
+    layers: Count
+    heads: Count
+    head_size: Count
+    hidden_size: Count
+    image_token_id: Count
+    pad_token_id: Count
+    first_position: Count
+    mrope: Any
+    blocks: Any
+    vision: VisionPart
+    source: OnnxSourcePart
+    versions: OnnxVersions
+    validation: ComparisonPart
+    quantized: Annotated[ComparisonPart | None, OR_MISSING] = None
+    router: Annotated[OnnxRouterPart | None, OR_MISSING] = None
+    benchmarks: tuple[OnnxBenchmark, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata=named(None))
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> OnnxRecord:
+        """Read a record's JSON. Raises: Misfit where any part of it is missing or not what it should be."""
+        read = from_data(cls, data)
+        object.__setattr__(read, "data", data)
+        for name in ("validation", "quantized"):
+            if (part := getattr(read, name)) is not None and not part.outputs:
+                raise Misfit(f"'{name}.outputs' is empty")
+        for index, entry in enumerate(read.benchmarks):
+            if not entry.models:
+                raise Misfit(f"'benchmarks[{index}].models' is not a list that is not empty")
+            for number, model in enumerate(entry.models):
+                if not model.batches:
+                    raise Misfit(f"'benchmarks[{index}].models[{number}].batches' is not a list that is not empty")
+        return read
+
+    def to_data(self) -> dict[str, Any]:
+        """Return a copy of the JSON, to be changed and written."""
+        return copy.deepcopy(dict(self.data))
+
+    @property
+    def outcome(self) -> ComparisonPart:
+        """What the folder's graphs came to: the quantised ones where there are."""
+        return self.quantized or self.validation
 
 
 def is_onnx(path: str | Path) -> bool:
@@ -70,33 +107,18 @@ def is_onnx(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
+def read_manifest(folder: Path, whole: bool = True) -> OnnxRecord:
     """Return onnx.json, checked in full.
 
     Args:
         whole: raise where a graph file is missing or of another size, too.
     Raises: InputError where it is no folder of `lvlm-exporter onnx`, or a part of it is not what it should be.
     """
-    manifest = runner.read_manifest(folder, whole)
+    data = runner.read_manifest(folder, whole)
     try:
-        check(manifest, SHAPE)
-        for name in {"validation", "quantized"} & manifest.keys():
-            if not manifest[name]["outputs"]:
-                raise Misfit(f"'{name}.outputs' is empty")
-        for index, entry in enumerate(manifest.get("benchmarks", [])):
-            _check_benchmark(entry, f"benchmarks[{index}]")
+        return OnnxRecord.from_data(data)
     except Misfit as misfit:
         raise InputError(f"{folder / MANIFEST} is damaged ({misfit}): export again.") from misfit
-    return manifest
-
-
-def _check_benchmark(entry: dict[str, Any], where: str) -> None:
-    check(entry.get("models"), NOT_EMPTY, f"{where}.models")
-    model = {"path": TEXT, "budget": Maybe(MapOf(ANYTHING)), "runtime": TEXT, "batches": NOT_EMPTY}
-    check(entry["models"], ListOf(model), f"{where}.models")
-    figures = {**TIMES, "vision_ms": NUMBER, "kv_bytes": COUNT, "ratio_to_reference": Maybe(RATIOS)}
-    for number, each in enumerate(entry["models"]):
-        check(each["batches"], ListOf(figures), f"{where}.models[{number}].batches")
 
 
 def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:

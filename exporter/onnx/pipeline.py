@@ -115,7 +115,9 @@ def prepare(model: str, options: ExportOptions) -> ExportJob:
     dtype = chosen_dtype(options)
     cache = cache_kind(source.config, dtype, options.device)
     route = read_settings(source.config, cache) if "router" in source.raw_config else None
-    return ExportJob(source, options, support_of(source.config), dtype, cache, route)
+    return ExportJob(
+        source=source, options=options, support=support_of(source.config), dtype=dtype, cache=cache, route=route
+    )
 
 
 # --- before anything expensive starts ---------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def write_graphs(model: Any, job: ExportJob, folder: Path) -> None:
     trace(vision_module(model, support.kind), folder / "vision.onnx", device, job.opset)
     if job.route is not None:
         router = load_router(job.source.folder, job.source.config, job.route, model.dtype)
-        write_routed(model, router, job.route, support, folder, device, job.opset)
+        write_routed(model, router, settings=job.route, support=support, folder=folder, target=device, opset=job.opset)
         return
     trace(Embeddings(model).eval(), folder / "embeddings.onnx", device, job.opset)
     decoder = (SharedDecoder if job.cache == SHARED else GrowingDecoder)(model, support).eval()

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+
+from ..checkpoints.record_types import ComparisonPart, OutputDifference
+from .manifest import OnnxRecord
 
 
-def differences_table(manifest: dict[str, Any]) -> str:
+def differences_table(manifest: OnnxRecord) -> str:
     """One line for each output of a graph; keys and values of all layers together."""
-    lines = [f"{'output':38} {'max':>9} {'mean':>9}   against torch, {manifest['dtype']}"]
-    lines += _rows(manifest["validation"])
-    if quantized := manifest.get("quantized"):
-        lines += [f"with {manifest['quantize']} weights in the decoder:", *_rows(quantized)]
+    lines = [f"{'output':38} {'max':>9} {'mean':>9}   against torch, {manifest.dtype}"]
+    lines += _rows(manifest.validation)
+    if manifest.quantized is not None:
+        lines += [f"with {manifest.quantize} weights in the decoder:", *_rows(manifest.quantized)]
     sizes: dict[str, int] = defaultdict(int)
-    for name, size in manifest["files"].items():
+    for name, size in manifest.files.items():
         sizes[name.partition(".")[0]] += size
     lines.append("bytes: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items()))
     return "\n".join(lines)
 
 
-def _rows(report: dict[str, Any]) -> list[str]:
-    grouped: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for name, difference in report["outputs"].items():
+def _rows(report: ComparisonPart) -> list[str]:
+    grouped: dict[str, list[OutputDifference]] = defaultdict(list)
+    for name, difference in report.outputs.items():
         grouped["decoder: keys and values" if "present." in name else name].append(difference)
     rows = [
-        f"{name:38} {max(d['max'] for d in all_):9.1e} {sum(d['mean'] for d in all_) / len(all_):9.1e}"
+        f"{name:38} {max(d.max for d in all_):9.1e} {sum(d.mean for d in all_) / len(all_):9.1e}"
         for name, all_ in grouped.items()
     ]
-    rows.append(f"best token equal in {report['equal_tokens']} of {report['tokens']} cases")
-    if report.get("left_out"):
-        rows.append(
-            f"{report['left_out']} answers not compared: two routes were level there, and each side took its own"
-        )
+    rows.append(f"best token equal in {report.equal_tokens} of {report.tokens} cases")
+    if report.left_out:
+        rows.append(f"{report.left_out} answers not compared: two routes were level there, and each side took its own")
     return rows

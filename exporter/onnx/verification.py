@@ -18,19 +18,19 @@ def verify(folder: Path | str, trust_remote_code: bool = False) -> Verification:
     """
     folder = Path(folder)
     manifest = read_manifest(folder, whole=False)
-    problems = compared(folder, manifest["sha256"], "lvlm-exporter onnx CHECKPOINT --out NEW")
+    problems = compared(folder, manifest.sha256, "lvlm-exporter onnx CHECKPOINT --out NEW")
     problems += replaced_weights(folder)
     if not trust_remote_code:
         problems += foreign_code(folder)
     problems = list(dict.fromkeys(problems)) or _processor_problems(folder)
-    outcome = manifest.get("quantized") or manifest["validation"]
+    outcome = manifest.outcome
     details = {
-        "graphs": len(manifest["files"]),
-        "files": len(manifest["sha256"]),
-        "layers": manifest["layers"],
-        "equal_tokens": outcome["equal_tokens"],
-        "tokens": outcome["tokens"],
-        "max_difference": max(difference["max"] for difference in outcome["outputs"].values()),
+        "graphs": len(manifest.files),
+        "files": len(manifest.sha256),
+        "layers": manifest.layers,
+        "equal_tokens": outcome.equal_tokens,
+        "tokens": outcome.tokens,
+        "max_difference": max(difference.max for difference in outcome.outputs.values()),
     }
     return Verification(folder, tuple(problems), details)
 

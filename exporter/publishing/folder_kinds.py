@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..cards import model_card
 from ..checkpoints import verification
@@ -26,14 +25,24 @@ class FolderKind:
     record: str  # the file that its card is made from
     weights: tuple[str, ...]  # globs of the files that a later push replaces
     require: Callable[[Path, str, bool], object]  # folder, device, trust_remote_code; raises CheckFailed
-    hashes: Callable[[dict[str, Any]], dict[str, str]]  # of its record: SHA-256 of each file that makes it up
+    hashes: Callable[[Path], dict[str, str]]  # SHA-256 of each file that makes a folder up, by its record
     card: Callable[[Path, str | None], Path]
 
 
 CHECKPOINT = FolderKind(
-    RECORD, WEIGHT_FILES, verification.require, lambda record: record["measured"]["files"], model_card.card
+    record=RECORD,
+    weights=WEIGHT_FILES,
+    require=verification.require,
+    hashes=lambda folder: read_record(folder).measured.files,
+    card=model_card.card,
 )
-GRAPHS = FolderKind(MANIFEST, GRAPH_FILES, onnx_verification.require, lambda record: record["sha256"], onnx_card.card)
+GRAPHS = FolderKind(
+    record=MANIFEST,
+    weights=GRAPH_FILES,
+    require=onnx_verification.require,
+    hashes=lambda folder: read_manifest(folder).sha256,
+    card=onnx_card.card,
+)
 
 
 def kind_of(folder: Path) -> FolderKind:
@@ -45,7 +54,7 @@ def kind_of(folder: Path) -> FolderKind:
 
 def recorded(folder: Path, kind: FolderKind) -> dict[str, str]:
     """Return the SHA-256 of each file that makes up a folder, by its record."""
-    return kind.hashes(read_manifest(folder) if kind is GRAPHS else read_record(folder))
+    return kind.hashes(folder)
 
 
 def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = False) -> Verification:

@@ -86,7 +86,7 @@ def push(
     refuse_links_out(folder, names)
     api = client(token_needed=not dry_run)
     existed, seen = look(api, repo_id, may_fail=dry_run)
-    check_request(repo_id, seen, existed, private, create_pr)
+    check_request(repo_id, seen, existed=existed, private=private, create_pr=create_pr)
     check_kind(repo_id, seen, kind)
     kind.require(folder, device, trust_remote_code)
     with contents(folder, repo_id, kind, names) as (paths, own_card):
@@ -106,7 +106,7 @@ def push(
         )
         if dry_run:
             return planned
-        return upload(api, planned, paths, kind, private, create_pr, message)
+        return upload(api, planned, paths=paths, kind=kind, private=private, create_pr=create_pr, message=message)
 
 
 # --- what was asked for -----------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def branch_name(revision: str | None) -> str:
     if COMMIT.fullmatch(revision):
         raise InputError(f"revision {revision} is a commit: name a branch, nothing can be added to a commit.")
     if not BRANCH.fullmatch(revision) or ".." in revision or revision.endswith((".", ".lock")):
-        raise InputError(f"revision '{revision}' can be no branch: letters, digits and . _ - / are fine.")
+        raise InputError(f"revision '{revision}' is not a valid branch name: use letters, digits and . _ - /.")
     return revision
 
 
@@ -176,7 +176,10 @@ def check_kind(repo_id: str, seen: ModelInfo | None, kind: FolderKind) -> None:
     """Graphs beside a checkpoint would take its card and its configuration."""
     other, what = (CHECKPOINT, "a checkpoint") if kind is GRAPHS else (GRAPHS, "ONNX graphs")
     if seen is not None and other.record in names_in(seen):
-        raise InputError(f"{repo_id} holds {what} ({other.record}): name another repository, or two cards become one.")
+        raise InputError(
+            f"{repo_id} holds {what} ({other.record}): name another repository, so that one card does not "
+            "replace the other."
+        )
 
 
 # --- what is published ------------------------------------------------------------------------------------------------
@@ -194,8 +197,8 @@ def contents(
 
 def published(folder: Path, kind: FolderKind) -> list[str]:
     """What goes to the hub: the record, the files that it holds the hashes of, and documents; nothing hidden."""
-    made = recorded(folder, kind)
-    return [name for name in listed(folder) if name == kind.record or name in made or is_published_document(name)]
+    hashes = recorded(folder, kind)
+    return [name for name in listed(folder) if name == kind.record or name in hashes or is_published_document(name)]
 
 
 def write_card(folder: Path, repo_id: str, kind: FolderKind, into: Path) -> bool:
@@ -238,7 +241,7 @@ def upload(
         if branch != "main" and not branch.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         before = api.model_info(repo_id, revision=branch)
-        check_request(repo_id, before, True, private, create_pr)
+        check_request(repo_id, before, existed=True, private=private, create_pr=create_pr)
         check_kind(repo_id, before, kind)
         stale = sorted(set(weight_files(before, kind)) - set(paths))
         done = api.create_commit(
@@ -277,7 +280,8 @@ def default_message() -> str:
 
 
 def page(api: HfApi, repo_id: str, branch: str) -> str:
-    return f"{api.endpoint}/{repo_id}" + f"/tree/{branch}" * (branch != "main")
+    address = f"{api.endpoint}/{repo_id}"
+    return address if branch == "main" else f"{address}/tree/{branch}"
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------

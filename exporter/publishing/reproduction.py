@@ -45,23 +45,23 @@ def reproduce(
     folder, _ = resolve(str(folder))
     record = read_record(folder)
     check_target(Path(out))
-    recipe, healed = recipe_from_data(record["recipe"]), None
+    recipe, healed = recipe_from_data(record.recipe), None
     if recipe.heal is not None:  # what it learnt is kept, so that nothing has to be learnt again
-        healed = folder if record["heal"]["kept"] else None
+        healed = folder if record.heal and record.heal.kept else None
         recipe = recipe if healed else dataclasses.replace(recipe, heal=None)
     if model is not None:
         recipe = dataclasses.replace(recipe, model=str(model))
-    elif record["source"]["revision"]:
-        recipe = dataclasses.replace(recipe, revision=record["source"]["revision"])
+    elif record.source.revision:
+        recipe = dataclasses.replace(recipe, revision=record.source.revision)
     if calibration is not None:
         recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, data=str(calibration)))
-    _check_source(recipe.model, recipe.revision, record["source"]["files"])
-    _check_data(recipe, record["calibration"]["fingerprint"])
-    run = record["run"]
-    options = RunOptions(run["device"], run["dtype"], run["memory"], run["batch_size"])
+    _check_source(recipe.model, recipe.revision, record.source.files)
+    _check_data(recipe, record.calibration.fingerprint)
+    run = record.run
+    options = RunOptions(run.device, run.dtype, run.memory, run.batch_size)
     made = compress(recipe, out, options, progress, healed)  # type: ignore[arg-type]
-    fresh = read_record(made)["measured"]["files"]
-    before = {name: digest.lower() for name, digest in record["measured"]["files"].items()}
+    fresh = read_record(made).measured.files
+    before = {name: digest.lower() for name, digest in record.measured.files.items()}
     differing = tuple(name for name, digest in before.items() if fresh.get(name) != digest)
     return Reproduction(made, not differing, differing, _largest_difference(folder, made) if differing else 0.0)
 
@@ -70,9 +70,10 @@ def _check_source(name: str, revision: str | None, expected: dict[str, str]) -> 
     folder = open_source(name, revision).folder
     changed = sorted(file for file, digest in expected.items() if _hash_of(folder / file) != digest.lower())
     if changed:
+        others = " and others" if len(changed) > 3 else ""
         raise InputError(
-            f"{name} is not the source that the checkpoint was made from: {', '.join(changed[:3])}"
-            f"{' and others' * (len(changed) > 3)} differ{'s' * (len(changed) == 1)}. Name the right one with --model."
+            f"{name} is not the source that the checkpoint was made from: {', '.join(changed[:3])}{others} "
+            f"{'differs' if len(changed) == 1 else 'differ'}. Name the right one with --model."
         )
 
 
@@ -89,7 +90,10 @@ def _check_data(recipe: Recipe, expected: str) -> None:
 
 
 def _largest_difference(first: Path, second: Path) -> float:
-    one, other = open_weights(first), open_weights(second)
-    if one.entries.keys() != other.entries.keys():
+    first_weights, second_weights = open_weights(first), open_weights(second)
+    if first_weights.entries.keys() != second_weights.entries.keys():
         return float("inf")
-    return max(float((one.read(name).double() - other.read(name).double()).abs().max()) for name in one.entries)
+    return max(
+        float((first_weights.read(name).double() - second_weights.read(name).double()).abs().max())
+        for name in first_weights.entries
+    )

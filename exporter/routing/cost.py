@@ -55,7 +55,7 @@ def few_prompts(samples: Sequence[Sample], processor: Any, config: Any, number: 
     return [make_batch([sample], processor, config) for sample in chosen]
 
 
-def flops_of(model: Any, prompts: Sequence[Batch], ask: BudgetRequest | None, **given: Any) -> Flops:
+def flops_of(model: Any, prompts: Sequence[Batch], ask: BudgetRequest | None, **rule_options: Any) -> Flops:
     """Under a budget, or of the unrouted model (None). What it takes a rule to choose is not counted, the router is.
 
     Args:
@@ -68,6 +68,6 @@ def flops_of(model: Any, prompts: Sequence[Batch], ask: BudgetRequest | None, **
         elif ask.natural:
             options = {name: value for name, value in vars(ask.budget).items() if value is not None}
         else:
-            options = {"route": make_route(model, batch, ask.budget, ask.rule, **given)}
+            options = {"route": make_route(model, batch, ask.budget, ask.rule, **rule_options)}
         total += prefill_flops(model, batch, **options)
     return total

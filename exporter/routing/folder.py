@@ -124,7 +124,7 @@ def set_default(folder: Path | str, preset: str) -> None:
     raw = _read_json(folder, "config.json")
     router = raw.get("router")
     if not isinstance(router, dict) or not isinstance(router.get("presets"), dict):
-        raise InputError(f"{folder} has no router, so that it has no preset to run under.")
+        raise InputError(f"{folder} has no router, and therefore no presets.")
     if preset not in {"off", *router["presets"]}:
         names = ", ".join(["off", *router["presets"]])
         raise InputError(f"preset {preset!r} is not known: {folder} has {names}.")
@@ -158,7 +158,7 @@ def update_modeling_files(folder: Path | str) -> list[str]:
     """
     folder = Path(folder)
     if "router" not in _read_json(folder, "config.json"):
-        raise InputError(f"{folder} has no router, so that it has no modeling files.")
+        raise InputError(f"{folder} has no router, and therefore no modeling files.")
     foreign = [name for name in MODELING_FILES if (folder / name).exists() and not is_released(folder / name)]
     if foreign:
         raise InputError(f"{folder / foreign[0]} is no file that a release shipped: it was edited, and is left alone.")
@@ -184,8 +184,8 @@ def with_current_code(folder: Path) -> Iterator[Path]:
     if not has_earlier_code(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-view-") as made:
-        view = Path(made) / folder.name
+    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-view-") as place:
+        view = Path(place) / folder.name
         view.mkdir()
         for path in folder.iterdir():
             if path.name not in MODELING_FILES and path.name != "__pycache__":

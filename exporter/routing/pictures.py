@@ -78,7 +78,7 @@ def draw_route(images: Sequence[Any], route: Route, row: int, question: str, ans
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(image, grid) for image, of in zip(images, image_grids(route, row), strict=True) for grid in of]
+    panels = [(image, grid) for image, grids in zip(images, image_grids(route, row), strict=True) for grid in grids]
     layers = route.layers[row].tolist()
     drawn = pyplot.figure(figsize=(max(3.2, 2.2 * len(panels)), 3.3), layout="constrained")
     parts: Any = drawn.subfigures(2, 1, height_ratios=(5, 1))
@@ -107,8 +107,8 @@ def show_routes(folder: Path, model: Any, processor: Any, samples: Sequence[Samp
     if not (folder / RECORD).exists() or is_snapshot(folder):
         return False
     check_updatable(folder)
-    routes = draw_examples(model, processor, spread_out(samples), budget, folder)
-    write_record(folder, read_record(folder) | {"routes": routes})
+    routes = draw_examples(model, processor, samples=spread_out(samples), budget=budget, folder=folder)
+    write_record(folder, read_record(folder).to_data() | {"routes": routes})
     return True
 
 
@@ -125,12 +125,12 @@ def draw_examples(
     for number, sample in enumerate(samples[:PICTURES]):
         batch = make_batch([sample], processor, model.config).to(model.device)
         route = make_route(model, batch, budget, rule or Rule("router", "router"))
-        said = greedy_answers(model, batch.inputs, ANSWER_TOKENS, route=route)
-        answer = processor.tokenizer.decode(said[0], skip_special_tokens=True)
+        answers = greedy_answers(model, batch.inputs, ANSWER_TOKENS, route=route)
+        answer = processor.tokenizer.decode(answers[0], skip_special_tokens=True)
         images = [as_seen(image, processor) for image in sample.open_images()]
         file = Path("assets") / f"route_{number}.png"
         question = question_of(sample)
-        draw_route(images, route, 0, question, answer.strip(), folder / file)
+        draw_route(images, route, row=0, question=question, answer=answer.strip(), path=folder / file)
         made.append({"file": str(file), "question": question})
     return made
 
@@ -143,8 +143,8 @@ def question_of(sample: Sample) -> str:
 
 def as_seen(image: Any, processor: Any) -> Any:
     """The part of an image that the model sees: processors that crop (CLIP's for LLaVA 1.5) take the middle square."""
-    own = processor.image_processor
-    if not getattr(own, "do_center_crop", False) or hasattr(own, "image_grid_pinpoints"):
+    image_processor = processor.image_processor
+    if not getattr(image_processor, "do_center_crop", False) or hasattr(image_processor, "image_grid_pinpoints"):
         return image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

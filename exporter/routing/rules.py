@@ -131,14 +131,14 @@ def fastv_scores(
     """
     layers = text_decoder(model).layers
     if not 1 <= layer <= len(layers):
-        raise InputError(f"layer={layer}: FastV looks after 1 to {len(layers)} layers.")
+        raise InputError(f"layer={layer}: FastV reads attention after 1 to {len(layers)} layers.")
     batch = batch.to(model.device)
     with attention_means(model) as reducer:
         reducer.is_visual, reducer.is_text = batch.is_visual, _asking(batch, asked_by)
-        given = trace(model, batch)
-        state = given.entry
+        traced = trace(model, batch)
+        state = traced.entry
         for layer_idx in range(layer):
-            state = given.after(layer_idx, given.step(layers[layer_idx], layer_idx, state))
+            state = traced.after(layer_idx, traced.step(layers[layer_idx], layer_idx, state))
         received = reducer.take().visual_from_text  # "text" is whoever asks
     scores = received.clamp(min=torch.finfo(received.dtype).tiny).log()  # 0 outside a sliding window
     scores = scores.to(batch.is_visual.device)
@@ -190,11 +190,13 @@ def make_route(
     routed = None
     if "router" in (rule.tokens, rule.layers):
         if not has_router(model):
-            raise InputError(f"rule '{rule}' asks a router, which this model has not: train one, or use another rule.")
+            raise InputError(f"rule '{rule}' needs a router, and this model has none: train one, or use another rule.")
         routed = model.route(**batch.inputs, **vars(budget)) if not budget.is_off else None
     tokens = _token_scores(model, batch, rule, routed, seed)
     layers = _layer_scores(model, batch, rule, routed, seed, influence)
-    return assemble(model, batch, budget, tokens.to(visual.device), layers.to(visual.device), rule)
+    return assemble(
+        model, batch, budget=budget, tokens=tokens.to(visual.device), layers=layers.to(visual.device), rule=rule
+    )
 
 
 def assemble(model: Any, batch: Batch, budget: Budget, tokens: Tensor, layers: Tensor, rule: Rule) -> Route:
@@ -202,8 +204,16 @@ def assemble(model: Any, batch: Batch, budget: Budget, tokens: Tensor, layers: T
     settings, visual = model.router_settings, batch.is_visual
     run = best_layers(layers, settings, budget.keep_layers, model.num_layers) | ~visual.any(1)[:, None]
     places = places_of(model.config, visual, batch.inputs)
-    keep = best_tokens(tokens, visual, budget, places, settings.image_floor)
-    return Route(keep, run, visual, places, tokens, layers, rule.drops_at(settings))
+    keep = best_tokens(tokens, visual, budget=budget, patches=places, image_floor=settings.image_floor)
+    return Route(
+        keep=keep,
+        layers=run,
+        visual=visual,
+        places=places,
+        token_logits=tokens,
+        layer_logits=layers,
+        drop_at=rule.drops_at(settings),
+    )
 
 
 def _token_scores(model: Any, batch: Batch, rule: Rule, routed: Route | None, seed: object) -> Tensor:
@@ -250,4 +260,4 @@ def par_actions(
         noisy = scores + noise * drawn(batch.is_visual, generators(batch.samples, ("noise", seed, action)))
         rows = generators(batch.samples, ("layers", seed, action))
         layers = random_layers(len(model.router_settings.candidates), rows)
-        yield assemble(model, batch, budget, noisy, layers.to(noisy.device), rule)
+        yield assemble(model, batch, budget=budget, tokens=noisy, layers=layers.to(noisy.device), rule=rule)

@@ -5,101 +5,151 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cards.card_file import carry_card
 from ..cards.model_card import card
 from ..checkpoints.files import carry_adapter, hashes
 from ..checkpoints.record import read_record, write_record
-from ..checkpoints.source import file_hashes, open_source
+from ..checkpoints.source import Source, file_hashes, open_source
 from ..checkpoints.staging import check_space, check_target, staged
 from ..checkpoints.verification import require
 from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer
-from ..data.calibration import Calibration, load_calibration
+from ..data.calibration import Calibration, questions_of
 from ..errors import InputError
 from ..models.loading import compute_dtype, load_model, pick_device
 from ..plan import PruningPlan
+from ..progress import Progress
 from ..recipe import CalibrationData, RouterRecipe, RunOptions
 from .folder import add_router, load_routed
 from .settings import check_routable, default_settings
 
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+if TYPE_CHECKING:
+    from .training.loop import Trained
 
 
 def with_router(
-    plain: Path, router: RouterRecipe, data: CalibrationData, out: Path, options: RunOptions, progress: Progress
+    plain: Path,
+    router: RouterRecipe,
+    data: CalibrationData,
+    out: Path,
+    options: RunOptions,
+    progress: Progress,
+    questions: Calibration | None = None,
 ) -> Path:
-    """A copy of the checkpoint `plain` with a router that was trained on the questions of `data`.
+    """Write a copy of the checkpoint `plain` with a router that was trained on the questions of `data`.
 
     A run that is broken off goes on where it was when the same command is repeated: the training's state lies beside
     the target as .NAME.training until the checkpoint is there.
 
+    Args:
+        questions: those of `data`, where they were loaded and checked before.
     Raises: InputError for wrong input, CheckFailed where the result does not verify.
     """
-    from ..modeling.routed_route import RouterSettings
-    from .training.loop import Training, train_router
-    from .training.losses import check_loss
-
     begin = time.monotonic()
     check_target(out)
+    job = prepare_router(plain, router, data, options, questions)
+    check_space(out, job.source.weights.num_bytes)
+    record = read_record(plain).to_data()
+    state_file = out.absolute().parent / f".{out.name}.training"
+    trained = train_job(job, state_file, progress)
+    record["recipe"]["router"] = {**router.to_data(), "calibration": data.to_data()}
+    record["router"] = describe_router(job, trained, time.monotonic() - begin)
+    forget_router(record)
+    with staged(out) as stage:
+        write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
+        carry_adapter(plain, stage)
+        add_router(stage, job.settings, trained.weights)
+        record["measured"]["files"] = hashes(stage)
+        record["router"]["reference"] = routed_reference(stage, job.device, job.dtype)
+        write_record(stage, record)
+        carry_card(plain, stage)
+        card(stage, out.name)
+        require(stage, job.device)
+    state_file.unlink(missing_ok=True)
+    return out
+
+
+@dataclass(frozen=True)
+class RouterJob:
+    """A router's recipe with everything that it names opened and checked, but for the model itself."""
+
+    router: RouterRecipe
+    source: Source  # its config has the router's settings
+    settings: dict[str, Any]
+    questions: Calibration
+    answer_tokens: int
+    device: str
+    dtype: Any
+    memory: str | None
+
+
+def prepare_router(
+    plain: Path, router: RouterRecipe, data: CalibrationData, options: RunOptions, questions: Calibration | None = None
+) -> RouterJob:
+    """Open and check what a router's recipe names, the cheap things first. Raises: InputError."""
+    from .training.losses import check_loss
+
     source = open_source(str(plain))
     check_routable(source.config)
     check_loss(router.loss)
     settings = default_settings(source.config, router.drop_at, router.candidates)
     source.config.router = settings
-    questions = unlabelled(data, router.seed)
-    check_space(out, source.weights.num_bytes)
-    record = read_record(plain)
     device = pick_device(options.device)
-    dtype = compute_dtype(options.dtype, source.config, device)
-    loss = router.loss
+    return RouterJob(
+        router=router,
+        source=source,
+        settings=settings,
+        questions=unlabelled(data, router.seed) if questions is None else questions,
+        answer_tokens=data.answer_tokens,
+        device=device,
+        dtype=compute_dtype(options.dtype, source.config, device),
+        memory=options.memory,
+    )
+
+
+def train_job(job: RouterJob, state_file: Path, progress: Progress) -> Trained:
+    """Load the model and train its router; what a broken-off run goes on from is in `state_file`."""
+    from ..modeling.routed_route import RouterSettings
+    from .training.loop import Training, train_router
+
+    router = job.router
     training = Training(
         steps=router.steps,
         batch_size=router.batch_size,
         learning_rate=router.learning_rate,
-        loss=loss.name,
-        options=loss.options,
+        loss=router.loss.name,
+        options=router.loss.options,
         seed=router.seed,
-        answer_tokens=data.answer_tokens,
+        answer_tokens=job.answer_tokens,
     )
-    state_file = out.absolute().parent / f".{out.name}.training"
-    trained = train_router(
-        load_model(source, device, dtype, options.memory)[0],
-        load_processor(source.folder),
-        questions.samples,
-        RouterSettings.of(source.config),
-        training,
-        progress,
-        state_file,
-        fingerprint(router, file_hashes(source), questions, str(dtype)),
+    return train_router(
+        load_model(job.source, job.device, job.dtype, job.memory)[0],
+        load_processor(job.source.folder),
+        samples=job.questions.samples,
+        settings=RouterSettings.of(job.source.config),
+        training=training,
+        progress=progress,
+        state_file=state_file,
+        fingerprint=fingerprint(router, file_hashes(job.source), job.questions, str(job.dtype)),
     )
-    record["recipe"]["router"] = {**router.to_data(), "calibration": data.to_data()}
-    record["router"] = {
-        "settings": settings,
+
+
+def describe_router(job: RouterJob, trained: Trained, seconds: float) -> dict[str, Any]:
+    """Return what the record says of a router."""
+    return {
+        "settings": job.settings,
         "parameters": sum(tensor.numel() for tensor in trained.weights.values()),
         "questions": trained.questions,
         "held_out": trained.held_out,
-        "fingerprint": questions.fingerprint,
+        "fingerprint": job.questions.fingerprint,
         "curve": trained.curve,
-        "seconds": round(time.monotonic() - begin, 1),
-        "replaces_another": "router" in source.raw_config,
+        "seconds": round(seconds, 1),
+        "replaces_another": "router" in job.source.raw_config,
     }
-    forget_router(record)
-    with staged(out) as stage:
-        write_checkpoint(source, PruningPlan(source.num_layers, ()), {}, stage)
-        carry_adapter(plain, stage)
-        add_router(stage, settings, trained.weights)
-        record["measured"]["files"] = hashes(stage)
-        record["router"]["reference"] = routed_reference(stage, device, dtype)
-        write_record(stage, record)
-        carry_card(plain, stage)
-        card(stage, out.name)
-        require(stage, device)
-    state_file.unlink(missing_ok=True)
-    return out
 
 
 def forget_router(record: dict[str, Any]) -> None:
@@ -112,24 +162,15 @@ def forget_router(record: dict[str, Any]) -> None:
 
 def unlabelled(data: CalibrationData, seed: int) -> Calibration:
     """The questions to train on, with every image looked at."""
-    found = load_calibration(
-        data.data,
-        samples=data.samples,
-        seed=seed,
-        columns=data.columns,
-        split=data.split,
-        prompt=data.prompt,
-        config=data.config,
-        allow_urls=data.allow_urls,
-    )
-    if len(found.samples) < 8:
+    questions = questions_of(data, seed)
+    if len(questions.samples) < 8:
         raise InputError(
-            f"{data.data} holds {len(found.samples)} questions: a router needs 8 to learn from, better 500."
+            f"{data.data} holds {len(questions.samples)} questions: a router needs 8 to learn from, better 500."
         )
-    for sample in found.samples:
+    for sample in questions.samples:
         sample.chat()
         sample.open_images()
-    return found
+    return questions
 
 
 def fingerprint(router: RouterRecipe, files: dict[str, str], questions: Calibration, dtype: str) -> str:

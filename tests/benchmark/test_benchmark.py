@@ -219,7 +219,7 @@ def test_figures_go_into_record_and_card(tiny, questions, tmp_path, unverified):
     assert "How fast it is" not in (folder / "README.md").read_text()
     for _ in range(2):  # the second replaces the first
         done = bench([folder], reference=tiny("llava"), workload=SMALL, options=QUICK)
-    (entry,) = read_record(folder)["benchmarks"]
+    (entry,) = read_record(folder).to_data()["benchmarks"]
     figures = done.models[1].batches[0]
     assert entry["batches"][0]["prefill_ms"] == figures.prefill_ms
     assert entry["hardware"]["device"] and entry["date"] and entry["versions"]["transformers"]
@@ -235,10 +235,10 @@ def test_figures_go_into_record_and_card(tiny, questions, tmp_path, unverified):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"workload": {"visual_tokens": 7}}, "visual_tokens=7: .* no such number of square images, ask for 25"),
+        ({"workload": {"visual_tokens": 7}}, "visual_tokens=7: .* no square images of that many tokens: ask for 25"),
         ({"workload": {"visual_tokens": 25, "text_tokens": 3}}, "text_tokens=3 is less than the .* ask for"),
         ({"workload": {"text_tokens": 0}}, "text_tokens=0: at least 1"),
-        ({"workload": {"task": "x.jsonl", "visual_tokens": 4}}, "a task has prompts of its own"),
+        ({"workload": {"task": "x.jsonl", "visual_tokens": 4}}, "a task, which has prompts of its own"),
         ({"workload": {"task": "nothing.jsonl"}}, "there is no file or folder 'nothing.jsonl'"),
         ({"options": {"batches": (1, 0)}}, r"batch sizes \[1, 0\]: at least 1 row"),
         ({"options": {"new_tokens": 0}}, "new_tokens=0: at least 1"),

@@ -63,7 +63,7 @@ def test_tasks_of_one_name_and_several_references_stand_apart(folder, tiny, task
     copy = shutil.copytree(tiny("llava"), tmp_path / "another")
     evaluate([folder], task, reference=copy, **TOKENS)
     evaluate([folder], task, reference=copy, **TOKENS)  # replaces its own only
-    entries = read_record(folder)["evaluations"]
+    entries = read_record(folder).to_data()["evaluations"]
     assert [entry["reference_name"] for entry in entries] == ["model", "model", "another"]
     text = (folder / "README.md").read_text()
     assert text.count(f"| {task.name} | 12 | 50.0 % (") == 2 and ", another |" in text and ", model |" in text
@@ -110,7 +110,7 @@ def test_a_card_that_is_a_link_is_refused_before_the_work(folder, task, tmp_path
 @pytest.mark.parametrize("key", ["source", "plan", "scores", "fold", "measured", "evaluations", "versions"])
 @pytest.mark.parametrize("value", [None, [], {}, 3, "gone"])
 def test_a_damaged_record_is_one_sentence(key, value, folder):
-    record = read_record(folder)
+    record = read_record(folder).to_data()
     if value == "gone":
         del record[key]
     else:
@@ -126,7 +126,7 @@ def test_a_damaged_record_is_one_sentence(key, value, folder):
 
 
 def test_the_card_says_how_each_program_passes_a_budget_and_what_was_run(folder):
-    record = read_record(folder)
+    record = read_record(folder).to_data()
     presets = {"quality": {"keep_visual_tokens": 0.5}, "fast": {"keep_visual_tokens": 0.25, "keep_layers": 5}}
     record["router"] = {
         "parameters": 10, "questions": 8, "held_out": 2, "curve": [{"step": 1, "loss": 0.5, "KL": 0.1}],

@@ -206,7 +206,7 @@ def test_links_that_can_be_no_target_are_refused_before_the_work(tmp_path, monke
         check_target(tmp_path / "nowhere")
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
-    with pytest.raises(InputError, match="disk is where a disk is mounted"):
+    with pytest.raises(InputError, match="disk is a mount point"):
         check_target(tmp_path / "disk")
 
 

@@ -80,7 +80,7 @@ def made(tiny, questions, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def record(made) -> dict[str, Any]:
-    return read_record(made)
+    return read_record(made).to_data()
 
 
 def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -179,7 +179,7 @@ def test_a_byte_order_mark_and_capital_hashes_do_no_harm(record, tmp_path):
     files = {name: digest.upper() for name, digest in record["measured"]["files"].items()}
     record["measured"]["files"] = files
     (tmp_path / "compression.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(record).encode())
-    assert read_record(tmp_path)["measured"]["files"] == files
+    assert read_record(tmp_path).measured.files == files
 
 
 def test_a_record_that_is_a_folder(tmp_path):

@@ -297,6 +297,21 @@ def test_a_tokenizer_larger_than_the_embeddings(damaged):
     check(folder, r"its tokenizer has \d+ tokens beyond the 180 embeddings")
 
 
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"num_return_sequences": 2}, "transformers refuses generation_config.json, .*num_return_sequences"),
+        ({"max_new_tokens": "5"}, "transformers refuses generation_config.json, .*not supported between"),
+        ({"cache_implementation": "x"}, "transformers refuses generation_config.json, .*cache_implementation"),
+        ({"compile_config": {"a": 1}}, "transformers refuses generation_config.json, .*compile_config"),
+        ({"eos_token_id": [2, "</s>"]}, r"eos_token_id=\[2, '</s>'\], which is no token id"),
+        ({"num_return_sequences": 2, "num_beams": 4, "do_sample": True, "pad_token_id": -1}, None),
+    ],
+)
+def test_generation_configs_with_which_no_model_loads(entries, expected, damaged):
+    check(damaged(edit("generation_config.json", **entries)), expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sound_checkpoints_are_left_alone(family, tiny):
     source = open_source(str(tiny(family)))

@@ -20,6 +20,7 @@ from exporter.checkpoints import writer as checkpoint
 from exporter.checkpoints.writer import write_weights
 from exporter.cli.entry import main
 from exporter.errors import InputError
+from exporter.recipe import recipe_from_data
 
 
 @pytest.fixture
@@ -326,3 +327,42 @@ def test_usage_errors_are_quick(tmp_path):
 
 def test_input_error_is_a_value_error():
     assert issubclass(InputError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"seed": "x"}, "seed must be a whole number from 0 to"),
+        ({"seed": True}, "seed must be a whole number from 0 to"),
+        ({"seed": -1}, "seed must be a whole number from 0 to"),
+        ({"revision": 123}, "revision must be a text, not 123: put it in quotes"),
+        ({"base_model": "a b"}, r"base_model must be a name on the hub \(USER/NAME\), not 'a b'"),
+        ({"base_model": ["a"]}, "base_model must be a name on the hub"),
+        ({"model": None}, "model must be a folder or a hub id, not None"),
+        ({"drop_layers": True}, "drop_layers must be a whole number, not True"),
+        ({"drop_layers": None, "drop_ratio": True}, "drop_ratio must be a number, not True"),
+        ({"drop_layers": None, "layers": [True]}, "layers must be a list of layer numbers"),
+        ({"calibration": {"data": "q.jsonl", "columns": {"image": 3}}}, "columns must map texts to texts"),
+    ],
+)
+def test_entries_of_a_recipe_that_are_of_another_kind(entries, expected):
+    data = {"model": "m", "calibration": "q.jsonl", "drop_layers": 1} | entries
+    if entries.get("drop_layers", 1) is None:
+        del data["drop_layers"]
+    with pytest.raises(InputError, match=expected):
+        recipe_from_data(data)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--layers", ""), "'' is no list of layers"),
+        (("--layers", "1,,2"), "'1,,2' is no list of layers"),
+        (("--layers", "1", "--calibration", ""), "no file or folder ''"),
+        (("--layers", "1", "--calibration", "datasets:"), "names no data set"),
+        (("--layers", "1", "--base-model", "a b"), "base_model must be a name on the hub"),
+    ],
+)
+def test_empty_flags_are_no_silent_choice(flags, expected, capsys, model, questions, tmp_path):
+    given = () if "--calibration" in flags else ("--calibration", questions)
+    assert expected in refused(capsys, "compress", model, "--out", tmp_path / "out", *given, *flags)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from exporter.comparison.cells_file import CellsFile
 from exporter.comparison.grid import Cell, Comparison, grid_from_data, load_grid
 from exporter.comparison.grid_table import pareto_front
 from exporter.comparison.layers import compare
@@ -90,7 +91,7 @@ def test_mistakes_in_a_grid(grid, tmp_path):
     assert "no option 'kk'" in refused(folds=[{"name": "scp", "kk": 1}])
     assert "task has no key 'splits': did you mean 'split'" in refused(task={"data": "q.jsonl", "splits": "test"})
     assert "task needs 'data'" in refused(task={"split": "test"})
-    assert "task: split must be a text, not 3" in refused(task={"data": "datasets:a/b", "split": 3})
+    assert "task: split must be text, not 3" in refused(task={"data": "datasets:a/b", "split": 3})
     with pytest.raises(InputError, match="there is no recipe"):
         load_grid(tmp_path / "none.yaml")
 
@@ -182,3 +183,15 @@ def test_a_zoo_is_one_table_with_means_worst_cases_and_what_was_left_out(grid, t
         zoo_from_data({**shared, "models": [own | {"name": "a"}, own | {"name": "a"}]})
     with pytest.raises(InputError, match="did you mean 'calibration'"):
         zoo_from_data({**shared, "models": [own | {"calibraton": "x"}]})
+
+
+def test_a_damaged_file_of_cells_is_a_sentence(tmp_path):
+    path = tmp_path / "out" / "cells.jsonl"
+    first = CellsFile(path, {"seed": 0})
+    first.add([{"drop": [1]}, {"drop": [2]}])
+    assert CellsFile(path, {"seed": 0}).cells == [{"drop": [1]}, {"drop": [2]}]
+    with pytest.raises(InputError, match="holds another comparison"):
+        CellsFile(path, {"seed": 1})
+    path.write_text(path.read_text() + '{"index": 2}\n')
+    with pytest.raises(InputError, match=r"cells.jsonl line 3 is no cell of a comparison: name another file"):
+        CellsFile(path, {"seed": 0})

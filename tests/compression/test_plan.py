@@ -16,7 +16,7 @@ def test_plan_renumbers_and_groups():
     assert plan.drop == (2, 3, 6)
     assert plan.keep == (0, 1, 4, 5, 7)
     assert plan.new_index == {0: 0, 1: 1, 4: 2, 5: 3, 7: 4}
-    assert plan.runs == ((2, 3), (6,))
+    assert plan.gaps == ((2, 3), (6,))
 
 
 @pytest.mark.parametrize(

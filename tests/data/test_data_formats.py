@@ -74,10 +74,10 @@ def test_json_arrays(text, tmp_path):
         (LINE.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         (LINE.encode("utf-16-le"), "is UTF-16 text: save it as UTF-8"),
         (LINE.encode("utf-32"), "is UTF-32 text: save it as UTF-8"),
-        (b"\x1f\x8b\x08\0", "is packed by gzip: unpack it"),
-        (b"PK\x03\x04", "is packed by zip"),
+        (b"\x1f\x8b\x08\0", "is compressed by gzip: decompress it"),
+        (b"PK\x03\x04", "is compressed by zip"),
         (b"\xff\xfa\xc0", "is not a text file"),
-        (b'{"image": "a.png", "question": "a", "question": "b"}', "key 'question' stands there twice"),
+        (b'{"image": "a.png", "question": "a", "question": "b"}', "key 'question' is given twice"),
         (b'{"image": "a.png", "question": "a", "score": NaN}', "NaN is no JSON, write null"),
         (b'{"image": "a.png", "question": "a", "score": -Infinity}', "-Infinity is no JSON"),
         (b'{"a": ' * 100_000, "line 1 is no JSON"),
@@ -86,7 +86,7 @@ def test_json_arrays(text, tmp_path):
         (b"3\n", "line 1 holds a int, not a JSON object"),
         (b"[]", "holds no lines"),
         (b"\n\n", "holds no lines"),
-        (b'{"image": "a.png", "question": "\\ud800"}', "holds half a character"),
+        (b'{"image": "a.png", "question": "\\ud800"}', "holds an incomplete character"),
         (b"image,question\na.png,what?\n", "line 1 is no JSON"),
         (b'{"n": ' + b"9" * 5000 + b"}", "line 1 is no JSON"),
     ],
@@ -385,7 +385,7 @@ def test_questions_without_an_image_are_left_out_of_a_calibration(saved, tmp_pat
         with pytest.raises(InputError, match="a question without an image"):
             load_task(spec, None, 0)
     lines.write_text(json.dumps({"question": "what?"}))
-    with pytest.raises(InputError, match="none of its questions has an image"):
+    with pytest.raises(InputError, match=r"line 1: a question without an image .*; of 1 questions none"):
         load_calibration(str(lines), samples=None)
 
 

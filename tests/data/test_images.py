@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from exporter.data.calibration import load_calibration
-from exporter.data.images import Encoded, as_rgb, image_from, image_pixels, open_image
+from exporter.data.images import Encoded, as_rgb, image_from, image_pixels, open_image, readable_formats
 from exporter.errors import InputError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -172,7 +172,7 @@ def test_addresses_of_all_kinds(tmp_path):
         ("HTTPS://localhost/a.png", "nothing is fetched unasked"),
         ("s3://bucket/a.png", "s3:// addresses are not read"),
         ("file://elsewhere/a.png", "names another machine"),
-        (None, "none of its questions has an image|is null"),
+        (None, "a question without an image .*; of 1 questions none has one|is null"),
         ([None], "an image is null"),
         ([3], "an image is a path, not 3"),
         ([["a.png"]], "an image is a path, not"),
@@ -205,6 +205,34 @@ def test_what_is_no_image_is_one_sentence(image, message, tmp_path, monkeypatch)
             load_calibration(lines(tmp_path, {"image": image}), samples=None).samples[0].open_images()
     assert "line 1" in str(told.value)
     assert len(str(told.value)) < 700
+
+
+@pytest.mark.parametrize("name", ["program.eps", "program.png"])
+def test_pictures_that_are_programs_are_not_run(name, tmp_path, monkeypatch):
+    """Pillow would start Ghostscript for them, whatever the file is called."""
+
+    def ran(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.check_call", ran)
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(buffer, "EPS")
+    (tmp_path / name).write_bytes(buffer.getvalue())
+    inline = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    for image in (name, inline):
+        with pytest.raises(InputError, match=r"line 1: .* is PostScript \(EPS\): .* Convert it to PNG"):
+            load_calibration(lines(tmp_path, {"image": image}), samples=None).samples[0].open_images()
+    assert {"PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"} <= set(readable_formats())
+
+
+def test_an_image_of_a_folder_is_named_once(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("hello")
+    (tmp_path / "c.png").symlink_to("nowhere.png")
+    for sample in load_calibration(str(tmp_path), samples=None).samples:
+        with pytest.raises(InputError, match=r"named pipe|5 bytes|there is no image") as told:
+            sample.open_images()
+        assert str(told.value).count(".png") == 1
 
 
 def test_a_folder_from_a_mac(tmp_path):

@@ -196,7 +196,7 @@ def test_healing_costs_thirty_forward_passes_at_most():
 def test_a_model_whose_layers_cannot_be_folded_learns(small, tiny, asked, tmp_path):
     healing = HealRecipe(**{**vars(LEARNING), "calibration": asked, "teacher": str(tiny("gemma3")), "norms": True})
     out = heal(small, healing, tmp_path / "healed")
-    record, before = read_record(out), read_record(small)
+    record, before = read_record(out).data, read_record(small).data
     told = record["heal"]
     assert told["kept"] and told["after"]["kl"] < 0.9 * told["before"]["kl"]
     judging = told["before"]
@@ -225,7 +225,7 @@ def test_what_does_not_help_is_not_kept(small, tiny, asked, tmp_path, caplog):
     wild = HealRecipe(**{**vars(LEARNING), "calibration": asked, "teacher": str(tiny("gemma3")), "steps": 2})
     wild = HealRecipe(**{**vars(wild), "learning_rate": 0.99})
     out = heal(small, wild, tmp_path / "healed")
-    told = read_record(out)["heal"]
+    told = read_record(out).data["heal"]
     assert not told["kept"] and told["steps_kept"] == 0 and "adapter" not in told
     assert sha256(out / "model.safetensors") == sha256(small / "model.safetensors")
     assert "held-out questions are no better than before" in caplog.text and not (out / ADAPTER_FILE).exists()
@@ -277,7 +277,7 @@ def test_a_folder_that_somebody_else_pruned_is_healed(small, tiny, asked, tmp_pa
     theirs = tmp_path / "theirs"
     shutil.copytree(small, theirs, ignore=shutil.ignore_patterns("compression.json", "README.md", "assets"))
     healing = HealRecipe(**{**vars(LEARNING), "calibration": asked, "teacher": str(tiny("gemma3"))})
-    record = read_record(heal(theirs, healing, tmp_path / "healed"))
+    record = read_record(heal(theirs, healing, tmp_path / "healed")).data
     assert record["heal"]["kept"] and record["plan"]["drop"] == []
     assert recipe_from_data(record["recipe"]).heal.teacher == str(tiny("gemma3"))
 

@@ -234,7 +234,7 @@ def test_parts_are_cut_where_something_may_be_left_out(tiny):
 def test_routes_that_graphs_can_not_follow(tiny):
     config = AutoConfig.from_pretrained(tiny("llava"))
     config.router = default_settings(config, drop_at=2)
-    with pytest.raises(InputError, match="needs a mask, which routed graphs have not"):
+    with pytest.raises(InputError, match="needs an attention mask, which routed graphs do not take"):
         read_settings(config, "growing")
     config.router["read_at"] = 0
     with pytest.raises(InputError, match="reads at layer 0 and tokens leave at layer 2: in routed graphs the two must"):
@@ -248,6 +248,6 @@ def test_routes_that_graphs_can_not_follow(tiny):
 def test_a_router_that_did_not_come_along(routed, tmp_path):
     source = shutil.copytree(routed("llava")[0], tmp_path / "model")
     shutil.rmtree(source / "router")
-    with pytest.raises(InputError, match=r"speaks of a router and has no router/model\.safetensors"):
+    with pytest.raises(InputError, match=r"names a router in config\.json, but has no router/model\.safetensors"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -198,6 +198,10 @@ def test_what_travels_with_a_checkpoint_needs_nothing_of_ours():
         assert used <= {"torch", "transformers", "safetensors"}, path  # transformers cannot do without safetensors
 
 
+def test_the_package_says_that_it_is_typed():
+    assert (PACKAGE / "py.typed").is_file()  # hatch takes every file of the package into the wheel
+
+
 def test_hooks_are_in_one_file():
     with_hooks = {path.name for path in source_files() if "register_forward" in path.read_text()}
     assert with_hooks == {"capture.py"}

@@ -14,9 +14,12 @@ from exporter.cli.entry import main
 from exporter.comparison.grid import grid_from_data
 from exporter.compression.estimate import forward_passes
 from exporter.compression.job import prepare
+from exporter.errors import InputError
 from exporter.localize.scores import LayerScores
 from exporter.methods import FOLDS, LOCALIZERS, LOSSES, Fold, Localizer, RouterLoss, resolve
-from exporter.recipe import RunOptions, recipe_from_data
+from exporter.pipeline import route
+from exporter.recipe import Method, RunOptions, recipe_from_data, router_from_data
+from exporter.routing.training.losses import check_loss
 
 ROOT = Path(__file__).parent.parent.parent
 DUMMIES = """
@@ -97,11 +100,10 @@ def test_a_new_localizer_has_a_cost_a_plot_and_a_place_in_comparisons(tiny, ques
 def test_a_new_loss_trains_a_router(tiny, questions, tmp_path, monkeypatch):
     monkeypatch.setattr("exporter.routing.with_router.require", lambda *_: None)
     monkeypatch.setattr("exporter.pipeline.require", lambda *_: None)
-    arguments = ["route", str(tiny("llava")), "--calibration", str(questions), "--out", str(tmp_path / "routed")]
-    arguments += ["--loss", "small", "--loss-option", "share=0.25", "--steps", "1", "--batch-size", "2", "--quiet"]
-    assert main(arguments) == 0
-    record = json.loads((tmp_path / "routed" / "compression.json").read_text())
+    asked = {"data": str(questions), "samples": 8, "answer_tokens": 2}
+    router = {"calibration": asked, "steps": 1, "batch_size": 2, "loss": {"name": "small", "share": 0.25}}
+    made = route(tiny("llava"), router_from_data(router), tmp_path / "routed", RunOptions("cpu", "float32"))
+    record = json.loads((made / "compression.json").read_text())
     assert record["recipe"]["router"]["loss"] == {"name": "small", "share": 0.25}
-    arguments[arguments.index("share=0.25")] = "share=1.5"
-    arguments[arguments.index(str(tmp_path / "routed"))] = str(tmp_path / "other")
-    assert main(arguments) == 2
+    with pytest.raises(InputError, match=r"loss 'small': share=1.5 is a share, at most 1"):
+        check_loss(Method("small", {"share": 1.5}))

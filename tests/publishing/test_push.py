@@ -376,7 +376,7 @@ def test_a_token_that_may_not(token, expected, here, small, capsys, monkeypatch)
         (("name",), "USER/NAME is needed"),
         (("user/name@v2",), "USER/NAME is needed"),
         (("user/na--me",), "no valid repository name"),
-        (("user/name", "--revision", "a b"), "can be no branch"),
+        (("user/name", "--revision", "a b"), "is not a valid branch name"),
         (("user/name", "--revision", "0" * 40), "is a commit"),
     ],
 )

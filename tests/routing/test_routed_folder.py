@@ -101,7 +101,7 @@ def test_an_edited_configuration_is_not_made_to_verify(folder):
             {},
             r"preset 'nonsense' is not known: .* has off, quality, balanced, fast, token-only, layer-only",
         ),
-        ("fast", {"router": None}, "has no router, so that it has no preset to run under"),
+        ("fast", {"router": None}, "has no router, and therefore no presets"),
         ("fast", {"router": {"presets": 3}}, "has no router"),
     ],
 )
@@ -182,5 +182,5 @@ def test_files_that_no_release_shipped_are_left_alone(folder, tiny):
         update_modeling_files(folder)
     assert (folder / MODELING_FILES[0]).read_text() == "print('mine')\n"
     plain = shutil.copytree(tiny("llava"), folder.parent / "plain")
-    with pytest.raises(InputError, match="has no router, so that it has no modeling files"):
+    with pytest.raises(InputError, match="has no router, and therefore no modeling files"):
         update_modeling_files(plain)

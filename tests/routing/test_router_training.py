@@ -257,7 +257,7 @@ def test_compress_with_a_router_makes_one_verified_folder(routed_folder):
     routed, plain = routed_folder / "routed", routed_folder / "plain"
     assert sorted(path.name for path in routed_folder.iterdir()) == ["plain", "recipe.yaml", "routed"]
     assert (routed / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
-    record = read_record(routed)
+    record = read_record(routed).to_data()
     assert record["plan"]["drop"] == [3] and record["recipe"]["router"]["steps"] == 3
     assert record["router"]["settings"]["drop_at"] == 1
     assert len(record["router"]["curve"]) == 3
@@ -302,7 +302,7 @@ def test_reproduce_trains_the_router_again(routed_folder):
 def test_route_takes_a_model_as_its_authors_made_it(tiny, questions, tmp_path):
     router = RouterRecipe(CalibrationData(str(questions), None), steps=2, batch_size=4)
     made = route(str(tiny("qwen2_vl")), router, tmp_path / "routed", RunOptions("cpu"))
-    record = read_record(made)
+    record = read_record(made).to_data()
     assert record["plan"]["drop"] == []
     assert "No layer was removed" in (made / "README.md").read_text()
     assert not list(tmp_path.glob(".routed*"))

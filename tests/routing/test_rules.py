@@ -64,7 +64,7 @@ def test_fastv_looks_after_any_layer_and_runs_no_further(routed, samples):
             handle.remove()
     assert ran == [0, 0, 1, *range(6)]
     assert not torch.equal(scores[0], scores[1])
-    with pytest.raises(InputError, match="layer=7: FastV looks after 1 to 6 layers"):
+    with pytest.raises(InputError, match="layer=7: FastV reads attention after 1 to 6 layers"):
         fastv_scores(case.model, batch, layer=7)
     with pytest.raises(InputError, match="asked_by='first' is not known: last, all"):
         fastv_scores(case.model, batch, asked_by="first")
@@ -193,7 +193,7 @@ def test_a_plain_model_follows_rules(routed, samples, tiny):
         torch.testing.assert_close(model(**batch.inputs, route=route).logits, expected)
     assert torch.equal(model.generate(**batch.inputs, route=route, max_new_tokens=3),
                        case.model.generate(**batch.inputs, route=route, max_new_tokens=3))  # fmt: skip
-    with pytest.raises(InputError, match="rule 'router' asks a router, which this model has not"):
+    with pytest.raises(InputError, match="rule 'router' needs a router, and this model has none"):
         make_route(model, batch, HALF, Rule.parse("router"))
 
 

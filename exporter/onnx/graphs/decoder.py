@@ -131,10 +131,10 @@ class SharedDecoder(DecoderGraph):
         return self.outputs(last_tokens(states, row_lengths), step.present)
 
     def samples(self) -> Samples:
-        own = {"row_lengths": torch.tensor([5, 4]), "total_length": torch.tensor(5, dtype=torch.int32)}
+        extra = {"row_lengths": torch.tensor([5, 4]), "total_length": torch.tensor(5, dtype=torch.int32)}
         common = self.common_samples(past=11)
         cache = common.pop("past_key_values")
-        return {**common, **own, "past_key_values": cache}
+        return {**common, **extra, "past_key_values": cache}
 
     def dynamic(self) -> Samples:
         common = self.common_dynamic(torch.export.Dim("capacity"))
@@ -187,8 +187,8 @@ class GrowingDecoder(DecoderGraph):
     def samples(self) -> Samples:
         common = self.common_samples(past=3)
         cache = common.pop("past_key_values")
-        own = {"attention_mask": torch.ones(2, 8, dtype=torch.long), "block_ids": torch.full((2, 5), -1)}
-        return {**common, **own, "past_key_values": cache}
+        extra = {"attention_mask": torch.ones(2, 8, dtype=torch.long), "block_ids": torch.full((2, 5), -1)}
+        return {**common, **extra, "past_key_values": cache}
 
     def dynamic(self) -> Samples:
         past = torch.export.Dim("past")
@@ -196,8 +196,8 @@ class GrowingDecoder(DecoderGraph):
         cache = common.pop("past_key_values")
         batch, sequence = common["inputs_embeds"][0], common["inputs_embeds"][1]
         # T is P + S, which sizes say and a named dimension can't.
-        own = {"attention_mask": {0: batch, 1: torch.export.Dim.AUTO}, "block_ids": {0: batch, 1: sequence}}
-        return {**common, **own, "past_key_values": cache}
+        extra = {"attention_mask": {0: batch, 1: torch.export.Dim.AUTO}, "block_ids": {0: batch, 1: sequence}}
+        return {**common, **extra, "past_key_values": cache}
 
 
 # --- what the layers meet as their cache ------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def language_model(model: Any) -> Any:
 def cache_shape(model: Any) -> tuple[int, int, int]:
     """Layers, heads of keys, head size; InputError if they differ between layers."""
     attentions = [layer.self_attn for layer in language_model(model).layers]
-    found = {(module.k_proj.out_features // module.head_dim, module.head_dim) for module in attentions}
-    if len(found) != 1:
-        raise InputError(f"the layers of this model keep keys of different shapes ({sorted(found)}): not exported.")
-    return len(attentions), *found.pop()
+    shapes = {(module.k_proj.out_features // module.head_dim, module.head_dim) for module in attentions}
+    if len(shapes) != 1:
+        raise InputError(f"the layers of this model keep keys of different shapes ({sorted(shapes)}): not exported.")
+    return len(attentions), *shapes.pop()

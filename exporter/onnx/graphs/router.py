@@ -49,15 +49,15 @@ class Part:
 
 def parts(settings: RouterSettings, num_layers: int) -> list[Part]:
     """All layers in order, cut where tokens leave and around every layer that may be skipped."""
-    found: list[Part] = []
+    listed: list[Part] = []
     for layer in range(num_layers):
         if layer in settings.candidates:
-            found.append(Part((layer,), settings.candidates.index(layer)))
-        elif found and found[-1].candidate is None and layer != settings.drop_at:
-            found[-1] = Part((*found[-1].layers, layer))
+            listed.append(Part((layer,), settings.candidates.index(layer)))
+        elif listed and listed[-1].candidate is None and layer != settings.drop_at:
+            listed[-1] = Part((*listed[-1].layers, layer))
         else:
-            found.append(Part((layer,)))
-    return found
+            listed.append(Part((layer,)))
+    return listed
 
 
 def read_settings(config: Any, cache: str) -> RouterSettings:
@@ -65,7 +65,9 @@ def read_settings(config: Any, cache: str) -> RouterSettings:
     settings = RouterSettings.of(config)
     text = config.get_text_config()
     if cache != SHARED:
-        raise InputError("this routed model needs a mask, which routed graphs have not: export the plain checkpoint.")
+        raise InputError(
+            "this routed model needs an attention mask, which routed graphs do not take: export the plain checkpoint."
+        )
     if settings.read_at != settings.drop_at:
         raise InputError(
             f"this router reads at layer {settings.read_at} and tokens leave at layer {settings.drop_at}: in routed "
@@ -74,7 +76,8 @@ def read_settings(config: Any, cache: str) -> RouterSettings:
     kinds = getattr(text, "layer_types", None) or []
     if getattr(text, "sliding_window", None) and (not kinds or "sliding_attention" in kinds):
         raise InputError(
-            "this routed model has sliding windows, which count the tokens that have left too: routed graphs can't."
+            "this routed model has sliding windows, which count dropped tokens too, and routed "
+            "graphs do not: export the plain checkpoint."
         )
     return settings
 
@@ -116,14 +119,14 @@ class RouterGraph(nn.Module):
         scores = tokens.masked_fill(~visual, torch.finfo(tokens.dtype).min)
         if self.image_floor:
             scores = floors_first(scores, visual, places[..., 0], keep_counts, self.image_floor)
-        ranked = highest(scores)  # [B, S]
+        ranked = argsort_descending(scores)  # [B, S]
         best = (place[None] < keep_counts[:, None]).expand_as(visual)
         keep = (torch.zeros_like(visual).scatter(1, ranked, best) | ~visual) & real
         # Those that stay come first, in their order.
         length = states.shape[1]
-        order = highest(torch.where(keep, 2 * length - place, length - place))  # [B, S]
+        order = argsort_descending(torch.where(keep, 2 * length - place, length - place))  # [B, S]
         index = order[:, slots]  # [B, K]
-        lowest = highest(-layers)  # [B, N]
+        lowest = argsort_descending(-layers)  # [B, N]
         numbers = torch.arange(layers.shape[1])
         skipped = torch.zeros_like(layers, dtype=torch.bool).scatter(
             1, lowest, (numbers < skip_count)[None].expand_as(lowest)
@@ -184,7 +187,7 @@ def floors_first(scores: Tensor, visual: Tensor, images: Tensor, counts: Tensor,
     return torch.where(visual, length - place + floor.long() * length, -1)
 
 
-def highest(scores: Tensor) -> Tensor:
+def argsort_descending(scores: Tensor) -> Tensor:
     """Indices from the highest score to the lowest. ONNX Runtime's TopK takes the first of equal ones first."""
     return scores.topk(scores.shape[1], dim=1).indices
 
@@ -305,7 +308,9 @@ def load_router(folder: Path, config: Any, settings: RouterSettings, dtype: torc
 
     path = folder / ROUTER_FILE
     if not path.is_file():
-        raise InputError(f"{folder} speaks of a router and has no {ROUTER_FILE}: fetch the router's folder too.")
+        raise InputError(
+            f"{folder} names a router in config.json, but has no {ROUTER_FILE}: download the folder 'router' too."
+        )
     router = Router(config.get_text_config().hidden_size, settings)
     router.load_state_dict(load_file(path))
     return router.to(dtype).eval().requires_grad_(False)

@@ -45,8 +45,8 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
     for name, size in manifest["files"].items() if whole else ():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "not there"
-            raise InputError(f"{file} is {found} instead of {size} bytes: the folder is incomplete, copy it again.")
+            actual = f"{file.stat().st_size} bytes" if file.is_file() else "not there"
+            raise InputError(f"{file} is {actual} instead of {size} bytes: the folder is incomplete, copy it again.")
     return manifest
 
 

@@ -121,7 +121,9 @@ class OnnxModel:
         """
         embeds = self.embed(prompt.input_ids, self._matching(prompt, features))
         rows, length = prompt.input_ids.shape
-        state = DecodingState(prompt, {}, self._logits(rows), prompt.lengths, prompt.real)
+        state = DecodingState(
+            prompt=prompt, cache={}, logits=self._logits(rows), lengths=prompt.lengths, real=prompt.real
+        )
         shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
         if self.manifest["cache"] == "growing":
             shape = (*shape[:2], 0, shape[3])

@@ -48,10 +48,10 @@ def product(rows: Array, columns: Array) -> Array:
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
 
 
-def places(manifest: Mapping[str, Any], rows: list[Array], given: Mapping[str, Any]) -> list[Array]:
+def places(manifest: Mapping[str, Any], rows: list[Array], inputs: Mapping[str, Any]) -> list[Array]:
     """For each row, image number, row and column of each visual token, [S, 3]; zero at text. As at training."""
     spans = [(row, *span) for row, visual in enumerate(rows) for span in spans_of(visual)]
-    shapes = run_shapes(manifest, [end - start for _, start, end in spans], given)
+    shapes = run_shapes(manifest, [end - start for _, start, end in spans], inputs)
     out = [np.zeros((len(row), 3)) for row in rows]
     number, previous = -1, None
     for (row, start, end), shape in zip(spans, shapes, strict=True):
@@ -69,20 +69,27 @@ def spans_of(visual: Array) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def run_shapes(manifest: Mapping[str, Any], lengths: list[int], given: Mapping[str, Any]) -> list[ImageShape]:
+def run_shapes(manifest: Mapping[str, Any], lengths: list[int], inputs: Mapping[str, Any]) -> list[ImageShape]:
     """The shape of each run, by what the inputs say of the images, and by the run's length where they say nothing."""
     vision, known = manifest["vision"], []
-    if vision["kind"] == "patches" and given.get("image_grid_thw") is not None:
-        grids = np.asarray(given["image_grid_thw"]).tolist()
+    if vision["kind"] == "patches" and inputs.get("image_grid_thw") is not None:
+        grids = np.asarray(inputs["image_grid_thw"]).tolist()
         known = [ImageShape(height // vision["merge"], width // vision["merge"]) for _, height, width in grids]
-    elif vision["kind"] == "sized" and given.get("image_sizes") is not None:
-        for height, width in np.asarray(given["image_sizes"]).tolist():  # a run is one row, then comes [IMG_BREAK]
+    elif vision["kind"] == "sized" and inputs.get("image_sizes") is not None:
+        for height, width in np.asarray(inputs["image_sizes"]).tolist():  # a run is one row, then comes [IMG_BREAK]
             count = int(height) // vision["side"]
             known += [
-                ImageShape(1, int(width) // vision["side"], row / count, 1 / count, row == 0) for row in range(count)
+                ImageShape(
+                    height=1,
+                    width=int(width) // vision["side"],
+                    top=row / count,
+                    share=1 / count,
+                    first_of_image=row == 0,
+                )
+                for row in range(count)
             ]
-    elif vision["kind"] == "anyres" and given.get("image_sizes") is not None:
-        known = [any_resolution(vision, *image) for image in images_of(given)]
+    elif vision["kind"] == "anyres" and inputs.get("image_sizes") is not None:
+        known = [any_resolution(vision, *image) for image in images_of(inputs)]
     if [shape.length for shape in known] == lengths:
         return known
     return [guessed(manifest["router"]["tile_lengths"], length) for length in lengths]

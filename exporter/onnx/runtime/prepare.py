@@ -45,30 +45,30 @@ class Prompt:
 
 def prepare(manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> Prompt:
     """Check what a processor gave and lay it out for the graphs."""
-    given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
-    if unknown := sorted(set(given) - KNOWN):
+    arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+    if unknown := sorted(set(arrays) - KNOWN):
         raise InputError(
             f"input '{unknown[0]}' has no place in this model's graphs: questions with images are what they take "
             f"({', '.join(sorted(KNOWN))})."
         )
-    ids = given["input_ids"].astype(np.int64)
-    real = given.get("attention_mask", np.ones_like(ids)).astype(bool)
+    ids = arrays["input_ids"].astype(np.int64)
+    real = arrays.get("attention_mask", np.ones_like(ids)).astype(bool)
     if ids.ndim != 2 or real.shape != ids.shape or not real.any(1).all():
         raise InputError(f"input_ids {ids.shape} and attention_mask {real.shape} must be [rows, tokens], none empty.")
     vision = manifest["vision"]
-    images = IMAGES[vision["kind"]](vision, given) if "pixel_values" in given else []
+    images = IMAGES[vision["kind"]](vision, arrays) if "pixel_values" in arrays else []
     rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
-    positions = row_positions(manifest, rows, given.get("image_grid_thw"))
+    positions = row_positions(manifest, rows, arrays.get("image_grid_thw"))
     blocks = [row_blocks(manifest["blocks"], row == manifest["image_token_id"]) for row in rows]
     left = manifest["cache"] == "growing"
     return Prompt(
-        padded(rows, left, manifest["pad_token_id"]),
-        padded([np.ones(len(row), bool) for row in rows], left, False),
-        np.moveaxis(padded([p.T for p in positions], left, 0), -1, 0) if manifest["mrope"] else
+        input_ids=padded(rows, left, manifest["pad_token_id"]),
+        real=padded([np.ones(len(row), bool) for row in rows], left, False),
+        positions=np.moveaxis(padded([p.T for p in positions], left, 0), -1, 0) if manifest["mrope"] else
         padded(positions, left, 0),
-        np.array([position.max() + 1 for position in positions]),
-        padded(blocks, left, -1),
-        images,
+        next_position=np.array([position.max() + 1 for position in positions]),
+        block_ids=padded(blocks, left, -1),
+        images=images,
     )  # fmt: skip
 
 
@@ -129,16 +129,16 @@ def row_blocks(blocks: str | None, visual: Array) -> Array:
 # --- images, one function a kind --------------------------------------------------------------------------------------
 
 
-def tiles(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]:
-    pixels = given["pixel_values"]
+def tiles(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
+    pixels = arrays["pixel_values"]
     return [{"pixel_values": pixels.reshape(-1, *pixels.shape[-3:])}]
 
 
-def real_tiles(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]:
+def real_tiles(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
     """Without the tiles that fill up a batch, which are all zero."""
-    pixels = given["pixel_values"].reshape(-1, *given["pixel_values"].shape[-3:])
+    pixels = arrays["pixel_values"].reshape(-1, *arrays["pixel_values"].shape[-3:])
     used = pixels.any((1, 2, 3))
-    mask = given.get("pixel_attention_mask")
+    mask = arrays.get("pixel_attention_mask")
     if mask is not None and not mask.reshape(-1, *mask.shape[-2:])[used].all():
         raise InputError(
             "an image comes padded within its tile, which this graph has no mask for: leave do_image_splitting on, or "
@@ -147,20 +147,20 @@ def real_tiles(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Fe
     return [{"pixel_values": pixels[used]}]
 
 
-def sized(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]:
+def sized(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
     """Every image alone, without what pads it to the size of the largest."""
     side = vision["side"]
     feeds = []
-    for image, size in zip(given["pixel_values"], given["image_sizes"].tolist(), strict=True):
+    for image, size in zip(arrays["pixel_values"], arrays["image_sizes"].tolist(), strict=True):
         height, width = (length // side * side for length in size)
         feeds.append({"pixel_values": np.ascontiguousarray(image[None, :, :height, :width])})
     return feeds
 
 
-def patches(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]:
+def patches(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
     """Every image alone, with the row, column and window of each patch, in the processor's order."""
     feeds, start, merge = [], 0, vision["merge"]
-    for time, height, width in given["image_grid_thw"].tolist():
+    for time, height, width in arrays["image_grid_thw"].tolist():
         if time != 1:
             raise InputError(f"image_grid_thw says {time} frames: videos are not exported, images have 1.")
         row, column = np.indices((height, width))  # [H, W] each
@@ -172,7 +172,7 @@ def patches(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]
         end = start + height * width
         feeds.append(
             {
-                "pixel_values": given["pixel_values"][start:end],
+                "pixel_values": arrays["pixel_values"][start:end],
                 "patch_positions": np.ascontiguousarray(ordered[:, :2]),
                 "patch_window": np.ascontiguousarray(ordered[:, 2]),
             }
@@ -181,12 +181,12 @@ def patches(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]
     return feeds
 
 
-def anyres(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]:
+def anyres(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
     """Real tiles, and for each feature of the prompt which four features of tiles make it, with their weights."""
-    side, pixels = vision["grid"], given["pixel_values"]
+    side, pixels = vision["grid"], arrays["pixel_values"]
     kept, indices, weights = [], [], []
     first = 0
-    for image, (size, in_tiles) in zip(pixels, images_of(given), strict=True):
+    for image, (size, in_tiles) in zip(pixels, images_of(arrays), strict=True):
         rows, columns = best_grid(size, vision) if in_tiles else (0, 0)
         kept.append(image[: 1 + rows * columns])
         for index, weight in _packed(vision, size, rows, columns, first):
@@ -204,9 +204,9 @@ def anyres(vision: Mapping[str, Any], given: Mapping[str, Array]) -> list[Feed]:
     ]
 
 
-def images_of(given: Mapping[str, Any]) -> list[tuple[list[int], bool]]:
+def images_of(arrays: Mapping[str, Any]) -> list[tuple[list[int], bool]]:
     """Height and width of each image, and whether it was cut into tiles: several of one question are not."""
-    sizes, counts = np.asarray(given["image_sizes"]).tolist(), given.get("batch_num_images")
+    sizes, counts = np.asarray(arrays["image_sizes"]).tolist(), arrays.get("batch_num_images")
     if counts is None:
         return [(size, True) for size in sizes]
     cut = [n == 1 for n in np.asarray(counts).tolist() for _ in range(n)]

@@ -61,9 +61,9 @@ class Sampling:
         """logits [B, V], the tokens so far [B, S] -> tokens [B]"""
         if self.repetition_penalty != 1.0:
             logits = logits.copy()
-            said = np.take_along_axis(logits, seen, 1)
+            scores = np.take_along_axis(logits, seen, 1)
             penalty = self.repetition_penalty
-            np.put_along_axis(logits, seen, np.where(said < 0, said * penalty, said / penalty), 1)
+            np.put_along_axis(logits, seen, np.where(scores < 0, scores * penalty, scores / penalty), 1)
         if not self.do_sample:
             return logits.argmax(-1)
         return np.array([random.choice(len(p), p=p) for p in self._probabilities(logits.astype(np.float64))])

@@ -21,7 +21,7 @@ LEAST_KL = 1e-3  # nats an answer; less than this is nothing
 
 
 def importance_loss(
-    look: TrainingBatch,
+    batch: TrainingBatch,
     generator: torch.Generator,
     *,
     power: float = 0.5,
@@ -51,20 +51,20 @@ def importance_loss(
         sets: of layers that are tried for each question.
         weight: of what is lost by layers, beside what is lost by tokens.
     """
-    visual, device = look.visual, look.token_logits.device
+    visual, device = batch.visual, batch.token_logits.device
     count = drawn_counts(visual, least, most, generator)
-    noisy = look.token_logits.detach() + noise * gumbel(look.token_logits.shape, generator).to(device)
+    noisy = batch.token_logits.detach() + noise * gumbel(batch.token_logits.shape, generator).to(device)
     tokens = straight_through(noisy, visual, count).detach().requires_grad_()
-    log_q = look.log_q(look.gates(tokens, torch.ones_like(look.layer_logits)))
+    log_q = batch.log_q(batch.gates(tokens, torch.ones_like(batch.layer_logits)))
     importance = torch.zeros_like(tokens)
     for draw in range(draws):
-        answer = torch.multinomial(look.log_p.exp().cpu(), 1, generator=generator).to(device)
+        answer = torch.multinomial(batch.log_p.exp().cpu(), 1, generator=generator).to(device)
         (gradient,) = torch.autograd.grad(log_q.gather(1, answer).sum(), tokens, retain_graph=draw + 1 < draws)
         importance += gradient.clamp(min=0).square()
-    return ranking_loss(look.token_logits, importance, visual, power) + weight * layer_risk(look, generator, sets)
+    return ranking_loss(batch.token_logits, importance, visual, power) + weight * layer_risk(batch, generator, sets)
 
 
-def layer_risk(look: TrainingBatch, generator: torch.Generator, sets: int) -> Tensor:
+def layer_risk(batch: TrainingBatch, generator: torch.Generator, sets: int) -> Tensor:
     """What skipping layers costs where the router chooses among a few sets (minimum risk training, arXiv 1512.02433).
 
     For each question some sets of the same size are drawn, one candidate to half of them, by the router's logits and
@@ -75,7 +75,7 @@ def layer_risk(look: TrainingBatch, generator: torch.Generator, sets: int) -> Te
         sets: tried for each question; two or more, since they are compared with each other.
     Returns: [], 0 where no layer may be skipped.
     """
-    logits, (number, free) = look.layer_logits, look.layer_logits.shape
+    logits, (number, free) = batch.layer_logits, batch.layer_logits.shape
     if not free:
         return logits.sum() * 0
     kept = free - torch.randint(1, max(1, free // 2) + 1, (number,), generator=generator).to(logits.device)
@@ -84,7 +84,7 @@ def layer_risk(look: TrainingBatch, generator: torch.Generator, sets: int) -> Te
         straight_through(logits + gumbel(logits.shape, generator).to(logits.device), everywhere, kept).detach()
         for _ in range(sets)
     ]
-    cost = torch.log(look.kl_of_layers(tried) + LEAST_KL)  # [sets, B]
+    cost = torch.log(batch.kl_of_layers(tried) + LEAST_KL)  # [sets, B]
     weights = torch.stack([-((1 - runs) * logits).sum(1) for runs in tried]).softmax(0)
     return (weights * (cost - cost.mean(0))).sum(0).mean()
 

@@ -10,7 +10,7 @@ Shapes: B samples, S tokens, A answer tokens, N candidate layers, L layers, D hi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,11 @@ from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
 from ...models.loading import text_decoder
 from ...models.replay import Trace, trace
+from ...progress import Progress
 from ..rules import fastv_scores
 from .relaxation import GatedAttention, Gates, gated_states, straight_through
 
 PROBES = ((0.5, 0.0), (0.25, 0.0), (0.25, 1 / 3))  # budgets of the learning curve: tokens kept, candidates skipped
-
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -53,35 +52,37 @@ class Teacher:
     model: Any
     processor: Any
     samples: tuple[Sample, ...]
-    said: dict[int, TeacherOutputs] = field(default_factory=dict)
+    outputs: dict[int, TeacherOutputs] = field(default_factory=dict)
 
-    def ask(self, progress: Progress, batch_size: int, answer_tokens: int = ANSWER_TOKENS) -> None:
+    def answer_all(self, progress: Progress, batch_size: int, answer_tokens: int = ANSWER_TOKENS) -> None:
         """Let it answer every question, once."""
         order = size_order(self.samples)
         starts = range(0, len(order), batch_size)
         for start in progress(starts, "answer questions", len(starts)):
             indices = order[start : start + batch_size]
-            one = answered(self.model, self._batch(indices), answer_tokens)
+            answered_batch = answered(self.model, self._batch(indices), answer_tokens)
             with torch.inference_mode():
-                states = self.model.base_model(**one.batch.inputs, use_cache=False).last_hidden_state[one.predicts]
-            lengths = one.predicts.sum(1).tolist()
+                states = self.model.base_model(**answered_batch.batch.inputs, use_cache=False).last_hidden_state[
+                    answered_batch.predicts
+                ]
+            lengths = answered_batch.predicts.sum(1).tolist()
             for index, tokens, state in zip(
-                indices, torch.split(one.targets, lengths), torch.split(states, lengths), strict=True
+                indices, torch.split(answered_batch.targets, lengths), torch.split(states, lengths), strict=True
             ):
-                self.said[index] = TeacherOutputs(tokens.cpu(), state.cpu())
+                self.outputs[index] = TeacherOutputs(tokens.cpu(), state.cpu())
 
     def question(self, indices: Sequence[int]) -> tuple[Batch, AnsweredBatch, Tensor]:
         """Questions, the same with their answers appended, and the original's log-probabilities [A of all rows, V]."""
-        said = [self.said[i] for i in indices]
-        tokens = pad_sequence([one.tokens for one in said], batch_first=True).to(self.model.device)  # [B, A]
-        lengths = torch.tensor([len(one.tokens) for one in said])
+        outputs = [self.outputs[i] for i in indices]
+        tokens = pad_sequence([output.tokens for output in outputs], batch_first=True).to(self.model.device)  # [B, A]
+        lengths = torch.tensor([len(output.tokens) for output in outputs])
         real = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.model.device)
         prompt = self._batch(indices).to(self.model.device)
-        one = with_answers(self.model, prompt, tokens, real)
+        output = with_answers(self.model, prompt, tokens, real)
         with torch.no_grad():
-            states = torch.cat([each.states for each in said]).to(self.model.device)
+            states = torch.cat([each.states for each in outputs]).to(self.model.device)
             log_p = self.model.get_output_embeddings()(states).float().log_softmax(-1)
-        return prompt, one, log_p
+        return prompt, output, log_p
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         return make_batch([self.samples[i] for i in indices], self.processor, self.model.config)
@@ -121,7 +122,11 @@ class TrainingBatch:
     def log_q(self, gates: Gates) -> Tensor:
         """Log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
         model, start = self.learner.teacher.model, self.learner.settings.drop_at
-        return self._said(gated_states(model, self.given, self.learner.attention, self.state, start, gates))
+        return self._said(
+            gated_states(
+                model, self.given, attention=self.learner.attention, state=self.state, start=start, gates=gates
+            )
+        )
 
     @torch.no_grad()
     def kl_of_layers(self, tried: Sequence[Tensor]) -> Tensor:
@@ -137,12 +142,14 @@ class TrainingBatch:
         first = max(settings.drop_at, min(settings.candidates))
         for layer_idx in range(settings.drop_at, first):
             state = self.given.after(layer_idx, self.given.step(layers[layer_idx], layer_idx, state))
-        found = []
+        costs = []
         for candidates in tried:
             gates = self.gates(torch.ones_like(self.token_logits), candidates)
-            log_q = self._said(gated_states(model, self.given, self.learner.attention, state, first, gates))
-            found.append(self.per_sample(self._divergence(log_q)))
-        return torch.stack(found)
+            log_q = self._said(
+                gated_states(model, self.given, attention=self.learner.attention, state=state, start=first, gates=gates)
+            )
+            costs.append(self.per_sample(self._divergence(log_q)))
+        return torch.stack(costs)
 
     def _divergence(self, log_q: Tensor) -> Tensor:
         """KL(original || q) at each answer token, [A of all rows, V] -> [A of all rows]."""
@@ -180,23 +187,32 @@ class Learner:
     def num_layers(self) -> int:
         return len(text_decoder(self.teacher.model).layers)
 
-    def look(self, indices: Sequence[int]) -> TrainingBatch:
-        prompt, one, log_p = self.teacher.question(indices)
+    def training_batch(self, indices: Sequence[int]) -> TrainingBatch:
+        prompt, answered_batch, log_p = self.teacher.question(indices)
         model = self.teacher.model
-        given = trace(model, one.batch, torch.no_grad)
-        read, state = self._prefix(given)
-        visible = one.batch.inputs["attention_mask"].bool() & ~answer_tokens(one)
-        places = places_of(model.config, one.batch.is_visual, one.batch.inputs)
-        tokens, layers = self.router(read, one.batch.is_visual, visible, places)
-        return TrainingBatch(self, prompt, one, given, state, log_p, tokens, layers)
+        traced = trace(model, answered_batch.batch, torch.no_grad)
+        read, state = self._prefix(traced)
+        visible = answered_batch.batch.inputs["attention_mask"].bool() & ~answer_tokens(answered_batch)
+        places = places_of(model.config, answered_batch.batch.is_visual, answered_batch.batch.inputs)
+        tokens, layers = self.router(read, answered_batch.batch.is_visual, visible, places)
+        return TrainingBatch(
+            learner=self,
+            prompt=prompt,
+            one=answered_batch,
+            given=traced,
+            state=state,
+            log_p=log_p,
+            token_logits=tokens,
+            layer_logits=layers,
+        )
 
     @torch.no_grad()
-    def _prefix(self, given: Trace) -> tuple[Tensor, Tensor]:
+    def _prefix(self, traced: Trace) -> tuple[Tensor, Tensor]:
         """What enters layer `read_at` and layer `drop_at`, [B, S, D] each."""
-        state = read = given.entry
+        state = read = traced.entry
         for layer_idx in range(self.settings.drop_at):
-            output = given.step(text_decoder(self.teacher.model).layers[layer_idx], layer_idx, state)
-            state = given.after(layer_idx, output)
+            output = traced.step(text_decoder(self.teacher.model).layers[layer_idx], layer_idx, state)
+            state = traced.after(layer_idx, output)
             if layer_idx + 1 == self.settings.read_at:
                 read = state
         return read, state
@@ -206,18 +222,18 @@ class Learner:
         """Mean KL per answer token on held-out questions at the PROBES, without noise."""
         totals, number = dict.fromkeys(map(probe_name, PROBES), 0.0), 0
         for start in range(0, len(indices), batch_size):
-            look = self.look(indices[start : start + batch_size])
-            number += len(look.log_p)
+            batch = self.training_batch(indices[start : start + batch_size])
+            number += len(batch.log_p)
             for share, skipped in PROBES:
-                visual = look.visual.sum(1)
+                visual = batch.visual.sum(1)
                 count = (visual * share).round().long().clamp(min=1)
-                tokens = straight_through(look.token_logits, look.visual, count)
-                free = look.layer_logits.shape[1]
+                tokens = straight_through(batch.token_logits, batch.visual, count)
+                free = batch.layer_logits.shape[1]
                 kept = torch.full_like(count, free - round(free * skipped))
                 candidates = straight_through(
-                    look.layer_logits, torch.ones_like(look.layer_logits, dtype=torch.bool), kept
+                    batch.layer_logits, torch.ones_like(batch.layer_logits, dtype=torch.bool), kept
                 )
-                totals[probe_name((share, skipped))] += look.kl(look.gates(tokens, candidates)).sum().item()
+                totals[probe_name((share, skipped))] += batch.kl(batch.gates(tokens, candidates)).sum().item()
         return {name: round(total / max(1, number), 6) for name, total in totals.items()}
 
 
@@ -226,6 +242,6 @@ def probe_name(probe: tuple[float, float]) -> str:
     return f"KL at {share:.0%} of the tokens" + (f", {skipped:.0%} of the candidates skipped" if skipped else "")
 
 
-def answer_tokens(one: AnsweredBatch) -> Tensor:
+def answer_tokens(answered_batch: AnsweredBatch) -> Tensor:
     """[B, S] True at the tokens of the answers, which no question comes with."""
-    return F.pad(one.predicts[:, :-1], (1, 0))
+    return F.pad(answered_batch.predicts[:, :-1], (1, 0))

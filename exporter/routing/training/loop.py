@@ -24,7 +24,8 @@ from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS
 from ...models.training_state import TrainingState
-from .learner import Learner, Progress, Teacher
+from ...progress import Progress
+from .learner import Learner, Teacher
 from .relaxation import gated_attention
 
 HELD_OUT, MOST_HELD_OUT = 8, 128  # one in so many questions is not trained on but judged by, so many at most
@@ -76,7 +77,7 @@ def train_router(
     teacher = Teacher(model, processor, tuple(samples))
     trained_on, held_out = parted(samples, training.seed)
     sizes = [sample.pixels for sample in samples]
-    teacher.ask(progress, training.batch_size, training.answer_tokens)
+    teacher.answer_all(progress, training.batch_size, training.answer_tokens)
     torch.manual_seed(training.seed)
     router = Router(model.config.get_text_config().hidden_size, settings).to(model.device)
     optimizer = torch.optim.AdamW(router.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -89,7 +90,7 @@ def train_router(
         for step in progress(range(first, training.steps), "train router", training.steps - first):
             generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
             chosen = questions_of_step(trained_on, sizes, step, training.batch_size, training.seed)
-            loss = loss_of(learner.look(chosen), generator, **training.options)
+            loss = loss_of(learner.training_batch(chosen), generator, **training.options)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)

@@ -16,7 +16,7 @@ from .relaxation import straight_through
 
 
 def preference_loss(
-    look: TrainingBatch,
+    batch: TrainingBatch,
     generator: torch.Generator,
     *,
     actions: int = 5,
@@ -35,30 +35,30 @@ def preference_loss(
         layers: share of the candidate layers that an action skips, drawn at random.
         noise: standard deviation of the Gaussian noise on the logarithms of the scores.
     """
-    visual, device = look.visual, look.token_logits.device
-    scores = look.fastv
-    number, free = look.layer_logits.shape
+    visual, device = batch.visual, batch.token_logits.device
+    scores = batch.fastv
+    number, free = batch.layer_logits.shape
     count = (visual.sum(1) * tokens).round().long().clamp(min=1)
     kept = torch.full_like(count, free - round(free * layers))
     tried, distances = [], []
-    everywhere = torch.ones_like(look.layer_logits, dtype=torch.bool)
+    everywhere = torch.ones_like(batch.layer_logits, dtype=torch.bool)
     for _ in range(actions):
         noisy = scores + noise * torch.randn(scores.shape, generator=generator).to(device)
         gates_of_tokens = straight_through(noisy, visual, count).detach()
         drawn_layers = torch.rand(number, free, generator=generator).to(device)
         gates_of_layers = straight_through(drawn_layers, everywhere, kept).detach()
         with torch.no_grad():
-            distances.append(look.per_sample(look.kl(look.gates(gates_of_tokens, gates_of_layers))))
+            distances.append(batch.per_sample(batch.kl(batch.gates(gates_of_tokens, gates_of_layers))))
         tried.append((gates_of_tokens, gates_of_layers))
-    log_pi = torch.stack([log_probability(look, *action) for action in tried])  # [actions, B]
+    log_pi = torch.stack([log_probability(batch, *action) for action in tried])  # [actions, B]
     ranked = torch.stack(distances).argsort(dim=0)
     half = actions // 2
     better, worse = (log_pi.gather(0, part) for part in (ranked[:half], ranked[-half:].flip(0)))
     return -F.logsigmoid(beta * better - beta * worse).mean()
 
 
-def log_probability(look: TrainingBatch, tokens: Tensor, layers: Tensor) -> Tensor:
+def log_probability(batch: TrainingBatch, tokens: Tensor, layers: Tensor) -> Tensor:
     """Logarithm of the router's probability of an action: gates of tokens [B, S] and of candidates [B, N] -> [B]."""
-    token_part = F.logsigmoid(torch.where(tokens > 0.5, look.token_logits, -look.token_logits))
-    layer_part = F.logsigmoid(torch.where(layers > 0.5, look.layer_logits, -look.layer_logits))
-    return (token_part * look.visual).sum(1) + layer_part.sum(1)
+    token_part = F.logsigmoid(torch.where(tokens > 0.5, batch.token_logits, -batch.token_logits))
+    layer_part = F.logsigmoid(torch.where(layers > 0.5, batch.layer_logits, -batch.layer_logits))
+    return (token_part * batch.visual).sum(1) + layer_part.sum(1)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...models.capture import attention_replaced
+from ...models.attention import attention_inputs, attention_replaced, attention_scores
 from ...models.loading import text_decoder
 from ...models.replay import Trace
 
@@ -61,12 +61,8 @@ class GatedAttention:
         softcap: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-        groups = query.shape[1] // key.shape[1]
-        key, value = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (key, value))
-        scores = torch.matmul(query * scaling, key.transpose(-1, -2))  # [B, H, S, S]
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
+        query, keys, value = attention_inputs(query, key, value, scaling)
+        scores = attention_scores(query, keys, softcap)  # [B, H, S, S]
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             length = scores.shape[-1]
             attention_mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
@@ -82,21 +78,21 @@ class GatedAttention:
 
 
 def gated_states(
-    model: Any, given: Trace, attention: GatedAttention, state: Tensor, start: int, gates: Gates
+    model: Any, traced: Trace, attention: GatedAttention, state: Tensor, start: int, gates: Gates
 ) -> Tensor:
     """The last layer's output [B, S, D] from the input of layer `start`, differentiable in the gates."""
     layers = text_decoder(model).layers
 
     def step(layer_idx: int, state: Tensor, tokens: Tensor, layer_gate: Tensor) -> Tensor:
         attention.gate = tokens  # also when the layer is run again for its gradient
-        output = given.step(layers[layer_idx], layer_idx, state)
+        output = traced.step(layers[layer_idx], layer_idx, state)
         return state + layer_gate[:, None, None].to(state.dtype) * (output - state)
 
     again = _kept_bytes(model, state, start) > KEPT_BYTES
     for layer_idx in range(start, len(layers)):
         arguments = (layer_idx, state, gates.tokens, gates.layers[:, layer_idx])
         output = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
-        state = given.after(layer_idx, output)
+        state = traced.after(layer_idx, output)
     attention.gate = None
     return state
 

@@ -17,7 +17,7 @@ from .relaxation import gumbel, straight_through
 
 
 def relaxed_loss(
-    look: TrainingBatch,
+    batch: TrainingBatch,
     generator: torch.Generator,
     *,
     least: float = 0.06,
@@ -34,15 +34,15 @@ def relaxed_loss(
         noise: of Gumbel noise on the logits, so that near choices are tried both ways.
         temperature: of the sigmoid that gradients go through.
     """
-    visual, device = look.visual, look.token_logits.device
-    number, free = look.layer_logits.shape
+    visual, device = batch.visual, batch.token_logits.device
+    number, free = batch.layer_logits.shape
     count = drawn_counts(visual, least, most, generator)
     skipping = torch.rand(number, generator=generator) < skip
     skipped = torch.randint(1, free // 2 + 2, (number,), generator=generator).clamp(max=free) * skipping
-    tokens = look.token_logits + noise * gumbel(look.token_logits.shape, generator).to(device)
-    layers = look.layer_logits + noise * gumbel(look.layer_logits.shape, generator).to(device)
-    gates = look.gates(
+    tokens = batch.token_logits + noise * gumbel(batch.token_logits.shape, generator).to(device)
+    layers = batch.layer_logits + noise * gumbel(batch.layer_logits.shape, generator).to(device)
+    gates = batch.gates(
         straight_through(tokens, visual, count, temperature),
         straight_through(layers, torch.ones_like(layers, dtype=torch.bool), free - skipped.to(device), temperature),
     )
-    return look.kl(gates).mean()
+    return batch.kl(gates).mean()
