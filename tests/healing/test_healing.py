@@ -186,7 +186,7 @@ def test_healing_costs_thirty_forward_passes_at_most():
         for questions in (16, 256, 2048):
             assert Schedule(HealRecipe(), questions * 7 // 8, questions // 8).forward_passes(kept) <= 30
     few = Schedule(HealRecipe(steps=3, batch_size=4), 20, 4)
-    assert (few.epoch, few.rounds, few.asked) == (5, 1, 24)
+    assert (few.epoch, few.rounds, few.judging, few.asked) == (5, 1, 12, 32)
 
 
 # --- whole ------------------------------------------------------------------------------------------------------------
