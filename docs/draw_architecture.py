@@ -14,7 +14,7 @@ from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from test_architecture import FLOORS, PACKAGE, dotted_name, own_imports, room, trees  # noqa: E402
+from project.test_architecture import FLOORS, PACKAGE, dotted_name, own_imports, room, trees  # noqa: E402
 
 SIDE = ("modeling", "clean_room")  # import nothing of ours
 TOP = len(FLOORS) - 1
