@@ -1,5 +1,7 @@
 # make demo   the main job on the reference model in this repository
 # make test   the tests, the linter and the type checker
+# make quick  the tests but for clean processes, ONNX exports, the reference model, and families of a kind that has run
+# make docs   the API pages, from the docstrings, into build/api
 # make matrix the compatibility matrix, which writes docs/compatibility.md: minutes, and some 100 MB from the package index
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
 # All make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
@@ -7,21 +9,31 @@
 PYTHON ?= python3
 VENV ?= .venv
 ZOO ?= zoo
+WORKERS ?= 2
 BIN := $(VENV)/bin
+# Each worker takes one thread (tests/conftest.py), and whole files: what a file's fixtures made is made once.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint matrix zoo clean
+.PHONY: demo test quick lint docs matrix zoo clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
 
 test: $(VENV)/ready-dev lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-lint: $(VENV)/ready-dev
+quick: $(VENV)/ready-dev
+	$(PYTEST) -m "not clean_process and not onnx_export and not reference and not every_family"
+
+lint: $(VENV)/ready-dev docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/digits/train.py
+
+docs: $(VENV)/ready-dev
+	$(BIN)/python docs/build_api.py --out build/api
 
 matrix: $(VENV)/ready-dev
 	$(BIN)/python tests/matrix.py --out docs/compatibility.md

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from project.test_architecture import FLOORS, PACKAGE, dotted_name, own_imports, room, trees  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "project")]
+from test_architecture import FLOORS, PACKAGE, dotted_name, own_imports, room, trees  # noqa: E402
 
 SIDE = ("modeling", "clean_room")  # import nothing of ours
 TOP = len(FLOORS) - 1

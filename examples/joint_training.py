@@ -38,7 +38,8 @@ def word_places(ids: Sequence[int], mentions: Sequence[tuple[int, int, int]]) ->
     places = []
     for token in ids:
         named = bool(left) and token == left[-1][0]
-        places.append(tuple(left.pop()[1:]) if named else NOWHERE)
+        _, x, y = left.pop() if named else (token, *NOWHERE)
+        places.append((x, y))
     return places
 
 
@@ -54,7 +55,7 @@ def pack_rows(
     rows = []
     for prefix, asked in zip(prefixes, questions, strict=True):
         size = len(prefix)
-        row = [prefix[:], [0] * size, list(range(size)), [-100] * size, [NOWHERE] * size]
+        row: list[list[Any]] = [prefix[:], [0] * size, list(range(size)), [-100] * size, [NOWHERE] * size]
         for number, question in enumerate(asked, 1):
             length, start = len(question.ids), question.answer_start
             row[0] += question.ids
@@ -105,7 +106,8 @@ class Heads(nn.Module):
     def mentioned_loss(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """hidden [M, D], places [M, 2]"""
         heads = self.mentioned.values()
-        return sum(F.cross_entropy(head(hidden).float(), places[:, k]) for k, head in enumerate(heads)) / len(heads)
+        losses = [F.cross_entropy(head(hidden).float(), places[:, k]) for k, head in enumerate(heads)]
+        return sum(losses, hidden.new_zeros(())) / len(losses)
 
 
 def rate(step: int, steps: int, warmup: int = 100) -> float:
@@ -130,7 +132,7 @@ def schedules(optimizers: Sequence[torch.optim.Optimizer], steps: int, factor: f
 
 def save_state(path: Path, step: int, modules: Mapping[str, nn.Module], stateful: Sequence[Any]) -> None:
     """Write a checkpoint of training; it appears whole or not at all."""
-    state = {name: module.state_dict() for name, module in modules.items()}
+    state: dict[str, Any] = {name: module.state_dict() for name, module in modules.items()}
     state |= {"optimizers": [each.state_dict() for each in stateful], "step": step}
     staged = path.with_suffix(".writing")
     torch.save(state, staged)

@@ -22,13 +22,14 @@ vision, embeddings, decoder = (
     onnxruntime.InferenceSession(f"{folder}/{name}.onnx") for name in ("vision", "embeddings", "decoder")
 )
 processor = AutoProcessor.from_pretrained(folder)
-question = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": question}]
+content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": question}]
 options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
-inputs = processor.apply_chat_template([{"role": "user", "content": question}], **options)
+inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
 kind = {"float32": np.float32, "float16": np.float16}[facts["dtype"]]
 features = vision.run(None, {"pixel_values": inputs["pixel_values"].astype(kind)})[0]
 
-ids, length, answer = inputs["input_ids"], inputs["input_ids"].shape[1], []
+ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
+answer: list[int] = []
 end = json.loads(Path(folder, "generation_config.json").read_text()).get("eos_token_id")
 empty = np.zeros((1, facts["heads"], length + 64, facts["head_size"]), kind)
 cache = {f"{layer}.{part}": empty for layer in range(facts["layers"]) for part in ("key", "value")}

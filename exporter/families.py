@@ -34,7 +34,7 @@ class Decoder:
 
     @property
     def post_norm(self) -> bool:
-        """Whether norms stand between the output matrices and the residual stream."""
+        """Return whether norms stand between the output matrices and the residual stream."""
         return self.mlp_norm is not None
 
     def norm_behind(self, module: str) -> str | None:
@@ -92,7 +92,7 @@ MEANINGLESS_IF = {  # periodic or shared structure that a gap would shift: refus
 
 
 def family_of(config: Any) -> Family:
-    """The family of a loaded transformers configuration, or an InputError that says what is missing."""
+    """Return the family of a loaded transformers configuration, or an InputError that says what is missing."""
     model_type = config.model_type
     if model_type not in FAMILIES:
         raise InputError(
@@ -104,7 +104,7 @@ def family_of(config: Any) -> Family:
 
 
 def decoder_of(config: Any) -> Decoder:
-    """The language model's row, or an InputError that says what is missing."""
+    """Return the language model's row, or an InputError that says what is missing."""
     text_type = config.get_text_config().model_type
     if text_type not in DECODERS:
         raise InputError(
@@ -115,7 +115,7 @@ def decoder_of(config: Any) -> Decoder:
 
 
 def protected_layers(config: Any) -> tuple[int, ...]:
-    """Layers that may not go by default: those after which Qwen3-VL adds deepstack features, by position."""
+    """Return layers that may not go by default: those after which Qwen3-VL adds deepstack features, by position."""
     if FAMILIES[config.model_type].deepstack:
         return tuple(range(len(config.vision_config.deepstack_visual_indexes)))
     return ()

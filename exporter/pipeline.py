@@ -161,7 +161,7 @@ def route(
 
 
 def router_data(router: RouterRecipe, calibration: CalibrationData) -> CalibrationData:
-    """The router's own questions; where none are named the compression's, all of them up to ROUTER_SAMPLES."""
+    """Return the router's own questions; where none are named the compression's, all of them up to ROUTER_SAMPLES."""
     return router.calibration or dataclasses.replace(calibration, samples=ROUTER_SAMPLES)
 
 

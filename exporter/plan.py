@@ -29,7 +29,7 @@ class PruningPlan:
 
     @property
     def gaps(self) -> tuple[tuple[int, ...], ...]:
-        """The dropped layers in groups of consecutive ones."""
+        """Return the dropped layers in groups of consecutive ones."""
         gaps: list[tuple[int, ...]] = []
         for layer in self.drop:
             if gaps and gaps[-1][-1] == layer - 1:
@@ -57,7 +57,7 @@ class LayerBudget:
             )
 
     def count(self, parameters_per_layer: Sequence[int], other_parameters: int, protect: Collection[int]) -> int:
-        """How many layers go. Raises InputError where the budget can't be met."""
+        """Return how many layers go. Raises InputError where the budget can't be met."""
         total = len(parameters_per_layer)
         free = [layer for layer in range(total) if layer not in protect]
         if self.layers is not None:

@@ -62,7 +62,7 @@ class CalibrationData:
             raise InputError(f"calibration: answer_tokens={self.answer_tokens!r}: a whole number from 1 up is needed.")
 
     def to_data(self) -> Any:
-        """The place alone, where everything else is left to defaults."""
+        """Return the place alone, where everything else is left to defaults."""
         data = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -86,7 +86,7 @@ class TaskData:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `load_task` takes beside the place."""
+        """Return what `load_task` takes beside the place."""
         return {name: value for name, value in vars(self).items() if name != "data"}
 
     def to_data(self) -> Any:
@@ -252,7 +252,7 @@ def load_recipe(path: Path | str) -> Recipe:
 
 
 def from_yaml(path: Path | str, parse: Callable[[Any], T]) -> T:
-    """What `parse` makes of a YAML file; errors name the file."""
+    """Return what `parse` makes of a YAML file; errors name the file."""
     import yaml
 
     path = Path(path).expanduser()
@@ -316,7 +316,7 @@ def task_from_data(data: Any) -> TaskData:
 
 
 def _named(cls: Any, data: Any, what: str, places: str) -> Mapping[str, Any]:
-    """A place alone, or a mapping with 'data' and whatever else is not left to defaults. Raises InputError."""
+    """Return a place alone, or a mapping with 'data' and whatever else is not left to defaults. Raises InputError."""
     data = {"data": str(data)} if isinstance(data, str | Path) else data
     check_keys(data, [f.name for f in dataclasses.fields(cls)], what)
     if "data" not in data:
@@ -388,7 +388,7 @@ def check_method(method: Method, table: Rows, kind: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from YAML may stand where the annotation asks for a number, a choice or several."""
+    """Return whether a value read from YAML may stand where the annotation asks for a number, a choice or several."""
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
         return value in arguments
@@ -404,7 +404,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _said(hint: Any) -> str:
-    """The annotation in words."""
+    """Return the annotation in words."""
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in arguments)

@@ -63,7 +63,7 @@ def requirements(pyproject: Path = ROOT / "pyproject.toml") -> list[Requirement]
 
 def floors(required: Iterable[Requirement]) -> dict[str, str]:
     """Return the oldest release of each requirement that its `>=` allows."""
-    found = {}
+    found: dict[str, str] = {}
     for requirement in required:
         oldest = [clause.version for clause in requirement.specifier if clause.operator == ">="]
         if len(oldest) != 1:

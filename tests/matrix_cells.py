@@ -352,7 +352,7 @@ def collected(into: list[str]) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]
         yield
 
 

@@ -187,13 +187,13 @@ def make_samples(seed: int, count: int) -> list[dict]:
             for _ in range(1 if kind in ("count", "largest", "background", "describe") else 2):
                 if (found := ask(scene, kind, rng)) and (kind, *found) not in asked:
                     asked.append((kind, *found))
-        asked = [(*one, mentions(scene, *one[:2])) for one in asked]
+        named = [(*one, mentions(scene, *one[:2])) for one in asked]
         samples.append(
             {
                 "tiles": tiles.round().clip(0, 255).astype(np.uint8),
                 "size": scene.image.size[::-1],
                 "patch_labels": patch_labels(scene, processor),
-                "asked": asked,
+                "asked": named,
             }
         )
     return samples
@@ -231,9 +231,9 @@ def train_vision(model, processor, samples: list[dict], steps: int, bf16: bool, 
     )
     weights = {name: torch.tensor([0.3] + [1.0] * (head.out_features - 1)) for name, head in heads.items()}
     tiles = torch.cat([torch.from_numpy(s["tiles"]) for s in samples])
-    labels = torch.cat([torch.from_numpy(s["patch_labels"]) for s in samples]).long()
-    shown = labels > 0
-    labels = {"color": ((labels - 1) // 10 + 1) * shown, "digit": ((labels - 1) % 10 + 1) * shown}
+    drawn = torch.cat([torch.from_numpy(s["patch_labels"]) for s in samples]).long()
+    shown = drawn > 0
+    labels = {"color": ((drawn - 1) // 10 + 1) * shown, "digit": ((drawn - 1) % 10 + 1) * shown}
     parameters = [*tower.parameters(), *heads.parameters()]
     matrices = [p for n, p in tower.named_parameters() if ".layers." in n and p.ndim == 2]
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]

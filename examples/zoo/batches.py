@@ -159,6 +159,7 @@ def mrope_positions(position: torch.Tensor, samples: Sequence[Sample]) -> torch.
     positions = position.expand(3, -1, -1).clone()
     for row, sample in enumerate(samples):
         own = sample.prefix_positions
+        assert own is not None  # a row with M-RoPE
         size = own.shape[1]
         positions[:, row, size:] += own.max() + 1 - size
         positions[:, row, :size] = own

@@ -88,7 +88,7 @@ def measure(
     compile_all: Callable[[], None] = lambda: None,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> tuple[ModelBenchmark, ...]:
-    """All figures of all subjects, the first of which is the reference.
+    """Return all figures of all subjects, the first of which is the reference.
 
     Args:
         prompts: for each batch size, one for each subject.
@@ -113,7 +113,7 @@ def measure(
 def _column(
     runs: Sequence[TimedModel], costs: Sequence[Cost], rounds: int, progress: Callable[..., Iterable[Any]]
 ) -> list[Figures]:
-    """The figures of all subjects at one batch size."""
+    """Return the figures of all subjects at one batch size."""
     peaks = [run.peak_beyond(cost.weight_bytes) for run, cost in zip(runs, costs, strict=True)]
     times = time_interleaved(runs, rounds, progress)
     column_figures = [figures(*known) for known in zip(runs, costs, times, peaks, strict=True)]
@@ -144,7 +144,7 @@ class TimedModel:
     device: str
 
     def peak_beyond(self, held: int) -> int | None:
-        """Bytes with those that the model holds anyhow, None where that can't be told; warms up as well."""
+        """Return bytes with those that the model holds anyhow, None where that can't be told; warms up as well."""
         self()
         if not self.subject.gives_memory_back:
             return None
@@ -243,14 +243,14 @@ def _share(ideal: float | None, time: Spread) -> float | None:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What the figures depend on beside the software."""
+    """Return what the figures depend on beside the software."""
     if device.startswith("cuda"):
         return {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return {"device": processor_name(), "threads": torch.get_num_threads()}
 
 
 def processor_name() -> str:
-    """The CPU's name, as the system gives it."""
+    """Return the CPU's name, as the system gives it."""
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -82,7 +82,7 @@ class ModelBenchmark:
     batches: tuple[Figures, ...]
 
     def to_data(self) -> dict[str, Any]:
-        """The figures of the first batch size on top, those of all under 'batches'."""
+        """Return the figures of the first batch size on top, those of all under 'batches'."""
         first = asdict(self.batches[0])
         return {"path": self.path, "budget": self.budget, "runtime": self.runtime} | first | {
             "batches": [asdict(figures) for figures in self.batches]

@@ -52,7 +52,7 @@ def graph_size(path: Path) -> GraphSize:
 
 
 def branch_of(node: Any) -> list[Any]:
-    """The nodes that run if the condition holds."""
+    """Return the nodes that run if the condition holds."""
     return next(list(attribute.g.node) for attribute in node.attribute if attribute.name == "then_branch")
 
 
@@ -67,7 +67,7 @@ def elements(node: Any, shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def head_of(makers: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
-    """The last product before the logits; None in graphs that make none."""
+    """Return the last product before the logits; None in graphs that make none."""
     node = makers.get("logits")
     while node is not None and not elements(node, shapes):
         node = makers.get(node.input[0])

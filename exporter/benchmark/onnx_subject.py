@@ -114,7 +114,7 @@ class OnnxSubject:
         return sizes
 
     def _chooses(self, state: DecodingState) -> bool:
-        """The router has been asked."""
+        """Return whether the router has been asked."""
         return isinstance(state, RoutedState) and (state.index is not None or not bool(state.runs.all()))
 
     def _passes(self, state: DecodingState, length: int) -> list[tuple[str, list[int], int]]:
@@ -175,7 +175,7 @@ class OnnxRuntime:
 
 
 def budget_of(model: OnnxModel, asked: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
-    """What a folder is to run under: what is asked for, checked; where nothing is, its own default."""
+    """Return what a folder is to run under: what is asked for, checked; where nothing is, its own default."""
     if not isinstance(model, RoutedOnnxModel):
         return None
     asked = {"preset": model.router_facts["default"]} if asked is None else asked

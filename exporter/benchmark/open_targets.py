@@ -34,7 +34,7 @@ class Runtimes:
 
 
 def onnx_device(paths: Sequence[str]) -> str | None:
-    """The device that the first ONNX folder was exported for; None where there is none."""
+    """Return the device that the first ONNX folder was exported for; None where there is none."""
     devices = [read_manifest(Path(path)).device for path in paths if is_onnx(path)]
     return devices[0] if devices else None
 
@@ -46,7 +46,7 @@ def onnx_versions(subjects: Sequence[Subject]) -> dict[str, str]:
 
 
 def made_from(path: str) -> str:
-    """The checkpoint that an ONNX folder was exported from."""
+    """Return the checkpoint that an ONNX folder was exported from."""
     name = read_manifest(Path(path)).source.name
     try:
         resolve(name)

@@ -65,11 +65,11 @@ class Subject(Protocol):
 
     @property
     def input_device(self) -> Any:
-        """Where prompts are to lie."""
+        """Return where prompts are to lie."""
 
     @property
     def gives_memory_back(self) -> bool:
-        """What a run takes is free after it, so that the growth in another run can be measured."""
+        """Free what a run takes, so that the growth in another run can be measured."""
 
     def see(self, prompt: Batch) -> Any:
         """Vision tower and projector, on pixels that the processor has made already."""
@@ -79,7 +79,7 @@ class Subject(Protocol):
         in a routed model the router too. A runtime that has the tower in this graph returns None from `see`."""
 
     def decode(self, state: Any) -> Any:
-        """One more token for each row: in, and the next one out."""
+        """Return one more token for each row: in, and the next one out."""
 
     def cost(self, prompt: Batch, new_tokens: int) -> Cost:
-        """What the three take in counted operations and bytes."""
+        """Return what the three take in counted operations and bytes."""

@@ -13,7 +13,7 @@ RATIO_HEADER = ("model / reference", "batch", "prefill", "95 %", "decode", "95 %
 
 
 def benchmark_table(done: Any) -> str:
-    """Figures of every model at every batch size, then ratios to the reference, which is the first."""
+    """Return figures of every model at every batch size, then ratios to the reference, which is the first."""
     rows, ratios = [], []
     runtimes = {model.runtime for model in done.models}
     for model in done.models:

@@ -29,7 +29,7 @@ class Spread:
 
 
 def skipped_ranks(n: int) -> int:
-    """How many of the lowest and of the highest of n values an interval of the median leaves out.
+    """Return how many of the lowest and of the highest of n values an interval of the median leaves out.
 
     By order statistics, so that nothing is assumed of their distribution: the median lies beyond the k-th value from
     either end as often as a fair coin shows fewer than k heads, or fewer than k tails, in n throws.

@@ -19,7 +19,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def kv_bytes(config: Any, dtype: torch.dtype, real: Tensor, route: Any = None, drop_at: int = 0) -> int:
-    """Bytes of keys and values after a prompt: rows x tokens of each layer, times what a token takes in one.
+    """Return bytes of keys and values after a prompt: rows x tokens of each layer, times what a token takes in one.
 
     Args:
         real: [B, S] False at padding, which takes room as long as no token leaves.
@@ -40,14 +40,14 @@ def kv_bytes(config: Any, dtype: torch.dtype, real: Tensor, route: Any = None, d
 
 
 def windows(text: Any) -> list[int | None]:
-    """The sliding window of each layer, None where it sees everything."""
+    """Return the sliding window of each layer, None where it sees everything."""
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def weights_read(model: Any, route: Any = None) -> int:
-    """Bytes of the weights that a decoding step multiplies with: layers that any row runs, last norm, head."""
+    """Return bytes of the weights that a decoding step multiplies with: layers that any row runs, last norm, head."""
     decoder = text_decoder(model)
     layers = [layer for i, layer in enumerate(decoder.layers) if route is None or bool(route.layers[:, i].any())]
     modules = [*layers, decoder.norm, model.get_output_embeddings()]

@@ -138,7 +138,7 @@ def is_routed(model: Any) -> bool:
 
 
 def load_torch(source: Source, setup: Setup) -> Any:
-    """A plain model, or a routed one where the folder has a router."""
+    """Return a plain model, or a routed one where the folder has a router."""
     if setup.device == "auto":
         raise InputError("a model spread over several devices can't be timed against another: name one device.")
     if setup.attention is not None and setup.attention not in ATTENTIONS:
@@ -192,7 +192,7 @@ def clone_that_shares_weights(model: Any) -> Any:
 
 
 def budget_of(model: Any, asked: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
-    """What a model is to run under: what is asked for, checked; where nothing is, its own default."""
+    """Return what a model is to run under: what is asked for, checked; where nothing is, its own default."""
     if not is_routed(model):
         return None
     from ..modeling.routed_route import Budget
@@ -231,7 +231,7 @@ class TorchRuntime:
         )
 
     def other_ways(self, subject: TorchSubject) -> list[TorchSubject]:
-        """The same weights with eager attention, and compiled; none where the setup asks for one way."""
+        """Return the same weights with eager attention, and compiled; none where the setup asks for one way."""
         if self.setup.attention is not None or self.setup.compile:
             return []
         eager, compiled = clone_that_shares_weights(subject.model), clone_that_shares_weights(subject.model)

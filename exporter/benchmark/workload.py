@@ -67,7 +67,7 @@ class Workload:
         return make_batch(samples, processor, config)
 
     def _question(self, images: tuple[Any, ...], draw: random.Random, processor: Any, config: Any) -> Sample:
-        """A prompt with exactly the text tokens that are asked for."""
+        """Return a prompt with exactly the text tokens that are asked for."""
         if self.text_tokens is None:
             return question(images, REFERENCE_QUESTION)
         words = [draw.choice(WORDS)]

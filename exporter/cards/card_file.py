@@ -190,7 +190,7 @@ def _read_mark(text: str) -> Base:
 
 
 def _owned(data: dict[str, Any]) -> dict[str, Any]:
-    """The keys that a person may change; figures of a model-index are ours, and known by their names."""
+    """Return the keys that a person may change; figures of a model-index are ours, and known by their names."""
     return {key: value for key, value in data.items() if key != "model-index"}
 
 
@@ -237,7 +237,7 @@ class Hunk:
 
 
 def _hunks(base: Sequence[str], parts: Sequence[str]) -> list[Hunk]:
-    """What changed from checksums to paragraphs, in pieces as small as can be told apart."""
+    """Return what changed from checksums to paragraphs, in pieces as small as can be told apart."""
     hunks = []
     matcher = difflib.SequenceMatcher(None, base, [checksum(part) for part in parts], autojunk=False)
     for kind, i1, i2, j1, j2 in matcher.get_opcodes():
@@ -254,7 +254,7 @@ def _hunks(base: Sequence[str], parts: Sequence[str]) -> list[Hunk]:
 
 
 def _merge_body(existing: str, rendered: str, base: Base) -> tuple[str, list[str]]:
-    """The merged text, and the sections where a person's paragraphs stand in place of ours."""
+    """Return the merged text, and the sections where a person's paragraphs stand in place of ours."""
     own_parts, new_parts = paragraphs(existing), paragraphs(rendered)
     mine, ours = _hunks(base.paragraphs, own_parts), _hunks(base.paragraphs, new_parts)
     sections = []
@@ -275,7 +275,7 @@ def _merge_body(existing: str, rendered: str, base: Base) -> tuple[str, list[str
 
 
 def _section_of(part: str, parts: Sequence[str]) -> str:
-    """The heading that a paragraph stands under."""
+    """Return the heading that a paragraph stands under."""
     heading = "the text before the first section"
     for other in parts:
         if other.startswith("## "):
@@ -294,7 +294,7 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def _mapping(metadata: str) -> dict[str, Any] | None:
-    """The front matter as data, None where it is no YAML mapping."""
+    """Return the front matter as data, None where it is no YAML mapping."""
     import yaml
 
     try:
@@ -310,7 +310,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def _merge_metadata(own_text: str | None, rendered: str, base: Base) -> tuple[str, list[str]]:
-    """The merged front matter, and what could not be merged."""
+    """Return the merged front matter, and what could not be merged."""
     if own_text is None:
         return rendered, []
     existing, new = _mapping(own_text), _mapping(rendered) or {}
@@ -337,7 +337,7 @@ def _merge_metadata(own_text: str | None, rendered: str, base: Base) -> tuple[st
 
 
 def _merge_results(existing: Any, new: Any) -> tuple[Any, bool]:
-    """A model-index with a person's results and today's figures of ours; whether the person's could be read."""
+    """Return a model-index with a person's results and today's figures of ours; whether the person's could be read."""
     entries: list[dict[str, Any]] = new or []
     if not isinstance(existing, list) or not all(
         isinstance(e, dict) and isinstance(e.get("results"), list) for e in existing

@@ -223,7 +223,7 @@ def _tags(record: CheckpointRecord) -> list[str]:
 
 
 def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:
-    """The hub id of the source: stated in the recipe, or the source itself, or what its own record says."""
+    """Return the hub id of the source: stated in the recipe, or the source itself, or what its own record says."""
     if stated:
         return stated
     if not Path(name).expanduser().is_dir():
@@ -240,7 +240,7 @@ def model_name(name: str) -> str:
 
 
 def _choice(record: CheckpointRecord) -> str:
-    """How the layers were chosen, in a sentence."""
+    """Return how the layers were chosen, in a sentence."""
     row, data = localizer_row(record.scores.method), record.calibration
     if row.control:
         return row.title
@@ -252,7 +252,7 @@ def _choice(record: CheckpointRecord) -> str:
 
 
 def _sure(fold: dict[str, Any]) -> str:
-    """How sure the choice of the fold is, in a paragraph; empty where nothing was held out."""
+    """Return how sure the choice of the fold is, in a paragraph; empty where nothing was held out."""
     if "held_out" not in fold:
         return ""
     chosen, without, other = fold["held_out"], fold["without"], fold.get("runner_up")

@@ -9,7 +9,7 @@ from ..localize.scores import LayerScores
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns in line: the first to the left, the others to the right."""
+    """Return columns in line: the first to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [

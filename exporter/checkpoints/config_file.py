@@ -48,7 +48,7 @@ OWN_CODE = {  # model types of models that exist in their authors' code only
 
 
 def places(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parts of config.json that hold settings of a model: itself, its language model, its vision tower."""
+    """Return the parts of config.json that hold settings of a model: itself, its language model, its vision tower."""
     return {"config.json": raw} | {
         f"config.json's {name}": raw[name] for name in NESTED if isinstance(raw.get(name), dict)
     }

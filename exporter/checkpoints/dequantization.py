@@ -147,7 +147,7 @@ def _affine(weights: Weights, parts: tuple[str, ...], shape: tuple[int, ...], bi
 
 
 def _spread(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """One value a group of columns -> one a column, where there is more than one a row."""
+    """Spread one value a group of columns to one a column, where there is more than one a row."""
     if values.ndim == 2 and values.shape[1] > 1:
         return values.repeat_interleave(shape[1] // values.shape[1], 1)
     return values.reshape(-1, 1) if values.ndim == 1 else values
@@ -162,7 +162,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def _bits(settings: dict[str, Any]) -> int | None:
-    """The number of bits that all groups of layers share."""
+    """Return the number of bits that all groups of layers share."""
     groups = settings.get("config_groups")
     found = {
         (group.get("weights") or {}).get("num_bits") for group in groups.values() if isinstance(group, dict)
@@ -191,7 +191,7 @@ def _by_rows(weights: Weights, weight: str) -> Tensor:
 
 
 def _four_bits(name: str, found: Quantized, folder: Path, weights: Weights, weight: str) -> PlanEntry:
-    """One weight of bitsandbytes' nf4 or fp4, whose settings lie beside it as JSON in bytes."""
+    """Return one weight of bitsandbytes' nf4 or fp4, whose settings lie beside it as JSON in bytes."""
     parts = tuple(part for part in found.parts if part.startswith(f"{weight}."))
     states = [part for part in parts if ".quant_state.bitsandbytes__" in part]
     try:
@@ -322,7 +322,7 @@ def _parts(weights: Weights, module: str) -> tuple[str, ...]:
 
 
 def _entries(name: str, found: Quantized, folder: Path, weights: Weights, module: str) -> list[Any]:
-    """Shapes of a module's qweight, qzeros, scales and g_idx, None for what is not there."""
+    """Return shapes of a module's qweight, qzeros, scales and g_idx, None for what is not there."""
     entries = [weights.entries.get(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")]
     kinds = [entry and (entry.dtype, len(entry.shape)) for entry in entries]
     fits = kinds[:2] == [("I32", 2)] * 2 and kinds[2] and kinds[2][0] in FLOATS and kinds[2][1] == 2

@@ -286,7 +286,7 @@ def regular(paths: dict[str, Path]) -> Iterator[str]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256. A file of the hub's cache is named by it, which saves reading large ones."""
+    """Return SHA-256. A file of the hub's cache is named by it, which saves reading large ones."""
     blob = Path(os.path.realpath(path))
     cached = path.is_symlink() and is_snapshot(path.parent) and blob.parent.name == "blobs"
     return blob.name if cached and re.fullmatch(r"[0-9a-f]{64}", blob.name) else sha256(path)

@@ -150,7 +150,7 @@ def hub_timeout() -> float:
 
 
 def _hub_sentence(error: BaseException, repo: str, revision: str | None) -> str | None:
-    """What a user is told of an error of huggingface_hub; None if it is not one."""
+    """Return what a user is told of an error of huggingface_hub; None if it is not one."""
     from huggingface_hub import errors
 
     if type(error) in (RuntimeError, ValueError) and error.__cause__ is not None:  # as uploads report a failed step

@@ -90,7 +90,7 @@ AGREEMENTS = (
 
 
 def load_for(name: str, folder: Path, config: Any) -> Any:
-    """The folder's processor. Raises InputError that names the file where it does not load."""
+    """Return the folder's processor. Raises InputError that names the file where it does not load."""
     for file in JSON_FILES:
         if (folder / file).exists():
             parse_json(folder / file)
@@ -135,7 +135,7 @@ def _copy(folder: Path, config: Any) -> str:
 
 
 def class_repairs(folder: Path) -> Repairs:
-    """Names of image processors from before they were called so: CLIPFeatureExtractor is CLIPImageProcessor."""
+    """Return names of image processors from before they were called so: CLIPFeatureExtractor is CLIPImageProcessor."""
     if not (folder / IMAGES).is_file():
         return {}
     settings = parse_json(folder / IMAGES)
@@ -147,7 +147,7 @@ def class_repairs(folder: Path) -> Repairs:
 
 
 def setting_repairs(name: str, folder: Path, processor: Any, config: Any) -> Repairs:
-    """What the processor lacks and config.json says. Raises InputError where both say something and disagree."""
+    """Return what the processor lacks and config.json says. Raises InputError where both say something and disagree."""
     existing = parse_json(folder / PROCESSOR) if (folder / PROCESSOR).exists() else {}
     repairs: Repairs = {}
     for agreement in AGREEMENTS:
@@ -174,7 +174,7 @@ def setting_repairs(name: str, folder: Path, processor: Any, config: Any) -> Rep
 
 
 def _padding(name: str, tokenizer: Any, config: Any) -> str:
-    """A token to pad with; attention masks it, so that which one it is changes no answer."""
+    """Return a token to pad with; attention masks it, so that which one it is changes no answer."""
     stated = getattr(config.get_text_config(), "pad_token_id", None)
     token = (
         tokenizer.convert_ids_to_tokens(stated) if isinstance(stated, int) and 0 <= stated < len(tokenizer) else None
@@ -237,7 +237,7 @@ def check_tokens(name: str, processor: Any, config: Any, raw: dict[str, Any], em
 
 
 def _placeholder(name: str, processor: Any) -> int | None:
-    """The token that stands most often in a prompt with a picture, and not in its question."""
+    """Return the token that stands most often in a prompt with a picture, and not in its question."""
     prompt = _probe(name, lambda: reference_inputs(processor))["input_ids"][0].tolist()
     question = processor.tokenizer(REFERENCE_QUESTION)["input_ids"]
     added = Counter(prompt) - Counter(question)

@@ -55,14 +55,14 @@ def find_quantization(raw: dict[str, Any], folder: Path, weights: Weights) -> Qu
 
 
 def refusal(name: str, quantized: Quantized, folder: Path, reason: str) -> InputError:
-    """What a user is told of a quantized checkpoint that can't be read."""
+    """Return what a user is told of a quantized checkpoint that can't be read."""
     base = base_in_card(folder)
     where = f"{base}, which its card names as base model," if base else "the checkpoint that it was made from"
     return InputError(f"{name} is quantized by {quantized.method}: {reason}. Name {where} instead.")
 
 
 def base_in_card(folder: Path) -> str | None:
-    """The hub id that the card's front matter names as base model."""
+    """Return the hub id that the card's front matter names as base model."""
     card = folder / "README.md"
     if not card.is_file():
         return None

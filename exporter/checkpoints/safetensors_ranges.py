@@ -82,7 +82,7 @@ class Weights:
         return sum(entry.num_parameters for entry in self.entries.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the checkpoint's own dtype."""
+        """Return one tensor, on the CPU, in the checkpoint's own dtype."""
         from safetensors import safe_open
 
         with safe_open(self.entries[name].path, framework="pt") as file:
@@ -141,7 +141,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _entry(path: Path, name: str, spec: Any, start: int) -> tuple[str, TensorEntry]:
-    """One tensor of a header, whose bytes must be what its type and shape need."""
+    """Return one tensor of a header, whose bytes must be what its type and shape need."""
     if not isinstance(spec, dict) or not {"dtype", "shape", "data_offsets"} <= set(spec):
         raise _damaged(path, f"'{name}' has no dtype, shape and data_offsets")
     dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
@@ -164,7 +164,7 @@ def _sizes(values: Any) -> bool:
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the header; a name that stands twice would hide a tensor."""
+    """Return an object of the header; a name that stands twice would hide a tensor."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
         names = [name for name, _ in pairs]

@@ -62,7 +62,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_inner_path(value: Any) -> bool:
-    """A file below a folder, written with slashes: nothing that leads out of it."""
+    """Return a file below a folder, written with slashes: nothing that leads out of it."""
     if not isinstance(value, str) or not value or re.search(r"[\\\0:]", value):
         return False
     parts = PurePosixPath(value).parts

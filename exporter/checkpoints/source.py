@@ -60,7 +60,7 @@ class Source:
         return next(m[1] for m in map(LAYER_KEY.match, self.weights.entries) if m)
 
     def layer_of(self, tensor_name: str) -> int | None:
-        """The decoder layer that a tensor belongs to, None for the vision tower, embeddings, head."""
+        """Return the decoder layer that a tensor belongs to, None for the vision tower, embeddings, head."""
         match = LAYER_KEY.match(tensor_name)
         return int(match[2]) if match else None
 
@@ -101,7 +101,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
 
 @functools.lru_cache(maxsize=16)
 def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ...]) -> Source:
-    """The checks of one folder, which need seconds for a large one, once as long as no file of it changes."""
+    """Return the checks of one folder, which need seconds for a large one, once as long as no file of it changes."""
     raw_config = read_json(folder / "config.json")
     check_raw_config(name, raw_config)
     config = load_config(folder, raw_config)
@@ -214,7 +214,7 @@ def _attention_repairs(source: Source) -> Repairs:
 
 
 def _embeddings(source: Source) -> int:
-    """Rows of the input embeddings, as the weights have them."""
+    """Return rows of the input embeddings, as the weights have them."""
     rows = [
         entry.shape[0]
         for name, entry in source.weights.entries.items()
@@ -269,7 +269,7 @@ def _difference(expected: set[int], actual: set[int]) -> str:
 
 
 def file_hashes(source: Source) -> dict[str, str]:
-    """SHA-256 of every file that the result depends on, as the source has it."""
+    """Return SHA-256 of every file that the result depends on, as the source has it."""
     folder = source.original
     paths = [folder / "config.json", *(shard.path for shard in source.stored.shards)]
     paths += [folder / path for path in source.companions() if (folder / path).exists()]

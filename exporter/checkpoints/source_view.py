@@ -92,7 +92,7 @@ def _check_space(name: str, view: Path, shards: list[list[Decoded | str]], weigh
 
 
 def _temporary() -> Path:
-    """A folder that goes when the process ends; what a killed process has left goes now."""
+    """Return a folder that goes when the process ends; what a killed process has left goes now."""
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), (left / LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

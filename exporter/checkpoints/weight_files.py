@@ -95,7 +95,7 @@ def refuse_adapter(folder: Path, name: str) -> None:
 
 
 def inside(name: Any, origin: str) -> str:
-    """A file name that stays in its folder."""
+    """Return a file name that stays in its folder."""
     if not isinstance(name, str) or not name or "\\" in name or PurePosixPath(name).is_absolute():
         raise InputError(f"{origin} names the weight file {name!r}: a file of the folder is needed.")
     if ".." in PurePosixPath(name).parts:
@@ -104,7 +104,7 @@ def inside(name: Any, origin: str) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The shard of every tensor, as the index says."""
+    """Return the shard of every tensor, as the index says."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path} is no index of safetensors shards: it has no 'weight_map' of tensors.")
@@ -112,7 +112,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def read_sharded(index_path: Path) -> Weights:
-    """The shards of an index, each tensor in the one place where the index says it is."""
+    """Return the shards of an index, each tensor in the one place where the index says it is."""
     folder, weight_map = index_path.parent, read_index(index_path)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]

@@ -46,7 +46,7 @@ QUESTIONS = (
 
 
 def check_graph(path: Path, opset: int) -> list[str]:
-    """Problems that the file itself has: opset, and what onnx's checker finds."""
+    """Return problems that the file itself has: opset, and what onnx's checker finds."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False)
@@ -115,7 +115,7 @@ def drawn(size: tuple[int, int]) -> Any:
 
 
 def load_torch(job: dict[str, Any]) -> tuple[Any, Any]:
-    """The source in the precision of the export, computing in float32; and its processor."""
+    """Return the source in the precision of the export, computing in float32; and its processor."""
     import torch
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging

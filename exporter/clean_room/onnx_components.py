@@ -45,7 +45,7 @@ class Difference:
 
 
 def torch_features(model: Any, inputs: dict[str, Any]) -> Any:
-    """Features of all images in the prompt's order: [F, D]"""
+    """Return features of all images in the prompt's order: [F, D]"""
     import torch
 
     accepted = inspect.signature(model.model.get_image_features).parameters
@@ -155,7 +155,7 @@ def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], rows: Any, 
 def compare_routes(
     model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, tolerance: float
 ) -> tuple[list[str], Any]:
-    """Which visual tokens stay and which layers run, under the budget that both sides have now.
+    """Return which visual tokens stay and which layers run, under the budget that both sides have now.
 
     Returns: problems, and in which rows both sides go the same way, [B]. Where they don't, and the router's logits say
         that it is all the same within the tolerance, there is no problem, and nothing behind it can be compared.
@@ -183,7 +183,7 @@ def compare_routes(
 
 
 def undecided(mine: Any, theirs: Any, logits: Any, tolerance: float) -> bool:
-    """Whether two choices are one, or differ only in what has the same logits.
+    """Return whether two choices are one, or differ only in what has the same logits.
 
     Args:
         mine, theirs: [N] True: chosen.

@@ -16,7 +16,7 @@ ANSWER_TOKEN_TYPE = {"paligemma": 1}  # its prompt sees itself both ways, answer
 
 
 def load_processor(folder: Path | str) -> Any:
-    """The folder's processor, padding on the left; one for images and text only where torchvision is missing.
+    """Return the folder's processor, padding on the left; one for images and text only where torchvision is missing.
 
     Video processors need torchvision, which has no build for every torch. A processor made this way is for running,
     not for saving: it would write its own class name.
@@ -61,7 +61,7 @@ def pil_instead_of_torchvision(module_name: str) -> Iterator[None]:
 
 
 def image_only(cls: Any) -> Any:
-    """The processor class without its video part."""
+    """Return the processor class without its video part."""
     from transformers import ProcessorMixin
 
     module: Any = sys.modules[cls.__module__]

@@ -26,7 +26,7 @@ def reference_inputs(processor: Any) -> dict[str, Any]:
 
 
 def reference_answer(model: Any, processor: Any) -> dict[str, list[Any]]:
-    """What the model says to the reference question, greedily, and how sure it is of each token.
+    """Return what the model says to the reference question, greedily, and how sure it is of each token.
 
     'margins' are the gaps between the two highest logits, relative to the highest magnitude: two machines may well
     disagree about a token whose margin is below the rounding of the dtype.
@@ -91,7 +91,7 @@ def _token_ids(settings: Any, name: str) -> int | list[int] | None:
 
 
 def cache_difference(model: Any, processor: Any, **routing: Any) -> float:
-    """How far an answer's logits with the cache are from those of one pass without, relative to the largest.
+    """Return how far an answer's logits with the cache are from those of one pass without, relative to the largest.
 
     Args:
         routing: what a routed model's pass takes beside its inputs.

@@ -153,7 +153,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """A whole number. What may stand there is checked where it is used: it depends on the model."""
+    """Return a whole number. What may stand there is checked where it is used: it depends on the model."""
     try:
         number = int(text)
     except ValueError as error:  # no number, or one of thousands of digits
@@ -171,7 +171,7 @@ def positive_count(text: str) -> int:
 
 
 def seed_number(text: str) -> int:
-    """A seed that every generator takes: 32 bits, without a sign."""
+    """Return a seed that every generator takes: 32 bits, without a sign."""
     try:
         number = int(text)
     except ValueError as error:
@@ -261,6 +261,6 @@ def columns_of(values: Sequence[str]) -> dict[str, str]:
 
 
 def data_of(options: argparse.Namespace) -> dict[str, Any]:
-    """How the flags say that a task is read."""
+    """Return how the flags say that a task is read."""
     read = {name: getattr(options, name) for name in ("split", "config", "allow_urls")}
     return {"columns": columns_of(options.columns), **read}

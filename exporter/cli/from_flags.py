@@ -42,7 +42,7 @@ def name_value_pairs(values: Sequence[str], flag: str) -> dict[str, Any]:
 
 
 def recipe_from_flags(options: argparse.Namespace, budget_needed: bool = True) -> Recipe:
-    """The recipe that the flags spell out, or the file's."""
+    """Return the recipe that the flags spell out, or the file's."""
     spelled = {key: getattr(options, key) for key in ("drop_layers", "drop_ratio", "target_params")}
     spelled["layers"] = list(options.layers) if options.layers is not None else None
     spelled = {key: value for key, value in spelled.items() if value is not None}
@@ -75,7 +75,7 @@ def recipe_from_flags(options: argparse.Namespace, budget_needed: bool = True) -
 
 
 def calibration_from_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of the questions."""
+    """Return what the flags say of the questions."""
     flags = {
         "data": options.calibration,
         "samples": options.samples,
@@ -89,7 +89,7 @@ def calibration_from_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def router_from_flags(options: argparse.Namespace) -> RouterRecipe:
-    """The router that the flags of `route` spell out."""
+    """Return the router that the flags of `route` spell out."""
     names = ("steps", "candidates", "drop_at", "learning_rate", "seed", "batch_size")
     spelled = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     spelled["calibration"] = {"samples": ROUTER_SAMPLES} | calibration_from_flags(options)
@@ -134,7 +134,7 @@ def write_json(options: argparse.Namespace, data: dict[str, Any]) -> None:
 
 
 def budgets_from_flags(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each preset that is named, and each number of tokens with each number of layers."""
+    """Return each preset that is named, and each number of tokens with each number of layers."""
     budgets: list[dict[str, Any]] = [{"preset": name} for name in options.preset]
     if options.keep_visual_tokens or options.keep_layers:
         for tokens in options.keep_visual_tokens or (None,):

@@ -143,7 +143,7 @@ class Comparison:
     refused: dict[str, str] = field(default_factory=dict)  # folds that this model does not take, and why
 
     def p_value(self, cell: Cell) -> float:
-        """Whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
+        """Return whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
         best = self.best[len(cell.drop)]
         wrong = [set(each.wrong) for each in (best, cell)]
         return mcnemar(*([index not in each for index in range(cell.n)] for each in wrong))[2]

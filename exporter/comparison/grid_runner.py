@@ -34,7 +34,7 @@ CELLS_AT_A_TIME = 16  # whose new tensors are held together
 
 
 def alike_together(keys: Sequence[Key], choices: dict[tuple[str, int], LayerScores]) -> Iterator[list[Key]]:
-    """The keys in parts of CELLS_AT_A_TIME different models: localizers that choose alike share their cells."""
+    """Yield the keys in parts of CELLS_AT_A_TIME different models: localizers that choose alike share their cells."""
     models: dict[tuple[frozenset[int], str], list[Key]] = {}
     for localizer, fold, count in keys:
         models.setdefault((frozenset(choices[localizer, count].drop), fold), []).append((localizer, fold, count))
@@ -62,7 +62,7 @@ class GridRunner:
     # localizers
 
     def choose(self) -> dict[tuple[str, int], LayerScores]:
-        """The layers that each localizer drops at each budget."""
+        """Return the layers that each localizer drops at each budget."""
         chosen = {}
         for method in self.grid.localizers:
             for count in self.counts:
@@ -149,7 +149,7 @@ class GridRunner:
 
     @functools.cached_property
     def reference_answers(self) -> list[AnsweredBatch]:
-        """The task's questions with what the original answers, in batches; also sets its correctness."""
+        """Return the task's questions with what the original answers, in batches; also sets its correctness."""
         begin = time.monotonic()
         samples, size = self.task.samples, self.job.options.batch_size
         answered, right = [], []
@@ -215,7 +215,7 @@ class GridRunner:
         )
 
     def naive_seconds(self, cells: int) -> float:
-        """The loop over cells that shares nothing: each localizes, folds and answers every question anew."""
+        """Return the seconds of a loop over cells that shares nothing: each would localize, fold and answer anew."""
         per_cell = {what: max(times) for what, times in self.clock.items()}
         clocks = [
             "statistics" if LOCALIZERS[method.name].from_statistics else method.name for method in self.grid.localizers

@@ -69,7 +69,7 @@ def search(
     seed: object = 0,
     influence: Tensor | None = None,
 ) -> Route:
-    """The best route of each question that was found, all questions of the batch at a time.
+    """Return the best route of each question that was found, all questions of the batch at a time.
 
     Args:
         divergence: what is to be low, for each row.

@@ -32,7 +32,7 @@ class Row:
         return self.rule.split("+")[0] == "oracle"
 
     def parsed(self) -> Rule:
-        """The oracle's tokens stand where a rule's would."""
+        """Put the oracle's tokens where a rule's would stand."""
         tokens, _, layers = self.rule.partition("+")
         rule = f"random+{layers or 'all'}" if tokens == "oracle" else self.rule
         return Rule.parse(rule, self.drop_at)

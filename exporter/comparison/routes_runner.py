@@ -62,7 +62,7 @@ class RoutesRunner:
         return cls(tables, task, options, progress, original, reference, unrouted)
 
     def model_of(self, row: Row) -> Loaded:
-        """The row's model, loaded if the row before it had another."""
+        """Return the row's model, loaded if the row before it had another."""
         if row.folder is None:
             found = self.unrouted
         elif row.folder in self.loaded:
@@ -80,7 +80,7 @@ class RoutesRunner:
     # budgets at equal cost
 
     def asks(self, row: Row, loaded: Loaded) -> list[BudgetRequest | None]:
-        """What the row runs under in each column; None where it can't cost so little."""
+        """Return what the row runs under in each column; None where it can't cost so little."""
         if not self.targets:
             first = self.tables.rows[0]
             model = self.model_of(first)
@@ -88,7 +88,7 @@ class RoutesRunner:
         return [self.fitted(row, loaded, *pair) for pair in zip(self.tables.budgets, self.targets, strict=True)]
 
     def _plain(self, row: Row, loaded: Loaded, budget: Budget) -> BudgetRequest:
-        """The column's counts, as far as the row uses them."""
+        """Return the column's counts, as far as the row uses them."""
         rule = row.parsed()
         tokens = None if rule.tokens == "all" else budget.keep_visual_tokens
         layers = None if rule.layers == "all" else budget.keep_layers
@@ -105,7 +105,7 @@ class RoutesRunner:
         return self.shares[ask.budget, rule.drop_at] / self.shares[None]
 
     def fitted(self, row: Row, loaded: Loaded, column: Budget, target: float) -> BudgetRequest | None:
-        """The column's budget made to cost what its first row costs."""
+        """Return the column's budget made to cost what its first row costs."""
         ask = self._plain(row, loaded, column)
         if ask.budget.is_off and self.tables.equal == "budget":
             return None
@@ -223,7 +223,7 @@ class RoutesRunner:
 
 
 def last_columns(route: Route, length: int) -> Route:
-    """The route for the same questions padded to a smaller length, on the left."""
+    """Return the route for the same questions padded to a smaller length, on the left."""
     cut = {name: getattr(route, name) for name in ("keep", "visual", "places", "token_logits")}
     return replace(route, **{name: part if part is None else part[:, -length:] for name, part in cut.items()})
 

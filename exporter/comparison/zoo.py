@@ -125,7 +125,7 @@ def compare_zoo(
 
 
 def rows(done: dict[str, Comparison]) -> list[ZooRow]:
-    """Every method at every share of the layers, the highest worst case first."""
+    """Return every method at every share of the layers, the highest worst case first."""
     cells: dict[tuple[str, str, float], dict[str, Cell]] = {}
     for name, one in done.items():
         for share, count in _budgets(one):

@@ -34,7 +34,7 @@ class Estimate:
 
 
 def estimate(job: CompressionJob) -> Estimate:
-    """Sizes are exact up to which layers go; time and memory are estimates for this machine."""
+    """Estimate a job: sizes are exact up to which layers go, time and memory are rough and for this machine."""
     per_layer = job.source.parameters_per_layer
     weights = job.source.weights
     gone = round(job.count * sum(per_layer) / len(per_layer))
@@ -70,7 +70,7 @@ def estimate(job: CompressionJob) -> Estimate:
 
 
 def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
-    """What localizing and folding cost, in passes of all prompts through all decoder layers, answering included.
+    """Return what localizing and folding cost, in passes of all prompts through all decoder layers, answering included.
 
     Args:
         prompt_tokens: of a question, on average.
@@ -105,7 +105,7 @@ def _cost(passes: float | Function, size: JobSize, method: Method) -> tuple[floa
 
 
 def _tokens(job: CompressionJob) -> tuple[int, int]:
-    """Tokens of all calibration questions, from a few of all sizes, and the longest of these."""
+    """Return tokens of all calibration questions, from a few of all sizes, and the longest of these."""
     samples = by_size(job.calibration.samples)
     lengths = [
         batch.is_visual.numel()

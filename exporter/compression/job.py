@@ -39,7 +39,7 @@ class CompressionJob:
     progress: Progress
 
     def questions(self, model: Any) -> Questions:
-        """The calibration questions, to be answered by the model when they are first read."""
+        """Return the calibration questions, to be answered by the model when they are first read."""
         return Questions(
             model=model,
             processor=self.processor,
@@ -57,7 +57,7 @@ class CompressionJob:
 
     @property
     def fold(self) -> Method:
-        """The recipe's fold, the default where it names none."""
+        """Return the recipe's fold, the default where it names none."""
         return self.recipe.fold or Method(DEFAULT_FOLD)
 
     def count_of(self, budget: LayerBudget) -> int:
@@ -65,7 +65,7 @@ class CompressionJob:
         return layers_to_go(budget, self.source, self.protect)
 
     def load_model(self) -> tuple[Any, list[str]]:
-        """The model, and names of tensors that transformers ignores."""
+        """Return the model, and names of tensors that transformers ignores."""
         return load_model(self.source, self.device, self.dtype, self.options.memory)
 
 

@@ -86,7 +86,7 @@ def describe(
 
 
 def measure(folder: Path, record: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What the written checkpoint weighs."""
+    """Return what the written checkpoint weighs."""
     import torch
 
     weights = open_weights(folder)

@@ -22,7 +22,7 @@ from .job import CompressionJob
 
 
 def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScores:
-    """The layers to drop, by the recipe's localizer or as the recipe names them."""
+    """Return the layers to drop, by the recipe's localizer or as the recipe names them."""
     if job.recipe.budget.layers is not None:
         return explicit(job.source.num_layers, job.recipe.budget.layers)
     folded = FoldedSets(
@@ -45,7 +45,7 @@ def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScor
 def fold_gaps(
     job: CompressionJob, model: Any, questions: Questions, plan: PruningPlan
 ) -> tuple[Folded, dict[str, Any]]:
-    """New weights for the layers that stay, and what the record says of them."""
+    """Return new weights for the layers that stay, and what the record says of them."""
     method = job.fold
     fold_inputs = fold_job(job, model, questions, plan)
     folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options) if plan.drop else {}
@@ -57,7 +57,7 @@ def fold_gaps(
 def fold_job(
     job: CompressionJob, model: Any, questions: Questions, plan: PruningPlan, memo: dict[Any, Any] | None = None
 ) -> FoldJob:
-    """What a fold of the plan works from.
+    """Return what a fold of the plan works from.
 
     Args:
         memo: where gaps are kept that several folds of one model share.

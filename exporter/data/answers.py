@@ -22,7 +22,7 @@ AS_LETTER = re.compile(r"^\(?([A-Za-z])[).:]?$")
 
 
 def read_answers(value: Any, origin: str) -> tuple[str, ...]:
-    """Every text that counts as right, each once; none for null, for empty texts, and for an empty list.
+    """Return every text that counts as right, each once; none for null, for empty texts, and for an empty list.
 
     Numbers are written out (3.0 as '3' too, since tables turn whole numbers into that), true is 'yes' or 'true'.
     Raises: InputError for what can be no answer.
@@ -99,7 +99,7 @@ def _without_letters(texts: list[str]) -> list[str]:
 
 
 def answers_among(answers: tuple[str, ...], given: Any, choices: Mapping[str, str], origin: str) -> tuple[str, ...]:
-    """The texts of the choices that answers mean: a choice itself, its letter or key, or its index from 0.
+    """Return the texts of the choices that answers mean: a choice itself, its letter or key, or its index from 0.
 
     Args:
         answers: `given` as texts.
@@ -127,7 +127,7 @@ def answers_among(answers: tuple[str, ...], given: Any, choices: Mapping[str, st
 
 
 def _key_of(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The key that an answer spells: itself, its letter in any case, '(B)' or 'B.', or an index."""
+    """Return the key that an answer spells: itself, its letter in any case, '(B)' or 'B.', or an index."""
     answer = answer.strip()
     lowered = {key.lower(): key for key in choices}
     letter = AS_LETTER.match(answer)
@@ -142,7 +142,7 @@ def _key_of(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def read_type(value: Any) -> str | None:
-    """A type of question as one text, None for none: results are given by it, and sorted."""
+    """Return a type of question as one text, None for none: results are given by it, and sorted."""
     if value is None or value == "" or value == [] or value == {}:
         return None
     if isinstance(value, Mapping):
@@ -153,5 +153,5 @@ def read_type(value: Any) -> str | None:
 
 
 def normalise(text: str) -> str:
-    """What exact match compares: lower case, single spaces, no full stop at the end."""
+    """Return what exact match compares: lower case, single spaces, no full stop at the end."""
     return " ".join(text.split()).casefold().rstrip(".").strip()

@@ -39,7 +39,7 @@ class Batch:
 
 
 def size_order(samples: Sequence[Sample]) -> list[int]:
-    """Indices of the questions by the size of their images: batches in this order hold little padding."""
+    """Return indices of the questions by the size of their images: batches in this order hold little padding."""
     return sorted(range(len(samples)), key=lambda index: samples[index].pixels)
 
 
@@ -53,7 +53,7 @@ def make_batches(samples: Sequence[Sample], processor: Any, config: Any, batch_s
 
 
 def make_batch(samples: Sequence[Sample], processor: Any, config: Any) -> Batch:
-    """Questions with the generation prompt, left-padded."""
+    """Return questions with the generation prompt, left-padded."""
     from ..clean_room import PromptError, encode
 
     chats, images = [sample.chat() for sample in samples], [sample.open_images() for sample in samples]
@@ -96,7 +96,7 @@ def prompt_message(error: Exception, samples: Sequence[Sample], config: Any) -> 
 
 
 def token_kinds(inputs: dict[str, torch.Tensor], processor: Any, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens are visual, and which are text: [B, S] each. Padding and special tokens are neither."""
+    """Return which tokens are visual, and which are text: [B, S] each. Padding and special tokens are neither."""
     import torch
 
     from ..families import visual_token_ids
@@ -114,7 +114,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def spread(items: Iterable[T], share: float) -> Iterator[T]:
-    """A share of the items, evenly spread over all of them; the first one in any case."""
+    """Yield a share of the items, evenly spread over all of them; the first one in any case."""
     taken = 0
     for number, item in enumerate(items):
         if taken <= number * share:

@@ -39,7 +39,7 @@ class Calibration:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the chosen questions and image bytes, in order."""
+        """Return SHA-256 over the chosen questions and image bytes, in order."""
         if not self._fingerprint:
             digest = hashlib.sha256()
             for sample in self.samples:
@@ -143,7 +143,7 @@ def read_samples(
     allow_urls: bool = False,
     left_out: list[str] | None = None,
 ) -> Sequence[Sample]:
-    """Every sample of a source. Those of a table are read when they are indexed. Raises InputError.
+    """Return every sample of a source. Those of a table are read when they are indexed. Raises InputError.
 
     Args:
         left_out: takes what is said of the lines of a file that have no image; None: such a line is an error.

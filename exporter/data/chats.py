@@ -79,7 +79,7 @@ def _content(content: Any, origin: str) -> tuple[str | list[Turn], list[Any]]:
 
 
 def _part(part: Any, origin: str) -> tuple[list[Turn], list[Any]]:
-    """One part of a turn; a text may have places of images in it."""
+    """Return one part of a turn; a text may have places of images in it."""
     if isinstance(part, str):
         part = {"type": "text", "text": part}
     if not isinstance(part, Mapping):
@@ -100,7 +100,7 @@ def _part(part: Any, origin: str) -> tuple[list[Turn], list[Any]]:
 
 
 def _inline(part: Mapping[str, Any]) -> Any:
-    """The image that stands in a part, as `image_from` takes it; None for a mere place."""
+    """Return the image that stands in a part, as `image_from` takes it; None for a mere place."""
     for key in ("image_url", "image", "url", "path", "base64", "bytes", "data"):
         if key in part:
             found = part[key]
@@ -111,7 +111,7 @@ def _inline(part: Mapping[str, Any]) -> Any:
 
 
 def _placed(text: str) -> list[Turn]:
-    """A text as parts, split where `<image>` stands."""
+    """Return a text as parts, split where `<image>` stands."""
     if IMAGE_MARK not in text:
         return [{"type": "text", "text": text}]
     parts: list[Turn] = []
@@ -134,6 +134,6 @@ def check_text(text: str, origin: str) -> None:
 
 
 def text_of(turn: Turn) -> str:
-    """All text of a turn."""
+    """Return all text of a turn."""
     content = turn["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

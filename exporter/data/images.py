@@ -261,7 +261,7 @@ def _at(origin: str, name: str, before: str = "") -> str:
 
 
 def _regular_size(path: Path, name: str, origin: str) -> int:
-    """The size of a file. Raises InputError for what is none: opening a named pipe would wait for ever."""
+    """Return the size of a file. Raises InputError for what is none: opening a named pipe would wait for ever."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # no such file, a name too long, a NUL in it

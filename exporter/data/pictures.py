@@ -36,7 +36,7 @@ class Split:
 
     @property
     def too_few(self) -> str:
-        """A sentence where nothing could be held out; else empty."""
+        """Return a sentence where nothing could be held out; else empty."""
         if self.held_out:
             return ""
         return (
@@ -131,6 +131,6 @@ def _held_out(groups: Sequence[Sequence[int]], samples: Sequence[Sample], wanted
 
 
 def _in_turn(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The first question of each group, then the second of each, and so on."""
+    """Return the first question of each group, then the second of each, and so on."""
     longest = max(map(len, groups), default=0)
     return tuple(group[place] for place in range(longest) for group in groups if place < len(group))

@@ -26,7 +26,7 @@ PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\x03\x04": "zip", b"\x28\xb5
 
 
 def read_records(path: Path) -> list[tuple[str, Record]]:
-    """Every record with its place, 'file.jsonl line 3'. Raises InputError that names the line."""
+    """Return every record with its place, 'file.jsonl line 3'. Raises InputError that names the line."""
     text = read_text(path)
     records = list(_array(text, path) if text.lstrip()[:1] == "[" and _is_array(text) else _lines(text, path))
     if not records:
@@ -35,7 +35,7 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file in UTF-8, with or without its mark. Raises InputError."""
+    """Return the text of a regular file in UTF-8, with or without its mark. Raises InputError."""
     kind = os.stat(path).st_mode
     if not stat.S_ISREG(kind):
         raise InputError(f"{path} is a pipe or a device, not a file: it is read more than once, so write it to one.")
@@ -66,7 +66,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _is_array(text: str) -> bool:
-    """One array is the whole file; else its first line is an array of its own, which is a line's mistake."""
+    """Return whether the whole file is one array; a line that is an array of its own is that line's mistake."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -81,7 +81,7 @@ def _array(text: str, path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _whole_object(text: str) -> Record | None:
-    """The object of a file that is one over several lines; None for lines."""
+    """Return the object of a file that is one over several lines; None for lines."""
     if text.strip().count("\n") == 0 or _reads(text.strip().split("\n", 1)[0]):
         return None
     try:
@@ -100,7 +100,7 @@ def _reads(line: str) -> bool:
 
 
 def _listed(whole: Record, path: Path) -> Iterator[tuple[str, Record]]:
-    """The records of one object: itself, or the list under 'data', as TextVQA has it."""
+    """Yield the records of one object: itself, or the list under 'data', as TextVQA has it."""
     if isinstance(whole.get("data"), list):
         for number, record in enumerate(whole["data"], 1):
             origin = f"{path} record {number}"

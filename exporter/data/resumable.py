@@ -63,7 +63,7 @@ class ResumableLines:
 
     @property
     def runs(self) -> set[str]:
-        """The fingerprints of the runs that there are rows of."""
+        """Return the fingerprints of the runs that there are rows of."""
         return set(self._known)
 
     def rows(self, fingerprint: str) -> dict[int, Row]:

@@ -89,7 +89,7 @@ def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_u
 
 
 def _turns(record: Mapping[str, Any], origin: str) -> tuple[list[Turn], list[Any]]:
-    """The conversation, and what stands at its places of images (None: the record has the image elsewhere)."""
+    """Return the conversation, and what stands at its places of images (None: the record has the image elsewhere)."""
     for key in TURN_KEYS:
         if record.get(key):
             return read_turns(record[key], origin)

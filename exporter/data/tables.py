@@ -29,7 +29,7 @@ SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a f
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `datasets` saved a folder, which is then no folder of images."""
+    """Return whether `datasets` saved a folder, which is then no folder of images."""
     return any((folder / name).is_file() for name in SAVED)
 
 
@@ -72,13 +72,13 @@ class TableSamples(Sequence[Sample]):
 
     @functools.cached_property
     def _texts(self) -> Any:
-        """The columns that hold no images; None where there are no others."""
+        """Return the columns that hold no images; None where there are no others."""
         names = [columns[0] for role, columns in self.column_of.items() if role not in ("image", "messages")]
         return self.rows.select_columns(names) if names else None
 
     @functools.cached_property
     def _alone(self) -> dict[str, Any]:
-        """Each column by itself: what a cell costs is what it holds."""
+        """Return each column by itself: what a cell costs is what it holds."""
         return {name: self.rows.select_columns([name]) for names in self.column_of.values() for name in names}
 
     def _cell(self, index: int, column: str) -> Any:
@@ -154,7 +154,7 @@ def _loaded(name: str, split: str | None, config: str | None) -> Any:
 
 
 def _one_split(loaded: Any, shown: str, split: str | None) -> Any:
-    """A saved folder is one split, or several under their names."""
+    """Return the splits of a saved folder: one, or several under their names."""
     if not isinstance(loaded, Mapping):
         return loaded
     split = _only_split(list(loaded), shown) if split is None else split
@@ -172,7 +172,7 @@ def _only_split(names: Sequence[str], shown: str) -> str:
 
 
 def _columns(name: str, there: Sequence[str], asked: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Which columns play which role: those that are asked for, then the usual names."""
+    """Return which columns play which role: those that are asked for, then the usual names."""
     for role in asked:
         if role not in ROLES:
             raise InputError(f"--columns {role}={asked[role]}: '{role}' is no role of a column: {nearest(role, ROLES)}")

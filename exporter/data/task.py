@@ -31,14 +31,14 @@ class Task:
     fingerprint: str  # of questions and images, not of answers
 
     def longest(self, processor: Any) -> int:
-        """Tokens that an answer may take."""
+        """Return tokens that an answer may take."""
         encode = processor.tokenizer.encode
         lengths = [len(encode(a, add_special_tokens=False)) for sample in self.samples for a in sample.answers]
         return max(lengths) + SPARE_TOKENS
 
     @property
     def answers_fingerprint(self) -> str:
-        """SHA-256 over what is right."""
+        """Return SHA-256 over what is right."""
         right = [[sample.answers, sample.choices] for sample in self.samples]
         return hashlib.sha256(json.dumps(right).encode()).hexdigest()
 

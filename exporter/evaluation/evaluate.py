@@ -114,7 +114,7 @@ def evaluate(
 
 
 def tightest(asks: Sequence[BudgetRequest | None], results: Sequence[ModelResult]) -> Budget | None:
-    """The budget under which a router chose and least ran: its routes have the most to show."""
+    """Return the budget under which a router chose and least ran: its routes have the most to show."""
     chosen = [
         (result.decoder_flops_share or 1.0, ask.budget)
         for ask, result in zip(asks, results, strict=True)

@@ -160,7 +160,7 @@ ROW_FIELDS = {"answer": str, "correct": bool}  # of a line of --predictions, bes
 
 
 def run_fingerprint(judge: Judge, device: str) -> str:
-    """SHA-256 over everything that a row depends on: weights, prompt, answers, budget, precision, reference."""
+    """Return SHA-256 over everything that a row depends on: weights, prompt, answers, budget, precision, reference."""
     import transformers
 
     loaded = judge.loaded

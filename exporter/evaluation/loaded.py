@@ -41,11 +41,11 @@ class Loaded:
 
     @property
     def influence_key(self) -> list[float] | None:
-        """The influence of layers, as a fingerprint takes it."""
+        """Return the influence of layers, as a fingerprint takes it."""
         return None if self.influence is None else self.influence.tolist()
 
     def route(self, batch: Batch) -> Route | None:
-        """The route of questions, None for the model as it is."""
+        """Return the route of questions, None for the model as it is."""
         if self.ask is None:
             return None
         return make_route(self.model, batch, self.ask.budget, self.ask.rule, seed=self.seed, influence=self.influence)
@@ -84,7 +84,7 @@ def load(
     task: Task | None = None,
     calibration: str | None = None,
 ) -> Loaded:
-    """The stock model; the routed one if it is asked to run under a budget."""
+    """Return the stock model; the routed one if it is asked to run under a budget."""
     device = pick_device(options.device)
     source = open_source(path)
     dtype = compute_dtype(options.dtype, source.config, device)

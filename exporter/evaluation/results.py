@@ -77,7 +77,7 @@ def record_evaluation(folder: Path, done: Evaluation) -> bool:
 
 
 def figures(result: ModelResult) -> dict[str, Any]:
-    """What a card tells of a result: not the path, not the answers."""
+    """Return what a card tells of a result: not the path, not the answers."""
     data = asdict(result)
     keys = ("budget", "n", "accuracy", "interval", "by_type", "kl", "agreement", "tokens", "flops_share",
             "decoder_flops_share")  # fmt: skip

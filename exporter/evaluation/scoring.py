@@ -45,7 +45,7 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
-    """Questions that only the first, only the second gets right, and the exact two-sided p-value."""
+    """Return questions that only the first, only the second gets right, and the exact two-sided p-value."""
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     n, fewer = only_first + only_second, min(only_first, only_second)

@@ -80,7 +80,7 @@ def _judged(held_out: HeldOut, variants: dict[str, Variant]) -> tuple[dict[str, 
 
 
 def _winner(judged: dict[str, Divergence]) -> str:
-    """The simplest that is as good as the best one within noise, of those that are no worse than no fold."""
+    """Return the simplest that is as good as the best one within noise, of those that are no worse than no fold."""
     names = [name for name in judged if judged[name].mean <= judged["none"].mean]
     return names[simplest([judged[name] for name in names])]
 
@@ -88,7 +88,7 @@ def _winner(judged: dict[str, Divergence]) -> str:
 def _report(
     name: str, judged: dict[str, Divergence], first: dict[str, Divergence], notes: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the record says of the choice."""
+    """Return what the record says of the choice."""
     others = sorted((other for other in judged if other != name), key=lambda other: judged[other].mean)
     more, error = judged[others[0]].more_than(judged[name]) if others else (0.0, 0.0)
     runner_up = None

@@ -21,7 +21,7 @@ class HeldOut:
 
     @property
     def too_few(self) -> str:
-        """A sentence where there are too few pictures to hold some out; else empty."""
+        """Return a sentence where there are too few pictures to hold some out; else empty."""
         return self.questions.split.too_few
 
     def fit(self, what: str, number: int | None = None) -> Iterable[Batch]:
@@ -29,7 +29,7 @@ class HeldOut:
         return self.questions.batches(what, part="fit", number=number)
 
     def judge(self, variants: Sequence[Variant], number: int | None = None) -> list[Divergence]:
-        """How far each variant departs from the original on the first `number` held-out questions."""
+        """Return how far each variant departs from the original on the first `number` held-out questions."""
         asked = self.questions.answered("judge on held-out questions", "held_out", number)
         agreements = judge(self.model, variants, asked)
         pictures = tuple(self.questions.split.pictures[i] for i in self.questions.indices("held_out", number))

@@ -67,11 +67,11 @@ class FoldJob:
 
     @property
     def gaps(self) -> dict[int, tuple[int, ...]]:
-        """The kept layer before each run of dropped ones, and the run. A run that begins at layer 0 has none."""
+        """Return the kept layer before each run of dropped ones, and the run. A run that begins at layer 0 has none."""
         return {run[0] - 1: run for run in self.plan.gaps if run[0] > 0}
 
     def trace(self, number: int, batch: Batch) -> Trace:
-        """What the layers are given for the batch of that number, with what is kept of it if anything is."""
+        """Return what the layers are given for the batch of that number, with what is kept of it if anything is."""
         if self.originals is None:
             return trace(self.model, batch)
         if number not in self.originals.traces:
@@ -115,7 +115,7 @@ def counted_tokens(batch: Batch, tokens: str) -> Tensor:
 
 
 def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: bool = False) -> dict[int, GapMoments]:
-    """One pass over the data, up to the last dropped layer; none for gaps that were measured before.
+    """Measure gaps in one pass over the data, up to the last dropped layer; none for gaps that were measured before.
 
     Args:
         tokens: which are counted: 'all' but padding and special ones, those of the 'prompt', or the 'important' ones of

@@ -40,7 +40,7 @@ class Moments:
         return Moments(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.count + other.count)
 
     def refit(self, weight: Tensor, ridge: float, device: Any = "cpu") -> Tensor:
-        """The matrix W [D, P] that minimises ‖X Wᵀ - Y‖² + α ‖W - weight‖², in float64, on the CPU.
+        """Return the matrix W [D, P] that minimises ‖X Wᵀ - Y‖² + α ‖W - weight‖², in float64, on the CPU.
 
         Args:
             ridge: α as a share of the predictors' mean square, so that it means the same for every model.

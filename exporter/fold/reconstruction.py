@@ -108,7 +108,7 @@ def _advance(job: FoldJob, kept: int, streams: Sequence[Stream], folded: Folded)
 
 
 def refitted_share(plan: PruningPlan) -> float:
-    """The share of the questions that makes reconstruction cost about one forward pass over all of them."""
+    """Return the share of the questions that makes reconstruction cost about one forward pass over all of them."""
     reached = max(0, min(plan.drop, default=0) - 1)
     refitted = sum(layer_idx >= reached for layer_idx in plan.keep)
     return 1 / (1 + LAYER_COST * refitted / plan.num_layers)
@@ -134,7 +134,7 @@ def affordable(job: FoldJob, layer_idx: int, modules: Sequence[str], tokens: int
 
 
 def _stream(job: FoldJob, number: int, batch: Batch, first: int, fit: Fit) -> Stream:
-    """A batch at the input of the first layer that changes."""
+    """Return a batch at the input of the first layer that changes."""
     given = job.trace(number, batch)
     half = torch.tensor([job.half_of(sample) for sample in batch.samples], device=job.model.device)
     stream = Stream(
@@ -150,7 +150,7 @@ def _stream(job: FoldJob, number: int, batch: Batch, first: int, fit: Fit) -> St
 
 
 def _run(job: FoldJob, stream: Stream, state: Tensor, start: int, stop: int) -> Tensor:
-    """The original model's state at the input of layer `stop`, from that at the input of layer `start`."""
+    """Return the original model's state at the input of layer `stop`, from that at the input of layer `start`."""
     known = job.originals.states if job.originals is not None else {}
     for layer_idx in range(stop, start, -1):  # the last one that is known
         if (stream.number, layer_idx) in known:

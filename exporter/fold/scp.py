@@ -17,7 +17,7 @@ from .outputs import Matrix, Tokens, change_outputs
 
 
 def top_directions(gram: Tensor, k: int) -> Tensor:
-    """The first k right singular vectors of H from its Gram matrix HᵀH [D, D]: [D, k], float64."""
+    """Return the first k right singular vectors of H from its Gram matrix HᵀH [D, D]: [D, k], float64."""
     _, vectors = torch.linalg.eigh(gram.double())  # ascending
     last: Tensor = vectors[:, max(0, len(gram) - k) :]
     return last
@@ -58,5 +58,5 @@ def fold_scp(
 def fold_scp_both(
     job: FoldJob, *, k: int | float = 0.125, tokens: Tokens = "all", per: Literal["run", "layer"] = "run"
 ) -> Folded:
-    """The same into `o_proj` as well: a variant of ours."""
+    """Fold into `o_proj` as well: a variant of ours."""
     return fold_scp(job, k=k, tokens=tokens, per=per, weights=("down_proj", "o_proj"))

@@ -41,7 +41,7 @@ def best_of(
     exchanges: int = EXCHANGES,
     folded: FoldedLoss | None = None,
 ) -> LayerScores:
-    """The set that folds best; without a fold to judge by, that of the lowest loss.
+    """Return the set that folds best; without a fold to judge by, that of the lowest loss.
 
     Values are those of the localizer whose proposal had the lowest loss.
 

@@ -58,7 +58,7 @@ def cheapest_set(information: Tensor, free: Sequence[int], count: int) -> tuple[
 
 
 def _grown(information: Tensor, free: Sequence[int], first: int, count: int) -> list[int]:
-    """One layer after the other, each the cheapest beside those before it."""
+    """Choose one layer after the other, each the cheapest beside those before it."""
     chosen = [first]
     while len(chosen) < count:
         rest = [layer for layer in free if layer not in chosen]

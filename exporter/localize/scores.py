@@ -22,6 +22,6 @@ class LayerScores:
 
 
 def most_redundant(values: Sequence[float], count: int, protect: Collection[int]) -> tuple[int, ...]:
-    """The `count` layers of the highest value that are not protected; of equal ones the deeper."""
+    """Return the `count` layers of the highest value that are not protected; of equal ones the deeper."""
     free = [layer for layer in range(len(values)) if layer not in protect]
     return tuple(sorted(free, key=lambda layer: (-values[layer], -layer))[:count])

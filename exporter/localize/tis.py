@@ -16,7 +16,7 @@ from .scores import LayerScores, most_redundant
 
 
 def important(scores: Tensor, candidates: Tensor, p: float) -> Tensor:
-    """The top-p set: the fewest tokens whose scores make up a share of at least p of all.
+    """Return the top-p set: the fewest tokens whose scores make up a share of at least p of all.
 
     Args:
         scores: [..., S], non-negative; candidates: bool, broadcastable: tokens that may be chosen.

@@ -84,7 +84,7 @@ class AnswerDivergence:
         return len(text_decoder(self.model).layers)
 
     def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        """The divergence without each of the sets of layers, from one walk for all of them."""
+        """Return the divergence without each of the sets of layers, from one walk for all of them."""
         layers = text_decoder(self.model).layers
         totals = [0.0] * len(sets)
         for answered_batch, original in zip(self.batches, self.outputs, strict=True):
@@ -130,7 +130,7 @@ class StateError:
         return len(text_decoder(self.model).layers)
 
     def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        """The mean error without each of the sets of layers, from one walk for all of them."""
+        """Return the mean error without each of the sets of layers, from one walk for all of them."""
         decoder = text_decoder(self.model)
         totals, number = [0.0] * len(sets), 0
         for traced, counted, states in self.batches:

@@ -153,7 +153,7 @@ def _normalised(received: Tensor, given: Tensor, visual: Tensor, text: Tensor) -
 
 
 def layer_statistics(model: Any, batches: Iterable[Batch], *, attention: bool = True) -> Iterator[BatchStatistics]:
-    """One forward pass per batch: everything that the one-pass localizers need.
+    """Run one forward pass per batch, and yield everything that the one-pass localizers need.
 
     Args:
         attention: also the importance scores of tokens (only `tis` needs them).

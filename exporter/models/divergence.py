@@ -40,7 +40,7 @@ class Divergence:
         return (max(0.0, self.mean - Z * self.error), self.mean + Z * self.error)
 
     def more_than(self, other: Divergence) -> tuple[float, float]:
-        """How much larger it is than another one on the same questions, and the standard error of that."""
+        """Return how much larger it is than another one on the same questions, and the standard error of that."""
         differences = [mine - its for mine, its in zip(self.kl, other.kl, strict=True)]
         return self.mean - other.mean, self._error(differences)
 
@@ -65,7 +65,7 @@ class Divergence:
 
 
 def simplest(divergences: Sequence[Divergence], errors: float = 1.0) -> int:
-    """The first, in order of simplicity, that is not worse than the best one by more than some standard errors.
+    """Return the first, in order of simplicity, that is not worse than the best one by more than some standard errors.
 
     What is more complicated has to show that it helps: a difference below its noise does not.
     """

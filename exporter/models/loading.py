@@ -59,7 +59,7 @@ def check_finite(model: Any, name: str) -> None:
 
 
 def text_decoder(model: Any) -> Any:
-    """The module whose `layers` are the decoder layers, in any family."""
+    """Return the module whose `layers` are the decoder layers, in any family."""
     decoder = model.get_decoder()
     return decoder if hasattr(decoder, "layers") else decoder.get_decoder()
 
@@ -78,7 +78,7 @@ def compute_dtype(name: str, config: Any, device: str) -> torch.dtype:
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, checked; the first GPU if there is one and none was asked for."""
+    """Return the device asked for, checked; the first GPU if there is one and none was asked for."""
     import torch
 
     if name is None:

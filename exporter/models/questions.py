@@ -40,7 +40,7 @@ Part = Literal["all", "fit", "held_out"]
 
 
 def portion(name: str, questions: int) -> int:
-    """How many of so many questions a step reads."""
+    """Return how many of so many questions a step reads."""
     share, least = PORTIONS[name]
     if name == "held_out":  # of a few, a quarter
         return max(round(share * questions), min(least, questions // 4))
@@ -84,7 +84,7 @@ class Questions:
         return split_by_picture(self.samples, portion("held_out", len(self.samples)), self.seed)
 
     def portion(self, name: str) -> int:
-        """How many questions a step reads."""
+        """Return how many questions a step reads."""
         return portion(name, len(self.samples))
 
     @functools.cached_property
@@ -93,7 +93,7 @@ class Questions:
         return {id(sample): picture % 2 == 1 for sample, picture in zip(self.samples, self.split.pictures, strict=True)}
 
     def half_of(self, sample: Sample) -> bool:
-        """Which half of the pictures a question belongs to, for cross-validation."""
+        """Return which half of the pictures a question belongs to, for cross-validation."""
         return self._half[id(sample)]
 
     def indices(self, part: Part = "all", number: int | None = None) -> list[int]:
@@ -117,7 +117,7 @@ class Questions:
         return (answered_batch.batch for answered_batch in answered)
 
     def answered(self, what: str, part: Part = "all", number: int | None = None) -> Iterator[AnsweredBatch]:
-        """The same, with what divergence needs to know of the answers.
+        """Return the same, with what divergence needs to know of the answers.
 
         The model answers when this is called, not when the first batch is taken: what reads batches may have changed it
         by then.

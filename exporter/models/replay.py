@@ -34,13 +34,13 @@ class Trace:
     added: dict[int, Tensor] = field(default_factory=dict)  # [B, S, D] what the model adds after a layer
 
     def step(self, layer: Any, layer_idx: int, state: Tensor) -> Tensor:
-        """What the layer puts out for this state, [B, S, D]; nothing added yet."""
+        """Return what the layer puts out for this state, [B, S, D]; nothing added yet."""
         output = layer(state, **self.keywords[layer_idx])
         after: Tensor = output[0] if isinstance(output, tuple) else output
         return after
 
     def after(self, layer_idx: int, output: Tensor) -> Tensor:
-        """The state that the next layer gets."""
+        """Return the state that the next layer gets."""
         return output + self.added[layer_idx] if layer_idx in self.added else output
 
 
@@ -140,7 +140,7 @@ def last_output(steps: Iterator[tuple[int, Tensor, Tensor]], default: Tensor) ->
 
 
 def logits(model: Any, output: Tensor) -> Tensor:
-    """The language-model head on the last layer's output, [..., D] to [..., vocabulary]."""
+    """Return the language-model head on the last layer's output, [..., D] to [..., vocabulary]."""
     with torch.inference_mode():
         logits: Tensor = model.get_output_embeddings()(text_decoder(model).norm(output))
         return logits

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingState:
-    """The parts of a training run that have a state, under the fingerprint of all that the run depends on."""
+    """Hold the parts of a training run that have a state, under the fingerprint of all that the run depends on."""
 
     parts: dict[str, Any]  # what learns, optimizer, schedule: whatever has state_dict and load_state_dict
     fingerprint: str
@@ -31,7 +31,7 @@ class TrainingState:
         self.curve.append({"step": step, "loss": round(loss, 6)})
 
     def load(self, path: Path | None) -> int:
-        """The step to begin at: 0 where there is no state, where it is another run's, or where it is damaged."""
+        """Return the step to begin at: 0 where there is no state, where it is another run's, or where it is damaged."""
         if path is None or not path.exists():
             return 0
         before = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}

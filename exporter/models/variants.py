@@ -30,7 +30,7 @@ class Variant:
 
     @property
     def first_change(self) -> int:
-        """The first layer that the variant does not share with the original."""
+        """Return the first layer that the variant does not share with the original."""
         return min([*self.plan.drop, *(layer for layer, _ in self.folded)], default=self.plan.num_layers)
 
 
@@ -115,7 +115,7 @@ def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> 
 
 
 def _original(model: Any, traced: Trace, starts: set[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """The unchanged model's states at the layers where variants begin to differ, and its last output."""
+    """Return the unchanged model's states at the layers where variants begin to differ, and its last output."""
     states: dict[int, Tensor] = {}
     last = traced.entry
     for layer_idx, before, output in walk(text_decoder(model).layers, traced):
@@ -126,7 +126,7 @@ def _original(model: Any, traced: Trace, starts: set[int]) -> tuple[dict[int, Te
 
 
 def _run(model: Any, variant: Variant, traced: Trace, states: dict[int, Tensor]) -> Tensor | None:
-    """The variant's last output [B, S, D]; None where nothing is changed."""
+    """Return the variant's last output [B, S, D]; None where nothing is changed."""
     start = variant.first_change
     if start == variant.plan.num_layers:
         return None

@@ -98,12 +98,12 @@ class OnnxRecord:
 
     @property
     def outcome(self) -> ComparisonPart:
-        """What the folder's graphs came to: the quantised ones where there are."""
+        """Return what the folder's graphs came to: the quantised ones where there are."""
         return self.quantized or self.validation
 
 
 def is_onnx(path: str | Path) -> bool:
-    """The folder is one that `lvlm-exporter onnx` wrote."""
+    """Return whether the folder is one that `lvlm-exporter onnx` wrote."""
     return (Path(path) / MANIFEST).is_file()
 
 
@@ -122,7 +122,7 @@ def read_manifest(folder: Path, whole: bool = True) -> OnnxRecord:
 
 
 def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
+    """Return the manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
     layers, heads, head_size = cache_shape(model)
     base_model = base_model_of(source.name, source.folder, None)
     text = source.config.get_text_config()
@@ -152,7 +152,7 @@ def describe(model: Any, source: Source, support: Support, settings: dict[str, A
 
 
 def vision_settings(config: Any, kind: str) -> dict[str, Any]:
-    """What the runner needs to lay out images, by kind."""
+    """Return what the runner needs to lay out images, by kind."""
     vision = config.vision_config
     settings: dict[str, Any] = {"kind": kind}
     if kind == "anyres":

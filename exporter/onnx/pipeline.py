@@ -140,7 +140,7 @@ def check_environment(options: ExportOptions) -> None:
 
 
 def open_verified(model: str, trust_remote_code: bool = False) -> Source:
-    """The source; one of ours only if it verifies, so that a damaged checkpoint is not blamed on ONNX."""
+    """Return the source; one of ours only if it verifies, so that a damaged checkpoint is not blamed on ONNX."""
     source = open_source(model)
     if (source.folder / RECORD).exists():
         result = verify(model, trust_remote_code=trust_remote_code)

@@ -9,7 +9,7 @@ from .manifest import OnnxRecord
 
 
 def differences_table(manifest: OnnxRecord) -> str:
-    """One line for each output of a graph; keys and values of all layers together."""
+    """Return one line for each output of a graph; keys and values of all layers together."""
     lines = [f"{'output':38} {'max':>9} {'mean':>9}   against torch, {manifest.dtype}"]
     lines += _rows(manifest.validation)
     if manifest.quantized is not None:

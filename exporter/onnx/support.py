@@ -47,7 +47,7 @@ REFUSED = {
 
 
 def support_of(config: Any) -> Support:
-    """How a loaded transformers configuration is exported, or an InputError with the reason why it is not."""
+    """Return how a loaded transformers configuration is exported, or an InputError with the reason why it is not."""
     family = family_of(config)
     if reason := REFUSED.get(config.model_type):
         raise InputError(
@@ -64,7 +64,7 @@ def titles() -> list[str]:
 
 
 def cache_kind(config: Any, dtype: str, device: str) -> str:
-    """How keys and values are kept from token to token.
+    """Return how keys and values are kept from token to token.
 
     'shared': buffers of the answer's full length, which ONNX Runtime's GroupQueryAttention fills in place; it is causal
     and, on CUDA, for half precision only. 'growing': each pass returns longer ones and takes a mask, which can say

@@ -12,7 +12,7 @@ from ..errors import CheckFailed
 
 
 def validate(folder: Path, job: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The differences found, or CheckFailed with the component that is off.
+    """Return the differences found, or CheckFailed with the component that is off.
 
     Args:
         job: source, device, dtype, quantize and opset of the export.

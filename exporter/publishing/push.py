@@ -145,7 +145,7 @@ def client(token_needed: bool) -> HfApi:
 
 
 def look(api: HfApi, repo_id: str, may_fail: bool) -> tuple[bool | None, ModelInfo | None]:
-    """Whether there is such a repository (None: the hub can't be asked), and what it is like."""
+    """Return whether there is such a repository (None: the hub can't be asked), and what it is like."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
@@ -196,7 +196,7 @@ def contents(
 
 
 def published(folder: Path, kind: FolderKind) -> list[str]:
-    """What goes to the hub: the record, the files that it holds the hashes of, and documents; nothing hidden."""
+    """Return what goes to the hub: the record, the files that it holds the hashes of, and documents; nothing hidden."""
     hashes = recorded(folder, kind)
     return [name for name in listed(folder) if name == kind.record or name in hashes or is_published_document(name)]
 
@@ -288,7 +288,7 @@ def page(api: HfApi, repo_id: str, branch: str) -> str:
 
 
 def describe(pushed: Pushed) -> str:
-    """What a person is told, some lines."""
+    """Return what a person is told, some lines."""
     amount = f"{len(pushed.files)} files, {pushed.bytes / 1e6:,.2f} MB"
     kind = {True: "private", False: "public", None: "as visible as the account's default says"}[pushed.private]
     if pushed.commit is None:

@@ -40,7 +40,7 @@ def counted() -> Iterator[FlopCounterMode]:
 
 
 def prefill_flops(model: Any, batch: Batch, **options: Any) -> Flops:
-    """One pass over prompts, keys and values cached; `options` as the model's forward takes them."""
+    """Return one pass over prompts, keys and values cached; `options` as the model's forward takes them."""
     with torch.inference_mode(), counted() as counter:
         model(**batch.to(model.device).inputs, use_cache=True, logits_to_keep=1, **options)
     decoder = text_decoder(model)
@@ -50,7 +50,7 @@ def prefill_flops(model: Any, batch: Batch, **options: Any) -> Flops:
 
 
 def few_prompts(samples: Sequence[Sample], processor: Any, config: Any, number: int = COUNTED_SAMPLES) -> list[Batch]:
-    """A few questions, evenly spread, one a batch, so that no padding is counted."""
+    """Return a few questions, evenly spread, one a batch, so that no padding is counted."""
     chosen = itertools.islice(spread(samples, number / len(samples)), number)
     return [make_batch([sample], processor, config) for sample in chosen]
 

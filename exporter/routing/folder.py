@@ -47,7 +47,7 @@ def has_router(model: Any) -> bool:
 
 
 def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | None = None) -> Any:
-    """The model of a folder, able to follow routes: with its router if it has one, else for routes by rule only.
+    """Return the model of a folder, able to follow routes: with its router if it has one, else for routes by rule only.
 
     It runs whole until it is given a budget. The class is this package's own: nothing in the folder is trusted to run.
     """

@@ -44,7 +44,7 @@ class PatchGrid:
 
 
 def grids(places: Tensor, kept: Tensor) -> list[PatchGrid]:
-    """The grids of one image, in order: a finer one or a further tile begins where the rows begin again.
+    """Return the grids of one image, in order: a finer one or a further tile begins where the rows begin again.
 
     Args:
         places: [V, 2] row and column, 0 to 1; a column of 1 is the end of a line, which shows nothing.
@@ -152,7 +152,7 @@ def as_seen(image: Any, processor: Any) -> Any:
 
 
 def spread_out(samples: Sequence[Sample], number: int = PICTURES) -> list[Sample]:
-    """A few samples of different types of question, as far as there are, and of different images."""
+    """Return a few samples of different types of question, as far as there are, and of different images."""
     first: dict[str, Sample] = {}
     step = max(1, len(samples) // (8 * number))
     for sample in samples[::step]:

@@ -37,11 +37,11 @@ class BudgetRequest:
 
     @property
     def natural(self) -> bool:
-        """The model itself does it when it is given the budget."""
+        """Return whether the model itself chooses the route when it is given the budget."""
         return self.rule == ROUTER
 
     def parts(self) -> Rule:
-        """The rule without what the budget has no use for: FastV alone where all layers run."""
+        """Return the rule without what the budget has no use for: FastV alone where all layers run."""
         tokens = "all" if self.budget.keep_visual_tokens is None else self.rule.tokens
         layers = "all" if self.budget.keep_layers is None else self.rule.layers
         return Rule(tokens, layers, self.rule.drop_at)
@@ -62,7 +62,7 @@ class BudgetGrid:
         return bool(self.keep_visual_tokens or self.keep_layers or self.presets)
 
     def of(self, source: Source) -> list[BudgetRequest | None]:
-        """The asks for one folder, checked against it; None is the model as it is. Raises InputError."""
+        """Return the asks for one folder, checked against it; None is the model as it is. Raises InputError."""
         rule = Rule.parse(self.rule, self.drop_at)
         if not self.any:
             if self.rule != "router" or self.drop_at is not None:

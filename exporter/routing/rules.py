@@ -82,7 +82,7 @@ class Rule:
 
 
 def generators(samples: Sequence[Sample], seed: object) -> list[torch.Generator]:
-    """One a row, seeded by the question, its images and `seed`, which may be anything that prints the same."""
+    """Return a generator for each question, seeded by it, its images and `seed` (by how that prints)."""
     return [torch.Generator().manual_seed(_number(sample, seed)) for sample in samples]
 
 
@@ -149,7 +149,7 @@ def fastv_scores(
 
 
 def _asking(batch: Batch, asked_by: str) -> Tensor:
-    """Tokens whose attention counts, [B, S]."""
+    """Return tokens whose attention counts, [B, S]."""
     real = batch.inputs["attention_mask"].bool()
     if asked_by == "all":
         return real
@@ -176,7 +176,7 @@ def make_route(
     seed: object = 0,
     influence: Tensor | None = None,
 ) -> Route:
-    """The route of a batch of questions under a budget, by rule or by the model's own router.
+    """Return the route of a batch of questions under a budget, by rule or by the model's own router.
 
     Args:
         model: a routed model, with or without a trained router (`routing.routable`).
@@ -200,7 +200,7 @@ def make_route(
 
 
 def assemble(model: Any, batch: Batch, budget: Budget, tokens: Tensor, layers: Tensor, rule: Rule) -> Route:
-    """The route that keeps the highest tokens [B, S] and layers [B, N]; rows without images run whole."""
+    """Return the route that keeps the highest tokens [B, S] and layers [B, N]; rows without images run whole."""
     settings, visual = model.router_settings, batch.is_visual
     run = best_layers(layers, settings, budget.keep_layers, model.num_layers) | ~visual.any(1)[:, None]
     places = places_of(model.config, visual, batch.inputs)

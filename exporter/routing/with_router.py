@@ -161,7 +161,7 @@ def forget_router(record: dict[str, Any]) -> None:
 
 
 def unlabelled(data: CalibrationData, seed: int) -> Calibration:
-    """The questions to train on, with every image looked at."""
+    """Return the questions to train on, with every image looked at."""
     questions = questions_of(data, seed)
     if len(questions.samples) < 8:
         raise InputError(
@@ -180,7 +180,7 @@ def fingerprint(router: RouterRecipe, files: dict[str, str], questions: Calibrat
 
 
 def routed_reference(folder: Path, device: str, dtype: Any) -> dict[str, Any]:
-    """What the routed model answers to the reference question under its default preset."""
+    """Return what the routed model answers to the reference question under its default preset."""
     source = open_source(str(folder))
     model = load_routed(source, device, dtype)
     model.set_budget(model.router_settings.default)

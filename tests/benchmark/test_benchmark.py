@@ -131,7 +131,8 @@ def test_rounds_go_there_and_back():
 
 def test_a_drift_of_the_machine_cancels_out():
     """ABBA while every run is slower than the last: the first of the two gains nothing."""
-    clock, times = 100.0, {0: [], 1: []}
+    clock = 100.0
+    times: dict[int, list[float]] = {0: [], 1: []}
     for order in interleaved(2, 8):
         for subject in order:
             times[subject].append(clock)
@@ -208,7 +209,7 @@ def test_other_ways_to_run(how, routed_folder, monkeypatch):
 
 
 def test_a_cache_of_another_size_is_a_failed_check(tiny, monkeypatch):
-    monkeypatch.setattr("exporter.benchmark.torch_subject.kv_bytes", lambda *_: 12)
+    monkeypatch.setattr("exporter.benchmark.torch_subject.kv_bytes", lambda *_, **__: 12)
     done = bench([tiny("llava")], workload=SMALL, options=QUICK)
     with pytest.raises(CheckFailed, match="and should hold 12"):
         done.check_caches()

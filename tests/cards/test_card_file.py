@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -187,9 +188,9 @@ def test_results_of_a_person_stay_beside_ours():
         "    metrics: [{type: f1, value: 0.8, name: F1}]\n",
     )
     merged = merge(text, index(("a", 0.6, ours), ("b", 0.7, ours)), BODY).text
-    found = ModelCard(merged).data.eval_results
+    found = cast(Any, ModelCard(merged).data).eval_results
     assert {(r.dataset_type, r.metric_value) for r in found} == {("a", 0.6), ("b", 0.7), ("pope", 0.8)}
-    gone = ModelCard(merge(merged, METADATA, BODY).text).data.eval_results
+    gone = cast(Any, ModelCard(merge(merged, METADATA, BODY).text).data).eval_results
     assert [r.dataset_type for r in gone] == ["pope"]
 
 

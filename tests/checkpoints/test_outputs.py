@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,7 +134,7 @@ def test_answers_that_can_not_be_kept_are_judged_all_the_same(tiny, questions, t
     kept = tmp_path / "kept.jsonl"
     opened = Path.open
 
-    def full(path: Path, mode: str = "r", *rest: object, **more: object):
+    def full(path: Path, mode: str = "r", *rest: Any, **more: Any):
         if path == kept and "a" in mode:
             raise OSError(28, "No space left on device")
         return opened(path, mode, *rest, **more)

@@ -213,6 +213,7 @@ def test_words_are_unpacked_lowest_bits_first():
     assert unpack(word.to(torch.int32), 4).tolist() == [[0, 15, 8, 7, 1, 2, 3, 4]]
 
 
+@pytest.mark.clean_process
 def test_a_quantized_source_is_compressed_as_what_it_decodes_to(source, questions, tmp_path, capsys):
     folder = source(quantized(FP8, blocks))
     out = tmp_path / "out"

@@ -91,7 +91,10 @@ WEIGHT_ROWS: dict[str, tuple[Change, str | None]] = {
     "index is empty": (shards(write("model.safetensors.index.json", "")), "it is empty"),
     "index is a list": (shards(write("model.safetensors.index.json", "[]")), "holds a list"),
     "index of a list": (shards(write("model.safetensors.index.json", '{"weight_map": []}')), "no 'weight_map'"),
-    "index of numbers": (shards(index({"a": 3})), "names the weight file 3"),
+    "index of numbers": (
+        shards(index({"a": 3})),
+        "names the weight file 3",
+    ),
     "index leads outside": (shards(index({"a": "../x.safetensors"})), "outside the folder"),
     "index leads to the root": (shards(index({"a": "/etc/passwd"})), "a file of the folder is needed"),
     "index names a tensor too many": (shards(extra={"more.weight": "a.safetensors"}), "'more.weight' is not in a"),

@@ -232,6 +232,7 @@ ONNX_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.clean_process
 @pytest.mark.parametrize("what", ONNX_DAMAGE)
 def test_graphs_that_are_not_what_was_made(what, graphs):
     assert exporter.verify(graphs).holds

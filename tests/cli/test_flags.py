@@ -68,6 +68,7 @@ def test_one_sentence(arguments, message, capsys):
     assert "\n" not in told and told.startswith("lvlm-exporter: ") and len(told) < 600
 
 
+@pytest.mark.clean_process
 def test_nothing_heavy_is_imported_for_it():
     code = (
         "import sys; from exporter.cli import main; main(['bench', 'm', '--batch', 'a']); print('torch' in sys.modules)"

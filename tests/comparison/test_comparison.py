@@ -35,6 +35,7 @@ def grid(tiny, questions, task):
     }
 
 
+@pytest.mark.usefixtures("unverified")
 def test_cells_are_what_compress_and_evaluate_give(grid, questions, task, tmp_path):
     options = RunOptions(batch_size=6)
     done = compare(grid_from_data(grid), tmp_path / "out", options)
@@ -164,7 +165,8 @@ def test_a_zoo_is_one_table_with_means_worst_cases_and_what_was_left_out(grid, t
     first, second = tables["all"]
     assert (first.localizer, first.models, first.worst, first.worst_model) == ("greedy", 3, 0.9, "a")
     assert first.below_best == pytest.approx(10)
-    assert (second.worst, second.worst_model, second.below_best) == (0.8, "b", pytest.approx(15))
+    assert (second.worst, second.worst_model) == (0.8, "b")
+    assert second.below_best == pytest.approx(15)
     assert second.mean == pytest.approx(0.9)
     assert {row.models for row in tables["left out"]} == {2}
     assert "below the best" in (tmp_path / "zoo" / "table.md").read_text()

@@ -54,13 +54,13 @@ def test_every_entry_point_takes_text_and_paths(kind, tiny, questions, task, tmp
         kind(small), kind(task), reference=kind(model), samples=4, max_new_tokens=2, predictions=kept, options=options
     )  # fmt: skip
     assert len(done.models) == 2 and Path(kept).exists()
-    done = exporter.bench(kind(small), reference=kind(model), workload=exporter.Workload(kind(task)), options=QUICK)
-    assert len(done.models) == 2
+    timed = exporter.bench(kind(small), reference=kind(model), workload=exporter.Workload(kind(task)), options=QUICK)
+    assert len(timed.models) == 2
 
-    grid = {"model": str(model), "calibration": {"data": str(questions), "samples": 2}, "task": str(task),
+    rows = {"model": str(model), "calibration": {"data": str(questions), "samples": 2}, "task": str(task),
             "task_samples": 2, "localizers": ["last"], "folds": ["none"], "drop_layers": [1]}  # fmt: skip
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(rows))
     grid = load_grid(kind(tmp_path / "grid.yaml"))
-    assert grid.task == str(task)
+    assert grid.task.data == str(task)
     assert exporter.compare(grid, kind(tmp_path / "comparison"), options).out == tmp_path / "comparison"
     assert exporter.onnx.ExportOptions(calibration=kind(questions)).calibration == str(questions)

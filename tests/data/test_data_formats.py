@@ -368,12 +368,13 @@ def test_questions_without_an_image_are_left_out_of_a_calibration(saved, tmp_pat
     import datasets
 
     paths = [str(tmp_path / f"{i % 4}.png") for i in range(12)]
-    table = {"image": [None if i % 3 else path for i, path in enumerate(paths)], "question": list("abcdefghijkl")}
+    images = [None if i % 3 else path for i, path in enumerate(paths)]
+    table = {"image": images, "question": list("abcdefghijkl")}
     rows = str(saved(table, image=datasets.Image()))
     lines = tmp_path / "q.jsonl"
     records = [
         {"question": question} | ({"image": path} if path else {})
-        for path, question in zip(table["image"], table["question"], strict=True)
+        for path, question in zip(images, "abcdefghijkl", strict=True)
     ]
     lines.write_text("".join(json.dumps(record) + "\n" for record in records))
     for spec in (rows, str(lines)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ class FakeLoss:
 
     num_layers = 4
 
-    def of_sets(self, sets: list[frozenset[int]]) -> list[float]:
+    def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
         return [sum((0.1, 0.2, 0.5, 0.9)[layer] for layer in s) + 5.0 * ({0, 1} <= s) for s in sets]
 
 

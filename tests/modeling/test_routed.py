@@ -223,7 +223,8 @@ def test_left_padding_is_right_padding(case):
 def test_layers_run_for_the_rows_and_tokens_that_they_are_for(case):
     batch = case.prompts()
     route = case.random_route(batch)
-    rows, tokens = Counter(), {}
+    rows: Counter[int] = Counter()
+    tokens: dict[int, Any] = {}
     handles = []
     for layer_idx, layer in enumerate(text_decoder(case.model).layers):
 
@@ -492,7 +493,7 @@ def test_bfloat16(family, routed):
 @pytest.mark.parametrize("place", ["auto", "disk"])
 def test_placed_and_offloaded_layers(place, llava, tmp_path):
     layers = {f"model.language_model.layers.{i}": "disk" if i > 2 else "cpu" for i in range(llava.num_layers)}
-    others = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+    others: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     others += tuple(f"model.language_model.{name}" for name in ("embed_tokens", "norm", "rotary_emb"))
     device_map = "auto" if place == "auto" else {**layers, **dict.fromkeys(others, "cpu")}
     model = routed_class("llava").from_pretrained(llava.folder, device_map=device_map, offload_folder=tmp_path)
@@ -748,6 +749,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.clean_process
 def test_folder_in_a_clean_process(llava, tmp_path):
     """Routed with remote code, plain without, in either order; saved again; nothing of this package."""
     batch = llava.prompts()

@@ -119,7 +119,7 @@ def changed_forward(monkeypatch: pytest.MonkeyPatch, cls: Any, change: Any) -> N
     def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
-    changed.__signature__ = signature.replace(parameters=change(list(signature.parameters.values())))
+    vars(changed)["__signature__"] = signature.replace(parameters=change(list(signature.parameters.values())))
     monkeypatch.setattr(cls, "forward", changed)
 
 

@@ -60,6 +60,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.clean_process
 @pytest.mark.parametrize("order", [("routed", "plain", "stock"), ("stock", "plain", "routed")], ids=lambda o: o[0])
 def test_either_order_in_one_process(order, case, tmp_path):
     """Without trust in remote code the folder is the plain model, whose answers are those of preset='off'."""

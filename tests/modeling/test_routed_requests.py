@@ -16,7 +16,7 @@ from exporter.clean_room import extend
 from exporter.modeling.routed_api import cache_of, logger
 from exporter.modeling.routed_route import Budget, RouterSettings
 from exporter.modeling.routed_router import best_tokens
-from exporter.onnx.graphs.router import floors_first, highest
+from exporter.onnx.graphs.router import argsort_descending, floors_first
 from exporter.routing.rules import Rule, assemble
 from exporter.routing.settings import IMAGE_FLOOR, default_settings
 
@@ -233,7 +233,7 @@ def test_graphs_rank_as_the_model_does():
             expected = best_tokens(logits[here], visual[here], Budget(int(count[row])), patches[here], floor)
             scores = floors_first(logits[here], visual[here], images[here], count[here], floor)
             best = torch.zeros_like(visual[here])
-            best.scatter_(1, highest(scores)[:, : int(count[row])], True)
+            best.scatter_(1, argsort_descending(scores)[:, : int(count[row])], True)
             assert torch.equal(best | ~visual[here], expected)
 
 

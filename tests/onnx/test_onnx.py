@@ -509,6 +509,7 @@ def test_a_text_without_images(exported):
     assert np.array_equal(exporter.onnx.load(folder).generate(**given, max_new_tokens=6, eos_token_id=()), expected)
 
 
+@pytest.mark.clean_process
 def test_the_runner_runs_without_torch(exported):
     """The runner, loaded by its path, in a process in which neither torch nor this package can be imported."""
     _, folder = exported("llava")

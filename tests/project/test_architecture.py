@@ -123,7 +123,7 @@ def test_the_namespace_of_optimums_plug_ins_stays_one():
 def test_files_and_functions_are_small():
     assert not [f"{path}: {n}" for path in source_files() if (n := len(path.read_text().splitlines())) > LARGEST_FILE]
     functions = [
-        (node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}:{node.name}")  # type: ignore[operator]
+        (node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}:{node.name}")
         for path, tree in trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef)
@@ -170,6 +170,17 @@ def test_files_that_docstrings_name_exist():
                 assert (ROOT / name).exists(), f"{path} names {name}"
 
 
+def test_contributing_says_where_each_thing_is_added():
+    """A row for each, and the tables that it names are in the files that it names."""
+    rows = re.findall(r"^\| (an? [^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
+    questions = ("a localizer", "a fold", "a family of models", "a metric", "a subcommand", "an ONNX family")
+    assert set(questions) <= {what for what, *_ in rows}
+    for what, where, _ in rows:
+        (file,) = re.findall(r"`([\w/]+\.py)`", where)
+        for table in re.findall(r"`([A-Z]+)`", where):
+            assert re.search(rf"^{table}\b", (ROOT / file).read_text(), flags=re.M), (what, table)
+
+
 @pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_documents_show_the_floors(document):
     """Each floor is a row of the document's table, in this order."""
@@ -207,6 +218,7 @@ def test_hooks_are_in_one_file():
     assert with_hooks == {"capture.py"}
 
 
+@pytest.mark.clean_process
 @pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
     code = f"import sys; sys.argv = ['lvlm-exporter', *{arguments!r}]\nfrom exporter.cli import main\n"
@@ -232,7 +244,7 @@ def documented_commands() -> list[str]:
         for line in text.splitlines():
             if match := re.match(r"\s*(?:\$ |# )?(lvlm-exporter [a-z]+ .*)", line):
                 commands.append(match[1].split("  #")[0])
-    actions = parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
+    actions = parser()._subparsers._group_actions[0].choices.values()
     commands += [subcommand.epilog.split("\n  ", 1)[1] for subcommand in actions]
     return commands
 

@@ -8,6 +8,7 @@ import matrix
 import matrix_cells
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 REQUIRED = [Requirement("transformers>=5.20"), Requirement("numpy>=2.0,<3"), Requirement("torch>=2.8")]
 PINNED = {"transformers": "5.24.0", "numpy": "2.4.6", "torch": "2.13.0", "ruff": "0.17.6"}
@@ -18,10 +19,8 @@ def test_every_requirement_states_a_floor_and_no_pin_is_below_it():
     oldest, pinned = matrix.floors(matrix.requirements()), matrix.pins()
     assert {"transformers", "huggingface-hub", "onnxruntime", "torch"} <= set(oldest)
     for requirement in matrix.requirements():
-        assert pinned.get(
-            requirement.name.lower().replace("_", "-"), oldest[matrix.canonicalize_name(requirement.name)]
-        )
-        name = matrix.canonicalize_name(requirement.name)
+        assert pinned.get(requirement.name.lower().replace("_", "-"), oldest[canonicalize_name(requirement.name)])
+        name = canonicalize_name(requirement.name)
         assert name not in pinned or requirement.specifier.contains(pinned[name])
 
 

@@ -58,6 +58,7 @@ def test_graphs_that_torch_was_not_compared_with(here, damaged, capsys):
     assert NAME not in here.repos
 
 
+@pytest.mark.clean_process
 def test_verify_knows_graphs(graphs, damaged, capsys):
     assert main(["verify", str(graphs)]) == 0
     assert "those that were compared with torch (best token equal in" in capsys.readouterr().out

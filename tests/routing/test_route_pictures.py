@@ -23,8 +23,8 @@ from exporter.routing.rules import Rule
 
 def test_grids_of_places():
     """A coarse tile of 2 x 2, then 1 x 3 with a line end."""
-    coarse = [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
-    places = torch.tensor([*coarse, [0.5, 1 / 6], [0.5, 0.5], [0.5, 5 / 6], [0.5, 1.0]])
+    square = [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
+    places = torch.tensor([*square, [0.5, 1 / 6], [0.5, 0.5], [0.5, 5 / 6], [0.5, 1.0]])
     coarse, fine = grids(places, torch.tensor([1, 0, 0, 1, 0, 0, 1, 1]).bool())
     assert coarse.kept.tolist() == [[True, False], [False, True]]
     assert fine.kept.tolist() == [[False, False, True]]

@@ -253,6 +253,7 @@ def routed_folder(tiny, questions, tmp_path_factory):
     return folder
 
 
+@pytest.mark.clean_process
 def test_compress_with_a_router_makes_one_verified_folder(routed_folder):
     routed, plain = routed_folder / "routed", routed_folder / "plain"
     assert sorted(path.name for path in routed_folder.iterdir()) == ["plain", "recipe.yaml", "routed"]
@@ -269,6 +270,7 @@ def test_compress_with_a_router_makes_one_verified_folder(routed_folder):
     assert found.holds and found.details["routed"]["class"].startswith("Routed")
 
 
+@pytest.mark.clean_process
 def test_a_routed_folder_verifies_by_its_name_on_the_hub(routed_folder, here):
     """Nothing stands in for the clean process: the modeling file and its siblings run from what was downloaded."""
     push(routed_folder / "routed", f"{OWNER}/routed")
@@ -278,6 +280,7 @@ def test_a_routed_folder_verifies_by_its_name_on_the_hub(routed_folder, here):
     assert not by_name.folder.is_relative_to(routed_folder)
 
 
+@pytest.mark.clean_process
 def test_a_router_that_is_not_the_recorded_one_does_not_verify(routed_folder, tmp_path):
     import shutil
 
@@ -291,6 +294,7 @@ def test_a_router_that_is_not_the_recorded_one_does_not_verify(routed_folder, tm
     assert not found.holds and "router" in found.problems[0]
 
 
+@pytest.mark.clean_process
 def test_reproduce_trains_the_router_again(routed_folder):
     out = routed_folder / "again"
     assert main(["reproduce", str(routed_folder / "routed"), "--out", str(out), "--quiet"]) == 0

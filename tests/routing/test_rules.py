@@ -5,6 +5,8 @@ Legend: B rows, S tokens, L layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -135,7 +137,7 @@ def test_shortgpt_skips_the_candidates_of_least_influence(routed, samples, tiny)
         with torch.no_grad():
             states = case.plain(**batch.inputs, output_hidden_states=True).hidden_states
         counted = batch.is_visual | batch.is_text
-        last = []
+        last: list[Any] = []
         handle = (
             text_decoder(case.plain).layers[-1].register_forward_hook(lambda _, __, out, last=last: last.append(out))
         )

@@ -292,13 +292,13 @@ def named_cache(present: Present) -> dict[str, Tensor]:
 
 
 def language_model(model: Any) -> Any:
-    """The module that takes embeddings and holds the decoder's layers."""
+    """Return the module that takes embeddings and holds the decoder's layers."""
     decoder = model.get_decoder()
     return decoder if hasattr(decoder, "layers") else decoder.get_decoder()
 
 
 def cache_shape(model: Any) -> tuple[int, int, int]:
-    """Layers, heads of keys, head size; InputError if they differ between layers."""
+    """Return layers, heads of keys, head size; InputError if they differ between layers."""
     attentions = [layer.self_attn for layer in language_model(model).layers]
     shapes = {(module.k_proj.out_features // module.head_dim, module.head_dim) for module in attentions}
     if len(shapes) != 1:

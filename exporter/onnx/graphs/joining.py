@@ -140,7 +140,7 @@ def hoist(joined: Joined, graph: Any, folder: Path) -> None:
 
 
 def conditional(graph: Any, active: str, state: str) -> Any:
-    """An If around a graph's nodes: what it makes, or the state and the cache as they came."""
+    """Return an If around a graph's nodes: what it makes, or the state and the cache as they came."""
     import onnx
 
     names = [value.name for value in graph.output]
@@ -161,7 +161,7 @@ def conditional(graph: Any, active: str, state: str) -> Any:
 
 
 def typed(outputs: Any, suffix: str) -> Iterator[Any]:
-    """A branch's outputs: of the types of the graph's, of any shape."""
+    """Yield a branch's outputs: of the types of the graph's, of any shape."""
     import onnx
 
     for value in outputs:

@@ -43,12 +43,12 @@ class Part:
 
     @property
     def may_be_skipped(self) -> int | None:
-        """The layer, if it is one."""
+        """Return the layer, if it is one."""
         return None if self.candidate is None else self.layers[0]
 
 
 def parts(settings: RouterSettings, num_layers: int) -> list[Part]:
-    """All layers in order, cut where tokens leave and around every layer that may be skipped."""
+    """Return all layers in order, cut where tokens leave and around every layer that may be skipped."""
     listed: list[Part] = []
     for layer in range(num_layers):
         if layer in settings.candidates:
@@ -61,7 +61,7 @@ def parts(settings: RouterSettings, num_layers: int) -> list[Part]:
 
 
 def read_settings(config: Any, cache: str) -> RouterSettings:
-    """The router's settings, or InputError if this route can't be written as graphs."""
+    """Return the router's settings, or InputError if this route can't be written as graphs."""
     settings = RouterSettings.of(config)
     text = config.get_text_config()
     if cache != SHARED:
@@ -188,7 +188,7 @@ def floors_first(scores: Tensor, visual: Tensor, images: Tensor, counts: Tensor,
 
 
 def argsort_descending(scores: Tensor) -> Tensor:
-    """Indices from the highest score to the lowest. ONNX Runtime's TopK takes the first of equal ones first."""
+    """Return indices from the highest score to the lowest. ONNX Runtime's TopK takes the first of equal ones first."""
     return scores.topk(scores.shape[1], dim=1).indices
 
 
@@ -339,7 +339,7 @@ def write_routed(
 
 
 def describe_router(config: Any, settings: RouterSettings) -> dict[str, Any]:
-    """The manifest's entry "router"."""
+    """Return the manifest's entry "router"."""
     vision = config.vision_config
     size = getattr(vision, "image_size", None)
     side = size // vision.patch_size if isinstance(size, int) and isinstance(vision.patch_size, int) else 0

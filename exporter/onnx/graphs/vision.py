@@ -184,7 +184,7 @@ def named(features: Tensor) -> dict[str, Tensor]:
 
 
 def selected_states(tower: Any, config: Any, pixels: Tensor) -> Tensor:
-    """The states of the layers that the configuration names: [T, C, H, W] -> [T, N, D]"""
+    """Return the states of the layers that the configuration names: [T, C, H, W] -> [T, N, D]"""
     layers = config.vision_feature_layer
     hidden = tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
     states = torch.cat([hidden[i] for i in ([layers] if isinstance(layers, int) else layers)], -1)
@@ -192,7 +192,7 @@ def selected_states(tower: Any, config: Any, pixels: Tensor) -> Tensor:
 
 
 def attend(attention: Any, states: Tensor, positions: tuple[Tensor, Tensor], sees: Tensor | None) -> Tensor:
-    """One attention layer of a Qwen vision tower: states [P, D], sees [P, P]"""
+    """Return one attention layer of a Qwen vision tower: states [P, D], sees [P, P]"""
     qkv = attention.qkv(states).unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)  # [3, heads, P, d]
     query, key, value = qkv.unbind(0)
     cos, sin = (part.float() for part in positions)  # [P, d]

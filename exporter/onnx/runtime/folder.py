@@ -15,7 +15,7 @@ FORMAT = 3  # 2 had the embeddings of routed folders apart, 1 a graph for every 
 
 
 def located(folder: Path | str) -> Path:
-    """A folder that is there as it is; what could be a repository's name instead, from the hub."""
+    """Return a folder that is there as it is; what could be a repository's name instead, from the hub."""
     if Path(folder).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)):
         return Path(folder)
     try:

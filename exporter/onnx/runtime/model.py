@@ -19,7 +19,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def open_session(path: Path, device: str, threads: int | None = None) -> Any:
-    """A session on that device, or InputError: ONNX Runtime itself falls back to the CPU with a log line."""
+    """Return a session on that device, or InputError: ONNX Runtime itself falls back to the CPU with a log line."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -107,7 +107,7 @@ class OnnxModel:
         return Sampling.of(self.defaults, chosen, self.manifest["pad_token_id"]), graph_inputs
 
     def prompt(self, inputs: dict[str, Any]) -> Prompt:
-        """A processor's output, laid out for the graphs."""
+        """Return a processor's output, laid out for the graphs."""
         return prepare(self.manifest, inputs)
 
     # --- its halves ---
@@ -131,11 +131,11 @@ class OnnxModel:
         return self._decode(state, embeds, prompt.positions, prompt.block_ids), state
 
     def embedded(self, prompt: Prompt, features: Any) -> Any:
-        """The prompt as it enters the decoder, features in their places: [B, S, D], on the device."""
+        """Return the prompt as it enters the decoder, features in their places: [B, S, D], on the device."""
         return self.embed(prompt.input_ids, features)
 
     def _matching(self, prompt: Prompt, features: Any) -> Any:
-        """The features of the prompt's images, made if they are not there: one for each of its image tokens."""
+        """Return the features of the prompt's images, made if they are not there: one for each of its image tokens."""
         features = self.image_features(prompt) if features is None else features
         wanted = int((prompt.input_ids == self.manifest["image_token_id"]).sum())
         if features.shape()[0] != wanted:
@@ -157,7 +157,7 @@ class OnnxModel:
         return self._decode(state, embeds, positions, np.full((len(tokens), 1), -1))
 
     def image_features(self, prompt: Prompt) -> Any:
-        """Features of all images [F, D], on the device."""
+        """Return features of all images [F, D], on the device."""
         place = {"image_features": self.device}
         runs = [self._bound(self.vision, self._values(feed), place)[0] for feed in prompt.images]
         if not runs:

@@ -29,7 +29,7 @@ class ImageShape:
         return self.height * self.width + rows * (columns + 1)
 
     def coordinates(self, length: int) -> Array:
-        """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
+        """Return the middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
         rows = (np.arange(self.height) + 0.5) / self.height * self.share + self.top
         columns = (np.arange(self.width) + 0.5) / self.width
         grid = product(rows, columns)
@@ -44,7 +44,7 @@ class ImageShape:
 
 
 def product(rows: Array, columns: Array) -> Array:
-    """All pairs, line by line: [R], [C] -> [R * C, 2]"""
+    """Return all pairs, line by line: [R], [C] -> [R * C, 2]"""
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
 
 
@@ -96,7 +96,7 @@ def run_shapes(manifest: Mapping[str, Any], lengths: list[int], inputs: Mapping[
 
 
 def any_resolution(vision: Mapping[str, Any], size: list[int], in_tiles: bool) -> ImageShape:
-    """The whole image in one tile, then a finer grid of it whose lines each end with a token of their own."""
+    """Return the whole image in one tile, then a finer grid of it whose lines each end with a token of their own."""
     side = vision["grid"]
     if not in_tiles:
         return ImageShape(side, side, finer=(1, 0))

@@ -73,7 +73,7 @@ def prepare(manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> Prompt:
 
 
 def padded(rows: Sequence[Array], left: bool, fill: Any) -> Array:
-    """Rows of different lengths as one array [B, S, ...]."""
+    """Return rows of different lengths as one array [B, S, ...]."""
     longest = max(len(row) for row in rows)
     out = np.full((len(rows), longest, *rows[0].shape[1:]), fill, rows[0].dtype)
     for place, row in zip(out, rows, strict=True):
@@ -148,7 +148,7 @@ def real_tiles(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[F
 
 
 def sized(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
-    """Every image alone, without what pads it to the size of the largest."""
+    """Return every image alone, without what pads it to the size of the largest."""
     side = vision["side"]
     feeds = []
     for image, size in zip(arrays["pixel_values"], arrays["image_sizes"].tolist(), strict=True):
@@ -158,7 +158,7 @@ def sized(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
 
 
 def patches(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
-    """Every image alone, with the row, column and window of each patch, in the processor's order."""
+    """Return every image alone, with the row, column and window of each patch, in the processor's order."""
     feeds, start, merge = [], 0, vision["merge"]
     for time, height, width in arrays["image_grid_thw"].tolist():
         if time != 1:
@@ -217,7 +217,7 @@ Weighted = tuple[Array, Array]  # [F, 4] features, -1 the end of a line, and [F,
 
 
 def _packed(vision: Mapping[str, Any], size: list[int], rows: int, columns: int, first: int) -> list[Weighted]:
-    """The small image, then the large one line by line; its tiles begin after the small one's."""
+    """Return the small image, then the large one line by line; its tiles begin after the small one's."""
     side = vision["grid"]
     parts = [plain(first + np.arange(side * side))]
     if not rows:
@@ -232,14 +232,14 @@ def _packed(vision: Mapping[str, Any], size: list[int], rows: int, columns: int,
 
 
 def plain(features: Array) -> Weighted:
-    """Features as they are: [...] -> [..., 4]"""
+    """Return features as they are: [...] -> [..., 4]"""
     weight = np.zeros((*features.shape, 4))
     weight[..., 0] = 1
     return np.repeat(features[..., None], 4, -1), weight
 
 
 def best_grid(size: Sequence[int], vision: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of tiles that an image of this height and width was cut into."""
+    """Return rows and columns of tiles that an image of this height and width was cut into."""
     height, width = size
     best, best_key = (0, 0), (-1, 0)
     for rows, columns in vision["pinpoints"]:
@@ -251,7 +251,7 @@ def best_grid(size: Sequence[int], vision: Mapping[str, Any]) -> tuple[int, int]
 
 
 def unpadded(grid: Array, size: Sequence[int]) -> Array:
-    """What of a grid of features shows the image of this height and width, and not the bars beside it."""
+    """Return what of a grid of features shows the image of this height and width, and not the bars beside it."""
     (height, width), (rows, columns) = size, grid.shape
     if width / height > columns / rows:
         bar = (rows - int(round(height * (columns / width), 7))) // 2
@@ -261,7 +261,7 @@ def unpadded(grid: Array, size: Sequence[int]) -> Array:
 
 
 def shrunk(grid: Array, side: int, max_tiles: int | None) -> Weighted:
-    """A grid of more features than `max_tiles` tiles have is sampled bilinearly down to about that many."""
+    """Sample a grid of more features than `max_tiles` tiles have bilinearly down to about that many."""
     rows, columns = grid.shape
     ratio = math.sqrt(rows * columns / (max_tiles * side**2)) if max_tiles else 0
     if ratio <= 1.1:

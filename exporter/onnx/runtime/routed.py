@@ -33,7 +33,7 @@ class OnnxRouteBudget:
             object.__setattr__(self, one.name, plain_number(getattr(self, one.name)))
 
     def tokens_of(self, available: Array) -> Array:
-        """How many visual tokens each row keeps, of those it has: [B] -> [B]"""
+        """Return how many visual tokens each row keeps, of those it has: [B] -> [B]"""
         if self.keep_visual_tokens is None:
             return available
         if isinstance(self.keep_visual_tokens, int):
@@ -100,7 +100,7 @@ class RoutedOnnxModel(OnnxModel):
     def budget_for(
         self, preset: str | None = None, keep_visual_tokens: float | None = None, keep_layers: int | None = None
     ) -> OnnxRouteBudget:
-        """What is asked for, checked; where nothing is, the budget that is set. Raises InputError."""
+        """Return what is asked for, checked; where nothing is, the budget that is set. Raises InputError."""
         named = keep_visual_tokens is not None or keep_layers is not None
         if preset is not None and named:
             raise InputError(f"give either preset={preset!r} or keep_visual_tokens and keep_layers, not both.")
@@ -181,7 +181,7 @@ class RoutedOnnxModel(OnnxModel):
     def _through(
         self, state: RoutedState, ids: Array, features: Any, positions: Array, router: dict[str, Array] | None
     ) -> Array:
-        """The layers before the router, the router, the layers behind it: ids [B, S] -> logits [B, V]"""
+        """Return the layers before the router, the router, the layers behind it: ids [B, S] -> logits [B, V]"""
         places = self._value(positions)
         states = self._enter(state, ids, features, places)
         if router is not None:
@@ -190,7 +190,7 @@ class RoutedOnnxModel(OnnxModel):
         return state.logits.numpy().copy()  # the next pass writes there
 
     def _enter(self, state: RoutedState, ids: Array, features: Any, positions: Any, output: str = "next_states") -> Any:
-        """What the router reads, and the layers behind it: [B, S, D]"""
+        """Return what the router reads, and the layers behind it: [B, S, D]"""
         import onnxruntime
 
         if self.front is None:
@@ -203,7 +203,7 @@ class RoutedOnnxModel(OnnxModel):
         return state.states
 
     def running(self, state: RoutedState) -> list[int]:
-        """The layers behind the router that any row runs."""
+        """Return the layers behind the router that any row runs."""
         active = dict(zip(self.router_facts["candidates"], state.runs.any(0).tolist(), strict=True))
         return [layer for layer in self._behind if active.get(layer, True)]
 
@@ -212,7 +212,7 @@ class RoutedOnnxModel(OnnxModel):
         return range(self.router_facts["drop_at"], self.manifest["layers"])
 
     def _given(self, positions: Any, lengths: Array) -> dict[str, Any]:
-        """What the layers before the router, or those behind it, are given beside the states."""
+        """Return what the layers before the router, or those behind it, are given beside the states."""
         total = self._value(np.array(int(lengths.max()), np.int32), "cpu")
         return {"position_ids": positions, "row_lengths": self._value(lengths), "total_length": total}
 

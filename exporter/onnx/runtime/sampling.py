@@ -43,7 +43,7 @@ class Sampling:
 
     @classmethod
     def of(cls, defaults: dict[str, Any], chosen: dict[str, Any], pad_token_id: int) -> Sampling:
-        """What the folder's generation_config.json says, and what the caller says instead."""
+        """Return what the folder's generation_config.json says, and what the caller says instead."""
         settings = {"pad_token_id": pad_token_id} | {k: v for k, v in defaults.items() if v is not None} | chosen
         for name, harmless in NOT_DONE.items():
             if settings.get(name) not in (None, harmless):

@@ -32,7 +32,7 @@ def importance_loss(
     sets: int = 3,
     weight: float = 3.0,
 ) -> Tensor:
-    """Tokens are ranked by what each means to the answer beside those that stay, layers by `layer_risk`.
+    """Rank tokens by what each means to the answer beside those that are kept, and layers by `layer_risk`.
 
     For each question a budget is drawn, and a choice by the router's logits and Gumbel noise. What a token means is the
     square of what opening its gate there would add to log p(answer), if it would add something, for an answer drawn

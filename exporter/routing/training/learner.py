@@ -208,7 +208,7 @@ class Learner:
 
     @torch.no_grad()
     def _prefix(self, traced: Trace) -> tuple[Tensor, Tensor]:
-        """What enters layer `read_at` and layer `drop_at`, [B, S, D] each."""
+        """Return what enters layer `read_at` and layer `drop_at`, [B, S, D] each."""
         state = read = traced.entry
         for layer_idx in range(self.settings.drop_at):
             output = traced.step(text_decoder(self.teacher.model).layers[layer_idx], layer_idx, state)
@@ -219,7 +219,7 @@ class Learner:
 
     @torch.no_grad()
     def probe(self, indices: Sequence[int], batch_size: int) -> dict[str, float]:
-        """Mean KL per answer token on held-out questions at the PROBES, without noise."""
+        """Return mean KL per answer token on held-out questions at the PROBES, without noise."""
         totals, number = dict.fromkeys(map(probe_name, PROBES), 0.0), 0
         for start in range(0, len(indices), batch_size):
             batch = self.training_batch(indices[start : start + batch_size])

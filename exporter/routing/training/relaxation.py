@@ -80,7 +80,7 @@ class GatedAttention:
 def gated_states(
     model: Any, traced: Trace, attention: GatedAttention, state: Tensor, start: int, gates: Gates
 ) -> Tensor:
-    """The last layer's output [B, S, D] from the input of layer `start`, differentiable in the gates."""
+    """Return the last layer's output [B, S, D] from the input of layer `start`, differentiable in the gates."""
     layers = text_decoder(model).layers
 
     def step(layer_idx: int, state: Tensor, tokens: Tensor, layer_gate: Tensor) -> Tensor:
