@@ -14,6 +14,7 @@ __all__ = [
     "BudgetGrid",
     "CheckFailed",
     "Grid",
+    "HealRecipe",
     "InputError",
     "Recipe",
     "RouterRecipe",
@@ -26,6 +27,7 @@ __all__ = [
     "compare_routes",
     "compress",
     "evaluate",
+    "heal",
     "load_grid",
     "load_recipe",
     "onnx",
@@ -47,22 +49,24 @@ if TYPE_CHECKING:
     from .comparison.routers import compare_routes
     from .errors import CheckFailed, InputError
     from .evaluation.evaluate import evaluate
-    from .pipeline import compress, route, score
+    from .pipeline import compress, heal, route, score
     from .publishing.folder_kinds import card, verify
     from .publishing.push import push
     from .publishing.reproduction import reproduce
-    from .recipe import Recipe, RouterRecipe, RunOptions, load_recipe
+    from .recipe import HealRecipe, Recipe, RouterRecipe, RunOptions, load_recipe
     from .routing.folder import set_default, update_modeling_files
     from .routing.requests import BudgetGrid
 
 _HOMES = {
     "CheckFailed": "errors",
     "InputError": "errors",
+    "HealRecipe": "recipe",
     "Recipe": "recipe",
     "RouterRecipe": "recipe",
     "RunOptions": "recipe",
     "load_recipe": "recipe",
     "compress": "pipeline",
+    "heal": "pipeline",
     "route": "pipeline",
     "score": "pipeline",
     "evaluate": "evaluation.evaluate",

@@ -6,10 +6,11 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from .cards.model_card import card
 from .checkpoints.record import RECORD, write_record
-from .checkpoints.source import open_source
+from .checkpoints.source import Source, open_source
 from .checkpoints.staging import check_space, check_target, staged, staging_directory
 from .checkpoints.verification import require
 from .checkpoints.writer import kept_pieces
@@ -19,32 +20,119 @@ from .compression.record import describe, measure
 from .compression.steps import fold_gaps, localize, write_with_progress
 from .data.calibration import Calibration
 from .errors import InputError
+from .healing.estimate import healing_cost
+from .healing.healed import check_healing, merged_again, prepare_healing, with_healing
+from .healing.schedule import Schedule
 from .localize.scores import LayerScores
 from .models.variants import Variant, assembled
 from .plan import LayerBudget, breaks_period, make_plan
 from .progress import Progress, silent
-from .recipe import ROUTER_SAMPLES, CalibrationData, Recipe, RouterRecipe, RunOptions
+from .recipe import ROUTER_SAMPLES, CalibrationData, HealRecipe, Recipe, RouterRecipe, RunOptions
 from .routing.settings import check_routable, default_settings
 from .routing.with_router import unlabelled, with_router
 
 logger = logging.getLogger(__name__)
 
 
-def compress(recipe: Recipe, out: Path | str, options: RunOptions = RunOptions(), progress: Progress = silent) -> Path:
-    """Localize, fold, write, describe, verify: the recipe's checkpoint in the folder `out`.
+def compress(
+    recipe: Recipe,
+    out: Path | str,
+    options: RunOptions = RunOptions(),
+    progress: Progress = silent,
+    healed: Path | None = None,
+) -> Path:
+    """Localize, fold, heal, train a router, write, describe, verify: the recipe's checkpoint in the folder `out`.
 
+    Args:
+        healed: a checkpoint that this recipe gave: what it learnt is merged in place of healing once more.
     Returns: the folder. Raises: InputError for wrong input, CheckFailed where the result does not verify; in both
     cases nothing is left at `out`.
     """
     out = Path(out)
     check_target(out)
-    if recipe.router is None:
+    if recipe.router is None and recipe.heal is None:
         return _compress(recipe, out, options, progress)
-    questions = check_router(recipe)
+    questions = check_router(recipe) if recipe.router is not None else None
+    if recipe.heal is not None and healed is None:
+        check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration)
     with staging_directory(out) as room:
-        plain = _compress(dataclasses.replace(recipe, router=None), room / out.name, options, progress)
-        data = router_data(recipe.router, recipe.calibration)
-        return with_router(plain, recipe.router, data, out=out, options=options, progress=progress, questions=questions)
+        (room / "folded").mkdir()
+        (room / "healed").mkdir()
+        plain = dataclasses.replace(recipe, heal=None, router=None)
+        made = _compress(plain, room / "folded" / out.name, options, progress)
+        if recipe.heal is not None:
+            place = out if recipe.router is None else room / "healed" / out.name
+            if healed is not None:
+                made = merged_again(made, healed, place, options)
+            else:
+                made = _heal(made, recipe.heal, recipe, place, out, options, progress)
+        if recipe.router is not None:
+            data = router_data(recipe.router, recipe.calibration)
+            made = with_router(
+                made, recipe.router, data, out=out, options=options, progress=progress, questions=questions
+            )
+    return made
+
+
+def heal(
+    model: str | Path,
+    healing: HealRecipe,
+    out: Path | str,
+    options: RunOptions = RunOptions(),
+    progress: Progress = silent,
+) -> Path:
+    """Let a checkpoint with fewer layers, pruned by us or by anybody, learn to say what its original says.
+
+    Args:
+        model: folder or hub id.
+        healing: its `teacher` names the original, its `calibration` the unlabelled questions.
+    Returns: the folder, a plain checkpoint. Raises: InputError, CheckFailed, as `compress`.
+    """
+    model, out = str(model), Path(out)
+    check_target(out)
+    if healing.calibration is None or healing.teacher is None:
+        raise InputError(
+            "healing needs the original (--teacher MODEL) and questions about images (--calibration FILE)."
+        )
+    source = open_source(model)
+    if not (source.folder / RECORD).exists():
+        return compress(
+            Recipe(model, healing.calibration, LayerBudget(layers=()), heal=healing), out, options, progress
+        )
+    recipe = Recipe(model, healing.calibration, LayerBudget(layers=()))
+    return _heal(source.folder, healing, recipe, out, out, options, progress)
+
+
+def check_heal(model: str | Path, healing: HealRecipe, out: Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
+    """Check what `heal` is given; return what it would cost. Nothing is loaded or written."""
+    check_target(out)
+    assert healing.calibration is not None and healing.teacher is not None
+    job = prepare_healing(str(model), healing, healing.calibration, healing.teacher, options)
+    kept = job.source.num_layers / job.teacher.num_layers
+    samples, tokens = job.calibration.samples, job.answer_tokens
+    return healing_cost(job.schedule, job.teacher, samples, tokens, kept, job.dtype.itemsize)
+
+
+def healing_of(recipe: Recipe, source: Source, gone: int, itemsize: int) -> dict[str, Any]:
+    """Check the healing that a compression asks for; return what it would cost.
+
+    Args:
+        gone: layers that the smaller model lacks; itemsize: bytes of a number while it runs.
+    """
+    assert recipe.heal is not None
+    data = recipe.heal.calibration or recipe.calibration
+    calibration, fit, held_out = check_healing(recipe.heal.seeded(recipe.seed), data)
+    schedule, kept = Schedule(recipe.heal, len(fit), len(held_out)), 1 - gone / source.num_layers
+    return healing_cost(schedule, source, calibration.samples, data.answer_tokens, kept, itemsize)
+
+
+def _heal(
+    plain: Path, healing: HealRecipe, recipe: Recipe, made: Path, out: Path, options: RunOptions, progress: Progress
+) -> Path:
+    """Heal a checkpoint; what a broken-off run goes on from lies beside the target as .NAME.healing."""
+    data, teacher = healing.calibration or recipe.calibration, healing.teacher or recipe.model
+    work = out.absolute().parent / f".{out.name}.healing"
+    return with_healing(plain, healing.seeded(recipe.seed), data, teacher, made, options, progress, work)
 
 
 def route(

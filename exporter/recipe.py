@@ -22,6 +22,8 @@ Rows = Mapping[str, Localizer] | Mapping[str, Fold] | Mapping[str, RouterLoss]  
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "auto"
 DEFAULT_SAMPLES = 512
 ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
+HEAL_LOSS_NAMES = ("forward", "reverse", "symmetric")
+HEAL_SAMPLES = 2048
 
 
 def paths_as_text(data: Any, *names: str) -> None:
@@ -127,6 +129,52 @@ class RouterRecipe:
 
 
 @dataclass(frozen=True)
+class HealRecipe:
+    """A smaller model that learns from unlabelled questions to say what the original says."""
+
+    calibration: CalibrationData | None = None  # None: the compression's own questions
+    teacher: str | None = None  # folder or hub id; None: the model that was compressed
+    steps: int | None = None  # at most, held-out questions may stop it before; None: ten times the questions
+    rank: int = 16  # of the updates
+    learning_rate: float = 1e-3
+    batch_size: int = 16
+    exchanges: int = 9  # times that questions change places before the first pairs come again; 0: never
+    loss: str = "forward"
+    norms: bool = False  # learn the decoder layers' norms, too
+    top: int = 64  # likeliest tokens that are kept of each of the original's distributions
+    seed: int | None = None  # None: the compression's, so that the same questions are drawn and held out
+
+    def __post_init__(self) -> None:
+        paths_as_text(self, "teacher")
+        wholes = {"steps": 1, "rank": 1, "batch_size": 1, "exchanges": 0, "top": 1, "seed": 0}
+        for name, least in wholes.items():
+            value = getattr(self, name)
+            if name in ("steps", "seed") and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"heal: {name}={value!r}: a whole number from {least} up is needed.")
+        if not isinstance(self.learning_rate, float | int) or not 0 < self.learning_rate < 1:
+            raise InputError(f"heal: learning_rate={self.learning_rate!r}: a number between 0 and 1 is needed.")
+        if self.loss not in HEAL_LOSS_NAMES:
+            raise InputError(f"heal: loss '{self.loss}' is not known: {nearest(str(self.loss), HEAL_LOSS_NAMES)}")
+        if not isinstance(self.norms, bool):
+            raise InputError(f"heal: norms={self.norms!r}: true or false is needed.")
+        if self.teacher is not None and not isinstance(self.teacher, str):
+            raise InputError(f"heal: teacher must be a text, not {self.teacher!r}.")
+
+    def seeded(self, seed: int) -> HealRecipe:
+        """Return the same with a seed, where it has none of its own."""
+        return self if self.seed is not None else dataclasses.replace(self, seed=seed)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data; what is left to defaults stays out."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
+        if self.calibration is not None:
+            data["calibration"] = self.calibration.to_data()
+        return data
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One compression. Equal recipes on equal sources give equal checkpoints."""
 
@@ -139,6 +187,7 @@ class Recipe:
     protect: tuple[int, ...] | None = None  # None: what the family needs
     seed: int = 0
     base_model: str | None = None  # hub id that the card names where `model` is a local folder
+    heal: HealRecipe | None = None  # after the fold, before the router
     router: RouterRecipe | None = None  # trained for the result; None: the result is a plain checkpoint
 
     def __post_init__(self) -> None:
@@ -168,6 +217,8 @@ class Recipe:
         data["seed"] = self.seed
         if self.base_model:
             data["base_model"] = self.base_model
+        if self.heal is not None:
+            data["heal"] = self.heal.to_data()
         if self.router is not None:
             data["router"] = self.router.to_data()
         return data
@@ -247,6 +298,7 @@ def recipe_from_data(data: Any) -> Recipe:
         protect=None if protect is None else integers(protect, "protect"),
         seed=data.get("seed", 0),
         base_model=data.get("base_model"),
+        heal=heal_from_data(data["heal"]) if data.get("heal") not in (None, False) else None,
         router=router_from_data(data["router"]) if data.get("router") not in (None, False) else None,
     )
 
@@ -300,6 +352,16 @@ def router_from_data(data: Any) -> RouterRecipe:
     if "loss" in read:
         read["loss"] = read_method(read["loss"], LOSSES, "loss")
     return RouterRecipe(**read)
+
+
+def heal_from_data(data: Any) -> HealRecipe:
+    """'true', or a mapping of what is not left to defaults."""
+    data = {} if data is True else data
+    check_keys(data, [f.name for f in dataclasses.fields(HealRecipe)], "heal")
+    read = dict(data)
+    if read.get("calibration") is not None:
+        read["calibration"] = calibration_from_data(read["calibration"])
+    return HealRecipe(**read)
 
 
 def read_method(value: Any, table: Rows, kind: str) -> Method:

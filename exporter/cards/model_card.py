@@ -6,11 +6,13 @@ Every figure in it was measured on that checkpoint and stands in compression.jso
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.json_file import read_json
 from ..checkpoints.record import RECORD, CheckpointRecord, read_record
+from ..checkpoints.record_types import HealPart, RouterPart
 from ..errors import InputError
 from ..localize.scores import LayerScores
 from ..methods import fold_row, localizer_row
@@ -53,9 +55,17 @@ def draw(record: CheckpointRecord, folder: Path) -> None:
             folder / "assets" / "layer_scores.png",
             record.protect,
         )
-    if record.router is not None:
+    for training, title, name in _trainings(record):
         (folder / "assets").mkdir(exist_ok=True)
-        plot_training(record.router.curve, folder / "assets" / "router_training.png")
+        plot_training(training.curve, folder / "assets" / name, title)
+
+
+def _trainings(record: CheckpointRecord) -> Iterator[tuple[RouterPart | HealPart, str, str]]:
+    """Yield what was trained, with the title and the file of its curve."""
+    if record.heal is not None:
+        yield record.heal, "healing", "healing.png"
+    if record.router is not None:
+        yield record.router, "training the router", "router_training.png"
 
 
 def shown_name(folder: Path) -> str:
@@ -107,6 +117,8 @@ def body(record: CheckpointRecord, name: str) -> str:
         fold=fold,
         chosen=_choice(record),
         measured_scores=not localizer_row(record.scores.method).control,
+        healed=is_healed(record),
+        teacher_name=model_name(record.heal.teacher.name) if record.heal is not None else "",
         pct=_percent,
         ratio=ratio_cell,
         budget_name=budget_name,
@@ -126,9 +138,16 @@ def _base_sentence(record: CheckpointRecord) -> str:
     changes = []
     if record.plan.drop:
         changes.append("with fewer layers")
+    if is_healed(record):
+        changes.append("healed by self-distillation")
     if record.router is not None:
         changes.append("with a router")
     return f"This is {named} {' and '.join(changes) or 'unchanged'}."
+
+
+def is_healed(record: CheckpointRecord) -> bool:
+    """Tell whether what healing learnt is in the weights."""
+    return record.heal is not None and record.heal.kept
 
 
 def template_folder() -> Path:
@@ -199,7 +218,8 @@ def hub_metadata(
 def _tags(record: CheckpointRecord) -> list[str]:
     pruned = ["layer-pruning", "compressed", record.scores.method] if record.plan.drop else []
     routed = ["token-pruning", "layer-skipping", "custom_code"] if record.router is not None else []
-    return ["lvlm-exporter", *pruned, *routed]
+    healed = ["distillation"] if is_healed(record) else []
+    return ["lvlm-exporter", *pruned, *healed, *routed]
 
 
 def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:

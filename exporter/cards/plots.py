@@ -63,8 +63,8 @@ def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) ->
     save(drawn, path)
 
 
-def plot_training(curve: Sequence[dict[str, float]], path: Path) -> None:
-    """A router's loss, smoothed over a twentieth of the steps, and the divergence of held-out questions."""
+def plot_training(curve: Sequence[dict[str, float]], path: Path, title: str) -> None:
+    """Draw the loss of a training, smoothed over a twentieth of the steps, and the divergence of held-out questions."""
     drawn, axes = figure()
     steps, losses = [point["step"] for point in curve], [point["loss"] for point in curve]
     width = max(1, len(losses) // 20)
@@ -78,7 +78,7 @@ def plot_training(curve: Sequence[dict[str, float]], path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("nats")
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_title("training the router", loc="left", fontsize="medium")
+    axes.set_title(title, loc="left", fontsize="medium")
     save(drawn, path)
 
 

@@ -18,6 +18,7 @@ from .temporary import file_beside
 CARD = "README.md"
 RECORDS = ("compression.json", "onnx.json")  # what they say is checked, and measurements are added to them
 CONFIG_JSON = "config.json"
+ADAPTER_FILE = "healing/adapter.safetensors"  # what healing learnt: merged into the weights, kept to make them again
 
 
 # What transformers, its processors and its tokenizers read beside config.json and the weights.
@@ -241,6 +242,15 @@ def copy_companions(source: Path, names: Iterable[str], target: Path) -> None:
             (target / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             shutil.copyfile(source / name, target / name)
+
+
+def carry_adapter(source: Path, target: Path) -> None:
+    """Copy what healing learnt, if the checkpoint was healed, so that it can be made again from its record."""
+    import shutil
+
+    if (source / ADAPTER_FILE).is_file():
+        (target / ADAPTER_FILE).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / ADAPTER_FILE, target / ADAPTER_FILE)
 
 
 def _names_code(path: Path) -> bool:

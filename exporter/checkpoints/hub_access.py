@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .files import ADAPTER_FILE
 from .json_file import read_json
 from .safetensors_ranges import INDEX, SINGLE
 from .weight_files import NAMED_WEIGHTS, no_weights, read_index
@@ -32,7 +33,7 @@ COMPANION_FILES = (
     "USE_POLICY*",
     "additional_chat_templates/*",
 )
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "router/model.safetensors")
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "router/model.safetensors", ADAPTER_FILE)
 HUB_TIMEOUT_S = 60
 TOKEN = re.compile(r"\bhf_[\w.-]{8,}")
 HUB_STATUS = {

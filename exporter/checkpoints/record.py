@@ -16,6 +16,7 @@ from .record_types import (
     CalibrationPart,
     EvaluationEntry,
     FoldPart,
+    HealPart,
     MeasuredPart,
     PlanPart,
     ReferenceAnswer,
@@ -50,6 +51,7 @@ class CheckpointRecord:
     evaluations: tuple[EvaluationEntry, ...]
     versions: VersionsPart
     measured: MeasuredPart
+    heal: Annotated[HealPart | None, OR_MISSING] = None
     router: Annotated[RouterPart | None, OR_MISSING] = None
     routes: tuple[RoutePicture, ...] = ()
     benchmarks: tuple[BenchmarkEntry, ...] = ()
@@ -114,7 +116,11 @@ def _check_together(record: CheckpointRecord) -> None:
     answers: dict[str, ReferenceAnswer] = {"reference": record.reference}
     if record.router is not None:
         answers["router.reference"] = record.router.reference
-        _check_curve(record.router.curve)
+        _check_curve(record.router.curve, "router")
+    if record.heal is not None:
+        _check_curve(record.heal.curve, "heal")
+        if record.heal.kept and (record.heal.after is None or record.heal.adapter is None):
+            raise Misfit("'heal' was kept and has no 'after' or no 'adapter'")
     for name, answer in answers.items():
         if len(answer.tokens) != len(answer.margins) or not answer.tokens:
             raise Misfit(f"'{name}' has {len(answer.tokens)} tokens and {len(answer.margins)} margins")
@@ -126,9 +132,9 @@ def _check_together(record: CheckpointRecord) -> None:
                 raise Misfit(f"'benchmarks[{index}].{part}' is not a list that is not empty")
 
 
-def _check_curve(curve: tuple[dict[str, float], ...]) -> None:
+def _check_curve(curve: tuple[dict[str, float], ...], part: str) -> None:
     if not curve or any(not {"step", "loss"} <= point.keys() for point in curve):
-        raise Misfit("'router.curve' has a point without 'step' or 'loss', or none at all")
+        raise Misfit(f"'{part}.curve' has a point without 'step' or 'loss', or none at all")
 
 
 def _check_evaluation(entry: EvaluationEntry, where: str) -> None:

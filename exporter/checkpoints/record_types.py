@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from .shapes import INNER_PATH, SHA256, Kind, one_of
-from .typed import Count, Flag, Length, Number, Positive, Text, named
+from .typed import OR_MISSING, Count, Flag, Length, Number, Positive, Text, named
 
 DTYPES = ("float32", "bfloat16", "float16")
 TENSOR = Kind('"layer N\'s NAME"', lambda value: isinstance(value, str) and value.count("'s ") == 1)
@@ -284,6 +284,53 @@ class RouterPart:
     reference: ReferenceAnswer
     seconds: Number = 0.0  # of training
     replaces_another: Flag = False  # the source had one
+
+
+@dataclass(frozen=True)
+class HealedHeldOut:
+    """How far a model was from its original on held-out questions."""
+
+    kl: Number
+    interval: Annotated[tuple[Number, ...], Length(2)]
+    questions: Count
+    pictures: Count
+    same_answers: Number
+
+
+@dataclass(frozen=True)
+class HealingTeacher:
+    """The original that was learnt from."""
+
+    name: Text
+    revision: Text | None
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """The file of what was learnt."""
+
+    file: InnerPath
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class HealPart:
+    """How a checkpoint was healed."""
+
+    kept: Flag
+    steps: Count
+    steps_run: Count
+    steps_kept: Count
+    parameters: Count
+    questions: Count
+    pairs: Count
+    answer_tokens: Count
+    fingerprint: Text
+    teacher: HealingTeacher
+    curve: tuple[dict[Text, Number], ...]
+    before: HealedHeldOut
+    after: Annotated[HealedHeldOut | None, OR_MISSING] = None
+    adapter: Annotated[AdapterPart | None, OR_MISSING] = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ..methods import FOLDS
 from ..recipe import DEFAULT_FOLD, Recipe, RunOptions
 from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
 from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
+from .healing_table import cost_lines, result_lines
 
 SUMMARY = "remove redundant layers and write a standalone checkpoint"
 EXAMPLE = f"compress {MODEL} --out small --drop-ratio 0.25 --calibration {DATA}/calibration.jsonl"
@@ -25,6 +26,8 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     localizer_arguments(subcommand)
     subcommand.add_argument("--fold", choices=tuple(FOLDS), help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
     subcommand.add_argument("--fold-option", action="append", default=[], metavar="NAME=VALUE")
+    subcommand.add_argument("--heal", action="store_true", help="let the result learn from the original, see `heal`")
+    subcommand.add_argument("--heal-option", action="append", default=[], metavar="NAME=VALUE")
     subcommand.add_argument("--router", action="store_true", help="train a router for the result too, see `route`")
     subcommand.add_argument("--base-model", metavar="USER/NAME", help="hub id for the card, if MODEL is a folder")
     subcommand.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
@@ -39,15 +42,23 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         dry_run(options, recipe, run)
         return
-    folder = compress(recipe, options.out, run, progress_bar(options))
+    try:
+        folder = compress(recipe, options.out, run, progress_bar(options))
+    except KeyboardInterrupt:
+        if recipe.heal is None:
+            raise
+        raise KeyboardInterrupt("interrupted; the same command goes on with healing from what is saved.") from None
     record = read_record(folder)
     plan, measured, source = record.plan, record.measured, record.source
-    write_json(options, {"path": str(folder), **{k: record.data[k] for k in ("plan", "measured", "scores", "fold")}})
+    shown = ("plan", "measured", "scores", "fold", "heal")
+    write_json(options, {"path": str(folder), **{k: record.data[k] for k in shown if k in record.data}})
     print(
         f"dropped layers {', '.join(map(str, plan.drop)) or 'none'} of {plan.num_layers}; "
         f"{source.parameters:,} -> {measured.parameters:,} parameters, "
         f"{source.bytes / 1e6:,.1f} -> {measured.bytes / 1e6:,.1f} MB, {measured.seconds:.0f} s"
     )
+    if record.heal is not None:
+        print("\n".join(result_lines(record.data["heal"])))
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
 
 
@@ -55,13 +66,15 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
     from ..checkpoints.staging import check_space, check_target
     from ..compression.estimate import estimate
     from ..compression.job import prepare
+    from ..pipeline import healing_of
     from ..plan import may_break_period
 
     check_target(options.out)
     job = prepare(recipe, run, progress_bar(options))
     guess = estimate(job)
     check_space(options.out, guess.bytes_after)
-    write_json(options, asdict(guess))
+    healing = healing_of(recipe, job.source, guess.drop, job.dtype.itemsize) if recipe.heal is not None else None
+    write_json(options, asdict(guess) | ({"heal": healing} if healing else {}))
     print(f"would drop {guess.drop} of {guess.layers} layers by {recipe.localizer.name}, fold by {job.fold.name}")
     print(
         f"parameters {guess.parameters:,} -> {guess.parameters_after:,}, weights {guess.bytes / 1e6:,.1f} -> "
@@ -73,3 +86,5 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
         f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
         f", as much as {guess.forward_passes:.1f} forward passes over them"
     )
+    if healing:
+        print("\n".join(cost_lines(healing)))

@@ -11,10 +11,13 @@ from ..errors import InputError
 from ..recipe import (
     DEFAULT_FOLD,
     DEFAULT_LOCALIZER,
+    HEAL_SAMPLES,
     ROUTER_SAMPLES,
+    HealRecipe,
     Recipe,
     RouterRecipe,
     RunOptions,
+    heal_from_data,
     load_recipe,
     recipe_from_data,
     router_from_data,
@@ -57,6 +60,9 @@ def recipe_from_flags(options: argparse.Namespace, budget_needed: bool = True) -
             spelled[key] = getattr(options, key)
     if options.protect is not None:
         spelled["protect"] = list(options.protect)
+    healing = name_value_pairs(getattr(options, "heal_option", []), "--heal-option")
+    if healing or getattr(options, "heal", False):
+        spelled["heal"] = healing or True
     if getattr(options, "router", False):
         spelled["router"] = True
     if getattr(options, "recipe", None) is not None:
@@ -91,6 +97,14 @@ def router_from_flags(options: argparse.Namespace) -> RouterRecipe:
     if options.loss or extra:
         spelled["loss"] = {"name": options.loss or RouterRecipe.loss.name, **extra}
     return router_from_data(spelled)
+
+
+def heal_from_flags(options: argparse.Namespace) -> HealRecipe:
+    """The healing that the flags of `heal` spell out."""
+    names = ("teacher", "steps", "rank", "learning_rate", "loss", "exchanges", "seed", "batch_size")
+    spelled = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    spelled["calibration"] = {"samples": HEAL_SAMPLES} | calibration_from_flags(options)
+    return heal_from_data(spelled | ({"norms": True} if options.norms else {}))
 
 
 def run_options_from_flags(options: argparse.Namespace) -> RunOptions:

@@ -45,7 +45,10 @@ def reproduce(
     folder, _ = resolve(str(folder))
     record = read_record(folder)
     check_target(Path(out))
-    recipe = recipe_from_data(record.recipe)
+    recipe, healed = recipe_from_data(record.recipe), None
+    if recipe.heal is not None:  # what it learnt is kept, so that nothing has to be learnt again
+        healed = folder if record.heal and record.heal.kept else None
+        recipe = recipe if healed else dataclasses.replace(recipe, heal=None)
     if model is not None:
         recipe = dataclasses.replace(recipe, model=str(model))
     elif record.source.revision:
@@ -56,7 +59,7 @@ def reproduce(
     _check_data(recipe, record.calibration.fingerprint)
     run = record.run
     options = RunOptions(run.device, run.dtype, run.memory, run.batch_size)
-    made = compress(recipe, out, options, progress)  # type: ignore[arg-type]
+    made = compress(recipe, out, options, progress, healed)  # type: ignore[arg-type]
     fresh = read_record(made).measured.files
     before = {name: digest.lower() for name, digest in record.measured.files.items()}
     differing = tuple(name for name, digest in before.items() if fresh.get(name) != digest)

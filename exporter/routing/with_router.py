@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cards.card_file import carry_card
 from ..cards.model_card import card
-from ..checkpoints.files import hashes
+from ..checkpoints.files import carry_adapter, hashes
 from ..checkpoints.record import read_record, write_record
 from ..checkpoints.source import Source, file_hashes, open_source
 from ..checkpoints.staging import check_space, check_target, staged
@@ -61,6 +61,7 @@ def with_router(
     forget_router(record)
     with staged(out) as stage:
         write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
+        carry_adapter(plain, stage)
         add_router(stage, job.settings, trained.weights)
         record["measured"]["files"] = hashes(stage)
         record["router"]["reference"] = routed_reference(stage, job.device, job.dtype)

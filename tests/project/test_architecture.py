@@ -28,7 +28,7 @@ FLOORS = (
     ("models",),
     ("localize",),
     ("fold", "cards"),
-    ("compression", "routing", "onnx"),
+    ("compression", "healing", "routing", "onnx"),
     ("pipeline", "evaluation", "benchmark"),
     ("comparison", "publishing"),
     ("cli",),

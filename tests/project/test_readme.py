@@ -24,6 +24,7 @@ FEW = {  # what makes a command quick
     "score": "--samples 4 --localizer block_influence",
     "compress": "--samples 4 --localizer block_influence --fold none",
     "evaluate": "--samples 4",
+    "heal": "--samples 16 --steps 1 --exchanges 0",
     "route": "--samples 8 --steps 1 --batch-size 2",
     "bench": "--rounds 2 --new-tokens 1 --batch 1",
     "push": "--dry-run",  # nothing is published
@@ -47,10 +48,10 @@ def test_every_command_is_run_or_skipped_for_a_reason():
 @pytest.fixture
 def place(digits, tmp_path, monkeypatch) -> Path:
     """A folder with the files that README names; verification, which takes a process of its own, is left out."""
-    for module in ("pipeline", "routing.with_router"):
+    for module in ("pipeline", "routing.with_router", "healing.healed"):
         monkeypatch.setattr(f"exporter.{module}.require", lambda *_: None)
     monkeypatch.setattr("exporter.checkpoints.verification.require", lambda *_: None)
-    lines = [json.loads(line) for line in (digits / "data" / "test.jsonl").read_text().splitlines()[:16]]
+    lines = [json.loads(line) for line in (digits / "data" / "test.jsonl").read_text().splitlines()[:64:4]]
     lines = [line | {"image": str(digits / "data" / line["image"])} for line in lines]
     for name, keys in (("questions.jsonl", ("image", "question")), ("labelled.jsonl", lines[0])):
         (tmp_path / name).write_text("".join(json.dumps({k: x[k] for k in keys}) + "\n" for x in lines))
@@ -67,6 +68,7 @@ def yaml_block(digits: Path) -> str:
         ("Qwen/Qwen2.5-VL-7B-Instruct", str(digits / "model")),
         ("samples: 512", "samples: 4"),
         ("localizer: best_of ", "localizer: block_influence "),
+        ("heal: {", "# heal: {"),
         ("router: {", "# router: {"),
     ):
         assert old in text

@@ -21,6 +21,7 @@ from exporter.clean_room import load_processor
 from exporter.cli.entry import main
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
+from exporter.data.epochs import questions_of_step
 from exporter.errors import InputError
 from exporter.modeling.released import shipped_files
 from exporter.modeling.routed_route import Route, RouterSettings
@@ -34,7 +35,7 @@ from exporter.routing.folder import routable
 from exporter.routing.settings import default_settings
 from exporter.routing.training.importance_loss import layer_risk, ranking_loss
 from exporter.routing.training.learner import Learner, TrainingBatch
-from exporter.routing.training.loop import Training, drawn, train_router
+from exporter.routing.training.loop import Training, train_router
 from exporter.routing.training.relaxation import Gates, gated_attention, gated_states, straight_through
 from exporter.routing.with_router import forget_router
 
@@ -113,8 +114,8 @@ def test_straight_through_keeps_the_highest_and_pulls_where_it_is_close():
 
 
 def test_every_question_is_drawn_once_an_epoch_in_batches_of_like_size():
-    training, sizes = Training(batch_size=4), [index % 4 for index in range(16)]
-    batches = [drawn(range(16), sizes, step, training) for step in range(8)]
+    sizes = [index % 4 for index in range(16)]
+    batches = [questions_of_step(range(16), sizes, step, batch_size=4, seed=0) for step in range(8)]
     for epoch in (batches[:4], batches[4:]):
         assert sorted(index for batch in epoch for index in batch) == list(range(16))
         assert all(len({sizes[index] for index in batch}) == 1 for batch in epoch)

@@ -1,0 +1,73 @@
+"""Which question is put to which picture: more questions than were given, at no cost but the original's answers.
+
+The original answers any question about any picture, and what it says is what the smaller model is to say. So a question
+that was written for one picture is put to others as well. Every pass of training sees other pairs, where otherwise it
+would see the same few again and learn them by heart (function matching; Beyer et al., arXiv 2106.05237).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+from ..data.pictures import pictures_of, split_by_picture
+from ..data.samples import Sample
+from ..models.questions import portion
+
+SHARE_HELD_OUT, MOST_HELD_OUT = 8, 128  # one question in so many judges, so many at most
+
+
+def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:
+    """Return the questions to learn from and those to judge by, about other pictures, as indices.
+
+    The latter are among those on which nothing was fitted when the same questions served to compress. None are held
+    out where there are too few pictures.
+    """
+    split = split_by_picture(samples, portion("held_out", len(samples)), seed)
+    wanted = min(MOST_HELD_OUT, max(len(samples) // SHARE_HELD_OUT, portion("held_out", len(samples)) // 2))
+    pictures: set[int] = set()
+    numbers = {picture: split.pictures.count(picture) for picture in {split.pictures[i] for i in split.held_out}}
+    for index in split.held_out:
+        if sum(numbers[picture] for picture in pictures) >= wanted:
+            break
+        pictures.add(split.pictures[index])
+    held_out = [index for index, picture in enumerate(split.pictures) if picture in pictures]
+    return [index for index, picture in enumerate(split.pictures) if picture not in pictures], held_out
+
+
+def exchanged(samples: Sequence[Sample], rounds: int, seed: int) -> list[list[Sample]]:
+    """Return the questions, round after round; after the first one each is put to another question's pictures.
+
+    Questions with as many images change places among themselves, in an order drawn once and shifted by another number
+    in each round: no pair comes twice before all have come.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(len(sample.images), []).append(index)
+    draw = random.Random(seed)
+    turns: list[tuple[list[int], list[int]]] = []
+    for group in groups.values():
+        order = draw.sample(group, len(group))
+        shifts = draw.sample(range(1, len(group)), len(group) - 1)
+        turns.append((order, shifts or [0]))
+    made = [list(samples)]
+    for number in range(rounds - 1):
+        row = list(samples)
+        for order, shifts in turns:
+            shift = shifts[number % len(shifts)]
+            for place, index in enumerate(order):
+                row[index] = with_pictures(samples[index], samples[order[(place + shift) % len(order)]])
+        made.append(row)
+    return made[:rounds]
+
+
+def with_pictures(question: Sample, pictured: Sample) -> Sample:
+    """Return the question about the other sample's images; what was right about its own is forgotten."""
+    if question is pictured:
+        return question
+    origin = f"{question.origin} (with the images of {pictured.origin})"
+    return dataclasses.replace(question, origin=origin, images=pictured.images, answers=(), choices=())
+
+
+__all__ = ["exchanged", "parted", "pictures_of", "with_pictures"]

@@ -1,0 +1,156 @@
+"""What the original says, computed once and kept on disk: its answers, and the likeliest tokens at each place of them.
+
+The original is asked and let go before the smaller model is loaded: the two are never in memory together. A file of
+equal records, one for each answer token, is read through a memory map, so that memory does not grow with the number of
+questions. A run that is broken off goes on with the questions that are not answered yet.
+
+Shapes: A answer tokens, K likeliest tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..clean_room.reference import greedy
+from ..data.batches import Batch, make_batch
+from ..data.resumable import ResumableLines
+from ..data.samples import Sample
+from ..models.answers import with_answers
+from ..progress import Progress
+
+ANSWERS, PLACES = "answers.bin", "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What is to be said at the places of a few answers."""
+
+    tokens: tuple[Tensor, ...]  # [A] of each question, up to and with the end token
+    ids: Tensor  # [A of all, K] the likeliest tokens
+    log_p: Tensor  # [A of all, K] their log-probabilities
+
+    def to(self, device: Any) -> TeacherTargets:
+        return TeacherTargets(self.tokens, self.ids.to(device), self.log_p.to(device))
+
+
+def record_type(top: int) -> np.dtype:
+    """Return the layout of one answer token on disk: 8 bytes for each of the likeliest tokens, and 4."""
+    return np.dtype([("token", "<i4"), ("ids", "<i4", (top,)), ("log_p", "<f4", (top,))])
+
+
+class AnswerStore:
+    """The original's answers to numbered questions, on disk.
+
+    Args:
+        folder: where the two files lie.
+        fingerprint: of everything that the answers depend on; those of another one are not used.
+        top: K.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, top: int) -> None:
+        self.path, self.fingerprint, self.type = folder / ANSWERS, fingerprint, record_type(top)
+        self._lines = ResumableLines(folder / PLACES, {"start": int, "length": int}, "place of an answer")
+        self._places = {number: (row["start"], row["length"]) for number, row in self._lines.rows(fingerprint).items()}
+        size = self.path.stat().st_size if self.path.exists() else 0
+        whole = size // self.type.itemsize
+        if any(start + length > whole for start, length in self._places.values()):
+            self._places = {}  # the two files are not of one run
+        if size != whole * self.type.itemsize:
+            os.truncate(self.path, whole * self.type.itemsize)
+
+    def missing(self, number: int) -> list[int]:
+        """Return which of the first `number` questions have no answer here."""
+        return [index for index in range(number) if index not in self._places]
+
+    def add(self, indices: Sequence[int], answers: Sequence[Tensor], ids: Tensor, log_p: Tensor) -> None:
+        """Append answers [A] each, with the likeliest tokens [A of all, K] and their log-probabilities."""
+        lengths = [len(answer) for answer in answers]
+        rows = np.empty(sum(lengths), self.type)
+        rows["token"] = torch.cat(list(answers)).cpu().numpy()
+        rows["ids"], rows["log_p"] = ids.cpu().numpy(), log_p.float().cpu().numpy()
+        with self.path.open("ab") as file:
+            start = file.tell() // self.type.itemsize
+            file.write(rows.tobytes())
+        places: dict[int, dict[str, Any]] = {}
+        for index, length in zip(indices, lengths, strict=True):
+            places[index] = {"start": start, "length": length}
+            self._places[index] = (start, length)
+            start += length
+        self._lines.add(self.fingerprint, places)
+
+    def targets(self, indices: Sequence[int]) -> TeacherTargets:
+        """Read what the original says to some of the questions."""
+        kept = np.memmap(self.path, self.type, "r")
+        rows = [kept[start : start + length] for start, length in (self._places[index] for index in indices)]
+        tokens = tuple(torch.from_numpy(row["token"].astype(np.int64)) for row in rows)
+        joined = np.concatenate(rows)
+        return TeacherTargets(
+            tokens, torch.from_numpy(joined["ids"].astype(np.int64)), torch.from_numpy(joined["log_p"].copy())
+        )
+
+    @property
+    def tokens(self) -> int:
+        """How many answer tokens there are."""
+        return sum(length for _, length in self._places.values())
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    store: AnswerStore,
+    batch_size: int,
+    answer_tokens: int,
+    progress: Progress,
+) -> None:
+    """Let the original answer every question that the store has no answer to, greedily."""
+    missing = sorted(store.missing(len(samples)), key=lambda index: samples[index].pixels)
+    starts = range(0, len(missing), batch_size)
+    top = store.type["ids"].shape[0]
+    for start in progress(starts, "ask the original", len(starts)):
+        indices = missing[start : start + batch_size]
+        batch = make_batch([samples[index] for index in indices], processor, model.config)
+        store.add(indices, *said(model, batch, answer_tokens, top))
+
+
+def said(model: Any, batch: Batch, answer_tokens: int, top: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Let a model answer. Return answers [A] each, up to and with their end tokens, and the likeliest tokens there.
+
+    The distributions are those that the answers come from: they cost no pass of their own.
+    Returns: answers; ids and log-probabilities, [A of all, K] each.
+    """
+    batch, seen = batch.to(model.device), LikeliestTokens(top)
+    with torch.inference_mode(), greedy(model, max_new_tokens=answer_tokens) as settings:
+        made = model.generate(**batch.inputs, generation_config=settings, logits_processor=[seen])
+    length = batch.inputs["input_ids"].shape[1]
+    one = with_answers(model, batch, made[:, length:])
+    real = one.predicts[:, length - 1 : -1].cpu()  # [B, A of the longest]
+    answers = list(torch.split(one.targets.cpu(), real.sum(1).tolist()))
+    ids, log_p = (torch.stack(steps, 1)[real] for steps in (seen.ids, seen.log_p))
+    return answers, ids, log_p
+
+
+class LikeliestTokens:
+    """A logits processor that changes nothing and keeps the likeliest tokens of every step.
+
+    `generate` itself would keep whole distributions, which are large.
+    """
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+        self.ids: list[Tensor] = []  # [B, K] each
+        self.log_p: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        found = scores.float().log_softmax(-1).topk(self.top)
+        self.ids.append(found.indices.cpu())
+        self.log_p.append(found.values.cpu())
+        return scores
