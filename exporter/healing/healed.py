@@ -19,7 +19,8 @@ from ..cards.model_card import card
 from ..checkpoints.files import ADAPTER_FILE, hashes, sha256
 from ..checkpoints.record import RECORD, read_record, write_record
 from ..checkpoints.source import Source, file_hashes, open_source
-from ..checkpoints.staging import LOCK, check_space, check_target, staged
+from ..checkpoints.staging import check_space, check_target, staged
+from ..checkpoints.temporary import LOCK
 from ..checkpoints.verification import require
 from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer

@@ -97,7 +97,7 @@ def test_a_file_in_the_making_is_seen_whole_or_not_at_all(tmp_path):
     path = tmp_path / "record.json"
     path.write_text("old")
     with pytest.raises(TypeError), file_beside(path) as file:
-        file.writelines([b"half", "of it is no bytes"])
+        file.writelines([b"half", "of it is no bytes"])  # type: ignore[list-item]
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

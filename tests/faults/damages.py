@@ -437,9 +437,9 @@ def image_changed(random: random.Random, path: Path) -> str:
         image.save(path, format)
         return f"{format} under its name"
     if what == "tiny":
-        size = random.choice(((1, 1), (1, 300), (300, 1), (2, 2)))
-        image.resize(size).save(path, "PNG")
-        return f"{size[0]} x {size[1]} pixels"
+        width, height = random.choice(((1, 1), (1, 300), (300, 1), (2, 2)))
+        image.resize((width, height)).save(path, "PNG")
+        return f"{width} x {height} pixels"
     if what == "frames":
         image.save(path, "GIF", save_all=True, append_images=[image.rotate(90), image.rotate(180)])
         return "an animation"
@@ -534,7 +534,9 @@ def same_form(before: bytes, after: bytes, name: str) -> bool:
 
             old, new = yaml.safe_load(before), yaml.safe_load(after)
             added = {key: value for key, value in new.items() if key not in old}  # what is no key is refused
-            emptied = {key: [] for key, value in new.items() if value == [] and isinstance(old.get(key), list)}
+            emptied: dict[str, list[Any]] = {
+                key: [] for key, value in new.items() if value == [] and isinstance(old.get(key), list)
+            }
             return _alike(old | added | emptied, new)
         if ending == ".safetensors":
             return _weights_alike(before, after)

@@ -24,6 +24,7 @@ import resource
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -156,7 +157,7 @@ def _child(home: Path, command: Command, temporary: Path, may_read_all: bool) ->
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.environ["TMPDIR"] = str(temporary)
-        __import__("tempfile").tempdir = None
+        tempfile.tempdir = None  # read anew from the environment
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))

@@ -20,6 +20,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -98,7 +99,7 @@ def _child(home: Path, command: tuple[str, ...], number: int, at_operation: int 
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), descriptor)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.environ["TMPDIR"] = str(home / "tmp")
-        __import__("tempfile").tempdir = None
+        tempfile.tempdir = None  # read anew from the environment
         if not clean:
             material.verify_here()
         done = 0

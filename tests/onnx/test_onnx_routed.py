@@ -228,7 +228,7 @@ def test_visual_tokens_lie_where_the_router_learnt_that_they_lie(family, tiny):
 def test_parts_are_cut_where_something_may_be_left_out(tiny):
     config = AutoConfig.from_pretrained(tiny("llava"))  # 6 layers
     config.router = {**default_settings(config, drop_at=1), "read_at": 1, "candidates": [3, 5]}
-    found = parts(read_settings(config, "shared"), 6)
+    found = parts(read_settings(config, "m", "shared"), 6)
     assert found == [Part((0,)), Part((1, 2)), Part((3,), 0), Part((4,)), Part((5,), 1)]
 
 
@@ -236,14 +236,14 @@ def test_routes_that_graphs_can_not_follow(tiny):
     config = AutoConfig.from_pretrained(tiny("llava"))
     config.router = default_settings(config, drop_at=2)
     with pytest.raises(InputError, match="needs an attention mask, which routed graphs do not take"):
-        read_settings(config, "growing")
+        read_settings(config, "m", "growing")
     config.router["read_at"] = 0
     with pytest.raises(InputError, match="reads at layer 0 and tokens leave at layer 2: in routed graphs the two must"):
-        read_settings(config, "shared")
+        read_settings(config, "m", "shared")
     config.router["read_at"] = 2
     config.text_config.sliding_window = 16
     with pytest.raises(InputError, match="this routed model has sliding windows"):
-        read_settings(config, "shared")
+        read_settings(config, "m", "shared")
 
 
 def test_a_router_that_did_not_come_along(routed, tmp_path):
