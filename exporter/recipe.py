@@ -275,7 +275,6 @@ def from_yaml(path: Path | str, parse: Callable[[Any], T]) -> T:
 
 def recipe_from_data(data: Any) -> Recipe:
     check_keys(data, RECIPE_KEYS, "a recipe")
-    check_types(Recipe, data, ("model", "revision", "seed", "base_model"))
     for key in ("model", "calibration"):
         if key not in data:
             raise InputError(f"a recipe needs '{key}'.")
@@ -285,7 +284,7 @@ def recipe_from_data(data: Any) -> Recipe:
     for key in ("drop_layers", "target_params"):
         if key in budget and not is_whole(budget[key]):
             raise InputError(f"{key} must be a whole number, not {budget[key]!r}.")
-    if isinstance(ratio := budget.get("drop_ratio", 0.0), bool) or not isinstance(ratio, float | int):
+    if not (_fits(ratio := budget.get("drop_ratio", 0.0), float) or (isinstance(ratio, float | int) and ratio < 0)):
         raise InputError(f"drop_ratio must be a number, not {budget['drop_ratio']!r}.")
     protect = data.get("protect")
     return Recipe(
@@ -344,11 +343,7 @@ def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -
 
 def router_from_data(data: Any) -> RouterRecipe:
     """'true', or a mapping of what is not left to defaults."""
-    data = {} if data is True else data
-    check_keys(data, [f.name for f in dataclasses.fields(RouterRecipe)], "router")
-    read = dict(data)
-    if read.get("calibration") is not None:
-        read["calibration"] = calibration_from_data(read["calibration"])
+    read = _settings(RouterRecipe, data, "router")
     if "loss" in read:
         read["loss"] = read_method(read["loss"], LOSSES, "loss")
     return RouterRecipe(**read)
@@ -356,12 +351,14 @@ def router_from_data(data: Any) -> RouterRecipe:
 
 def heal_from_data(data: Any) -> HealRecipe:
     """'true', or a mapping of what is not left to defaults."""
-    data = {} if data is True else data
-    check_keys(data, [f.name for f in dataclasses.fields(HealRecipe)], "heal")
-    read = dict(data)
-    if read.get("calibration") is not None:
-        read["calibration"] = calibration_from_data(read["calibration"])
-    return HealRecipe(**read)
+    return HealRecipe(**_settings(HealRecipe, data, "heal"))
+
+
+def _settings(cls: Any, data: Any, what: str) -> dict[str, Any]:
+    read = {} if data is True else data
+    check_keys(read, [f.name for f in dataclasses.fields(cls)], what)
+    of_its_own = {"calibration": calibration_from_data(read["calibration"])} if read.get("calibration") else {}
+    return {**read, **of_its_own}
 
 
 def read_method(value: Any, table: Rows, kind: str) -> Method:

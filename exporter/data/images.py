@@ -164,7 +164,9 @@ def _encoded(name: str, content: bytes) -> Encoded:
 def short(text: str) -> str:
     """Shorten what a user wrote, for a message of one line."""
     text = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]} ({len(text):,} characters)"  # a path is known by its end
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------

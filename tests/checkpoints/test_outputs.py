@@ -97,7 +97,7 @@ def test_a_file_of_an_earlier_run_is_not_cut_short(tmp_path, monkeypatch, capsys
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     assert not save_json(path, {"b": 2})
     assert json.loads(path.read_text()) == {"a": 1} and json.loads(capsys.readouterr().out) == {"b": 2}
     assert os.listdir(tmp_path) == ["out.json"]
