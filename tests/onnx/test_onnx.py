@@ -596,5 +596,7 @@ def test_what_bench_can_not_do_with_onnx_folders(exported, tmp_path):
         exporter.bench([made], reference=folder, options=quick)
     manifest |= {"device": "cpu", "cache": "shared"}
     (folder / "onnx.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"gone, which it was exported from, but that cannot be .*Name a checkpoint or an ONNX"):
+    with pytest.raises(
+        InputError, match=r"gone, which it was exported from, but that cannot be .*Name a checkpoint or an ONNX"
+    ):
         exporter.bench([folder], options=quick)

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +114,13 @@ def test_no_modules_import_each_other_in_a_circle():
         settled |= free
     # what is left leans on a circle; packages whose __init__ gathers their own files are no circle by themselves
     assert not sorted(needs.keys() - settled)
+
+
+def test_the_wheel_holds_the_package():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel.keys() == {"packages", "force-include"} and wheel["packages"] == ["exporter"]
+    assert wheel["force-include"]["model_cards"] == "exporter/model_cards"
+    assert (PACKAGE / "py.typed").exists()
 
 
 def test_the_namespace_of_optimums_plug_ins_stays_one():
