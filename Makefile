@@ -3,6 +3,7 @@
 # make quick  the tests but for clean processes, ONNX exports, the reference model, and families of a kind that has run
 # make docs   the API pages, from the docstrings, into build/api
 # make matrix the compatibility matrix, which writes docs/compatibility.md: minutes, and some 100 MB from the package index
+# make families  tries every model type of transformers out, which writes docs/families.md: some ten minutes
 # make fuzz   damages CASES=5000 files of every kind and runs what reads them, which writes docs/faults.md: an hour
 # make kills  ends RUNS=50 runs of four subcommands at random moments, which writes docs/kills.md: an hour
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test quick lint docs matrix fuzz kills zoo clean
+.PHONY: demo test quick lint docs matrix families fuzz kills zoo clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -42,6 +43,9 @@ docs: $(VENV)/ready-dev
 
 matrix: $(VENV)/ready-dev
 	$(BIN)/python tests/matrix.py --out docs/compatibility.md
+
+families: $(VENV)/ready-dev
+	$(BIN)/python -m exporter.survey.table docs/families.md
 
 fuzz: $(VENV)/ready-dev
 	PYTHONPATH=tests $(BIN)/python -m faults.fuzz --cases $(CASES) --seed $(SEED) --write docs/faults.md

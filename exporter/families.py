@@ -6,10 +6,9 @@ model is a new one too. The tests run every invariant on a tiny model of each ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from .errors import InputError
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,25 @@ class Decoder:
     residual_multiplier: str | None = None  # config attribute that scales what a block adds to the residual stream
     down_proj: str = "mlp.down_proj"
     o_proj: str = "self_attn.o_proj"
+    maps: tuple[tuple[str | None, str | None], ...] = ()  # o_proj and down_proj of each layer, where a probe found them
+    factor: float | None = None  # of what a block adds, as a probe measured it
+    unfoldable: str | None = None  # why no fold is exact: the rest of 'in this family'
+
+    def o_proj_of(self, layer: int) -> str | None:
+        """The map by which a layer's attention, or what stands in its place, writes; None where none does directly."""
+        return self.maps[layer][0] if self.maps else self.o_proj
+
+    def down_proj_of(self, layer: int) -> str | None:
+        """The map by which a layer's feed-forward part writes; None where none does directly."""
+        return self.maps[layer][1] if self.maps else self.down_proj
+
+    def maps_of(self, layer: int, kinds: Sequence[str]) -> list[str]:
+        """The names inside a layer of its maps of some kinds, 'o_proj' and 'down_proj', in the order in which they run.
+
+        A layer that has none of a kind is left without.
+        """
+        found = {"o_proj": self.o_proj_of(layer), "down_proj": self.down_proj_of(layer)}
+        return [name for kind, name in found.items() if kind in kinds and name is not None]
 
     @property
     def post_norm(self) -> bool:
@@ -81,47 +99,117 @@ PER_LAYER_LISTS = (  # one entry a layer: keep the entries of the kept layers
     "no_rope_layers",
     "attention_types",
     "activation_sparsity_pattern",
+    "layers_block_type",
+    "indexer_types",
+    "layer_rope_theta",
+    "rope_scaling_layers",
 )
 PERIODIC_LISTS = ("layer_types", "no_rope_layers", "attention_types")  # those that other programs may take for periodic
-LAYER_INDEX_LISTS = ("moe_layers", "mlp_only_layers", "cross_attention_layers")  # indices of layers: renumber
+LAYER_INDEX_LISTS = (
+    "moe_layers",
+    "mlp_only_layers",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "ple_layer_ids",
+)  # indices of layers: renumber
 LAYER_COUNTS = ("max_window_layers", "first_k_dense_replace")  # "the first n layers": count the kept among them
+LAST_COUNTS = ("num_kv_shared_layers",)  # "the last n layers"
+LAYER_MAPS = ("per_layer_config",)  # by the layer's index: renumber
+LAYER_SOURCES = ("kv_source_layers",)  # one entry a layer, which is the index of another: slice and renumber
+PER_LAYER_TENSORS = {  # that hold a part for each layer, along which axis
+    "embed_tokens_per_layer.weight": 1,
+    "per_layer_model_projection.weight": 0,
+}
 MEANINGLESS_IF = {  # periodic or shared structure that a gap would shift: refused unless trivial
     "decoder_sparse_step": (None, 0, 1),
-    "num_kv_shared_layers": (None, 0),
 }
 
 
+PROBED = "a router's modeling file has no class for this type yet"  # why probed families are not routed
+
+
+def is_listed(config: Any) -> bool:
+    """Whether the tables have a row for both parts of a loaded transformers configuration; others are probed."""
+    return config.model_type in FAMILIES and config.get_text_config().model_type in DECODERS
+
+
 def family_of(config: Any) -> Family:
-    """Return the family of a loaded transformers configuration, or an InputError that says what is missing."""
-    model_type = config.model_type
-    if model_type not in FAMILIES:
-        raise InputError(
-            f"model_type '{model_type}' is not a family that this version can compress; it can: "
-            f"{', '.join(FAMILIES)}. A new one is a row of FAMILIES in exporter/families.py."
-        )
-    decoder_of(config)
-    return FAMILIES[model_type]
-
-
-def decoder_of(config: Any) -> Decoder:
-    """Return the language model's row, or an InputError that says what is missing."""
-    text_type = config.get_text_config().model_type
-    if text_type not in DECODERS:
-        raise InputError(
-            f"the language model of this {config.model_type} is a '{text_type}', which this version does not know; "
-            f"it knows: {', '.join(DECODERS)}. A new one is a row of DECODERS in exporter/families.py."
-        )
-    return DECODERS[text_type]
+    """The family of a loaded transformers configuration: its row, or one that says what a probe can't know."""
+    if not is_listed(config):
+        row = FAMILIES.get(config.model_type)
+        example = row.example if row else ""
+        return Family(row.title if row else config.model_type, example, bool(row and row.deepstack), PROBED)
+    return FAMILIES[config.model_type]
 
 
 def protected_layers(config: Any) -> tuple[int, ...]:
-    """Return layers that may not go by default: those after which Qwen3-VL adds deepstack features, by position."""
-    if FAMILIES[config.model_type].deepstack:
-        return tuple(range(len(config.vision_config.deepstack_visual_indexes)))
-    return ()
+    """Layers that may not go by default: those after which Qwen3-VL adds deepstack features, by position."""
+    text = config.get_text_config()
+    protected = set(range(len(_deepstack_indexes(config)))) | leaned_on(text) | _forced(text)
+    protected |= {layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()}  # Granite Vision 4
+    return tuple(sorted(layer for layer in protected if layer < text.num_hidden_layers))
+
+
+def _deepstack_indexes(config: Any) -> list[int]:
+    """Layers of the vision tower whose features enter the decoder after its first layers, one after the other."""
+    found = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+    return list(found or [])
+
+
+def _forced(text: Any) -> set[int]:
+    """The last layer, where the configuration class makes any last layer one of its kind: Gemma 4's sees everything."""
+    types = list(getattr(text, "layer_types", None) or ())
+    other = next((kind for kind in types if kind != types[-1]), None)
+    if other is None:
+        return set()
+    raw = text.to_dict()
+    raw.pop("per_layer_config", None)
+    try:
+        last = type(text).from_dict({**raw, "layer_types": [*types[:-1], other]}).layer_types[-1]
+    except Exception:  # it refuses another one
+        return {len(types) - 1}
+    return set() if last == other else {len(types) - 1}
+
+
+def leaned_on(text: Any) -> set[int]:
+    """Layers whose keys and values, or chosen tokens, later layers use in place of their own."""
+    num_layers, leaned = text.num_hidden_layers, set()
+    types = getattr(text, "layer_types", None) or [""] * num_layers
+    if shared := getattr(text, "num_kv_shared_layers", 0):  # Gemma 3n: the last of its own kind before they begin
+        first = num_layers - shared
+        for kind in set(types[first:]):
+            leaned |= set([layer for layer in range(first) if types[layer] == kind][-1:])
+    indexers = getattr(text, "indexer_types", None) or []
+    for layer, kind in enumerate(indexers):  # GLM 5: 'shared' takes what the last 'full' one chose
+        if kind == "shared":
+            leaned |= set([before for before in range(layer) if indexers[before] == "full"][-1:])
+    for layer, source in enumerate(getattr(text, "kv_source_layers", None) or []):
+        if isinstance(source, int) and source != layer:
+            leaned.add(source)
+    return leaned
+
+
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id", "image_patch_id")
+
+
+def text_path(config: Any) -> tuple[str, ...]:
+    """Return the names that lead from a configuration to its language model's; () where it is the same."""
+    text = config.get_text_config()
+
+    def below(part: Any) -> tuple[str, ...] | None:
+        if part is text:
+            return ()
+        for name, value in vars(part).items():
+            if value is text:
+                return (name,)
+            if hasattr(value, "get_text_config") and (found := below(value)) is not None:
+                return (name, *found)
+        return None
+
+    return below(config) or ()
 
 
 def visual_token_ids(config: Any) -> tuple[int, ...]:
     """Placeholder ids that image and video features replace in the prompt."""
-    ids = (getattr(config, "image_token_id", None), getattr(config, "video_token_id", None))
-    return tuple(i for i in ids if i is not None)
+    ids = (getattr(config, name, None) for name in (*IMAGE_TOKENS, "video_token_id"))
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))

@@ -177,6 +177,40 @@ def may_break_period(config: Any, count: int, layers: Sequence[int] | None) -> s
     )
 
 
+def best_in_period(config: Any, values: Sequence[float], count: int, protect: Collection[int]) -> tuple[int, ...]:
+    """Return the layers of the highest total value whose absence keeps the period: kept layers take turns as all did.
+
+    Args:
+        values: of each layer; higher is more redundant.
+        count: how many layers go.
+    Raises: InputError where no set of so many layers keeps it.
+    """
+    found = attention_period(config)
+    assert found is not None, "a model whose layers do not take turns"
+    name, period = found
+    kinds = _text_config(config)[name]
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by the number of layers that went so far
+    for layer, value in enumerate(values):
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for gone, (total, drop) in best.items():
+            options = []
+            if kinds[layer] == kinds[(layer - gone) % period]:  # it may stay: it is what its new place asks for
+                options.append((gone, (total, drop)))
+            if layer not in protect and gone < count:
+                options.append((gone + 1, (total + value, (*drop, layer))))
+            for number, option in options:
+                if number not in following or option[0] > following[number][0]:
+                    following[number] = option
+        best = following
+    if count not in best:
+        possible = sorted(number for number in best if number)
+        raise InputError(
+            f"no {count} layers can go so that the others keep the period of {period} layers in {name}; "
+            f"{' or '.join(map(str, possible)) or 'none'} can: drop so many, or leave --keep-period out."
+        )
+    return best[count][1]
+
+
 def _text_config(config: Any) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return dict(config.get("text_config") or config)

@@ -185,6 +185,7 @@ class Recipe:
     localizer: Method = Method(DEFAULT_LOCALIZER)
     fold: Method | None = None  # None: the default
     protect: tuple[int, ...] | None = None  # None: what the family needs
+    keep_period: bool = False  # layers of different kinds take turns in the result as they do in the base model
     seed: int = 0
     base_model: str | None = None  # hub id that the card names where `model` is a local folder
     heal: HealRecipe | None = None  # after the fold, before the router
@@ -214,14 +215,11 @@ class Recipe:
             data["fold"] = self.fold.to_data()
         if self.protect is not None:
             data["protect"] = list(self.protect)
+        data |= {"keep_period": True} if self.keep_period else {}
         data["seed"] = self.seed
         if self.base_model:
             data["base_model"] = self.base_model
-        if self.heal is not None:
-            data["heal"] = self.heal.to_data()
-        if self.router is not None:
-            data["router"] = self.router.to_data()
-        return data
+        return data | {name: part.to_data() for name in ("heal", "router") if (part := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -286,6 +284,7 @@ def recipe_from_data(data: Any) -> Recipe:
             raise InputError(f"{key} must be a whole number, not {budget[key]!r}.")
     if not (_fits(ratio := budget.get("drop_ratio", 0.0), float) or (isinstance(ratio, float | int) and ratio < 0)):
         raise InputError(f"drop_ratio must be a number, not {budget['drop_ratio']!r}.")
+    check_types(Recipe, data, ("keep_period",))
     protect = data.get("protect")
     return Recipe(
         model=data["model"],
@@ -295,6 +294,7 @@ def recipe_from_data(data: Any) -> Recipe:
         localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZERS, "localizer"),
         fold=read_method(data["fold"], FOLDS, "fold") if data.get("fold") is not None else None,
         protect=None if protect is None else integers(protect, "protect"),
+        keep_period=data.get("keep_period", False),
         seed=data.get("seed", 0),
         base_model=data.get("base_model"),
         heal=heal_from_data(data["heal"]) if data.get("heal") not in (None, False) else None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..families import FAMILIES
 from .json_file import read_json
 
 __all__ = [
@@ -66,6 +67,8 @@ def check_raw_config(name: str, raw: dict[str, Any]) -> None:
             value = settings.get(key)
             if key in LAYERS and type(value) is int and not 1 <= value <= MOST_LAYERS:
                 raise InputError(f"{name}: {place} says {key}={value}; 1 to {MOST_LAYERS} layers are read.")
+            if key == "head_dim" and value == 0 and raw.get("model_type") not in FAMILIES:
+                continue  # latent attention has none: GLM 5's configurations say 0
             if key in settings and not _is_size(value, may_be_pair=key in ("image_size", "patch_size")):
                 raise InputError(f"{name}: {place} says {key}={_shown(value)}; a positive whole number is needed.")
     for first, second in (PLACEHOLDERS[:2], PLACEHOLDERS[2:]):

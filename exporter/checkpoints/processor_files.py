@@ -16,7 +16,7 @@ from typing import Any
 
 from ..clean_room import REFERENCE_QUESTION, PromptError, load_processor, reference_inputs
 from ..errors import InputError
-from ..families import FAMILIES
+from ..families import FAMILIES, IMAGE_TOKENS
 from .config_file import first_lines
 from .json_file import parse_json
 from .quantization import base_in_card
@@ -128,7 +128,8 @@ def _unknown_class(folder: Path) -> str | None:
 
 
 def _copy(folder: Path, config: Any) -> str:
-    base = base_in_card(folder) or f"its base model, such as {FAMILIES[config.model_type].example}"
+    row = FAMILIES.get(config.model_type)
+    base = base_in_card(folder) or ("its base model" + (f", such as {row.example}" if row else ""))
     return f"Copy its processor and tokenizer files from {base}."
 
 
@@ -232,7 +233,7 @@ def check_tokens(name: str, processor: Any, config: Any, raw: dict[str, Any], em
     """
     tokenizer = processor.tokenizer
     placeholder = _placeholder(name, processor)
-    stated = getattr(config, "image_token_id", None)
+    stated = next((i for name in IMAGE_TOKENS if (i := getattr(config, name, None)) is not None), None)
     if stated != placeholder:
         key = "image_token_index" if "image_token_index" in raw or "image_token_id" not in raw else "image_token_id"
         says = f"config.json says {key}={stated}" if key in raw else f"config.json has no {key}, by default {stated}"

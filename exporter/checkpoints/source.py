@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..families import Decoder, Family, decoder_of, family_of
+from ..families import Decoder, Family, family_of, is_listed
+from ..probe.opened import decoder_of
 from .config_file import (
     ATTENTION_KEYS,
     check_feature_layers,
@@ -25,6 +26,7 @@ from .config_file import (
 from .files import Companions, companions, file_hash, is_read
 from .hub_access import refuse_without_weights, resolve
 from .json_file import read_json
+from .layer_names import LISTED, layer_key
 from .processor_files import Repairs, check_tokens, class_repairs, setting_repairs
 from .processor_files import load_for as load_processor_for
 from .quantization import find_quantization
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-LAYER_KEY = re.compile(r"^((?:model\.|language_model\.|text_model\.)*layers\.)(\d+)\.(.+)$")
 ATTENTION_HERE = ("eager", "sdpa")
 RECORD = "compression.json"
 
@@ -57,6 +58,7 @@ class Source:
     decoder: Decoder
     original: Path  # the folder itself, where `folder` is a view of it
     stored: Weights  # as they lie there, where `weights` are decoded
+    layer_key: re.Pattern[str] = LISTED  # of tensors of decoder layers: prefix, index, name inside the layer
 
     @property
     def num_layers(self) -> int:
@@ -65,11 +67,11 @@ class Source:
     @cached_property
     def layer_prefix(self) -> str:
         """What comes before the layer index in the decoder's tensor names, 'language_model.model.layers.' for one."""
-        return next(m[1] for m in map(LAYER_KEY.match, self.weights.entries) if m)
+        return next(m[1] for m in map(self.layer_key.match, self.weights.entries) if m)
 
     def layer_of(self, tensor_name: str) -> int | None:
         """Return the decoder layer that a tensor belongs to, None for the vision tower, embeddings, head."""
-        match = LAYER_KEY.match(tensor_name)
+        match = self.layer_key.match(tensor_name)
         return int(match[2]) if match else None
 
     @property
@@ -133,7 +135,7 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
             original=folder,
             stored=weights,
         )
-        check_layers(source)
+        source = _with_layers(source)
     else:
         _refuse_own(name, folder, f"it is quantized by {quantized.method}")
         view = make_decoded_view(name, folder, raw=raw_config, quantized=quantized, weights=weights)
@@ -154,10 +156,54 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
             original=folder,
             stored=weights,
         )
-        check_layers(source)
+        source = _with_layers(source)
     source = _mended(source)
     check_fit(source)
     return source
+
+
+def open_weights_only(folder: Path) -> Source:
+    """Open a checkpoint without its processor: what its weights and config.json say, checked against each other."""
+    raw_config = read_json(folder / "config.json")
+    check_raw_config(str(folder), raw_config)
+    config, weights = load_config(folder, raw_config), open_weights(folder)
+    source = _with_layers(Source(str(folder), folder, None, config, raw_config, weights, family_of(config),
+                                 decoder_of(config), folder, weights))  # fmt: skip
+    check_fit(source)
+    return source
+
+
+def _with_layers(source: Source) -> Source:
+    """The source with what tells its decoder layers' tensors, whose number is checked."""
+    if not is_listed(source.config):
+        source = replace(source, layer_key=layer_key(laid_out(source.config), source.weights.entries))
+    check_layers(source)
+    return replace(source, decoder=_stored(source))
+
+
+def _stored(source: Source) -> Decoder:
+    """How the layers are made, without folds where the maps to fold into are stored under other names or as others."""
+    decoder = source.decoder
+    for layer, names in enumerate(decoder.maps):
+        for name in names:
+            full = f"{source.layer_prefix}{layer}.{name}.weight"
+            if name is not None and decoder.unfoldable is None and full not in source.weights.entries:
+                return replace(decoder, unfoldable=f"{name} is stored under another name or together with others")
+    return decoder
+
+
+def laid_out(config: Any) -> Any:
+    """The model of a configuration without memory."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except Exception as error:  # whatever a model's class makes of its settings
+        raise InputError(
+            f"transformers can't lay out a {config.model_type} model from config.json: {first_lines(error)}"
+        ) from error
 
 
 def check_layers(source: Source) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..families import PER_LAYER_TENSORS
 from ..plan import PruningPlan
 from .files import copy_companions, left_behind, without_auto_map
 from .pruned_config import pruned_config
 from .safetensors_ranges import INDEX, SINGLE, TensorRange, write_shard
-from .source import LAYER_KEY, Source
+from .source import Source
 
 if TYPE_CHECKING:
+    import torch
+
     from ..plan import Folded
 
 logger = logging.getLogger(__name__)
@@ -26,16 +30,34 @@ def kept_pieces(source: Source, plan: PruningPlan, folded: Folded) -> list[list[
     for shard in source.weights.shards:
         pieces = []
         for name, entry in shard.entries.items():
-            match = LAYER_KEY.match(name)
+            match = source.layer_key.match(name)
             if match is None:
                 if not _tied_copy(source, name):
-                    pieces.append(TensorRange(name, entry))
+                    pieces.append(_of_kept_layers(source, plan, TensorRange(name, entry)))
             elif (old := int(match[2])) in plan.new_index:
                 renamed = f"{match[1]}{plan.new_index[old]}.{match[3]}"
                 pieces.append(TensorRange(renamed, entry, folded.get((old, match[3]))))
         if pieces:
             shards.append(pieces)
     return shards
+
+
+def _of_kept_layers(source: Source, plan: PruningPlan, piece: TensorRange) -> TensorRange:
+    """Leave out the dropped layers' parts of a tensor that holds one for every layer, as Gemma 4's embeddings do."""
+    axis = next((axis for ending, axis in PER_LAYER_TENSORS.items() if piece.name.endswith(ending)), None)
+    if axis is None or not plan.drop:
+        return piece
+
+    def kept() -> torch.Tensor:
+        import torch
+
+        parts = source.weights.read(piece.name).chunk(plan.num_layers, axis)
+        return torch.cat([parts[layer] for layer in plan.keep], axis)
+
+    shape = list(piece.entry.shape)
+    shape[axis] = shape[axis] // plan.num_layers * len(plan.keep)
+    size = piece.entry.num_bytes // plan.num_layers * len(plan.keep)
+    return TensorRange(piece.name, replace(piece.entry, shape=tuple(shape), end=piece.entry.begin + size), kept)
 
 
 def _tied_copy(source: Source, name: str) -> bool:

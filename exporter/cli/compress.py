@@ -24,6 +24,11 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     layer_budget_arguments(subcommand)
     calibration_arguments(subcommand, required=False)
     localizer_arguments(subcommand)
+    subcommand.add_argument(
+        "--keep-period",
+        action="store_true",
+        help="choose layers so that those of different kinds still take turns, as llama.cpp and mlx-vlm assume",
+    )
     subcommand.add_argument("--fold", choices=tuple(FOLDS), help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
     subcommand.add_argument("--fold-option", action="append", default=[], metavar="NAME=VALUE")
     subcommand.add_argument("--heal", action="store_true", help="let the result learn from the original, see `heal`")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ..errors import CheckFailed, InputError
 from ..version import __version__
-from . import bench, card, compare, compress, evaluate, heal, onnx, push, reproduce, route, score, verify
+from . import bench, card, compare, compress, evaluate, families, heal, onnx, push, reproduce, route, score, verify
 from .arguments import Parser, add_subcommand
 from .exit_codes import complain, interrupted, reason_of
 from .outputs import check_outputs
@@ -55,5 +55,19 @@ def parser() -> argparse.ArgumentParser:
 
 SUBCOMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (score, compress, heal, route, verify, reproduce, evaluate, bench, compare, card, onnx, push)
+    for module in (
+        score,
+        compress,
+        heal,
+        route,
+        verify,
+        reproduce,
+        evaluate,
+        bench,
+        compare,
+        card,
+        onnx,
+        push,
+        families,
+    )
 }

@@ -60,6 +60,8 @@ def recipe_from_flags(options: argparse.Namespace, budget_needed: bool = True) -
             spelled[key] = getattr(options, key)
     if options.protect is not None:
         spelled["protect"] = list(options.protect)
+    if getattr(options, "keep_period", False):
+        spelled["keep_period"] = True
     healing = name_value_pairs(getattr(options, "heal_option", []), "--heal-option")
     if healing or getattr(options, "heal", False):
         spelled["heal"] = healing or True

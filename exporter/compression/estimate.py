@@ -90,7 +90,7 @@ def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
 
 def _streams(job: CompressionJob, tokens: int) -> float:
     """Return how many tokens' states a refit holds: the original's and the smaller model's, of all it is fitted on."""
-    if not FOLDS[job.fold.name].holds_states:
+    if not FOLDS[job.fold.name].holds_states or job.source.decoder.unfoldable:
         return 0.0
     questions = len(job.calibration.samples)
     return 2 * tokens * portion("fit", questions) / questions

@@ -53,6 +53,8 @@ class CompressionJob:
     @property
     def multiplier(self) -> float:
         """Of what a block adds to the residual stream."""
+        if self.source.decoder.factor is not None:
+            return self.source.decoder.factor
         return float(getattr(self.source.config.get_text_config(), self.source.decoder.residual_multiplier or "", 1.0))
 
     @property

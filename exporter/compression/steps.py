@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..localize import LocalizeJob, explicit, run_localizer
 from ..localize.scores import LayerScores
 from ..methods import FOLDS, resolve
 from ..models.questions import Questions
-from ..plan import Folded, PruningPlan
+from ..plan import Folded, PruningPlan, best_in_period, breaks_period, make_plan
 from ..progress import Progress
 from .job import CompressionJob
 
@@ -39,7 +40,17 @@ def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScor
         seed=job.recipe.seed,
         folded=None if questions.split.too_few else folded,
     )
-    return run_localizer(job.recipe.localizer, measured_from, job.count, job.protect)
+    scores = run_localizer(job.recipe.localizer, measured_from, job.count, job.protect)
+    return in_period(job, scores) if job.recipe.keep_period else scores
+
+
+def in_period(job: CompressionJob, scores: LayerScores) -> LayerScores:
+    """Return the scores with the best layers that keep the period of attention types; themselves where theirs do."""
+    plan = make_plan(job.source.num_layers, scores.drop)
+    if breaks_period(job.source.config, plan.keep) is None:
+        return scores
+    drop = best_in_period(job.source.config, scores.values, job.count, job.protect)
+    return dataclasses.replace(scores, drop=drop, details=scores.details | {"before_keep_period": list(scores.drop)})
 
 
 def fold_gaps(

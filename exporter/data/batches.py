@@ -91,7 +91,9 @@ def prompt_message(error: Exception, samples: Sequence[Sample], config: Any) -> 
     from ..families import FAMILIES
 
     family = FAMILIES.get(config.model_type)
-    example = f" ({family.example}, for one)" if family and "copy chat_template" in str(error) else ""
+    example = (
+        f" ({family.example}, for one)" if family and family.example and "copy chat_template" in str(error) else ""
+    )
     return f"{samples[0].origin}: {error}{example}."
 
 

@@ -40,6 +40,8 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
         fitted_on: questions that the candidates are fitted on, at most; None: as many as a fit reads.
     """
     held_out = job.held_out
+    if reason := job.decoder.unfoldable:
+        job.report["reason"] = f": in this family {reason}, so that no fold is exact"
     if held_out is None or held_out.too_few:
         job.report["reason"] = f": {held_out.too_few if held_out else 'no questions were held out'}"
     if "reason" in job.report or held_out is None:

@@ -78,7 +78,17 @@ class FoldJob:
             self.originals.traces[number] = trace(self.model, batch)
         return self.originals.traces[number]
 
+    def refuse_unfoldable(self, fold: str) -> None:
+        """Raise FoldRefused where no fold is exact."""
+        if reason := self.decoder.unfoldable:
+            raise FoldRefused(
+                f"fold '{fold}' is not exact for this family: {reason}, so that no matrix can be moved into "
+                "down_proj. Use --fold none."
+            )
+
     def refuse_post_norm(self, fold: str) -> None:
+        """Raise FoldRefused where a linear map can't be moved into the output matrices."""
+        self.refuse_unfoldable(fold)
         if self.decoder.post_norm:
             raise FoldRefused(
                 f"fold '{fold}' is not exact for this family: a norm follows the MLP inside each layer, so that no "
@@ -172,10 +182,10 @@ def _gaps_of(
     gaps: dict[int, Gap] = {}
     with contextlib.ExitStack() as taps:
         for before_gap in wanted:
-            module = layers[before_gap].get_submodule(job.decoder.down_proj)
+            module = layers[before_gap].get_submodule(job.decoder.down_proj_of(before_gap) or "")
             taps.enter_context(on_module(module, lambda _, y: tapped.append(y)))
         for layer_idx, before, after in walk(layers, trace(job.model, batch)):
-            means = reducer.take() if reducer is not None else None
+            means = reducer.take_any() if reducer is not None else None
             if layer_idx - 1 in wanted:
                 entered[layer_idx - 1] = before
             if layer_idx in wanted:

@@ -19,10 +19,9 @@ def change_outputs(
     weights: tuple[Matrix, ...],
 ) -> Folded:
     """Left-multiply the output-side weights, and their biases, of the kept layer before each gap."""
-    modules = {"down_proj": job.decoder.down_proj, "o_proj": job.decoder.o_proj}
     folded: Folded = {}
     for kept, gap in gaps.items():
-        for module in (modules[name] for name in weights):
+        for module in job.decoder.maps_of(kept, weights):
             for name in (f"{module}.weight", f"{module}.bias"):
                 if (tensor := job.read(kept, name)) is not None:
                     folded[kept, name] = change(name, tensor, gap)

@@ -63,25 +63,30 @@ class Fit:
     tokens: str = "all"
 
 
-def reconstruct(job: FoldJob, fit: Fit, batches: Iterable[Batch], modules: Sequence[str]) -> Folded:
-    """Walk both models through the calibration data together, refitting `modules` of each kept layer on the way."""
+def reconstruct(job: FoldJob, fit: Fit, batches: Iterable[Batch], kinds: Sequence[str]) -> Folded:
+    """Walk both models through the calibration data together, refitting maps of each kept layer on the way.
+
+    Args:
+        kinds: of maps: 'o_proj', 'down_proj' or both, under the names that each layer has for them.
+    """
     reached = max(0, min(job.plan.drop) - 1)  # the first layer that changes: up to its input both models are one
     refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
     streams = [_stream(job, number, batch.to(job.model.device), reached, fit) for number, batch in enumerate(batches)]
     for stream in streams:
         stream.of = len(streams)
-    modules = affordable(job, refitted[0], modules, sum(int((stream.weights > 0).sum()) for stream in streams))
-    if not modules:
+    kinds = affordable(job, refitted[0], kinds, sum(int((stream.weights > 0).sum()) for stream in streams))
+    if not kinds:
         return {}
     folded: Folded = {}
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
         for stream in streams:
             stream.original = _run(job, stream, stream.original, reached, following)
         reached = following
+        modules = job.decoder.maps_of(kept, kinds)
         for number, module in enumerate(modules):  # fitted together with those after it, which then adapt to it
             key = (kept, f"{module}.weight")
             folded[key] = _refit(job, kept, modules[number:], streams, folded, fit.ridge)[key]
-        if norm := job.decoder.norm_behind(modules[-1]):
+        if modules and (norm := job.decoder.norm_behind(modules[-1])):
             folded[kept, f"{norm}.weight"] = _refit_gain(job, kept, norm, streams, folded, fit.ridge)
         if following < job.plan.num_layers:  # something comes behind it
             _advance(job, kept, streams, folded)
@@ -95,13 +100,14 @@ def _advance(job: FoldJob, kept: int, streams: Sequence[Stream], folded: Folded)
     old ones; else the layer is run again.
     """
     layer = text_decoder(job.model).layers[kept]
-    name = f"{job.decoder.down_proj}.weight"
+    module = job.decoder.down_proj_of(kept)
     with replaced(job.model, _of_layer(folded, kept)), torch.inference_mode():
         for stream in streams:
             if stream.output is None or stream.inner is None:
                 output = stream.given.step(layer, kept, stream.smaller)
             else:
-                change = folded[kept, name].double() - _weight(job, kept, job.decoder.down_proj).double()
+                assert module is not None, "inputs are kept of down_proj only"
+                change = folded[kept, f"{module}.weight"].double() - _weight(job, kept, module).double()
                 output = stream.output + job.multiplier * (stream.inner @ change.T.to(stream.inner))
             stream.smaller = stream.given.after(kept, output)
             stream.output = stream.inner = None
@@ -114,21 +120,22 @@ def refitted_share(plan: PruningPlan) -> float:
     return 1 / (1 + LAYER_COST * refitted / plan.num_layers)
 
 
-def affordable(job: FoldJob, layer_idx: int, modules: Sequence[str], tokens: int) -> list[str]:
-    """The modules that so many tokens suffice for: all, the last, the first, or none; the job's report says which."""
-    widths = {module: _weight(job, layer_idx, module).shape[1] for module in modules}
-    for some in (list(modules), list(modules[-1:]), list(modules[:1])):
-        needed = TOKENS_PER_INPUT * sum(widths[module] for module in some)
+def affordable(job: FoldJob, layer_idx: int, kinds: Sequence[str], tokens: int) -> list[str]:
+    """The kinds of maps that so many tokens suffice for: all, the last, the first, or none; the report says which."""
+    modules = {kind: (job.decoder.maps_of(layer_idx, [kind]) or [""])[0] for kind in kinds}
+    widths = {kind: _weight(job, layer_idx, module).shape[1] if module else 0 for kind, module in modules.items()}
+    for some in (list(kinds), list(kinds[-1:]), list(kinds[:1])):
+        needed = TOKENS_PER_INPUT * sum(widths[kind] for kind in some)
         if tokens >= needed:
             break
     else:
         some = []
     job.report["tokens"] = tokens
     job.report["inputs"] = sum(widths.values())
-    if len(some) < len(modules):
-        job.report["fell_back"] = (
-            f"{tokens:,} tokens are too few to refit {' and '.join(modules)} with {sum(widths.values()):,} inputs; "
-            + (f"only {some[0]} was" if some else "nothing was")
+    if len(some) < len(kinds):
+        names, inputs = " and ".join(modules.values()), sum(widths.values())
+        job.report["fell_back"] = f"{tokens:,} tokens are too few to refit {names} with {inputs:,} inputs; " + (
+            f"only {modules[some[0]]} was" if some else "nothing was"
         )
     return some
 
@@ -256,7 +263,7 @@ def _regression(
     post_norm = job.decoder.post_norm
     if (
         not post_norm
-        and list(modules) == [job.decoder.down_proj]
+        and list(modules) == [job.decoder.down_proj_of(layer_idx)]
         and inner.numel() * inner.element_size() * stream.of <= INNER_BYTES
     ):
         stream.output, stream.inner = output, inner
@@ -312,10 +319,10 @@ def fold_reconstruction(
         tokens: 'all', or those of the 'prompt' only.
         weights: which output matrices of a layer are refitted: 'o_proj', 'down_proj' or both.
     """
-    modules = {"o_proj": job.decoder.o_proj, "down_proj": job.decoder.down_proj}
+    job.refuse_unfoldable("reconstruction")
     batches = job.batches(refitted_share(job.plan) if share is None else share)
     fit = Fit(ridge, text_share, answer_weight, tokens)
-    return reconstruct(job, fit, batches, [module for name, module in modules.items() if name in weights])
+    return reconstruct(job, fit, batches, [kind for kind in ("o_proj", "down_proj") if kind in weights])
 
 
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:

@@ -59,6 +59,6 @@ class FoldedSets:
             self.known[drop] = Variant(plan, self._folded(job, batches))
 
     def _folded(self, job: FoldJob, batches: Iterable[Batch]) -> Folded:
-        if not job.plan.drop:
+        if self.decoder.unfoldable or not job.plan.drop:  # no fold is exact
             return {}
-        return reconstruct(job, Fit(), batches, [self.decoder.down_proj])
+        return reconstruct(job, Fit(), batches, ["down_proj"])

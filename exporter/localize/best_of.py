@@ -77,8 +77,9 @@ def _proposals(statistics: Sequence[BatchStatistics], count: int, protect: tuple
         row = localizer_row(name)
         try:
             proposed[name] = resolve(row.run)(statistics, count, protect)
-        except InputError:  # no block between protected layers is long enough: the others need none
-            if not row.of_blocks:
+        except InputError:
+            # No block between protected layers is long enough, or no attention shows what it looks at: the others do.
+            if not (row.of_blocks or row.attention):
                 raise
     return proposed
 

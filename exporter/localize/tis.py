@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..models.capture import BatchStatistics
 from .scores import LayerScores, most_redundant
 
@@ -49,7 +50,11 @@ def tis(
     total = torch.zeros(1, dtype=torch.double)
     number = torch.zeros(1, dtype=torch.double)
     for batch in statistics:
-        assert batch.visual_scores is not None and batch.text_scores is not None
+        if batch.visual_scores is None or batch.text_scores is None:
+            raise InputError(
+                "tis scores tokens by the attention that they get, which this model does not show: take another "
+                "localizer, best_of for one."
+            )
         visual, written = batch.visual_scores, batch.text_scores[text]  # [L, B, S]
         if tokens == "all_layers":
             visual, written = visual.mean(0, keepdim=True), written.mean(0, keepdim=True)

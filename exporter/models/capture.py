@@ -9,6 +9,7 @@ Shapes: B samples, S tokens, L layers, D hidden size, I intermediate size, H hea
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,12 +20,16 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..errors import InputError
+from ..families import is_listed
 from .attention import attention_inputs, attention_replaced, attention_scores
 from .loading import text_decoder
-from .replay import trace, walk
+from .replay import last_output, trace, walk
 
 BLOCK_BYTES = 32 << 20  # of attention probabilities that may exist at a time
 IMPLEMENTATION = "lvlm_exporter_blockwise"
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}  # of outputs, relative to the largest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,16 @@ class BatchStatistics:
 def on_module(module: Any, seen: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
     """Call `seen(input, output)` after each call of a module with one tensor argument."""
     handle = module.register_forward_hook(lambda _, args, output: seen(args[0], output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def on_output(module: Any, seen: Callable[[Any], object]) -> Iterator[None]:
+    """Call `seen(output)` after each call of a module, whatever it takes."""
+    handle = module.register_forward_hook(lambda _, __, output: seen(output) and None)
     try:
         yield
     finally:
@@ -122,7 +137,13 @@ class AttentionReducer:
         return output, None
 
     def take(self) -> AttentionMeans:
-        assert self.means is not None, "a decoder layer whose attention does not go through transformers' interface"
+        """The means of the layer that ran last, which has attention."""
+        means = self.take_any()
+        assert means is not None, "a decoder layer whose attention does not go through transformers' interface"
+        return means
+
+    def take_any(self) -> AttentionMeans | None:
+        """The means of the layer that ran last; None where it has no attention."""
         means, self.means = self.means, None
         return means
 
@@ -158,9 +179,37 @@ def layer_statistics(model: Any, batches: Iterable[Batch], *, attention: bool = 
     Args:
         attention: also the importance scores of tokens (only `tis` needs them).
     """
-    with attention_means(model) if attention else contextlib.nullcontext() as reducer:
-        for batch in batches:
-            yield _batch_statistics(model, batch.to(model.device), reducer)
+    known = is_listed(model.config)
+    for batch in batches:
+        batch = batch.to(model.device)
+        if attention and not known:
+            attention, known = attention_is_seen(model, batch), True
+        with attention_means(model) if attention else contextlib.nullcontext() as reducer:
+            statistics = _batch_statistics(model, batch, reducer)
+        yield statistics
+
+
+def attention_is_seen(model: Any, batch: Batch) -> bool:
+    """Whether reduced attention computes what the model's own does, for types that no table names.
+
+    An attention with learned sinks, a bias of its own, or one beside transformers' interface does not: its scores of
+    tokens would be those of another model.
+    """
+    layers = text_decoder(model).layers
+    own = last_output(walk(layers, given := trace(model, batch)), given.entry)
+    try:
+        with attention_means(model) as reducer:
+            reducer.is_visual, reducer.is_text = batch.is_visual, batch.is_text
+            reduced = last_output(walk(layers, given := trace(model, batch)), given.entry)
+            seen = reducer.take_any() is not None
+    except Exception as error:  # an attention that takes what this one does not
+        logger.warning("scores of tokens can't be read from this model's attention: %s", error)
+        return False
+    difference = float((reduced - own).abs().max() / own.abs().max())
+    if seen and difference <= CLOSE[own.dtype]:
+        return True
+    logger.warning("scores of tokens can't be read from this model's attention: reduced, it is %.1e off", difference)
+    return False
 
 
 def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None) -> BatchStatistics:
@@ -171,11 +220,12 @@ def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None
     traced = trace(model, batch)
     last_states = [traced.entry[:, -1].float()]
     cosines, visual_scores, text_rows, text_columns = [], [], [], []
+    means: AttentionMeans | None = None  # a layer without attention of its own is given what the last one looked at
     for layer_idx, before, after in walk(layers, traced):
         cosines.append(_cosine(before, after, visual | text, layer_idx))
         last_states.append(after[:, -1].float())
         if reducer is not None:
-            means = reducer.take()
+            means = reducer.take_any() or means or _alike(visual, text)
             visual_scores.append((means.visual_from_visual + means.visual_from_text) * visual / 2)
             text_rows.append((means.text_to_visual + means.text_to_text) * text / 2)
             text_columns.append((means.text_to_visual + means.text_from_text) * text / 2)
@@ -189,6 +239,12 @@ def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None
         is_visual=visual.cpu(),
         is_text=text.cpu(),
     )
+
+
+def _alike(visual: Tensor, text: Tensor) -> AttentionMeans:
+    """Every token alike [B, S], for layers of linear attention or state spaces before the first attention."""
+    ones = torch.ones_like(visual, dtype=torch.float32)
+    return AttentionMeans(ones, ones, ones, ones, ones)
 
 
 def _cosine(before: Tensor, after: Tensor, counted: Tensor, layer_idx: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.source import Source, refuse_report
 from ..checkpoints.temporary import folder_of_process
 from ..errors import InputError
+from ..probe.stack import find_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,7 @@ def check_finite(model: Any, name: str) -> None:
 
 def text_decoder(model: Any) -> Any:
     """Return the module whose `layers` are the decoder layers, in any family."""
-    decoder = model.get_decoder()
-    return decoder if hasattr(decoder, "layers") else decoder.get_decoder()
+    return find_decoder(model)
 
 
 def compute_dtype(name: str, config: Any, device: str) -> torch.dtype:

@@ -11,6 +11,7 @@ Shapes: B samples, S tokens, L layers, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..plan import Folded
 from .loading import text_decoder
+
+LENGTHS: dict[type, int] = {}  # of the tuple that layers of a class return; 0: they return the hidden state alone
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,27 @@ class Trace:
 def switched_off(layers: Sequence[Any], record: list[tuple[Tensor, dict[str, Any]]] | None = None) -> Iterator[None]:
     """Replace the layers by the identity, recording what each is called with."""
 
-    def identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert not args, "a decoder layer that takes more than the hidden state by position"
-        if record is not None:
-            record.append((hidden_states, kwargs))
-        return hidden_states
+    def identity_of(layer: Any) -> Callable[..., Any]:
+        real = layer.forward
+        names = [name for name in inspect.signature(type(layer).forward).parameters if name != "self"]
+
+        def identity(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if type(layer) not in LENGTHS:  # annotations don't tell: Gemma 3's are those of years ago
+                with torch.no_grad():
+                    output = real(**given)
+                LENGTHS[type(layer)] = len(output) if isinstance(output, tuple) else 0
+            hidden_states = given.pop(names[0])
+            if record is not None:
+                record.append((hidden_states, given))
+            length = LENGTHS[type(layer)]
+            return (hidden_states, *[None] * (length - 1)) if length else hidden_states
+
+        return identity
 
     replaced = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = identity
+        layer.forward = identity_of(layer)
     try:
         yield
     finally:

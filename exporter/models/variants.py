@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.pruned_config import layer_changes
 from ..data.batches import Batch
+from ..families import PER_LAYER_TENSORS
 from ..plan import Folded, PruningPlan
 from .answers import AnsweredBatch
 from .loading import text_decoder
 from .replay import Trace, last_output, logits, replaced, trace, walk
+
+UNSETTABLE = ("per_layer_config",)  # kept as objects of their own, and read when layers are built only
 
 
 @dataclass(frozen=True)
@@ -54,24 +58,44 @@ def assembled(model: Any, variant: Variant) -> Iterator[None]:
     """The loaded model as the variant's checkpoint would be: for `generate`, which wants a cache without gaps."""
     decoder, config = text_decoder(model), model.config.get_text_config()
     indexed = [module for layer in decoder.layers for module in layer.modules() if hasattr(module, "layer_idx")]
-    before = (decoder.layers, config.num_hidden_layers, getattr(config, "layer_types", None))
+    before = decoder.layers
+    changes = {
+        name: value for name, value in layer_changes(model.config, variant.plan).items() if name not in UNSETTABLE
+    }
+    holders = [config, *([decoder] if any(name in vars(decoder) for name in changes) else [])]  # Mllama's keeps a list
+    entries = [(holder, name, getattr(holder, name)) for holder in holders for name in changes if hasattr(holder, name)]
     indices = [module.layer_idx for module in indexed]
     keep = variant.plan.keep
     try:
-        with replaced(model, variant.folded):
+        with replaced(model, variant.folded), _of_kept_layers(decoder, variant.plan):
             decoder.layers = nn.ModuleList(decoder.layers[layer] for layer in keep)
-            config.num_hidden_layers = len(keep)
-            if before[2]:
-                config.layer_types = [before[2][layer] for layer in keep]
+            for holder, name, _ in entries:
+                setattr(holder, name, changes[name])
             for module in indexed:  # the cache is indexed by it
                 module.layer_idx = variant.plan.new_index.get(module.layer_idx, module.layer_idx)
             yield
     finally:
-        decoder.layers, config.num_hidden_layers = before[:2]
-        if before[2]:
-            config.layer_types = before[2]
+        decoder.layers = before
+        for holder, name, value in entries:
+            setattr(holder, name, value)
         for module, index in zip(indexed, indices, strict=True):
             module.layer_idx = index
+
+
+@contextlib.contextmanager
+def _of_kept_layers(decoder: Any, plan: PruningPlan) -> Iterator[None]:
+    """Leave out the dropped layers' parts of tensors that hold one for every layer, as the writer does."""
+    found = [(p, axis) for name, p in decoder.named_parameters() for end, axis in PER_LAYER_TENSORS.items()
+             if name.endswith(end)]  # fmt: skip
+    whole = [parameter.data for parameter, _ in found]
+    try:
+        for parameter, axis in found:
+            parts = parameter.data.chunk(plan.num_layers, axis)
+            parameter.data = torch.cat([parts[layer] for layer in plan.keep], axis)
+        yield
+    finally:
+        for (parameter, _), data in zip(found, whole, strict=True):
+            parameter.data = data
 
 
 def judge(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
-from ..families import FAMILIES, family_of
+from ..families import FAMILIES, family_of, is_listed
 
 SHARED, GROWING = "shared", "growing"
 
@@ -52,6 +52,11 @@ def support_of(config: Any) -> Support:
     if reason := REFUSED.get(config.model_type):
         raise InputError(
             f"{family.title} can't be exported to ONNX: {reason}. Families that can: {', '.join(titles())}."
+        )
+    if not is_listed(config) or config.model_type not in SUPPORTED:
+        raise InputError(
+            f"{family.title} can't be exported to ONNX: its graphs are not written yet. Families that can: "
+            f"{', '.join(titles())}."
         )
     support = SUPPORTED[config.model_type]
     if config.model_type == "llava" and config.vision_config.model_type == "pixtral":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from ..families import FAMILIES, family_of
+from ..families import family_of
 
 IMAGE_FLOOR = 0.25  # of an even share of the tokens that stay: what each image of a row keeps at least
 DROP_AT = 2  # measured: dropped before layer 0, tokens take with them what the first layers would have passed on
@@ -14,7 +14,7 @@ DROP_AT = 2  # measured: dropped before layer 0, tokens take with them what the 
 def check_routable(config: Any) -> None:
     """Raise InputError, with the reason, if a model of this family can't be routed."""
     if reason := family_of(config).unroutable:
-        raise InputError(f"a {FAMILIES[config.model_type].title} model can't have a router: {reason}.")
+        raise InputError(f"a {family_of(config).title} model can't have a router: {reason}.")
 
 
 def default_settings(config: Any, drop_at: int | None = None, candidates: int | None = None) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_no_checkpoint(capsys, tmp_path, questions):
     [
         ({"model_type": "blip"}, "'blip' is not a family"),
         ({"model_type": "internvl_chat", "auto_map": {"AutoModel": "m.M"}}, "needs remote code"),
-        ({"text_config": {"model_type": "opt"}}, "language model of this llava is a 'opt'"),
+        ({"text_config": {"model_type": "opt"}}, "can't lay out a llava model"),
         ({"text_config": {"model_type": "llama", "num_hidden_layers": 7}}, "says 7 decoder layers"),
     ],
 )

@@ -37,8 +37,8 @@ def test_budgets_become_layer_counts(budget, count):
 
 
 def text_config(**values) -> SimpleNamespace:
-    text = SimpleNamespace(**values, to_dict=lambda: values)
-    return SimpleNamespace(get_text_config=lambda: text)
+    text = SimpleNamespace(model_type="llama", **values, to_dict=lambda: values)
+    return SimpleNamespace(model_type="llava", text_config=text, get_text_config=lambda: text)
 
 
 def test_per_layer_entries_follow_the_kept_layers():
@@ -72,8 +72,10 @@ def test_flat_configurations_are_edited_in_place():
 
 
 def test_structure_that_a_gap_would_shift_is_refused():
-    with pytest.raises(InputError, match="num_kv_shared_layers=2, which dropping layers would break"):
-        pruned_config({}, text_config(num_hidden_layers=4, num_kv_shared_layers=2), make_plan(4, (1,)))
+    with pytest.raises(InputError, match="decoder_sparse_step=2, which dropping layers would break"):
+        pruned_config({}, text_config(num_hidden_layers=4, decoder_sparse_step=2), make_plan(4, (1,)))
+    shared = text_config(num_hidden_layers=4, num_kv_shared_layers=2)
+    assert pruned_config({}, shared, make_plan(4, (0, 2)))["num_kv_shared_layers"] == 1
     with pytest.raises(InputError, match="'odd_entries', a list of 4 entries"):
         pruned_config({}, text_config(num_hidden_layers=4, odd_entries=[1, 2, 3, 4]), make_plan(4, (1,)))
 

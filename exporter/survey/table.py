@@ -1,0 +1,120 @@
+"""The table of families: tried out now, or as it was when this version was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..families import FAMILIES
+from ..progress import Progress, silent
+from ..version import versions
+from .trial import TypeFindings, try_type
+
+STORED = Path(__file__).with_name("families.json")  # what the last run over all types found
+CAPABILITIES = ("compress", "localize", "fold", "route", "onnx")
+HEAD = """# Model types
+
+Found {date} with transformers {transformers} and torch {torch}: every image-text-to-text type that transformers knows,
+built small and random from its own configuration class, written as on the hub, cut by nothing (the same bytes, the same
+logits) and by some layers (the same logits as the model that the layers were cut from), loaded by transformers alone.
+`make families` writes this file again, `lvlm-exporter families TYPE` tries one out.
+
+**{works} of {all} types compress.** *layers scored*: localizers that look at layers run them one at a time; *fold*:
+what dropped layers did is put into those that stay: exactly, or by reconstruction where the decoder's row names a norm
+behind the matrices.
+
+"""
+
+
+def try_types(types: Sequence[str], progress: Progress = silent) -> list[TypeFindings]:
+    """Try model types out; all image-text-to-text types of transformers where none is named.
+
+    Raises: InputError for a type that transformers does not have.
+    """
+    from transformers import __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    known = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if unknown := [name for name in types if name not in known]:
+        raise InputError(
+            f"transformers {__version__} has no image-text-to-text type '{unknown[0]}'; it has {len(known)}: "
+            f"{', '.join(known)}."
+        )
+    chosen = sorted(types or known)
+    return [try_type(name) for name in progress(chosen, "model types", len(chosen))]
+
+
+def listed_findings() -> list[TypeFindings]:
+    """Return what was found when the stored table was written."""
+    data = json.loads(STORED.read_text(encoding="utf-8"))
+    return [TypeFindings(**{**row, "layers": tuple(row["layers"]), "protected": tuple(row["protected"])})
+            for row in data["types"]]  # fmt: skip
+
+
+def as_data(findings: Iterable[TypeFindings]) -> dict[str, Any]:
+    """Return the table as JSON holds it: for each capability null where it works, else the reason."""
+    return {"versions": versions(), "types": [dataclasses.asdict(one) for one in findings]}
+
+
+def markdown(findings: Sequence[TypeFindings]) -> str:
+    """Return the table: a row for each type, then why not what does not."""
+    lines = ["| type | model | compress | layers scored | fold | route | ONNX |", "|---|---|---|---|---|---|---|"]
+    for one in findings:
+        title = FAMILIES[one.model_type].title if one.model_type in FAMILIES else ""
+        marks = ["no" if getattr(one, name) else "yes" for name in CAPABILITIES]
+        lines.append(f"| {one.model_type} | {title} | {' | '.join(marks)} |")
+    lines += ["", "Why not:"]
+    for one in findings:
+        lines += [f"- `{one.model_type}`: {reason}" for reason in reasons(one)]
+        if one.protected and not one.compress:
+            lines.append(
+                f"- `{one.model_type}`: layers {', '.join(map(str, one.protected))} stay unless told otherwise"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def reasons(one: TypeFindings) -> list[str]:
+    """Return why what does not work does not: each reason once, with what it concerns."""
+    told: dict[str, list[str]] = {}
+    for name in CAPABILITIES:
+        if reason := getattr(one, name):
+            told.setdefault(reason, []).append(name)
+    return [f"{', '.join(names) if len(names) < len(CAPABILITIES) else 'nothing works'}: {reason}"
+            for reason, names in told.items()]  # fmt: skip
+
+
+def write(findings: Sequence[TypeFindings], document: Path) -> None:
+    """Write the stored table, and the document that shows it."""
+    STORED.write_text(json.dumps(as_data(findings), indent=1) + "\n", encoding="utf-8")
+    version = versions()
+    head = HEAD.format(
+        date=datetime.date.today().isoformat(), transformers=version["transformers"], torch=version["torch"],
+        works=sum(one.compress is None for one in findings), all=len(findings),
+    )  # fmt: skip
+    document.write_text(head + markdown(findings), encoding="utf-8")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Try every type out and write the tables: `python -m exporter.survey.table docs/families.md`."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    def said(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+        for number, item in enumerate(items, 1):
+            print(f"{number}/{total} {item}", flush=True)
+            yield item
+
+    bar: Callable[..., Iterable[Any]] = said
+    write(try_types((), bar), Path(arguments[0]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

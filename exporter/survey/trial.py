@@ -1,0 +1,247 @@
+"""What works for a model type, tried out on a small random model: a folder as on the hub, cut, loaded, compared.
+
+Every statement is the outcome of a run. What does not hold is a sentence that says what was tried.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.source import Source, open_weights_only
+from ..checkpoints.writer import write_checkpoint
+from ..errors import InputError
+from ..families import DECODERS, is_listed, protected_layers
+from ..models.capture import on_output
+from ..models.replay import Trace, last_output, switched_off, walk
+from ..models.variants import Variant, assembled
+from ..onnx.support import REFUSED, SUPPORTED
+from ..plan import PruningPlan, make_plan
+from ..probe.opened import written_by
+from ..probe.stack import NoStack, build, check_stack, find_decoder, run_text, takes_text_alone, token_inputs
+from ..probe.tiny_config import tiny_config
+
+LAYERS = 12
+CLOSE = 2e-4  # of logits, relative to the largest
+NEW_TOKENS = 4
+
+
+class Failed(Exception):  # noqa: N818 - what was found
+    """Something that was tried did not hold; the message is a clause that says what."""
+
+
+@dataclass
+class TypeFindings:
+    """What works for one model type: None, or the reason why it does not."""
+
+    model_type: str
+    layers: tuple[str, ...] = ()  # the kinds of layers: classes, and layer_types where they differ
+    compress: str | None = None
+    localize: str | None = None
+    fold: str | None = None
+    route: str | None = None
+    onnx: str | None = None
+    protected: tuple[int, ...] = ()
+    listed: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def off(self, reason: str) -> TypeFindings:
+        """Nothing works, for one reason."""
+        self.compress = self.localize = self.fold = self.route = self.onnx = reason
+        return self
+
+
+def try_type(model_type: str, layers: int = LAYERS) -> TypeFindings:
+    """Build a small model of a type and try everything on it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found = TypeFindings(model_type)
+    try:
+        config = tiny_config(CONFIG_MAPPING[model_type](), layers)
+        model = build(config)
+    except Exception as error:  # settings that no default goes with, a package that is missing
+        return found.off(f"no small model of its default configuration is built: {first_line(error)}")
+    return try_model(model, found)
+
+
+def try_model(model: Any, found: TypeFindings) -> TypeFindings:
+    """Try everything on a small model."""
+    try:
+        check_stack(model)
+    except NoStack as error:
+        return found.off(str(error))
+    found.layers, found.listed = kinds(model), is_listed(model.config)
+    found.compress = outcome(lambda: try_compress(model, found))
+    found.localize = found.compress or outcome(lambda: try_replay(model))
+    found.fold = found.localize or why_no_fold(model)
+    found.route = found.compress or (
+        None if found.listed else "a router's modeling file has no class for this type yet"
+    )
+    found.onnx = found.compress or REFUSED.get(model.config.model_type)
+    if found.onnx is None and model.config.model_type not in SUPPORTED:
+        found.onnx = "its graphs are not written yet"
+    return found
+
+
+def why_no_fold(model: Any) -> str | None:
+    """Return why no fold is exact; None where one is, as reconstruction is below norms that the table names."""
+    row = DECODERS.get(model.config.get_text_config().model_type)
+    return None if row is not None and row.post_norm else written_by(model).unfoldable
+
+
+def outcome(attempt: Callable[[], object]) -> str | None:
+    """Return why an attempt does not hold, None where it does."""
+    try:
+        attempt()
+    except (Failed, InputError) as error:
+        return str(error).rstrip(".")
+    except Exception as error:  # whatever a model's code makes of fewer layers
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def kinds(model: Any) -> tuple[str, ...]:
+    """Return the kinds of decoder layers that there are, in order of appearance."""
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    layers = find_decoder(model).layers
+    names = [type(layer).__name__ for layer in layers]
+    if types and len(types) == len(layers):
+        names = [f"{name} ({kind})" for name, kind in zip(names, types, strict=True)]
+    return tuple(dict.fromkeys(names))
+
+
+# --- compress ---------------------------------------------------------------------------------------------------------
+
+
+def try_compress(model: Any, found: TypeFindings) -> None:
+    """Write the model as on the hub, cut it by nothing and by some layers, and compare what transformers loads."""
+    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-trial-") as name:
+        folder = Path(name)
+        model.config.architectures = [type(model).__name__]
+        model.save_pretrained(folder / "whole")
+        source = open_weights_only(folder / "whole")
+        found.protected = protected_layers(source.config)
+        uncut = written(source, make_plan(source.num_layers, ()), folder / "uncut")
+        for before, after in zip(source.weights.shards, sorted(uncut.glob("*.safetensors")), strict=True):
+            if sorted(tensors(before.path)) != sorted(tensors(after)):
+                raise Failed("cut by nothing, it is written with other bytes")
+        inputs = token_inputs(model.config)
+        whole = run_text(load(folder / "whole"), inputs, use_cache=False)
+        if not torch.equal(run_text(load(uncut), inputs, use_cache=False), whole):
+            raise Failed("cut by nothing, it gives other logits")
+        plan = plan_for(source, found.protected)
+        smaller = load(written(source, plan, folder / "cut"))
+        with assembled(model, Variant(plan)):
+            expected = run_text(model, inputs, use_cache=False)
+        same(run_text(smaller, inputs, use_cache=False), expected, f"without layers {list(plan.drop)}, as written")
+        if bool(torch.isclose(expected, whole, rtol=1e-3, atol=1e-4).all()):
+            raise Failed("a layer less changes nothing: its layers are not what its logits come from")
+        if (
+            takes_text_alone(smaller)
+            and (gap := cache_gap(smaller, inputs)) > CLOSE
+            and cache_gap(model, inputs) <= CLOSE
+        ):
+            raise Failed(f"with a cache the smaller model says tokens that are {gap:.1e} below the best without")
+
+
+def plan_for(source: Source, protected: tuple[int, ...]) -> PruningPlan:
+    """Two layers that may go, not side by side: one of every kind where there are two kinds."""
+    free = [layer for layer in range(source.num_layers) if layer not in protected]
+    types = getattr(source.config.get_text_config(), "layer_types", None) or [""] * source.num_layers
+    if len(free) < 3:
+        raise Failed(f"all but {len(free)} of its {source.num_layers} layers are leaned on by others")
+    first = free[1]
+    other = next(
+        (layer for layer in reversed(free) if types[layer] != types[first] and abs(layer - first) > 1), free[-1]
+    )
+    return make_plan(source.num_layers, sorted({first, other}))
+
+
+def written(source: Source, plan: PruningPlan, folder: Path) -> Path:
+    folder.mkdir()
+    write_checkpoint(source, plan, {}, folder)
+    return folder
+
+
+def tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], bytes]]:
+    """Every tensor of a safetensors file with its bytes."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        found = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118 - no mapping
+    return [(n, str(t.dtype), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in found]
+
+
+def load(folder: Path) -> Any:
+    """Load as anyone does, and refuse what transformers has to fill in."""
+    from transformers import AutoModelForImageTextToText
+
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise Failed(f"{len(names)} {kind.replace('_', ' ')} when it is loaded, {names[0]} among them")
+    return model.eval()
+
+
+def same(found: Tensor, expected: Tensor, what: str) -> None:
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= CLOSE:
+        raise Failed(
+            f"{what}, its logits differ by {difference:.1e} from those of the model that the layers were cut from"
+        )
+
+
+def cache_gap(model: Any, inputs: dict[str, Tensor]) -> float:
+    """Return how far the tokens said with a cache are below the best without, relative to the largest logit.
+
+    PaliGemma's prompt sees itself both ways, which a longer prompt without its token types does not repeat.
+    """
+    try:
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    except Exception as error:
+        raise Failed(f"it can't generate: {first_line(error)}") from error
+    logits = run_text(model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, use_cache=False)
+    length = inputs["input_ids"].shape[1]
+    chosen = logits[:, length - 1 : -1].gather(-1, tokens[:, length:, None])[..., 0]
+    return float(((logits[:, length - 1 : -1].amax(-1) - chosen) / logits.abs().max()).max())
+
+
+# --- localize ---------------------------------------------------------------------------------------------------------
+
+
+def try_replay(model: Any) -> None:
+    """Run the layers one at a time, as localizers and folds do, and compare with the model's own pass."""
+    inputs = token_inputs(model.config)
+    layers = list(find_decoder(model).layers)
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    with torch.no_grad(), switched_off(layers, calls):
+        run_text(model, inputs, use_cache=False)
+    if len(calls) != len(layers):
+        raise Failed(
+            f"on text alone {len(calls)} of its {len(layers)} layers run (others attend to a picture, or loop)"
+        )
+    outputs: list[Any] = []
+    with torch.no_grad(), on_output(layers[-1], outputs.append):
+        run_text(model, inputs, use_cache=False)
+    last = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    given = Trace(calls[0][0], tuple(keywords for _, keywords in calls))
+    try:
+        replayed = last_output(walk(layers, given), given.entry)
+    except Exception as error:  # a layer that misses what the one before hands on
+        raise Failed(f"its layers can't be run one at a time: {first_line(error)}") from error
+    difference = float((replayed - last[0]).abs().max() / last[0].abs().max())
+    if not difference <= CLOSE:
+        raise Failed(f"its layers hand on more than the hidden state: run one at a time they are {difference:.1e} off")
