@@ -122,21 +122,8 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
         refuse_without_weights(name, revision, folder)
     weights = open_weights(folder, raw_config.get(NAMED_WEIGHTS))
     quantized = find_quantization(raw_config, folder, weights)
-    if quantized is None:
-        source = Source(
-            name=name,
-            folder=folder,
-            revision=revision,
-            config=config,
-            raw_config=raw_config,
-            weights=weights,
-            family=family,
-            decoder=decoder,
-            original=folder,
-            stored=weights,
-        )
-        source = _with_layers(source)
-    else:
+    view, decoded = folder, weights
+    if quantized is not None:
         _refuse_own(name, folder, f"it is quantized by {quantized.method}")
         view = make_decoded_view(name, folder, raw=raw_config, quantized=quantized, weights=weights)
         logger.warning(
@@ -144,20 +131,19 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
         )
         raw_config = read_json(view / "config.json")
         config, decoded = load_config(view, raw_config), open_weights(view)
-        source = Source(
-            name=name,
-            folder=view,
-            revision=revision,
-            config=config,
-            raw_config=raw_config,
-            weights=decoded,
-            family=family,
-            decoder=decoder,
-            original=folder,
-            stored=weights,
-        )
-        source = _with_layers(source)
-    source = _mended(source)
+    source = Source(
+        name=name,
+        folder=view,
+        revision=revision,
+        config=config,
+        raw_config=raw_config,
+        weights=decoded,
+        family=family,
+        decoder=decoder,
+        original=folder,
+        stored=weights,
+    )
+    source = _mended(_with_layers(source))
     check_fit(source)
     return source
 

@@ -24,7 +24,7 @@ from ..checkpoints.temporary import LOCK
 from ..checkpoints.verification import require
 from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer
-from ..data.calibration import Calibration, load_calibration
+from ..data.calibration import Calibration, questions_of
 from ..data.pictures import FEWEST, pictures_of
 from ..errors import InputError
 from ..models.divergence import Divergence
@@ -83,7 +83,7 @@ def check_healing(heal: HealRecipe, data: CalibrationData) -> tuple[Calibration,
     """
     require_peft()
     seed = heal.seeded(0).seed or 0
-    calibration = load_questions(data, seed)
+    calibration = questions_of(data, seed)
     fit, held_out = parted(calibration.samples, seed)
     if not held_out:
         raise InputError(
@@ -145,20 +145,6 @@ def _check_same_words(source: Source, teacher: Source) -> None:
             f"{teacher.name} and {source.name} have different vocabularies: a model is healed by the one that it was "
             "made from."
         )
-
-
-def load_questions(data: CalibrationData, seed: int) -> Calibration:
-    """Return the questions to learn from."""
-    return load_calibration(
-        data.data,
-        samples=data.samples,
-        seed=seed,
-        columns=data.columns,
-        split=data.split,
-        prompt=data.prompt,
-        config=data.config,
-        allow_urls=data.allow_urls,
-    )
 
 
 def with_healing(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, nearest
 from ..families import FAMILIES
 from ..progress import Progress, silent
 from ..version import versions
@@ -43,8 +43,8 @@ def try_types(types: Sequence[str], progress: Progress = silent) -> list[TypeFin
     known = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     if unknown := [name for name in types if name not in known]:
         raise InputError(
-            f"transformers {__version__} has no image-text-to-text type '{unknown[0]}'; it has {len(known)}: "
-            f"{', '.join(known)}."
+            f"transformers {__version__} has no image-text-to-text type '{unknown[0]}' among its {len(known)}: "
+            + nearest(unknown[0], known)
         )
     chosen = sorted(types or known)
     return [try_type(name) for name in progress(chosen, "model types", len(chosen))]

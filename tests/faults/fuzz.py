@@ -28,7 +28,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def case_of(options: argparse.Namespace, number: int, home: Path, source: Path) 
     path = material.chosen(generator, home, kind.files)
     before = path.read_bytes()
     damage = generator.choice(list(kind.damages))
-    with inside(home):
+    with contextlib.chdir(home):
         said = damage(generator, path)
     shown = f"{damage.__name__}: {said}".encode(errors="backslashreplace").decode()
     return Case(number, kind.name, str(path.relative_to(home)), shown, " ".join(command)), kind, command, before
@@ -103,16 +102,6 @@ def case_of(options: argparse.Namespace, number: int, home: Path, source: Path) 
 def kinds_of(options: argparse.Namespace) -> list[Kind]:
     """The kinds that are asked for."""
     return [kind for kind in (cheap() if options.cheap else KINDS) if options.kind in (None, kind.name)]
-
-
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -317,7 +306,7 @@ def baselines_for(kinds: list[Kind], source: Path, work: Path) -> dict[Command, 
             if command[0] not in imported:
                 imported.add(command[0])
                 _laid_out(kind, source, home)
-                with inside(home), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                with contextlib.chdir(home), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                     material.run(*command)
             _laid_out(kind, source, home)
             found[command] = outcome_of(home, command)

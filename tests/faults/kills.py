@@ -24,7 +24,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,19 +208,9 @@ def _whole_or_not_at_all(name: str, home: Path, hub: LoopbackHub, repository: st
         return
     from exporter.publishing.folder_kinds import verify
 
-    with _in(home):
+    with contextlib.chdir(home):
         result = verify("made")
     assert result.holds, f"what stands under the target's name does not verify: {result.problems}"
-
-
-@contextlib.contextmanager
-def _in(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def _published(hub: LoopbackHub, repository: str) -> set[str]:
@@ -274,7 +263,7 @@ def _undisturbed(name: str, source: Path, work: Path) -> Ended:
     (home / "tmp").mkdir(parents=True)
     material.copied(source, ("source", "ours", "task"), home)
     command = tuple(part.format(name="whole") for part in COMMANDS[name])
-    with _in(home), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with contextlib.chdir(home), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         material.run(*command)  # in this process: what is imported late is there in every fork, and takes no time
     shutil.rmtree(home / "made", ignore_errors=True)
     ended = run(home, tuple(part.format(name="whole-again") for part in COMMANDS[name]))
