@@ -26,6 +26,7 @@ __all__ = [
     "compare",
     "compare_routes",
     "compress",
+    "convert",
     "evaluate",
     "heal",
     "load_grid",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .comparison.grid import Grid, load_grid
     from .comparison.layers import compare
     from .comparison.routers import compare_routes
+    from .conversion.convert import convert
     from .errors import CheckFailed, InputError
     from .evaluation.evaluate import evaluate
     from .pipeline import compress, heal, route, score
@@ -76,6 +78,7 @@ _HOMES = {
     "BudgetGrid": "routing.requests",
     "compare_routes": "comparison.routers",
     "compare": "comparison.layers",
+    "convert": "conversion.convert",
     "Grid": "comparison.grid",
     "load_grid": "comparison.grid",
     "reproduce": "publishing.reproduction",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .cards.model_card import card
-from .checkpoints.record import RECORD, write_record
+from .checkpoints.record import is_compressed, write_record
 from .checkpoints.source import Source, open_source
 from .checkpoints.staging import check_space, check_target, staged, staging_directory
 from .checkpoints.verification import require
@@ -95,7 +95,7 @@ def heal(
             "healing needs the original (--teacher MODEL) and questions about images (--calibration FILE)."
         )
     source = open_source(model)
-    if not (source.folder / RECORD).exists():
+    if not is_compressed(source.folder):
         return compress(
             Recipe(model, healing.calibration, LayerBudget(layers=()), heal=healing), out, options, progress
         )
@@ -155,7 +155,7 @@ def route(
         raise InputError("a router is trained on questions about images: name them with --calibration FILE.")
     source = open_source(model)
     check_routable(source.config)
-    if (source.folder / RECORD).exists():
+    if is_compressed(source.folder):
         return with_router(source.folder, router, data=router.calibration, out=out, options=options, progress=progress)
     return compress(Recipe(model, router.calibration, LayerBudget(layers=()), router=router), out, options, progress)
 

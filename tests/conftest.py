@@ -23,6 +23,7 @@ pytest_plugins = [
     "fixtures.damage",
     "fixtures.hub",
     "fixtures.onnx_folders",
+    "fixtures.originals",
     "fixtures.routed",
     "fixtures.tasks",
 ]

@@ -135,7 +135,7 @@ def _base_sentence(record: CheckpointRecord) -> str:
     source = record.source
     base = source.base_model
     named = f"[{base}](https://huggingface.co/{base})" if base else f"`{model_name(source.name).split('@')[0]}`"
-    changes = []
+    changes = ["in another format"] if record.conversion is not None else []
     if record.plan.drop:
         changes.append("with fewer layers")
     if is_healed(record):

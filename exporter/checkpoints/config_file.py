@@ -102,8 +102,8 @@ def _refuse_original_llava(name: str, raw: dict[str, Any]) -> None:
         return
     raise InputError(
         f"{name} is in the original LLaVA format ({original or 'mm_vision_tower in config.json'}), which transformers "
-        "reads as another model: name the same weights in transformers' format, llava-hf/llava-1.5-7b-hf or "
-        "llava-hf/llava-1.5-13b-hf for LLaVA 1.5."
+        f"reads as another model: `lvlm-exporter convert {name} --out DIR` converts it, or name the same weights in "
+        "transformers' format, llava-hf/llava-1.5-7b-hf or llava-hf/llava-1.5-13b-hf for LLaVA 1.5."
     )
 
 

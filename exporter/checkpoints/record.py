@@ -14,6 +14,7 @@ from .files import check_written, replace_text
 from .record_types import (
     BenchmarkEntry,
     CalibrationPart,
+    ConversionPart,
     EvaluationEntry,
     FoldPart,
     HealPart,
@@ -52,6 +53,7 @@ class CheckpointRecord:
     versions: VersionsPart
     measured: MeasuredPart
     heal: Annotated[HealPart | None, OR_MISSING] = None
+    conversion: Annotated[ConversionPart | None, OR_MISSING] = None
     router: Annotated[RouterPart | None, OR_MISSING] = None
     routes: tuple[RoutePicture, ...] = ()
     benchmarks: tuple[BenchmarkEntry, ...] = ()
@@ -89,6 +91,11 @@ def read_record(folder: Path) -> CheckpointRecord:
         return CheckpointRecord.from_data(data)
     except Misfit as misfit:
         raise InputError(f"{path} is damaged ({misfit}): take it from where the checkpoint was made.") from misfit
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder has the record of a compression; a converted checkpoint is as its authors made it."""
+    return (folder / RECORD).exists() and read_record(folder).conversion is None
 
 
 def check_format(data: dict[str, Any], path: Path) -> None:

@@ -334,6 +334,16 @@ class HealPart:
 
 
 @dataclass(frozen=True)
+class ConversionPart:
+    """That the checkpoint is another one in another format."""
+
+    format: Text  # that it was in
+    allow_pickle: Flag  # weights were read from pickles
+    vision_tower: Text | None  # that was named beside it
+    notes: tuple[Text, ...] = ()  # what to know of it
+
+
+@dataclass(frozen=True)
 class RoutePicture:
     """A picture of what the router keeps."""
 

@@ -11,7 +11,22 @@ from collections.abc import Sequence
 
 from ..errors import CheckFailed, InputError
 from ..version import __version__
-from . import bench, card, compare, compress, evaluate, families, heal, onnx, push, reproduce, route, score, verify
+from . import (
+    bench,
+    card,
+    compare,
+    compress,
+    convert,
+    evaluate,
+    families,
+    heal,
+    onnx,
+    push,
+    reproduce,
+    route,
+    score,
+    verify,
+)
 from .arguments import Parser, add_subcommand
 from .exit_codes import complain, interrupted, reason_of
 from .outputs import check_outputs
@@ -69,5 +84,6 @@ SUBCOMMANDS = {
         onnx,
         push,
         families,
+        convert,
     )
 }

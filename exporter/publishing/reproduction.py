@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints.files import file_hash
 from ..checkpoints.hub_access import resolve
-from ..checkpoints.record import read_record
+from ..checkpoints.record import CheckpointRecord, read_record
 from ..checkpoints.source import open_source
 from ..checkpoints.staging import check_target
 from ..checkpoints.weight_files import open_weights
 from ..compression.job import load_for
+from ..conversion.convert import convert, open_original
+from ..conversion.record import source_hashes
 from ..errors import InputError
 from ..pipeline import compress
 from ..progress import silent
@@ -45,6 +47,8 @@ def reproduce(
     folder, _ = resolve(str(folder))
     record = read_record(folder)
     check_target(Path(out))
+    if record.conversion is not None:
+        return _compared(folder, _convert_again(record, out, model, progress), record)
     recipe, healed = recipe_from_data(record.recipe), None
     if recipe.heal is not None:  # what it learnt is kept, so that nothing has to be learnt again
         healed = folder if record.heal and record.heal.kept else None
@@ -60,15 +64,42 @@ def reproduce(
     run = record.run
     options = RunOptions(run.device, run.dtype, run.memory, run.batch_size)
     made = compress(recipe, out, options, progress, healed)  # type: ignore[arg-type]
+    return _compared(folder, made, record)
+
+
+def _compared(folder: Path, made: Path, record: CheckpointRecord) -> Reproduction:
+    """Compare what was made again with what the record says of every file."""
     fresh = read_record(made).measured.files
     before = {name: digest.lower() for name, digest in record.measured.files.items()}
     differing = tuple(name for name, digest in before.items() if fresh.get(name) != digest)
     return Reproduction(made, not differing, differing, _largest_difference(folder, made) if differing else 0.0)
 
 
+def _convert_again(
+    record: CheckpointRecord, out: Path | str, model: str | Path | None, progress: Callable[..., object]
+) -> Path:
+    """Convert a converted checkpoint's source once more. Raises InputError where it is not what it was."""
+    asked, source = record.conversion, record.source
+    assert asked is not None
+    name = str(model) if model is not None else str(record.recipe["model"])
+    if model is None and source.revision:
+        name = f"{name.split('@')[0]}@{source.revision}"
+    original = open_original(name, asked.vision_tower, asked.allow_pickle)
+    _refuse_changes(name, source_hashes(original), source.files)
+    return convert(
+        name, out, vision_tower=asked.vision_tower, allow_pickle=asked.allow_pickle, base_model=source.base_model,
+        device=record.run.device, dtype=record.run.dtype, progress=progress,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
 def _check_source(name: str, revision: str | None, expected: dict[str, str]) -> None:
     folder = open_source(name, revision).folder
-    changed = sorted(file for file, digest in expected.items() if _hash_of(folder / file) != digest.lower())
+    _refuse_changes(name, {file: _hash_of(folder / file) for file in expected}, expected)
+
+
+def _refuse_changes(name: str, found: Mapping[str, str | None], expected: dict[str, str]) -> None:
+    """Raise InputError where files of a source have another SHA-256 than its record says."""
+    changed = sorted(file for file, digest in expected.items() if found.get(file) != digest.lower())
     if changed:
         others = " and others" if len(changed) > 3 else ""
         raise InputError(

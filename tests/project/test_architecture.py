@@ -29,7 +29,7 @@ FLOORS = (
     ("models",),
     ("localize",),
     ("fold", "cards"),
-    ("compression", "healing", "routing", "onnx"),
+    ("compression", "healing", "routing", "onnx", "conversion"),
     ("pipeline", "evaluation", "benchmark", "survey"),
     ("comparison", "publishing"),
     ("cli",),

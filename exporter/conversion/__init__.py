@@ -1,0 +1,1 @@
+"""Checkpoints of the papers' own formats, written as transformers and this package read them."""

@@ -1,0 +1,144 @@
+"""The story of `convert`: a checkpoint in its authors' own format, written as one that this package reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..cards.model_card import card
+from ..checkpoints.config_file import ORIGINAL_LLAVA
+from ..checkpoints.files import companions, hashes, is_licence
+from ..checkpoints.hub_access import download, resolve
+from ..checkpoints.json_file import read_json
+from ..checkpoints.pickled import PICKLE_FILES, StoredTensors, open_stored
+from ..checkpoints.record import write_record
+from ..checkpoints.safetensors_ranges import INDEX, SINGLE, TensorRange, write_shard
+from ..checkpoints.source import Source, open_source
+from ..checkpoints.staging import check_space, check_target, staged
+from ..checkpoints.verification import require
+from ..clean_room import load_processor, reference_answer
+from ..errors import InputError
+from ..models.loading import compute_dtype, load_model, pick_device
+from ..progress import Progress, silent
+from .llava import convert_llava
+from .parts import Converted, Original
+from .record import describe_conversion
+
+
+def convert(
+    model: str | Path,
+    out: Path | str,
+    *,
+    vision_tower: str | Path | None = None,
+    allow_pickle: bool = False,
+    base_model: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> Path:
+    """Convert a checkpoint of the original LLaVA format; describe and verify the result as any other.
+
+    Args:
+        model: folder or hub id.
+        vision_tower: folder or hub id of the CLIP tower, where the checkpoint holds none or not its settings.
+        allow_pickle: read pytorch_model.bin, as tensors alone, where there are no safetensors files.
+        base_model: hub id for the card, if `model` is a folder.
+    Returns: the folder. Raises: InputError for wrong input, CheckFailed where the result does not verify; in both
+    cases nothing is left at `out`.
+    """
+    begin, out = time.monotonic(), Path(out)
+    check_target(out)
+    chosen = pick_device(device)
+    original = open_original(str(model), None if vision_tower is None else str(vision_tower), allow_pickle)
+    converted = format_of(original.name, original.raw)(original)
+    check_space(out, sum(piece.entry.num_bytes for shard in converted.shards for piece in shard))
+    asked = {"vision_tower": original.tower[0] if original.tower else None, "allow_pickle": allow_pickle}
+    if base_model is not None:
+        asked["base_model"] = base_model
+    with staged(out) as stage:
+        write_converted(converted, original.folder, stage, progress)
+        source = open_source(str(stage))
+        used = compute_dtype(dtype, source.config, chosen)
+        reference = _reference(source, chosen, used)
+        record = describe_conversion(original, converted, source.config, used, reference, asked)
+        record["measured"] = {
+            "parameters": source.weights.num_parameters,
+            "bytes": source.weights.num_bytes,
+            "seconds": round(time.monotonic() - begin, 2),
+            "kv_bytes_per_token": record["source"]["kv_bytes_per_token"],
+            "files": hashes(stage),
+        }
+        write_record(stage, record)
+        card(stage, out.name)
+        require(stage, chosen)
+    return out
+
+
+def format_of(name: str, raw: dict[str, Any]) -> Callable[[Original], Converted]:
+    """Return what converts a checkpoint, by its config.json. Raises InputError where it is in no such format."""
+    written = raw.get("architectures")
+    classes = [entry for entry in written if isinstance(entry, str)] if isinstance(written, list) else []
+    if any(ORIGINAL_LLAVA.match(entry) for entry in classes) or "mm_vision_tower" in raw:
+        return convert_llava
+    raise InputError(
+        f"{name} (model_type {raw.get('model_type')!r:.60}) is in no format that is converted: the original LLaVA's "
+        "is. What transformers loads needs no conversion."
+    )
+
+
+def open_original(name: str, vision_tower: str | None, allow_pickle: bool) -> Original:
+    """Open a checkpoint and, where one is named, its vision tower. Raises InputError."""
+    folder, revision = resolve(name)
+    raw = read_json(folder / "config.json")
+    format_of(name, raw)
+    companions(folder)  # links that lead out of it are refused before anything is read
+    stored = _stored(name, folder, revision, allow_pickle)
+    tower = None
+    if vision_tower is not None:
+        place, commit = resolve(vision_tower)
+        tower = (vision_tower, place, _stored(vision_tower, place, commit, allow_pickle))
+    return Original(name, revision, folder, raw, stored, tower)
+
+
+def _stored(name: str, folder: Path, commit: str | None, allow_pickle: bool) -> StoredTensors:
+    """The tensors of a folder; of a repository without safetensors files its pickles are fetched where allowed."""
+    if allow_pickle and commit is not None and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
+        download(name.removeprefix("hub:").split("@")[0], commit, list(PICKLE_FILES))
+    return open_stored(name, folder, allow_pickle)
+
+
+def write_converted(converted: Converted, source: Path, folder: Path, progress: Progress = silent) -> None:
+    """Write weights, configuration, tokenizer, processor and licence texts into an existing folder."""
+    _write_shards(converted.shards, folder, progress)
+    for name, content in {"config.json": converted.config, **converted.json_files}.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if converted.tokenizer is not None:
+        converted.tokenizer.save_pretrained(folder)
+    for name, text in converted.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    licences = [path for path in source.iterdir() if path.is_file() and is_licence(path.name)]
+    for path in (*converted.copied, *licences):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_shards(shards: tuple[tuple[TensorRange, ...], ...], folder: Path, progress: Progress) -> None:
+    weight_map: dict[str, str] = {}
+    for number, pieces in enumerate(progress(shards, "write", len(shards)), 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder / name, list(pieces), {"format": "pt"}, lambda done: None)
+        weight_map |= {piece.name: name for piece in pieces}
+    if len(shards) > 1:
+        total = sum(piece.entry.num_bytes for pieces in shards for piece in pieces)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _reference(source: Source, device: str, dtype: Any) -> dict[str, Any]:
+    """The converted model's answer to the reference question."""
+    model, _ = load_model(source, device, dtype)
+    return reference_answer(model, load_processor(source.folder))
