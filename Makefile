@@ -7,6 +7,7 @@
 # make fuzz   damages CASES=5000 files of every kind and runs what reads them, which writes docs/faults.md: an hour
 # make kills  ends RUNS=50 runs of four subcommands at random moments, which writes docs/kills.md: an hour
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
+# make heal   heals the reference model and those of ZOO, and prints what each keeps and costs: hours, goes on when started again
 # All make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test quick lint docs matrix families fuzz kills zoo clean
+.PHONY: demo test quick lint docs matrix families fuzz kills zoo heal clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -55,6 +56,9 @@ kills: $(VENV)/ready-dev
 
 zoo: $(VENV)/ready-dev
 	$(BIN)/python examples/zoo/train.py --out $(ZOO)
+
+heal: $(VENV)/ready-dev
+	$(BIN)/python examples/zoo/heal.py examples/zoo/heal-figures.yaml --zoo $(ZOO) --out work/heal
 
 # torch first and by itself: the build that is found for it is the one that everything else then uses.
 $(VENV)/torch: constraints.txt

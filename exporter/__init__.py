@@ -19,6 +19,8 @@ __all__ = [
     "Recipe",
     "RouterRecipe",
     "RunOptions",
+    "SearchGoal",
+    "SearchRecipe",
     "Workload",
     "__version__",
     "bench",
@@ -36,6 +38,7 @@ __all__ = [
     "reproduce",
     "route",
     "score",
+    "search",
     "set_default",
     "update_modeling_files",
     "verify",
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     from .conversion.convert import convert
     from .errors import CheckFailed, InputError
     from .evaluation.evaluate import evaluate
+    from .outcome.goal import SearchGoal, SearchRecipe
+    from .outcome.search import search
     from .pipeline import compress, heal, route, score
     from .publishing.folder_kinds import card, verify
     from .publishing.push import push
@@ -67,6 +72,9 @@ _HOMES = {
     "RouterRecipe": "recipe",
     "RunOptions": "recipe",
     "load_recipe": "recipe",
+    "search": "outcome.search",
+    "SearchGoal": "outcome.goal",
+    "SearchRecipe": "outcome.goal",
     "compress": "pipeline",
     "heal": "pipeline",
     "route": "pipeline",

@@ -1,10 +1,13 @@
-"""Heals models of the zoo under several settings, and says how much each keeps: the sweep that chose the defaults.
+"""Heals models of the zoo under several settings, and says how much each keeps and what it cost.
 
-    python examples/zoo/heal.py examples/zoo/heal.yaml --out work/heal
-    python examples/zoo/heal.py examples/zoo/heal.yaml --out work/heal --table       # what is there already
+    python examples/zoo/heal.py examples/zoo/heal-figures.yaml --out work/heal       # the figures of the documents
+    python examples/zoo/heal.py examples/zoo/heal.yaml --out work/sweep              # the sweep that chose the defaults
+    python examples/zoo/heal.py examples/zoo/heal.yaml --out work/sweep --table      # what is there already
 
 A model's answers to the questions are asked once and serve all settings; finished rows are skipped when it is started
-again. Each row: exact match kept of the original's, the share of the very same answers, the divergence at its answers.
+again, and models that are not there are named. Each row: exact match kept of the original's, the share of the very same
+answers, the divergence at its answers; forward passes over the questions, and the peak memory of training, weights
+counted, as a multiple of that of a forward pass of the original over as many questions.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 import yaml
 
 from exporter import Recipe, RunOptions, compress
+from exporter.benchmark.timing import peak_bytes
 from exporter.checkpoints.source import open_source
 from exporter.clean_room import greedy_answers, load_processor
 from exporter.data.batches import make_batch
@@ -43,15 +48,33 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--zoo", type=Path, default=Path("zoo"), help="where paths that begin with zoo/ lie (zoo)")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="these runs only")
     parser.add_argument("--table", action="store_true", help="print what is there, and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out / "rows.jsonl")
-    if not options.table:
-        for run in yaml.safe_load(options.recipe.read_text())["runs"]:
+    runs = [placed(run, options.zoo) for run in yaml.safe_load(options.recipe.read_text())["runs"]]
+    for run in runs if not options.table else []:
+        if is_there(run) and run["name"] in (options.models or [run["name"]]):
             sweep(run, options.out, rows)
     print(rows.table())
+    if missing := sorted({run["name"] for run in runs if not is_there(run)}):
+        print(f"\nNot there, so without rows: {', '.join(missing)}.")
+
+
+def placed(run: dict[str, Any], zoo: Path) -> dict[str, Any]:
+    """Return a run whose paths below zoo/ are below the zoo's folder."""
+    places = ("model", "calibration", "task")
+    return run | {key: str(zoo / run[key][4:]) if run[key].startswith("zoo/") else run[key] for key in places}
+
+
+def is_there(run: dict[str, Any]) -> bool:
+    """Tell whether a model has been trained, and has its questions."""
+    return all(
+        path.is_file() for path in (Path(run["model"]) / "config.json", *map(Path, (run["task"], run["calibration"])))
+    )
 
 
 class Rows:
@@ -71,8 +94,8 @@ class Rows:
         print(json.dumps(row), flush=True)
 
     def table(self) -> str:
-        head = "| model | task | layers gone | questions | setting | kept % | same answers % | KL | steps kept |"
-        lines = [head, "|---|---|---:|---:|---|---:|---:|---:|---:|"]
+        head = "| model | task | layers gone | questions | setting | exact % | kept % | same answers % | KL | "
+        lines = [head + "steps kept | passes | memory |", "|---|---|---:|---:|---|" + "---:|" * 7]
         for row in sorted(
             self.rows, key=lambda r: (r["model"], r["task"], r["gone"], r["questions"], str(r["setting"]))
         ):
@@ -81,8 +104,8 @@ class Rows:
             )
             lines.append(
                 f"| {row['model']} | {row['task']} | {row['gone']} of {row['layers']} | {row['questions']} | "
-                f"{setting or 'the defaults'} | {row['kept']:.1f} | {row['same']:.1f} | {row['kl']:.4f} | "
-                f"{row['steps']} |"
+                f"{setting or 'the defaults'} | {row['exact']:.1f} | {row['kept']:.1f} | {row['same']:.1f} | "
+                f"{row['kl']:.4f} | {row['steps']} | {row.get('passes', '')} | {row.get('memory', '')} |"
             )
         return "\n".join(lines)
 
@@ -91,9 +114,11 @@ def sweep(run: dict[str, Any], out: Path, rows: Rows) -> None:
     """One model: every number of layers, of questions, every setting."""
     model, name = str(run["model"]), str(run["name"])
     test = Test(run, out)
-    for questions in run["questions"]:
+    total = open_source(model).num_layers
+    lines = len(Path(run["calibration"]).read_text().splitlines())
+    for questions in dict.fromkeys(min(count, lines) for count in run["questions"]):
         data = CalibrationData(run["calibration"], samples=questions)
-        for gone in run["layers"]:
+        for gone in dict.fromkeys(round(total * share) if share < 1 else share for share in run["layers"]):
             small = out / f"{name}-{gone}-{min(questions, 512)}"
             key: Row = {"model": name, "task": Path(run["task"]).stem, "gone": gone, "questions": questions}
             wanted = [None, *run["settings"]]
@@ -125,14 +150,27 @@ def healed(small: Path, model: str, data: CalibrationData, setting: Row | None, 
         questions = answered_once(job, work)
         training = HealTraining(job.schedule.steps, heal.batch_size, heal.learning_rate, heal.loss, job.seed)
         before = judged(student, questions, heal.batch_size)
-        best, curve = train(student, questions, training, before, silent)
+        forward = peak(student, lambda: judged(student, replace(questions, held_out=questions.held_out[:BATCH]), BATCH))
+        result: list[Any] = []
+        peak_of_training = peak(student, lambda: result.extend(train(student, questions, training, before, silent)))
+        best, curve = result
         held_out = [round(value, 4) for point in curve for name, value in point.items() if name.startswith("KL")]
         told = {
             "steps": best.step,
             "held_out": [round(before.mean, 4), *held_out],
             "passes": round(job.schedule.forward_passes(job.source.num_layers / job.teacher.num_layers), 1),
         }
+        if forward and peak_of_training:  # the original's layers weigh more, and take no more while they run
+            gone = job.teacher.weights.num_parameters - job.source.weights.num_parameters
+            told["memory"] = round(peak_of_training / (forward + gone * job.dtype.itemsize), 2)
     return {"layers": job.teacher.num_layers, **test.of(student), **told, "seconds": round(time.monotonic() - begin)}
+
+
+def peak(student: Student, run: Callable[[], object]) -> int | None:
+    """Return bytes that a run takes at most, the model's weights and updates counted."""
+    grown = peak_bytes(run, "cpu")
+    held = sum(parameter.nbytes for parameter in student.model.parameters())
+    return None if grown is None else grown + held
 
 
 def answered_once(job: HealingJob, work: Path) -> HealingQuestions:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import show_as
+from ..errors import InputError, show_as
 
 LOCK = ".lock"
 PREFIX = "lvlm-exporter-"
@@ -71,6 +71,21 @@ def locked_folder(prefix: str, place: Path) -> tuple[Path, IO[str]]:
         if _is_at(lock, folder / LOCK):
             return folder, lock
         lock.close()
+
+
+@contextlib.contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder that a later run goes on from. Raises: InputError where another run that is alive holds it.
+
+    Args:
+        what: such a run does: 'another run is healing'.
+    """
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{what} in {folder}: wait for it, or name another folder.") from None
+        yield
 
 
 @contextlib.contextmanager

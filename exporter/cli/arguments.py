@@ -191,10 +191,21 @@ def number_in_range(text: str) -> float:
     return number
 
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
+
+
 def _memory(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", text.strip(), re.IGNORECASE):
+    if not SIZE.fullmatch(text.strip()):
         raise argparse.ArgumentTypeError(f"'{text[:40]}' is no size like 12GB or 800MiB")
     return text.strip()
+
+
+def byte_count(text: str) -> int:
+    """Return bytes of a size like 12GB or 800MiB."""
+    match = SIZE.fullmatch(_memory(text))
+    assert match is not None
+    unit = 1024 if match[3] else 1000
+    return round(float(match[1]) * float(unit ** (1 + "KMGT".index(match[2].upper()))))
 
 
 def _whole_numbers(text: str, what: str) -> tuple[int, ...]:

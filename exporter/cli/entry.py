@@ -25,6 +25,7 @@ from . import (
     reproduce,
     route,
     score,
+    search,
     verify,
 )
 from .arguments import Parser, add_subcommand
@@ -75,6 +76,7 @@ SUBCOMMANDS = {
         compress,
         heal,
         route,
+        search,
         verify,
         reproduce,
         evaluate,

@@ -19,27 +19,29 @@ T = TypeVar("T")
 
 
 class CellsFile:
-    """Cells of one comparison as JSON lines, in the order in which they were finished.
+    """Cells of one comparison, or steps of one search, as JSON lines, in the order in which they were finished.
 
     Args:
-        path: inside the comparison's folder, which is made where there is none.
-        asked: what was compared, as data; a folder that holds another comparison is refused.
-    Raises: InputError for a folder of another comparison, and for a file that holds something else.
+        path: inside the run's folder, which is made where there is none.
+        asked: what was asked for, as data; a folder that holds another run is refused.
+        what: kind of run, for messages.
+    Raises: InputError for a folder of another run, and for a file that holds something else.
     """
 
-    def __init__(self, path: Path, asked: Any) -> None:
+    def __init__(self, path: Path, asked: Any, what: str = "comparison") -> None:
+        self.what = what
         self.fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         self.path = path
         if not path.exists():
             check_target(path.parent)  # and made with the first cell: what is refused meanwhile leaves no folder
         self.lines = self._lines() if path.exists() else ResumableLines(None)
         if self.lines.runs - {self.fingerprint}:
-            raise InputError(f"{path.parent} holds another comparison: name another folder, or remove it.")
+            raise InputError(f"{path.parent} holds another {what}: name another folder, or remove it.")
         known = self.lines.rows(self.fingerprint)
         self.cells: list[dict[str, Any]] = [known[number]["cell"] for number in sorted(known)]
 
     def _lines(self) -> ResumableLines:
-        return ResumableLines(self.path, {"cell": dict}, "cell of a comparison")
+        return ResumableLines(self.path, {"cell": dict}, f"cell of a {self.what}")
 
     def read(self, parse: Callable[[Any], T]) -> Iterator[T]:
         """Yield what `parse` makes of each cell. Raises InputError where it takes one for damaged, as a Misfit says."""

@@ -14,8 +14,14 @@ logger = logging.getLogger(__name__)
 RESULTS_FILE = "results.json"  # written last: it says that all is there
 
 
-def write_all(out: Path, texts: Mapping[str, str], pictures: Mapping[str, Callable[[Path], object]], data: Any) -> bool:
-    """Write tables, pictures and results.json into a folder. Returns: False where something could not be written."""
+def write_all(
+    out: Path,
+    texts: Mapping[str, str],
+    pictures: Mapping[str, Callable[[Path], object]],
+    data: Any,
+    results: str = RESULTS_FILE,
+) -> bool:
+    """Write tables, pictures and the results into a folder. Returns: False where something could not be written."""
     writes: dict[str, Callable[[Path], object]] = {
         name: lambda path, text=text: replace_text(path, text)  # type: ignore[misc]
         for name, text in texts.items()
@@ -25,7 +31,7 @@ def write_all(out: Path, texts: Mapping[str, str], pictures: Mapping[str, Callab
         out.mkdir(exist_ok=True)
         for name, write in writes.items():
             write(out / name)
-        replace_text(out / RESULTS_FILE, json.dumps(data, indent=2) + "\n")
+        replace_text(out / results, json.dumps(data, indent=2) + "\n")
     except OSError as error:
         logger.warning("%s can't be written (%s): the results are printed only.", out, error.strerror or error)
         return False

@@ -47,7 +47,7 @@ def estimate(job: CompressionJob) -> Estimate:
     width = job.source.config.get_text_config().hidden_size
     passes = forward_passes(job, tokens / len(job.calibration.samples))
     flops = passes * 2 * tokens * sum(per_layer)
-    seconds = flops / _flops_per_second(job) + 2 * weights.num_bytes / 1e9
+    seconds = flops / flops_per_second(job) + 2 * weights.num_bytes / 1e9
     memory = (
         weights.num_parameters * job.dtype.itemsize
         + ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
@@ -116,8 +116,8 @@ def _tokens(job: CompressionJob) -> tuple[int, int]:
     return round(sum(lengths) / len(lengths) * len(samples)), max(lengths)
 
 
-def _flops_per_second(job: CompressionJob, size: int = 1024) -> float:
-    """Matrix products of a decoder's kind on the device, and two thirds of that for everything around them."""
+def flops_per_second(job: CompressionJob, size: int = 1024) -> float:
+    """Return what the device reaches in matrix products of a decoder's kind, less a third for all around them."""
     import torch
 
     a = torch.randn(size, size, dtype=job.dtype, device=job.device)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from ..checkpoints.files import ADAPTER_FILE, hashes, sha256
 from ..checkpoints.record import RECORD, read_record, write_record
 from ..checkpoints.source import Source, file_hashes, open_source
 from ..checkpoints.staging import check_space, check_target, staged
-from ..checkpoints.temporary import LOCK
+from ..checkpoints.temporary import held
 from ..checkpoints.verification import require
 from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer
@@ -173,7 +170,7 @@ def with_healing(
     check_space(out, job.source.weights.num_bytes)
     check_space(work, job.schedule.disk_bytes(job.answer_tokens))
     work.mkdir(exist_ok=True)
-    with _alone(work):
+    with held(work, "another run is healing"):
         questions = ask_teacher(job, work, progress)
         model = load_model(job.source, job.device, job.dtype)[0]
         student = prepared(model, load_processor(job.source.folder), job.source, heal.rank, heal.norms, job.seed)
@@ -186,17 +183,6 @@ def with_healing(
         written(job.source, plain, record, adapter, out, job.device)
     shutil.rmtree(work, ignore_errors=True)
     return out
-
-
-@contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Hold the folder of a run. Raises: InputError where another run that is alive holds it."""
-    with (work / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run is healing in {work}: wait for it, or name another folder.") from None
-        yield
 
 
 def refuse_healed(record: dict[str, Any], folder: Path) -> None:

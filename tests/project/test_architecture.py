@@ -32,6 +32,7 @@ FLOORS = (
     ("compression", "healing", "routing", "onnx", "conversion"),
     ("pipeline", "evaluation", "benchmark", "survey"),
     ("comparison", "publishing"),
+    ("outcome",),
     ("cli",),
     ("plugins", "__init__", "__main__"),
 )

@@ -27,6 +27,7 @@ FEW = {  # what makes a command quick
     "heal": "--samples 16 --steps 1 --exchanges 0",
     "route": "--samples 8 --steps 1 --batch-size 2",
     "bench": "--rounds 2 --new-tokens 1 --batch 1",
+    "search": "--dry-run",
     "push": "--dry-run",  # nothing is published
 }
 

@@ -1,0 +1,175 @@
+"""What a search has found: each candidate's figures, those that no other beats, and the one that is chosen. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..comparison.grid_table import pareto_front
+from ..evaluation.scoring import Rate, mcnemar
+from .candidate import Candidate
+from .goal import SearchGoal
+from .steps_file import candidate_data
+
+DIGITS = 9  # of a goal's figure, when values are compared as whole numbers
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate that was made and measured."""
+
+    candidate: Candidate
+    figures: Mapping[str, Any]  # speedup, total_ms, parameters, flops_share, memory_bytes and their parts
+    rate: Rate
+    loss: float  # points of exact match below the original's
+    loss_error: float  # its standard error, on the same questions
+    p_value: float  # that the two answer alike: McNemar's exact test
+    held_out: Mapping[str, Any] | None  # what unlabelled questions said when it was made
+
+    @classmethod
+    def of(cls, candidate: Candidate, step: Mapping[str, Any], original: Sequence[int]) -> Found:
+        """Compare a measured candidate with the original, question by question."""
+        before, after = (list(map(bool, answers)) for answers in (original, step["correct"]))
+        only_original, only_it, p_value = mcnemar(before, after)
+        n = len(before)
+        difference = (only_original - only_it) / n
+        spread = (only_original + only_it) / n - difference**2
+        return cls(
+            candidate,
+            step["figures"],
+            Rate.of(after),
+            100 * difference,
+            100 * math.sqrt(max(0.0, spread) / n),
+            p_value,
+            step["held_out"],
+        )
+
+    def to_data(self) -> dict[str, Any]:
+        return {
+            "label": self.candidate.label,
+            "candidate": candidate_data(self.candidate),
+            "figures": dict(self.figures),
+            "accuracy": self.rate.accuracy,
+            "interval": list(self.rate.interval),
+            "n": self.rate.n,
+            "loss": self.loss,
+            "loss_error": self.loss_error,
+            "p_value": self.p_value,
+            "held_out": None if self.held_out is None else dict(self.held_out),
+        }
+
+
+def front(found: Sequence[Found], goal: SearchGoal, original: Mapping[str, Any], accuracy: float) -> list[Found]:
+    """Return those that no other, the original among them, beats in both the goal's figure and the exact match.
+
+    Args:
+        original: its figures, as far as they are known; accuracy: its exact match.
+    """
+    known = [one for one in found if goal.better(one.figures) > -math.inf]
+    points = [(_cost(goal, one.figures), one.rate.accuracy) for one in known]
+    as_it_is = [(_cost(goal, original), accuracy)] if goal.better(original) > -math.inf else []
+    best = pareto_front([*points, *as_it_is])
+    return [one for point in best for one, at in zip(known, points, strict=True) if at == point]
+
+
+def _cost(goal: SearchGoal, figures: Mapping[str, Any]) -> int:
+    return -round(goal.better(figures) * 10**DIGITS)
+
+
+def choice(found: Sequence[Found], goal: SearchGoal, max_loss: float) -> Found | None:
+    """Return the one that is chosen: of those that reach the goal within the loss the one that loses least.
+
+    Of several that lose as little the one that goes furthest; without a goal the one that goes furthest at all.
+    """
+    good = [one for one in found if goal.met(one.figures) and one.loss <= max_loss]
+    if goal.target is None:
+        good.sort(key=lambda one: (-goal.better(one.figures), one.loss))
+    else:
+        good.sort(key=lambda one: (one.loss, -goal.better(one.figures)))
+    return good[0] if good else None
+
+
+def nearest_ones(found: Sequence[Found], goal: SearchGoal, max_loss: float) -> list[Found]:
+    """Return what comes nearest to a goal that is not met: the furthest within the loss, and the least loss beyond."""
+    within = [one for one in found if one.loss <= max_loss]
+    beyond = [one for one in found if goal.met(one.figures)]
+    nearest = [max(within, key=lambda one: (goal.better(one.figures), -one.loss))] if within else []
+    return nearest + ([min(beyond, key=lambda one: (one.loss, -goal.better(one.figures)))] if beyond else [])
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A search that came to its end, or as far as its time went."""
+
+    out: Path
+    goal: SearchGoal
+    max_loss: float
+    original: Rate
+    original_figures: Mapping[str, Any]  # as a candidate's, and 'answer_tokens'
+    found: tuple[Found, ...]
+    passed: Mapping[str, float]  # candidates that were not measured, and the points they were expected to lose
+    failed: Mapping[str, str]  # candidates that could not be made, and why
+    left_out: Mapping[str, str]  # of healing, router, int8: why
+    open: tuple[str, ...]  # candidates that the time did not reach
+    seconds: float
+    chosen: Path | None  # the folder that was written
+    chosen_label: str | None
+
+    @property
+    def front(self) -> list[Found]:
+        return front(self.found, self.goal, self.original_figures, self.original.accuracy)
+
+    @property
+    def choice(self) -> Found | None:
+        return choice(self.found, self.goal, self.max_loss)
+
+    @property
+    def met(self) -> bool:
+        """Tell whether a candidate reaches the goal within the loss."""
+        return self.choice is not None
+
+    @property
+    def nearest(self) -> list[Found]:
+        return nearest_ones(self.found, self.goal, self.max_loss)
+
+    @property
+    def verdict(self) -> str:
+        """Say what came of it in one sentence."""
+        asked = f"{self.goal.said()} at a loss of at most {self.max_loss:g} points"
+        late = f"; {len(self.open)} more were not reached in the time" if self.open else ""
+        if self.choice is not None:
+            one = self.choice
+            return f"{asked}: {one.candidate.label}, {self.words(one)}{late}"
+        told = [f"{one.candidate.label} ({self.words(one)})" for one in self.nearest]
+        near = f"the nearest: {'; '.join(told)}" if told else "nothing comes near"
+        return f"none of {len(self.found)} candidates is {asked}; {near}{late}"
+
+    def words(self, one: Found) -> str:
+        """Return a candidate's figures in words."""
+        value = one.figures.get(self.goal.kind.measure)
+        cost = "its cost is not known" if value is None else self.goal.said(value)
+        change = f"loses {one.loss:.1f}" if one.loss >= 0 else f"gains {-one.loss:.1f}"
+        return f"{cost}, {change} ± {1.96 * one.loss_error:.1f} points"
+
+    def to_data(self) -> dict[str, Any]:
+        goal = {name: value for name, value in vars(self.goal).items() if value is not None}
+        best = {one.candidate for one in self.front}
+        return {
+            "goal": goal,
+            "max_loss": self.max_loss,
+            "met": self.met,
+            "verdict": self.verdict,
+            "complete": not self.open,
+            "original": {**vars(self.original), **self.original_figures},
+            "candidates": [one.to_data() | {"on_front": one.candidate in best} for one in self.found],
+            "passed_over": dict(self.passed),
+            "failed": dict(self.failed),
+            "left_out": dict(self.left_out),
+            "not_reached": list(self.open),
+            "seconds": round(self.seconds, 1),
+            "chosen": None if self.chosen is None else str(self.chosen),
+            "chosen_label": self.chosen_label,
+        }

@@ -1,0 +1,175 @@
+"""A search with everything that it names opened and checked; what of it this model and machine take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..benchmark.workload import Workload
+from ..checkpoints.source import file_hashes
+from ..compression.estimate import estimate, flops_per_second
+from ..compression.job import CompressionJob
+from ..compression.job import prepare as prepare_compression
+from ..data.batches import Batch
+from ..data.task import Task, load_task
+from ..errors import InputError
+from ..healing.healed import check_healing
+from ..healing.schedule import Schedule
+from ..onnx.pipeline import ExportOptions, check_environment
+from ..onnx.support import support_of
+from ..plan import LayerBudget
+from ..progress import Progress, silent
+from ..recipe import HealRecipe, Recipe, RouterRecipe, RunOptions
+from ..routing.settings import check_routable
+from ..routing.with_router import unlabelled
+from .answer_cost import AnswerCost, Question, by_size
+from .goal import EXTRAS, SearchRecipe
+from .prediction import Predictor, Sizes
+from .step_costs import StepCosts
+
+ANSWER_GUESS = 16  # tokens of an answer, until the original has given some
+ROUTER_PASSES = 5.0  # forward passes that a router's training step is as much as: marks, choices and what is learnt
+EXPORT_S = 30.0  # an export's guess, and for each GB
+EXPORT_S_A_GB = 120.0
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """A search, opened and checked."""
+
+    wanted: SearchRecipe
+    options: RunOptions
+    compression: CompressionJob
+    task: Task
+    prompt: Batch  # that is timed: the task's first question
+    available: tuple[str, ...]  # of EXTRAS
+    left_out: dict[str, str]  # of EXTRAS, and why
+
+    @property
+    def free(self) -> int:
+        """Return how many layers may go."""
+        total = self.compression.source.num_layers
+        return min(total - len(set(self.compression.protect)), total - 1)
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(self.wanted.task.data, seed=self.wanted.seed, **self.wanted.task.options)
+
+    def question(self, answer: int = ANSWER_GUESS) -> Question:
+        real = int(self.prompt.inputs.get("attention_mask", self.prompt.is_visual | True).sum())
+        visual = int(self.prompt.is_visual.sum())
+        return Question(visual, real - visual, answer)
+
+    def asked(self) -> list[Any]:
+        """Return everything that a result depends on."""
+        compression = self.compression
+        return [
+            self.wanted.to_data(),
+            file_hashes(compression.source),
+            compression.calibration.fingerprint,
+            self.task.fingerprint,
+            self.task.answers_fingerprint,
+            [compression.device, str(compression.dtype), list(self.available)],
+        ]
+
+    def sizes(self) -> Sizes:
+        source = self.compression.source
+        per_layer = source.parameters_per_layer
+        average = sum(per_layer) / len(per_layer)
+        itemsize = self.compression.dtype.itemsize
+        return Sizes(len(per_layer), source.weights.num_parameters, average, itemsize, self.free)
+
+    def predictor(self) -> Predictor:
+        """Return what is expected by numbers of parameters alone, before anything was timed."""
+        sizes, question = self.sizes(), self.question()
+        text = self.compression.source.config.get_text_config()
+        head = text.vocab_size * text.hidden_size
+        others = max(0, sizes.parameters - sizes.layers * sizes.layer_parameters - head)
+        cost: AnswerCost = by_size(sizes.layers, sizes.layer_parameters, head, others, question)
+        return Predictor(sizes, question, cost, cost, timed=False)
+
+
+def prepare_search(wanted: SearchRecipe, options: RunOptions, progress: Progress = silent) -> SearchJob:
+    """Open and check everything, the cheap things first. Raises: InputError for whatever is wrong with it."""
+    recipe = Recipe(wanted.model, wanted.calibration, LayerBudget(drop_layers=0), seed=wanted.seed)
+    job = prepare_compression(recipe, options, progress)
+    if "router" in job.source.raw_config:
+        raise InputError(f"{wanted.model} has a router, which was trained for its layers: search from the one without.")
+    if job.device == "auto":
+        raise InputError("what runs on several devices is not timed: name one with --device.")
+    task = load_task(wanted.task.data, wanted.task_samples, wanted.seed, **wanted.task.options)
+    for sample in task.samples:
+        sample.open_images()
+    left_out = dict.fromkeys(wanted.without, "it was asked to be left out")
+    for name, check in _checks(wanted, job).items():
+        try:
+            if name not in left_out:
+                check()
+        except InputError as error:
+            left_out[name] = str(error)
+    workload = Workload(wanted.task.data, seed=wanted.seed, **wanted.task.options)
+    prompt = workload.batch(job.processor, job.source.config, 1)
+    found = SearchJob(wanted, options, job, task, prompt, tuple(e for e in EXTRAS if e not in left_out), left_out)
+    _check_goal(found)
+    return found
+
+
+def _checks(wanted: SearchRecipe, job: CompressionJob) -> dict[str, Callable[[], object]]:
+    """Return what each of EXTRAS needs, as functions that raise InputError."""
+
+    def router() -> None:
+        check_routable(job.source.config)
+        unlabelled(wanted.calibration, wanted.seed)
+
+    def int8() -> None:
+        if job.device != "cpu":
+            raise InputError(f"int8 weights are made for the CPU, and this search runs on {job.device}.")
+        check_environment(ExportOptions(quantize="int8"))
+        support_of(job.source.config)
+
+    return {
+        "heal": lambda: check_healing(HealRecipe(seed=wanted.seed), wanted.heal_calibration),
+        "router": router,
+        "int8": int8,
+    }
+
+
+def _check_goal(job: SearchJob) -> None:
+    """Raise InputError for goals that no number of layers reaches, where that is known from sizes alone."""
+    if job.free < 1:
+        raise InputError(f"{job.wanted.model}: no layer may go, so that there is nothing to search among.")
+    goal, sizes = job.wanted.goal, job.sizes()
+    if goal.params is not None:
+        least = sizes.parameters_without(job.free)
+        if goal.params < least:
+            raise InputError(
+                f"params={goal.params:,} can't be met: without any of the {job.free} layers that may go {least:,} "
+                "parameters are left."
+            )
+        if goal.params >= sizes.parameters:
+            raise InputError(f"params={goal.params:,}: the model has {sizes.parameters:,}, which is no more.")
+    if goal.memory is not None and goal.memory < (least := sizes.memory(job.free, int8="int8" in job.available)):
+        raise InputError(
+            f"memory={goal.memory:,} bytes can't be met: without any of the {job.free} layers that may go weights take "
+            f"{least:,} bytes."
+        )
+
+
+def step_costs(job: SearchJob) -> StepCosts:
+    """Return guesses of what steps take, from passes over the questions and this machine's speed."""
+    compression = job.compression
+    guess = estimate(compression)
+    questions = len(compression.calibration.samples)
+    one_pass = 2 * guess.tokens * sum(compression.source.parameters_per_layer) / flops_per_second(compression)
+    guesses = {"compress": 4 * one_pass + 5.0, "measure": 3 * one_pass * len(job.task.samples) / questions + 10.0}
+    if "heal" in job.available:
+        _, fit, held_out = check_healing(HealRecipe(seed=job.wanted.seed), job.wanted.heal_calibration)
+        passes = Schedule(HealRecipe(), len(fit), len(held_out)).forward_passes(0.75)
+        guesses["heal"] = passes * one_pass * (len(fit) + len(held_out)) / questions + 5.0
+    if "router" in job.available:
+        router = RouterRecipe()
+        guesses["route"] = ROUTER_PASSES * router.steps * router.batch_size / questions * one_pass + 5.0
+    if "int8" in job.available:
+        guesses["export"] = EXPORT_S + EXPORT_S_A_GB * compression.source.weights.num_bytes / 1e9
+    return StepCosts(guesses)

@@ -1,0 +1,181 @@
+"""What a search leaves beside the chosen folder: a table, a picture, the others as recipes, and everything as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..cards.plots import MARKERS, PALETTE, figure, save
+from ..cards.tables import table
+from ..checkpoints.files import replace_text
+from ..comparison.saved import logger, write_all
+from .candidate import Candidate, Mix
+from .found import Found, SearchResult
+from .goal import SearchRecipe
+from .prediction import Predictor
+
+RESULTS, TABLE, PICTURE, RECIPES = "search.json", "table.md", "front.png", "recipes"
+HEADER = ("candidate", "times as fast", "95 %", "ms: image", "prompt", "answer", "exact match %", "points lost",
+          "parameters", "FLOPs", "MB", "same answers %", "")  # fmt: skip
+EXPECTED_HEADER = ("candidate", "times as fast", "parameters", "FLOPs", "MB", "minutes")
+
+
+def rows(result: SearchResult) -> list[tuple[str, ...]]:
+    """Return the original and every measured candidate, the fastest last."""
+    best, chosen = {one.candidate for one in result.front}, result.choice
+    whole = result.original_figures["ms"]
+    tokens = result.original_figures["answer_tokens"]
+    original = ("the original", "1.00", "", f"{whole['vision']:.1f}", f"{whole['prefill']:.1f}",
+                f"{tokens * whole['decode']:.1f}", f"{100 * result.original.accuracy:.1f}", "",
+                f"{result.original_figures['parameters']:,}", "1.000", "", "", "")  # fmt: skip
+    found = sorted(result.found, key=lambda one: result.goal.better(one.figures))
+    return [original, *(_row(one, tokens, one.candidate in best, one is chosen) for one in found)]
+
+
+def _row(one: Found, tokens: int, on_front: bool, chosen: bool) -> tuple[str, ...]:
+    figures, ms = one.figures, one.figures["ms"]
+    low, high = figures["speedup_interval"]
+    share, told = figures["flops_share"], one.held_out or {}
+    same = f"{100 * told['same_answers']:.1f}" if "same_answers" in told else ""
+    return (
+        one.candidate.label,
+        f"{figures['speedup']:.2f}",
+        f"{low:.2f}-{high:.2f}",
+        f"{ms['vision']:.1f}",
+        f"{ms['prefill']:.1f}",
+        f"{tokens * ms['decode']:.1f}",
+        f"{100 * one.rate.accuracy:.1f}",
+        f"{one.loss:.1f} ± {1.96 * one.loss_error:.1f}",
+        f"{figures['parameters']:,}",
+        "" if share is None else f"{share:.3f}",
+        f"{figures['memory_bytes'] / 1e6:,.1f}" + ("" if figures["memory_measured"] else "*"),
+        same,
+        "chosen" if chosen else "front" if on_front else "",
+    )
+
+
+def notes(result: SearchResult) -> list[str]:
+    """Return what a reader of the table has to know."""
+    said = [
+        f"Times as fast: the whole answer to the task's first question, image, prompt and "
+        f"{result.original_figures['answer_tokens']} further tokens, in turn with the original.",
+        f"Points lost: exact match on {result.original.n} questions of the task, with 95 % intervals; the choice was "
+        "made by them, so that other questions may show a little more.",
+        "Same answers: of questions held out when layers went or when it was healed, without labels.",
+    ]
+    if any(not one.figures["memory_measured"] for one in result.found):
+        said.append("MB*: weights and cache, since what an answer takes beyond them can't be measured there.")
+    said += [f"{name}, not measured: on held-out questions it lost about {loss:.1f} points before it was healed."
+             for name, loss in result.passed.items()]  # fmt: skip
+    said += [f"{name}, left out: {reason}" for name, reason in {**result.left_out, **result.failed}.items()]
+    return said + [f"{name}, not reached in the time: the same command goes on." for name in result.open]
+
+
+def text(result: SearchResult) -> str:
+    """For the terminal."""
+    return "\n".join([table(HEADER, rows(result)), "", *notes(result), "", result.verdict])
+
+
+def markdown(result: SearchResult) -> str:
+    lines = [f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 2) + "---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(result)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(result)), "", result.verdict]) + "\n"
+
+
+def expected_rows(
+    predictor: Predictor, candidates: Sequence[Candidate], seconds: Sequence[float]
+) -> list[tuple[str, ...]]:
+    """Return what candidates are expected to cost, and what it takes to make and measure each."""
+    found: list[tuple[str, ...]] = []
+    for candidate, one in zip(candidates, seconds, strict=True):
+        expected = predictor.expect(candidate)
+        memory = f"{expected['memory_bytes'] / 1e6:,.1f}"
+        share = f"{expected['flops_share']:.3f}"
+        parameters = f"{round(expected['parameters']):,}"
+        found.append((candidate.label, f"{expected['speedup']:.2f}", parameters, share, memory, f"{one / 60:.1f}"))
+    return found
+
+
+def plot(result: SearchResult, path: Path) -> None:
+    """Exact match against the goal's figure: a colour a mix, numbers of layers gone, the Pareto front as a line."""
+    drawn, axes = figure(8.5, 4.6)
+    goal = result.goal
+    shown = [one for one in result.found if one.figures.get(goal.kind.measure) is not None]
+    found_mixes: list[Mix] = list(dict.fromkeys(one.candidate.mix for one in shown))
+    for one in shown:
+        number = found_mixes.index(one.candidate.mix)
+        at = (float(one.figures[goal.kind.measure]), 100 * one.rate.accuracy)
+        low, high = one.rate.interval
+        axes.plot([at[0]] * 2, [100 * low, 100 * high], color=PALETTE[number % len(PALETTE)], linewidth=0.8, alpha=0.5)
+        axes.plot(*at, MARKERS[number % len(MARKERS)], color=PALETTE[number % len(PALETTE)], markersize=6)
+        axes.annotate(str(one.candidate.drop), at, (5, 4), textcoords="offset points", fontsize="small")
+        if one is result.choice:
+            axes.plot(*at, "o", markersize=15, markerfacecolor="none", markeredgecolor="black")
+    front = [(one.figures[goal.kind.measure], 100 * one.rate.accuracy) for one in result.front]
+    axes.plot(*zip(*sorted(front), strict=True), color="black", linewidth=1, zorder=0) if front else None
+    _lines(axes, result)
+    axes.set_xlabel(AXES[goal.kind.measure])
+    axes.set_ylabel("exact match (%)")
+    labels = [mix.label or "layers gone alone" for mix in found_mixes]
+    handles = [
+        axes.plot([], [], MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], linestyle="")[0]
+        for i in range(len(labels))
+    ]
+    handles.append(axes.plot([], [], color="black", linewidth=1)[0])
+    handles.append(axes.plot([], [], color="#888888", linestyle=":")[0])
+    axes.legend(
+        handles,
+        [*labels, "Pareto front", "goal, and the original less the loss"],
+        frameon=False,
+        fontsize="small",
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        title="numbers: layers gone",
+        title_fontsize="small",
+    )
+    save(drawn, path)
+
+
+AXES = {
+    "speedup": "times as fast as the original, the whole answer",
+    "total_ms": "milliseconds of an answer",
+    "parameters": "parameters",
+    "flops_share": "share of the original's operations",
+    "memory_bytes": "bytes of memory",
+}
+
+
+def _lines(axes: Any, result: SearchResult) -> None:
+    """Draw the original, the goal, and what may be lost."""
+    if (x := result.original_figures.get(result.goal.kind.measure)) is not None:
+        axes.plot(x, 100 * result.original.accuracy, "*", color="black", markersize=11)
+    axes.axhline(100 * result.original.accuracy - result.max_loss, color="#888888", linestyle=":", linewidth=1)
+    if result.goal.target is not None:
+        axes.axvline(result.goal.target, color="#888888", linestyle=":", linewidth=1)
+
+
+def recipe_text(one: Found, result: SearchResult, wanted: SearchRecipe) -> str:
+    """Return a candidate as the YAML that `compress` takes, with its figures and what is to be done further."""
+    import yaml
+
+    lines = [f"# {one.candidate.label}: {result.words(one)}", "# lvlm-exporter compress --recipe THIS.yaml --out DIR"]
+    if one.candidate.mix.int8:
+        lines.append("# lvlm-exporter onnx DIR --out DIR-int8 --quantize int8")
+    if one.candidate.budget is not None:
+        lines.append(f"# model.generate(**inputs, keep_visual_tokens={one.candidate.mix.tokens})")
+    return "\n".join(lines) + "\n" + yaml.safe_dump(one.candidate.recipe(wanted).to_data(), sort_keys=False)
+
+
+def write_report(result: SearchResult, wanted: SearchRecipe) -> bool:
+    """Write recipes, table, picture and search.json. Returns: False where something could not be written."""
+    folder = result.out / RECIPES
+    try:
+        folder.mkdir(exist_ok=True)
+        for one in result.found:
+            replace_text(folder / f"{one.candidate.slug}.yaml", recipe_text(one, result, wanted))
+    except OSError as error:
+        logger.warning("%s can't be written (%s).", folder, error.strerror or error)
+        return False
+    pictures = {PICTURE: lambda path: plot(result, path)}
+    return write_all(result.out, {TABLE: markdown(result)}, pictures, result.to_data(), RESULTS)
