@@ -6,6 +6,7 @@
 # make families  tries every model type of transformers out, which writes docs/families.md: some ten minutes
 # make fuzz   damages CASES=5000 files of every kind and runs what reads them, which writes docs/faults.md: an hour
 # make kills  ends RUNS=50 runs of four subcommands at random moments, which writes docs/kills.md: an hour
+# make lmms-eval-test  lmms-eval with this package's model, in an environment of its own, against `evaluate`: minutes
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
 # make heal   heals the reference model and those of ZOO, and prints what each keeps and costs: hours, goes on when started again
 # All make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test quick lint docs matrix families fuzz kills zoo heal clean
+.PHONY: demo test quick lint docs matrix families fuzz kills lmms-eval-test zoo heal clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -53,6 +54,9 @@ fuzz: $(VENV)/ready-dev
 
 kills: $(VENV)/ready-dev
 	PYTHONPATH=tests $(BIN)/python -m faults.kills --runs $(RUNS) --seed $(SEED) --write docs/kills.md
+
+lmms-eval-test: $(VENV)/ready-dev
+	$(BIN)/python examples/lmms_eval/run.py
 
 zoo: $(VENV)/ready-dev
 	$(BIN)/python examples/zoo/train.py --out $(ZOO)

@@ -81,18 +81,21 @@ class TaskData:
     split: str | None = None  # None: the only one
     config: str | None = None
     allow_urls: bool = False
+    metric: str | None = None  # None: what its columns clearly ask for, else exact match
+    suffix: str | None = None  # put behind every question
 
     def __post_init__(self) -> None:
         paths_as_text(self, "data")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return what `load_task` takes beside the place."""
-        return {name: value for name, value in vars(self).items() if name != "data"}
+        """Return what reads a task beside the place."""
+        return {name: v for name, v in vars(self).items() if name not in ("data", "metric", "suffix")}
 
     def to_data(self) -> Any:
         """The place alone, where everything else is left to defaults."""
-        return dataclasses.asdict(self) if self != TaskData(self.data) else self.data
+        rest = {name: v for name, v in vars(self).items() if name not in ("metric", "suffix") or v is not None}
+        return rest if self != TaskData(self.data) else self.data
 
 
 @dataclass(frozen=True)
@@ -306,16 +309,14 @@ def calibration_from_data(data: Any) -> CalibrationData:
     data = _named(CalibrationData, data, "calibration", "a JSONL file, a folder of images or datasets:ID")
     if isinstance(samples := data.get("samples"), bool) or not isinstance(samples, int | None):
         raise InputError(f"calibration: samples must be a whole number or null, not {samples!r}.")
-    _check_kinds(
-        data, {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}, "calibration"
-    )
+    kinds = {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}
+    _check_kinds(data, kinds, "calibration")
     return CalibrationData(**data)
 
 
 def task_from_data(data: Any) -> TaskData:
     data = _named(TaskData, data, "task", "a JSONL file or datasets:ID")
-    if data.get("split") is not None:
-        _check_kinds(data, {"split": str}, "task")
+    _check_kinds(data, {name: str for name in ("split", "metric", "suffix") if data.get(name) is not None}, "task")
     _check_kinds(data, {"data": str, "columns": Mapping, "allow_urls": bool}, "task")
     return TaskData(**data)
 

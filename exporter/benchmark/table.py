@@ -12,9 +12,10 @@ RATIO_HEADER = ("model / reference", "batch", "prefill", "95 %", "decode", "95 %
                 "bytes a step", "peak", "of ideal: prefill", "decode")  # fmt: skip
 
 
-def benchmark_table(done: Any) -> str:
-    """Return figures of every model at every batch size, then ratios to the reference, which is the first."""
-    rows, ratios = [], []
+def benchmark_rows(done: Any) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Return rows of figures of every model at every batch size, and of ratios to the reference, which is the first."""
+    rows: list[tuple[Any, ...]] = []
+    ratios: list[tuple[Any, ...]] = []
     runtimes = {model.runtime for model in done.models}
     for model in done.models:
         name = benchmark_name(model) + (f" [{model.runtime}]" if len(runtimes) > 1 else "")
@@ -30,6 +31,13 @@ def benchmark_table(done: Any) -> str:
             rows.append((name, figures.batch, *(f"{value:.1f}" for value in times), *sizes))
             if figures.ratio_to_reference is not None:
                 ratios.append((name, figures.batch, *_ratio_cells(figures.ratio_to_reference)))
+    return rows, ratios
+
+
+def benchmark_table(done: Any) -> str:
+    """Return figures of every model at every batch size, then ratios, and how it was measured."""
+    rows, ratios = benchmark_rows(done)
+    runtimes = {model.runtime for model in done.models}
     where = ", ".join(f"{value}" if key == "device" else f"{key} {value}" for key, value in done.hardware.items())
     text = table(BENCHMARK_HEADER, rows) + ("\n\n" + table(RATIO_HEADER, ratios) if ratios else "")
     figures, options = done.models[0].batches[0], done.options

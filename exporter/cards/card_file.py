@@ -31,7 +31,7 @@ SAID = (
 )
 MARK = re.compile(r"<!-- Written by lvlm-exporter\..*?checksums: (.*?)-->\s*", re.DOTALL)
 KEY_LINE = re.compile(r"""(["']?)([\w.-]+)\1[ \t]*:(?:\s|$)""")
-OUR_METRIC = "exact match, n="  # how the names of our figures in a model-index begin
+OUR_METRIC = re.compile(r"[\w -]+, n=\d+, 95% CI ")  # how the names of our figures in a model-index begin
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def _is_ours(result: Any) -> bool:
     metrics = result.get("metrics") if isinstance(result, dict) else None
     if not isinstance(metrics, list) or not metrics:
         return False
-    return all(isinstance(m, dict) and str(m.get("name")).startswith(OUR_METRIC) for m in metrics)
+    return all(isinstance(m, dict) and OUR_METRIC.match(str(m.get("name"))) for m in metrics)
 
 
 def _all_ours(entry: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from ..checkpoints.record_types import HealPart, RouterPart
 from ..errors import InputError
 from ..localize.scores import LayerScores
 from ..methods import fold_row, localizer_row
-from .card_file import CARD, OUR_METRIC, write_card
+from .card_file import CARD, write_card
 from .figures import describe
 from .licence import card_text, licence_sentence
 from .plots import plot_scores, plot_training
@@ -162,16 +162,17 @@ def metadata(record: CheckpointRecord, name: str) -> str:
     from huggingface_hub import EvalResult
 
     results = {
-        (e["fingerprint"], str(e.get("budget"))): EvalResult(
+        (e["fingerprint"], str(e.get("budget")), e.get("metric")): EvalResult(
             task_type="image-text-to-text",
             dataset_type=e["task"],
             dataset_name=e["task"] + (f" ({describe(e['budget'])})" if e.get("budget") else ""),
             # The hub puts results of equal type, config, split and revision together, whatever their names.
             dataset_config=describe(e["budget"]) if e.get("budget") else None,
             dataset_revision=e["fingerprint"],
-            metric_type="exact_match",
+            metric_type=e.get("metric") or "exact_match",
             metric_value=round(e["accuracy"], 4),
-            metric_name=f"{OUR_METRIC}{e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
+            metric_name=f"{e.get('metric') or 'exact match'}, n={e['n']}, "
+            f"95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
         )
         for e in record.data[
             "evaluations"

@@ -165,6 +165,8 @@ class EvaluationEntry:
     flops_share: Number | None = None
     decoder_flops_share: Number | None = None
     reference_name: Text | None = None
+    metric: Text | None = None  # None: exact match
+    figures: dict[Text, Number] = field(default_factory=dict)  # what the metric tells beside its mean
 
 
 @dataclass(frozen=True)

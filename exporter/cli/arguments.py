@@ -50,7 +50,8 @@ def data_arguments(subcommand: Any, split: str) -> None:
         action="append",
         default=[],
         metavar="ROLE=NAME",
-        help="of a data set: image, question, messages, answer, type, choices",
+        help="of a data set: image, question, messages, answer, type, choices, and what a metric needs: category, "
+        "question_id, index, hint, direct_answers, reference, caption",
     )
     subcommand.add_argument("--split", metavar="S", help=f"of a data set {split}")
     subcommand.add_argument("--config", metavar="NAME", help="of a data set that has several configurations")

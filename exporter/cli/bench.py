@@ -6,6 +6,7 @@ import argparse
 
 from .arguments import DATA, MODEL, bench_arguments, data_of
 from .from_flags import budgets_from_flags, progress_bar, write_json
+from .report import check_report, report_argument, write_report
 
 SUMMARY = "time, memory and operations, in turn with the original"
 EXAMPLE = f"bench small --reference {MODEL} --task {DATA}/test.jsonl --batch 1,8"
@@ -16,10 +17,12 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
         "--reference", metavar="MODEL", help="what they are compared with, run whole (the first DIR)"
     )
+    report_argument(subcommand)
     bench_arguments(subcommand)
 
 
 def run(options: argparse.Namespace) -> int:
+    check_report(options)
     from ..benchmark.bench import bench
     from ..benchmark.figures import BenchOptions
     from ..benchmark.table import benchmark_table
@@ -37,5 +40,12 @@ def run(options: argparse.Namespace) -> int:
     )
     write_json(options, done.to_data())
     print(benchmark_table(done))
+    if options.report is not None:
+        from ..benchmark.table import BENCHMARK_HEADER, benchmark_name, benchmark_rows
+        from ..report.of_benchmark import report_of_benchmark
+
+        names = [benchmark_name(model) for model in done.models]
+        rows = benchmark_rows(done)[0]
+        write_report(options, lambda commands: report_of_benchmark(done, BENCHMARK_HEADER, rows, names, commands))
     done.check_caches()
     return 0

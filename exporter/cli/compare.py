@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .arguments import run_arguments
 from .from_flags import progress_bar, run_options_from_flags, write_json
+from .report import check_report, report_argument, write_report
 
 SUMMARY = "compare localizers, folds and budgets on your model and data"
 EXAMPLE = "compare examples/digits/compare.yaml --out comparison"
@@ -26,19 +28,22 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
         default="unseen",
         help="calibration questions about pictures that the models were, or were not, trained on",
     )
+    report_argument(subcommand)
     run_arguments(subcommand, batch_size=32)
 
 
 def run(options: argparse.Namespace) -> None:
+    check_report(options)
     run = run_options_from_flags(options)
     from ..comparison.grid import grid_from_data
-    from ..comparison.grid_table import comparison_table
+    from ..comparison.grid_table import COMPARISON_HEADER, comparison_rows, comparison_table
     from ..comparison.layers import compare
     from ..comparison.routers import compare_routes
     from ..comparison.routes import RouteTables, tables_from_data
-    from ..comparison.routes_table import table_text
-    from ..comparison.zoo import compare_zoo, zoo_from_data, zoo_in_folder, zoo_text
+    from ..comparison.routes_table import table_rows, table_text
+    from ..comparison.zoo import HEADER, compare_zoo, zoo_cells, zoo_from_data, zoo_in_folder, zoo_text
     from ..recipe import from_yaml
+    from ..report.of_comparison import report_of_grid, report_of_routes, report_of_zoo
 
     def parse(data: Any) -> Any:
         if options.zoo is not None:
@@ -49,20 +54,27 @@ def run(options: argparse.Namespace) -> None:
 
     wanted = from_yaml(options.recipe, parse)
     done: Any
+    rows: Sequence[Sequence[Any]]
     if isinstance(wanted, tuple):
         tables = compare_zoo(wanted, options.out, run, progress_bar(options))
         print(zoo_text(tables))
         write_json(options, {name: [asdict(row) for row in rows] for name, rows in tables.items()})
+        write_report(options, lambda commands: report_of_zoo(tables, HEADER, zoo_cells, commands))
         _say_where(options, "table.md", "results.json")
         return
     if isinstance(wanted, RouteTables):
         done = compare_routes(wanted, options.out, run, progress_bar(options))
         text = table_text(done)
+        header, rows = table_rows(done)
+        make = report_of_routes
     else:
         done = compare(wanted, options.out, run, progress_bar(options))
         text = comparison_table(done)
+        header, rows = list(COMPARISON_HEADER), comparison_rows(done)
+        make = report_of_grid
     write_json(options, done.to_data())
     print(text)
+    write_report(options, lambda commands: make(done, header, rows, commands))
     _say_where(options, "table.md", "accuracy.png", "results.json")
 
 

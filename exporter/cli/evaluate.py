@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from ..errors import InputError
 from .arguments import (
     DATA,
     MODEL,
@@ -16,8 +18,9 @@ from .arguments import (
     seed_number,
 )
 from .from_flags import progress_bar, run_options_from_flags, write_json
+from .report import SHOWN, check_report, report_argument, write_report
 
-SUMMARY = "exact match on a task, and fidelity to the original"
+SUMMARY = "exact match, or a benchmark's own metric, on a task, and fidelity to the original"
 EXAMPLE = f"evaluate small --reference {MODEL} --task {DATA}/test.jsonl"
 
 
@@ -31,17 +34,21 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     )
     subcommand.add_argument("--seed", type=seed_number, default=0)
     data_arguments(subcommand, "(the only one)")
+    metric_arguments(subcommand)
     subcommand.add_argument("--max-new-tokens", type=positive_count, metavar="N", help="longest answer")
     subcommand.add_argument(
         "--predictions", type=Path, metavar="FILE.jsonl", help="keep every answer; a broken-off run goes on from there"
     )
     subcommand.add_argument("--no-card", action="store_true", help="leave the checkpoints' records and cards alone")
+    report_argument(subcommand)
     run_arguments(subcommand, batch_size=32)
 
 
 def run(options: argparse.Namespace) -> None:
+    check_report(options)
     run = run_options_from_flags(options)
     from ..evaluation.evaluate import evaluate
+    from ..evaluation.metrics.task import Measure
     from ..evaluation.table import evaluation_table
     from ..routing.requests import BudgetGrid
 
@@ -62,10 +69,52 @@ def run(options: argparse.Namespace) -> None:
         samples=options.samples,
         seed=options.seed,
         **data_of(options),
+        measure=Measure(options.metric, options.suffix),
+        rated_by=judge_of(options),
         max_new_tokens=options.max_new_tokens,
         predictions=options.predictions,
         update_cards=not options.no_card,
+        show=0 if options.report is None else SHOWN,
         progress=progress_bar(options),
     )
     write_json(options, done.to_data())
     print(evaluation_table(done))
+    if options.report is not None:
+        from ..report.of_evaluation import report_of_evaluation
+
+        write_report(options, lambda commands: report_of_evaluation(done, commands))
+    if silent := [model.no_figures_because for model in done.models if model.no_figures_because]:
+        raise InputError(f"{silent[0]} Repeat the command to go on from there.")
+
+
+def metric_arguments(subcommand: argparse.ArgumentParser) -> None:
+    metric = subcommand.add_argument_group("metric", "of the task; a judge is any OpenAI-compatible server")
+    metric.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="exact, pope, mme, choice, mmbench, seed, scienceqa, aokvqa, aokvqa-direct, vqa, textvqa, llava-bench "
+        "(what the columns clearly ask for, else exact)",
+    )
+    metric.add_argument(
+        "--suffix",
+        metavar="TEXT",
+        help="put behind every question, on a line of its own",
+    )
+    metric.add_argument("--judge", metavar="URL", help="https://host/v1; its key in OPENAI_API_KEY")
+    metric.add_argument("--judge-model", metavar="NAME", help="which of its models judges")
+    metric.add_argument("--judge-prompt", type=Path, metavar="FILE", help="what it is told, in place of our own words")
+
+
+def judge_of(options: argparse.Namespace) -> Any:
+    """Return the judge that the flags name, None for none. Raises InputError."""
+    if options.judge is None:
+        if options.judge_model or options.judge_prompt:
+            raise InputError("--judge-model and --judge-prompt are for a judge: give --judge URL, too.")
+        return None
+    from ..data.records import read_text
+    from ..evaluation.metrics.judged import TASK, JudgeClient
+
+    if options.judge_prompt is not None and not options.judge_prompt.is_file():
+        raise InputError(f"there is no file {options.judge_prompt} for --judge-prompt.")
+    told = TASK if options.judge_prompt is None else read_text(options.judge_prompt)
+    return JudgeClient(options.judge, options.judge_model or "", told)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.shapes import COUNT, NUMBER, TEXT, ListOf, MapOf, check
 from ..errors import InputError
-from ..evaluation.scoring import Rate, mcnemar
+from ..evaluation.scoring import Rate, holm, mcnemar
 from ..methods import FOLDS, LOCALIZERS
 from ..plan import LayerBudget
 from ..recipe import (
@@ -184,8 +185,18 @@ class Comparison:
         wrong = [set(each.wrong) for each in (best, cell)]
         return mcnemar(*([index not in each for index in range(cell.n)] for each in wrong))[2]
 
+    @functools.cached_property
+    def p_corrected(self) -> tuple[float, ...]:
+        """Return the p-values of all cells, corrected for their number by Holm; 1 for the best of each budget."""
+        rows = [n for n, cell in enumerate(self.cells) if cell != self.best[len(cell.drop)]]
+        corrected = dict(zip(rows, holm([self.p_value(self.cells[n]) for n in rows]), strict=True))
+        return tuple(corrected.get(number, 1.0) for number in range(len(self.cells)))
+
     def to_data(self) -> dict[str, Any]:
-        cells = [asdict(cell) | {"p_value": self.p_value(cell)} for cell in self.cells]
+        cells = [
+            asdict(cell) | {"p_value": self.p_value(cell), "p_corrected": corrected}
+            for cell, corrected in zip(self.cells, self.p_corrected, strict=True)
+        ]
         return asdict(self) | {"out": str(self.out), "cells": cells}
 
     @staticmethod

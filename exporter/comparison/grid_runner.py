@@ -16,7 +16,9 @@ from ..compression.steps import fold_job, localize
 from ..data.batches import make_batch, make_batches
 from ..data.samples import Sample
 from ..data.task import SPARE_TOKENS, Task, greedy_answers
-from ..evaluation.scoring import Rate, is_right
+from ..evaluation.judge import HALF
+from ..evaluation.metrics.table import METRICS
+from ..evaluation.scoring import Rate
 from ..fold.job import FoldRefused
 from ..localize.scores import LayerScores
 from ..methods import FOLDS, LOCALIZERS, resolve
@@ -174,12 +176,13 @@ class GridRunner:
         self.reference_answers  # noqa: B018
         return Rate.of(self.correct)
 
-    def _judge(self, answers: Any, samples: Sequence[Sample]) -> list[bool]:
+    def _judge(self, answers: Any, samples: Sequence[Sample]) -> list[float]:
         texts = self.job.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [is_right(text, s.answers, s.choices) for text, s in zip(texts, samples, strict=True)]
+        value = METRICS[self.task.metric].value
+        return [value(s, text) for text, s in zip(texts, samples, strict=True)]
 
-    def _correct(self, variant: Variant, agreement: AnswerAgreement) -> list[bool]:
-        """Right or wrong for every question; only the questions that are answered otherwise are answered again."""
+    def _correct(self, variant: Variant, agreement: AnswerAgreement) -> list[float]:
+        """What each answer is worth; only the questions that are answered otherwise are answered again."""
         correct = list(self.correct)
         departs = [i for i, follows in enumerate(agreement.follows) if not follows]
         size = self.job.options.batch_size
@@ -193,9 +196,9 @@ class GridRunner:
                     correct[i] = right
         return correct
 
-    def _cell(self, key: Key, plan: PruningPlan, agreement: AnswerAgreement, correct: list[bool]) -> Cell:
+    def _cell(self, key: Key, plan: PruningPlan, agreement: AnswerAgreement, correct: list[float]) -> Cell:
         rate = Rate.of(correct)
-        types: dict[str, list[bool]] = {}
+        types: dict[str, list[float]] = {}
         for sample, right in zip(self.task.samples, correct, strict=True):
             types.setdefault(sample.type or "all", []).append(right)
         gone = sum(self.job.source.parameters_per_layer[layer] for layer in plan.drop)
@@ -211,7 +214,7 @@ class GridRunner:
             by_type={name: sum(values) / len(values) for name, values in sorted(types.items())},
             kl=agreement.kl / max(agreement.tokens, 1),
             agreement=agreement.same / max(agreement.tokens, 1),
-            wrong=tuple(index for index, right in enumerate(correct) if not right),
+            wrong=tuple(index for index, right in enumerate(correct) if right < HALF),
         )
 
     def naive_seconds(self, cells: int) -> float:

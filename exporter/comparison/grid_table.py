@@ -15,6 +15,7 @@ from .saved import write_all
 def comparison_rows(done: Any) -> list[tuple[Any, ...]]:
     """Cells by number of dropped layers, the best first."""
     rows = []
+    corrected = dict(zip(map(id, done.cells), done.p_corrected, strict=True))
     for cell in sorted(done.cells, key=lambda c: (len(c.drop), -c.accuracy, c.kl)):
         low, high = cell.interval
         rows.append(
@@ -28,7 +29,7 @@ def comparison_rows(done: Any) -> list[tuple[Any, ...]]:
                 f"{100 * cell.kept:.1f}",
                 f"{cell.kl:.4f}",
                 f"{100 * cell.agreement:.1f}",
-                "" if cell is done.best[len(cell.drop)] else f"{done.p_value(cell):.2g}",
+                "" if cell is done.best[len(cell.drop)] else f"{corrected[id(cell)]:.2g}",
             )
         )
     return rows
@@ -47,7 +48,9 @@ def comparison_table(done: Any) -> str:
     )
     for count, cell in sorted(done.best.items()):
         text += f"\nbest without {count} layers: {cell.localizer} + {cell.fold}, {100 * cell.kept:.1f} % kept"
-    text += "\np: of a row against the best one of its budget, on the same questions (McNemar, exact)"
+    text += (
+        "\np: of a row against the best one of its budget, on the same questions (McNemar, exact), by Holm for all rows"
+    )
     if done.naive_seconds:
         text += (
             f"\n{len(done.cells)} cells in {done.seconds:.0f} s; cell by cell from scratch about "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..compression.job import prepare
 from ..data.batches import by_size
-from ..data.task import load_task
+from ..evaluation.metrics.task import compared_task
 from ..progress import Progress, silent
 from ..recipe import RunOptions
 from .grid import Comparison, Grid
@@ -34,7 +34,7 @@ def compare(
         return finished
     begin = time.monotonic()
     job = prepare(grid.recipe(), options, progress)
-    task = load_task(grid.task.data, grid.task_samples, grid.seed, **grid.task.options)
+    task = compared_task(grid.task, grid.task_samples, grid.seed)
     task = dataclasses.replace(task, samples=tuple(by_size(task.samples)))
     model, _ = job.load_model()
     counts = tuple(job.count_of(budget) for budget in grid.budgets)

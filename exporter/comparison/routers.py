@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ..cards.figures import describe
 from ..checkpoints.source import open_source
-from ..data.task import load_task
 from ..errors import InputError
+from ..evaluation.metrics.task import compared_task
 from ..evaluation.scoring import Rate
 from ..progress import Progress, silent
 from ..recipe import RunOptions
@@ -42,7 +42,7 @@ def compare_routes(
                 raise InputError(f"row '{row.name}': {error}") from error
         if row.parsed().layers == "shortgpt" and tables.calibration is None:
             raise InputError(f"row '{row.name}': shortgpt measures layers on questions: add calibration: FILE.")
-    task = load_task(tables.task.data, tables.task_samples, tables.seed, **tables.task.options)
+    task = compared_task(tables.task, tables.task_samples, tables.seed)
     kept = FinishedRows(out, tables)
     runner = RoutesRunner.of(tables, task, options, progress)
     for row in tables.rows:
@@ -52,7 +52,7 @@ def compare_routes(
     cells = tuple(cell for row in tables.rows for cell in kept.cells[row.name])
     done = RouteComparison(
         out=out,
-        original=Rate.of(runner.original.correct),
+        original=Rate.of(runner.original.trials),
         columns=names,
         rows=tuple(row.name for row in tables.rows),
         cells=cells,

@@ -15,8 +15,9 @@ from ..data.resumable import ResumableLines
 from ..data.task import Task, greedy_answers
 from ..evaluation.judge import Judge, Reference
 from ..evaluation.loaded import Loaded, influence_of, load
+from ..evaluation.metrics.table import METRICS
 from ..evaluation.results import ModelResult
-from ..evaluation.scoring import Rate, is_right
+from ..evaluation.scoring import Rate
 from ..modeling.routed_route import Budget, Route
 from ..models.loading import compute_dtype, pick_device
 from ..progress import Progress
@@ -167,7 +168,7 @@ class RoutesRunner:
             route = self._searched(loaded, batch, indices) if row.searches else self._route(loaded, batch)
             compared = self.reference.compare(loaded, batch, indices, route)
         departs = [place for place, result in enumerate(compared) if result["same"] < result["tokens"]]
-        right = [self.original.correct[i] for i in indices]
+        right = [self.original.trials[i] for i in indices]
         if departs:
             samples = [batch.samples[place] for place in departs]
             few = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
@@ -175,7 +176,7 @@ class RoutesRunner:
             said = greedy_answers(loaded.model, few, self.task.longest(loaded.processor), route_of_few)
             texts = loaded.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
             for place, text, sample in zip(departs, texts, samples, strict=True):
-                right[place] = is_right(text, sample.answers, sample.choices)
+                right[place] = METRICS[self.task.metric].value(sample, text)
         return iter([result | {"correct": correct} for result, correct in zip(compared, right, strict=True)])
 
     def _route(self, loaded: Loaded, batch: Batch) -> Route:

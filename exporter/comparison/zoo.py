@@ -181,7 +181,8 @@ def _budgets(done: Comparison) -> list[tuple[float, int]]:
 HEADER = ("localizer", "fold", "layers gone", "models", "mean kept", "worst kept", "on", "rank", "below the best")
 
 
-def _cells(row: ZooRow) -> tuple[str, ...]:
+def zoo_cells(row: ZooRow) -> tuple[str, ...]:
+    """Return a row as texts."""
     percent = [f"{100 * value:.1f} %" for value in (row.mean, row.worst)]
     places = (row.worst_model, f"{row.rank:.1f}", f"{row.below_best:.1f}")
     return (row.localizer, row.fold, f"{100 * row.drop_share:.0f} %", str(row.models), *percent, *places)
@@ -189,11 +190,11 @@ def _cells(row: ZooRow) -> tuple[str, ...]:
 
 def markdown(table: list[ZooRow]) -> str:
     lines = [f"| {' | '.join(HEADER)} |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
-    return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in table)]) + "\n"
+    return "\n".join([*lines, *(f"| {' | '.join(zoo_cells(row))} |" for row in table)]) + "\n"
 
 
 def zoo_text(tables: dict[str, list[ZooRow]]) -> str:
     """For the terminal."""
     return "\n\n".join(
-        f"{name} models\n{report.table(HEADER, list(map(_cells, rows)))}" for name, rows in tables.items()
+        f"{name} models\n{report.table(HEADER, list(map(zoo_cells, rows)))}" for name, rows in tables.items()
     )

@@ -59,11 +59,7 @@ def read_choices(value: Any, origin: str) -> dict[str, str]:
 
     Raises: InputError for what is no list of texts and numbers.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):  # MMMU
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise InputError(f"{origin}: 'choices' is a text that is no list.") from error
+    value = read_listed(value, "choices", origin)  # MMMU
     if value is None:
         return {}
     if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence) and "label" in value:  # ARC
@@ -80,6 +76,32 @@ def read_choices(value: Any, origin: str) -> dict[str, str]:
     if len(texts) > len(LETTERS):
         raise InputError(f"{origin}: {len(texts)} choices are more than there are letters ({len(LETTERS)}).")
     return dict(zip(LETTERS, _without_letters(texts), strict=False))
+
+
+def read_listed(value: Any, name: str, origin: str) -> Any:
+    """Return a list that stands as one in a text; anything else as it is. Raises InputError for a text that is none."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return value
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise InputError(f"{origin}: '{name}' is a text that is no list.") from error
+
+
+def lettered_choices(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the choices of a record that has a column for each: A, B … of MMBench, choice_a … of SEED-Bench."""
+    for name in ("{}", "choice_{}"):
+        columns = {letter: name.format(letter.upper() if name == "{}" else letter) for letter in LETTERS}
+        texts = {letter: record.get(column) for letter, column in columns.items()}
+        there = {letter: text for letter, text in texts.items() if _is_option(text)}
+        if len(there) > 1 and "".join(there) == LETTERS[: len(there)]:
+            return there
+    return None
+
+
+def _is_option(text: Any) -> bool:
+    """Tell an option from what tables write for none: MMBench has 'nan'."""
+    return isinstance(text, str | int | float) and not isinstance(text, bool) and str(text).strip() not in ("", "nan")
 
 
 def _choice(item: Any, origin: str) -> str:

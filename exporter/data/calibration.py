@@ -61,6 +61,7 @@ def load_calibration(
     config: str | None = None,
     allow_urls: bool = False,
     skip_text_only: bool = True,
+    text_only: bool = False,
 ) -> Calibration:
     """Read a data source and choose `samples` of it (None: all of them, in order).
 
@@ -74,13 +75,21 @@ def load_calibration(
         allow_urls: fetch images that stand as http and https addresses.
         skip_text_only: leave questions without an image out, others are drawn for them, and log how many; else they
             are an error. Instruction data has them in between.
+        text_only: read them as questions like all others.
     """
     if samples is not None and samples < 1:
         raise InputError(f"samples={samples}: at least 1 is needed.")
     spec = str(spec)
     left_out: list[str] | None = [] if skip_text_only else None
     found = read_samples(
-        spec, columns=columns, split=split, prompt=prompt, config=config, allow_urls=allow_urls, left_out=left_out
+        spec,
+        columns=columns,
+        split=split,
+        prompt=prompt,
+        config=config,
+        allow_urls=allow_urls,
+        left_out=left_out,
+        text_only=text_only,
     )
     chosen = _drawn(found, samples, seed, left_out)
     if left_out and not chosen:
@@ -142,6 +151,7 @@ def read_samples(
     config: str | None = None,
     allow_urls: bool = False,
     left_out: list[str] | None = None,
+    text_only: bool = False,
 ) -> Sequence[Sample]:
     """Return every sample of a source. Those of a table are read when they are indexed. Raises InputError.
 
@@ -150,24 +160,25 @@ def read_samples(
     """
     if spec == DATASETS_PREFIX:
         raise InputError(f"{spec} names no data set: {DATASETS_PREFIX}USER/NAME.")
+    how = {"allow_urls": allow_urls, "text_only": text_only}
     if spec.startswith(DATASETS_PREFIX):
-        return open_table(spec.removeprefix(DATASETS_PREFIX), columns or {}, split, config, allow_urls=allow_urls)
+        return open_table(spec.removeprefix(DATASETS_PREFIX), columns or {}, split, config, **how)
     path = Path(spec).expanduser()
     if not spec.strip() or "\0" in spec or not os.path.exists(path):  # an empty name would be the working directory
         raise InputError(f"there is no file or folder '{short(spec)}' to read questions from.")
     if path.suffix.lower() == ".parquet" or (path.is_dir() and is_saved(path)):
-        return open_table(str(path), columns or {}, split, config, allow_urls=allow_urls)
+        return open_table(str(path), columns or {}, split, config, **how)
     for flag, value in (("--columns", columns), ("--config", config)):
         if value:
             raise InputError(f"{flag} is for data sets and parquet files, which {spec} is not: take it out.")
-    return _from_folder(path, prompt) if path.is_dir() else _from_file(path, allow_urls, left_out)
+    return _from_folder(path, prompt) if path.is_dir() else _from_file(path, how, left_out)
 
 
-def _from_file(path: Path, allow_urls: bool, left_out: list[str] | None) -> list[Sample]:
+def _from_file(path: Path, how: Mapping[str, bool], left_out: list[str] | None) -> list[Sample]:
     found = []
     for origin, record in read_records(path):
         try:
-            found.append(sample_from(record, origin, path.parent, allow_urls=allow_urls))
+            found.append(sample_from(record, origin, path.parent, **how))
         except TextOnlyError as error:
             if left_out is None:
                 raise

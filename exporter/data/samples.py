@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .answers import answers_among, read_answers, read_choices, read_type
+from .answers import answers_among, lettered_choices, read_answers, read_choices, read_listed, read_type
 from .chats import IMAGE_MARK, Turn, check_text, read_turns, text_of
 from .images import image_from, image_pixels, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# What metrics read beside question, answer and choices, and the columns that hold it where none is named.
+METRIC_COLUMNS = {
+    "category": ("category", "data_type"),
+    "question_id": ("question_id",),
+    "index": ("index",),
+    "hint": ("hint",),
+    "direct_answers": ("direct_answers",),
+    "reference": ("reference", "gpt_answer", "gpt_answer_1"),
+    "caption": ("caption", "context"),
+}
+ANSWER_COLUMNS = ("answer", "answers", "correct_choice_idx", "reference", "gpt_answer", "gpt_answer_1")  # the first
 TURN_KEYS = ("messages", "conversations", "conversation")
 
 
@@ -33,6 +44,7 @@ class Sample:
     answers: tuple[str, ...] = ()  # any of them is right; empty: unlabelled
     type: str | None = None
     choices: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)  # what else of its line a metric may read
 
     @functools.cached_property
     def pixels(self) -> int:
@@ -59,25 +71,27 @@ class Sample:
         return turns
 
 
-def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_urls: bool = False) -> Sample:
+def sample_from(
+    record: Mapping[str, Any], origin: str, folder: Path, *, allow_urls: bool = False, text_only: bool = False
+) -> Sample:
     """Read one record; unknown keys are ignored. Raises InputError, TextOnlyError for a record that names no image.
 
     Args:
         folder: what paths of images are relative to.
+        text_only: take a record that names no image, or null, as a question without one.
     """
     turns, inline = _turns(record, origin)
-    images = _images(record, inline, origin)
-    if not images:
+    images = [] if text_only and _names_no_image(record, inline) else _images(record, inline, origin)
+    if not images and not text_only:
         raise TextOnlyError(f"{origin}: a question without an image ('image' or 'images' is missing).")
-    given = record.get("answer")
-    given = record.get("answers") if given is None else given
+    given = next((record[key] for key in ANSWER_COLUMNS if record.get(key) is not None), None)
     answers = read_answers(given, origin)
     if turns[-1]["role"] == "assistant":  # the wanted answer, written as a turn
         answers = answers or read_answers(text_of(turns[-1]), origin)
         turns = turns[:-1]
         if not any(turn["role"] == "user" for turn in turns):
             raise InputError(f"{origin}: the conversation asks nothing before its answer.")
-    choices = read_choices(record.get("choices", record.get("options")), origin)
+    choices = read_choices(record.get("choices", record.get("options", lettered_choices(record))), origin)
     return Sample(
         origin=origin,
         images=tuple(image_from(image, folder, origin, allow_urls=allow_urls) for image in images),
@@ -85,7 +99,24 @@ def sample_from(record: Mapping[str, Any], origin: str, folder: Path, *, allow_u
         answers=answers_among(answers, given, choices, origin),
         type=read_type(record.get("type")),
         choices=tuple(choices.values()),
+        fields=_fields(record, given, origin),
     )
+
+
+def _fields(record: Mapping[str, Any], given: Any, origin: str) -> dict[str, Any]:
+    """Return what a metric may read of a record, under the names of METRIC_COLUMNS, and its answer as it stands."""
+    found = {"answer": given}
+    for name, columns in METRIC_COLUMNS.items():
+        if (column := next((one for one in columns if one in record), None)) is not None:
+            found[name] = record[column]
+    if "direct_answers" in found:
+        found["direct_answers"] = read_listed(found["direct_answers"], "direct_answers", origin)
+    return found | {key: record[key] for key in ("A", "B", "choice_a", "choice_b") if key in record}
+
+
+def _names_no_image(record: Mapping[str, Any], inline: list[Any]) -> bool:
+    named = [record.get(key) for key in ("image", "images")]
+    return not inline and all(value in (None, [], [None]) for value in named)
 
 
 def _turns(record: Mapping[str, Any], origin: str) -> tuple[list[Turn], list[Any]]:

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import InputError, nearest
+from .answers import LETTERS
 from .images import Encoded
-from .samples import Sample, sample_from
+from .samples import ANSWER_COLUMNS, METRIC_COLUMNS, Sample, sample_from
 
-ROLES = ("image", "question", "messages", "answer", "type", "choices")
+ROLES = ("image", "question", "messages", "answer", "type", "choices", *METRIC_COLUMNS)
 USUAL = {  # the columns that are taken where none are named, the first that is there
     "image": ("image", "images"),
     "question": ("question",),
     "messages": ("messages", "conversations"),
-    "answer": ("answer", "answers"),
+    "answer": ANSWER_COLUMNS,
     "type": ("type",),
     "choices": ("choices", "options"),
+    **METRIC_COLUMNS,
+    **{name: (name,) for letter in LETTERS[:8] for name in (letter.upper(), f"choice_{letter}")},
 }
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
 
@@ -44,6 +47,7 @@ class TableSamples(Sequence[Sample]):
     class_names: dict[str, Any]  # column -> the feature that names its classes
     folder: Path  # what paths are relative to
     allow_urls: bool
+    text_only: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +70,11 @@ class TableSamples(Sequence[Sample]):
             record["messages"] = self._cell(index, turns[0])
         images = [image for column in self.column_of.get("image", ()) for image in self._images(index, column)]
         record |= {"images": images} if images else {}
-        return sample_from(record, f"{self.name} row {index}", self.folder, allow_urls=self.allow_urls)
+        return sample_from(record, f"{self.name} row {index}", self.folder, **self._how)
+
+    @property
+    def _how(self) -> dict[str, bool]:
+        return {"allow_urls": self.allow_urls, "text_only": self.text_only}
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -116,7 +124,13 @@ class TableSamples(Sequence[Sample]):
 
 
 def open_table(
-    name: str, columns: Mapping[str, str], split: str | None, config: str | None, *, allow_urls: bool = False
+    name: str,
+    columns: Mapping[str, str],
+    split: str | None,
+    config: str | None,
+    *,
+    allow_urls: bool = False,
+    text_only: bool = False,
 ) -> TableSamples:
     """Open a data set, a saved folder, or a parquet file, without reading a row. Raises InputError."""
     table = _loaded(name, split, config).with_format("arrow")
@@ -126,7 +140,7 @@ def open_table(
     classes = {c: table.features[c] for cs in column_of.values() for c in cs if hasattr(table.features[c], "int2str")}
     path = Path(name).expanduser()
     folder = path if path.is_dir() else path.parent if path.is_file() else Path()
-    return TableSamples(name, table, column_of, classes, folder, allow_urls)
+    return TableSamples(name, table, column_of, classes, folder, allow_urls, text_only)
 
 
 def _loaded(name: str, split: str | None, config: str | None) -> Any:

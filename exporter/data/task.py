@@ -29,6 +29,7 @@ class Task:
 
     samples: tuple[Sample, ...]
     fingerprint: str  # of questions and images, not of answers
+    metric: str = "exact"  # by its name in exporter/evaluation/metrics/table.py
 
     def longest(self, processor: Any) -> int:
         """Return tokens that an answer may take."""
@@ -52,10 +53,11 @@ def load_task(
     split: str | None = None,
     config: str | None = None,
     allow_urls: bool = False,
+    text_only: bool = False,
 ) -> Task:
     """Read a task, as `load_calibration` reads questions.
 
-    Raises: InputError for questions without an answer, and for those without an image: a figure is of all questions.
+    Raises: InputError for questions without an answer, and without an image where not `text_only`: a figure is of all.
     """
     data = load_calibration(
         task,
@@ -66,6 +68,7 @@ def load_task(
         config=config,
         allow_urls=allow_urls,
         skip_text_only=False,
+        text_only=text_only,
     )
     unlabelled = [sample for sample in data.samples if not sample.answers]
     if unlabelled:

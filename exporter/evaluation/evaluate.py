@@ -1,4 +1,4 @@
-"""How good is a checkpoint: exact match of greedy answers on a task, and fidelity to the model it was made from.
+"""How good is a checkpoint: what greedy answers are worth on a task, and fidelity to the model it was made from.
 
 Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a batch, D hidden size.
 """
@@ -14,16 +14,18 @@ from ..cards.card_file import results_first
 from ..checkpoints.record import check_updatable
 from ..checkpoints.source import open_source
 from ..data.resumable import ResumableLines, files_key
-from ..data.task import load_task
 from ..errors import InputError
 from ..modeling.routed_route import Budget
 from ..recipe import RunOptions
 from ..routing.pictures import show_routes
 from ..routing.requests import BudgetGrid, BudgetRequest
-from .judge import ROW_FIELDS, Judge, Reference
+from .judge import ROW_FIELDS, Judge, Reference, check_same_task
 from .loaded import load
-from .results import Evaluation, ModelResult, record_evaluation
-from .scoring import PairedTest, mcnemar
+from .metrics.judged import JudgeClient, rate_all, ratings_file
+from .metrics.table import METRICS
+from .metrics.task import Measure, measured_task
+from .results import Evaluation, ModelResult, Shown, record_evaluation
+from .scoring import paired_tests
 
 
 def evaluate(
@@ -40,12 +42,15 @@ def evaluate(
     split: str | None = None,
     config: str | None = None,
     allow_urls: bool = False,
+    measure: Measure = Measure(),
+    rated_by: JudgeClient | None = None,
     max_new_tokens: int | None = None,
     predictions: str | Path | None = None,
     update_cards: bool = True,
+    show: int = 0,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> Evaluation:
-    """Exact match of every checkpoint on a task, and its fidelity to the reference.
+    """What the answers of every checkpoint to a task are worth, and its fidelity to the reference.
 
     Args:
         reference: the model that the checkpoints were made from; it is evaluated too, and first, as it is.
@@ -53,7 +58,10 @@ def evaluate(
         calibration: questions for rules that measure layers.
         samples: how many of the task's questions, seeded; None: all.
         columns, split, config, allow_urls: of the task, as `load_calibration` takes them.
+        measure: by which metric; None: the one that the columns clearly ask for, else exact match.
+        rated_by: the judge of a metric that needs one.
         predictions: JSONL file that keeps every answer; a run that is broken off and repeated goes on from it.
+        show: how many of the questions a report is to show, with the visual tokens that stay.
         update_cards: put the figures into the record and the card of checkpoints that are ours.
     Raises: InputError for a task without answers, images that can't be read, folders that are no checkpoints.
     """
@@ -61,9 +69,14 @@ def evaluate(
     calibration = None if calibration is None else str(calibration)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: at least 1 is needed.")
-    questions = load_task(str(task), samples, seed, columns=columns, split=split, config=config, allow_urls=allow_urls)
+    questions = measured_task(
+        str(task), samples, seed, measure, columns=columns, split=split, config=config, allow_urls=allow_urls
+    )
+    ratings = _ratings(questions.metric, rated_by, predictions)
     kept = ResumableLines(None if predictions is None else Path(predictions), ROW_FIELDS, "answer of an evaluation")
+    check_same_task(kept, questions)
     names = [str(path) for path in ([] if reference is None else [reference]) + list(paths)]
+    shown = Shown.spread(show, questions.samples) if show else None
     asked: dict[str, list[BudgetRequest | None]] = {name: [] for name in names}
     if reference is not None:
         open_source(names[0])
@@ -79,11 +92,18 @@ def evaluate(
         for ask in asks:
             longest = max_new_tokens or questions.longest(loaded.processor)
             judge = Judge(replace(loaded, ask=ask, seed=seed), questions, options.batch_size, longest)
+            if shown is not None:
+                judge.show = frozenset(shown.numbers)
+                shown = replace(shown, processor=shown.processor or loaded.processor)
             if reference is not None and name == str(reference) and ask is None:
                 says = judge.remember = Reference.of(loaded, files_key(loaded.source))
             elif says is not None:
                 judge.compare_with(says)
-            results.append(judge.run(kept, progress))
+            result = judge.run(kept, progress)
+            if rated_by is not None and ratings is not None:
+                said = rate_all(rated_by, questions.samples, result.answers, ratings, progress)
+                result = result.rated(said, questions)
+            results.append(result)
         if update_cards and (budget := tightest(asks, results[-len(asks) :])):
             with results_first(loaded.source.folder):
                 show_routes(
@@ -94,23 +114,33 @@ def evaluate(
                     budget=budget,
                 )
         del loaded, judge
-    pairs = [
-        PairedTest(a.label, b.label, *mcnemar(a.correct, b.correct))
-        for i, a in enumerate(results)
-        for b in results[i + 1 :]
-    ]
+    pairs = paired_tests([result.label for result in results], [result.trials for result in results])
     done = Evaluation(
         task=Path(str(task)).name,
         fingerprint=questions.fingerprint,
         models=tuple(results),
         reference=None if reference is None else str(reference),
-        pairs=tuple(pairs),
+        pairs=pairs,
+        shown=shown,
     )
     if update_cards:
         for path in paths:
             with results_first(Path(path)):
                 record_evaluation(Path(path), done)
     return done
+
+
+def _ratings(metric: str, rated_by: JudgeClient | None, predictions: str | Path | None) -> ResumableLines | None:
+    """Return the file of a judge's ratings, after the judge has answered once. Raises InputError."""
+    if not METRICS[metric].judged:
+        if rated_by is not None:
+            raise InputError(f"the metric '{metric}' needs no judge: leave --judge out, or choose another --metric.")
+        return None
+    if rated_by is None:
+        raise InputError(f"the metric '{metric}' needs a judge: give --judge URL and --judge-model NAME.")
+    ratings = ratings_file(None if predictions is None else Path(predictions))
+    rated_by.ask("Answer with the word yes.")
+    return ratings
 
 
 def tightest(asks: Sequence[BudgetRequest | None], results: Sequence[ModelResult]) -> Budget | None:

@@ -17,13 +17,18 @@ from torch.nn import functional as F
 from ..data.batches import Batch, make_batch
 from ..data.chats import text_of
 from ..data.resumable import ResumableLines, files_key
+from ..data.samples import Sample
 from ..data.task import Task, greedy_answers
+from ..errors import InputError
 from ..modeling.routed_route import Route
 from ..models.answers import with_answers
+from ..routing.pictures import image_grids
 from .ledger import Row
 from .loaded import Loaded
-from .results import ModelResult
-from .scoring import Rate, is_right
+from .metrics.metric import Metric, grouped
+from .metrics.table import DEFAULT_METRIC, METRICS
+from .results import ModelResult, values_by_type
+from .scoring import Rate
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Judge:
     remember: Reference | None = None  # this model is the reference: keep what it says
     against: Reference | None = None  # compare this model with what the reference said
     no_kl_because: str | None = None
+    show: frozenset[int] = frozenset()  # questions of which a report shows the visual tokens that stay
 
     def compare_with(self, reference: Reference) -> None:
         if self.loaded.processor.tokenizer.get_vocab() == reference.vocabulary:
@@ -95,10 +101,12 @@ class Judge:
         begin = time.monotonic()
         fingerprint = run_fingerprint(self, str(self.loaded.model.device))
         rows = kept.rows(fingerprint)
-        todo = [i for i in range(len(self.task.samples)) if self._is_open(rows.get(i))]
+        todo = [i for i in range(len(self.task.samples)) if self._is_open(i, rows.get(i))]
         samples = self.task.samples
         todo.sort(key=lambda i: (samples[i].pixels, len(text_of(samples[i].messages[-1]))))  # less padding
-        batches = [todo[i : i + self.batch_size] for i in range(0, len(todo), self.batch_size)]
+        kinds = [[i for i in todo if bool(samples[i].images) == seen] for seen in (False, True)]  # in batches apart
+        size = self.batch_size
+        batches = [kind[i : i + size] for kind in kinds for i in range(0, len(kind), size)]
         name = Path(self.loaded.path).name + (f" ({self.loaded.ask})" if self.loaded.ask else "")
         for indices in progress(batches, f"evaluate {name}", len(batches)):
             fresh = dict(zip(indices, self._batch(indices), strict=True))
@@ -106,7 +114,9 @@ class Judge:
             kept.add(fingerprint, fresh)
         return self._result(rows, time.monotonic() - begin)
 
-    def _is_open(self, row: Row | None) -> bool:
+    def _is_open(self, index: int, row: Row | None) -> bool:
+        if row is not None and index in self.show and self.loaded.ask is not None and "kept" not in row:
+            return True
         return row is None or self.remember is not None or (self.against is not None and "kl" not in row)
 
     def _batch(self, indices: Sequence[int]) -> list[Row]:
@@ -115,10 +125,14 @@ class Judge:
         route = loaded.route(batch)
         answers = greedy_answers(loaded.model, batch, self.max_new_tokens, route)
         texts = loaded.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        metric = METRICS[self.task.metric]
         rows = [
-            {"answer": text.strip(), "correct": is_right(text, sample.answers, sample.choices)}
+            {"answer": text.strip(), "correct": metric.value(sample, text) >= HALF, "task": self.task.fingerprint[:16]}
             for text, sample in zip(texts, samples, strict=True)
         ]
+        if route is not None:
+            for place in [place for place, index in enumerate(indices) if index in self.show]:
+                rows[place]["kept"] = first_grid(route, place)
         if self.remember is not None:
             self.remember.add(loaded, batch, answers, indices)
         if self.against is not None:
@@ -128,12 +142,12 @@ class Judge:
 
     def _result(self, rows: dict[int, Row], seconds: float) -> ModelResult:
         ordered = [rows[i] for i in range(len(self.task.samples))]
-        correct = tuple(row["correct"] for row in ordered)
-        types: dict[str, list[bool]] = {}
-        for sample, right in zip(self.task.samples, correct, strict=True):
-            types.setdefault(sample.type or "all", []).append(right)
+        answers = tuple(row["answer"] for row in ordered)
+        metric, samples = METRICS[self.task.metric], self.task.samples
+        values = [metric.value(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
+        trials, firsts = trials_of(metric, samples, values)
         tokens = sum(row.get("tokens", 0) for row in ordered)
-        overall = Rate.of(correct)
+        overall = Rate.of(trials)
         flops_share, decoder_flops_share = self.loaded.flops_shares()
         return ModelResult(
             path=self.loaded.path,
@@ -141,7 +155,7 @@ class Judge:
             n=overall.n,
             accuracy=overall.accuracy,
             interval=overall.interval,
-            by_type={name: Rate.of(right) for name, right in sorted(types.items())},
+            by_type={name: Rate.of(of_type) for name, of_type in values_by_type(firsts, trials).items()},
             kl=sum(row["kl"] for row in ordered) / tokens if tokens else None,
             agreement=sum(row["same"] for row in ordered) / tokens if tokens else None,
             tokens=tokens,
@@ -151,8 +165,41 @@ class Judge:
             seconds=seconds,
             flops_share=flops_share,
             decoder_flops_share=decoder_flops_share,
-            correct=correct,
-            answers=tuple(row["answer"] for row in ordered),
+            correct=tuple(value >= HALF for value in values),
+            answers=answers,
+            metric=self.task.metric,
+            figures=metric.figures(samples, answers),
+            trials=tuple(trials),
+            kept={i: row["kept"] for i, row in rows.items() if row.get("kept") and i in self.show},
+        )
+
+
+def first_grid(route: Route, row: int) -> list[str]:
+    """Return the visual tokens of a question's first image as rows of '1', one that stays, and '0'; [] for none."""
+    grids = next(iter(image_grids(route, row)), []) if bool(route.visual[row].any()) else []
+    return ["".join("1" if stays else "0" for stays in line) for line in grids[0].kept.tolist()] if grids else []
+
+
+HALF = 0.5  # what an answer is worth from which it is called right, where values lie between
+
+
+def trials_of(
+    metric: Metric, samples: Sequence[Sample], values: Sequence[float]
+) -> tuple[Sequence[float], Sequence[Sample]]:
+    """Return what a metric's mean is over, and a question of each: the questions, or groups that count as one."""
+    if not metric.as_one:
+        return values, samples
+    groups = grouped(metric, samples).values()
+    return [min(values[n] for n in members) for members in groups], [samples[members[0]] for members in groups]
+
+
+def check_same_task(kept: ResumableLines, task: Task) -> None:
+    """Raise InputError where a file of answers holds those to another task."""
+    rows = [row for run in kept.runs for row in kept.rows(run).values()]
+    if others := sum(row.get("task", task.fingerprint[:16]) != task.fingerprint[:16] for row in rows):
+        raise InputError(
+            f"{kept.path} holds {others} answers to another task (or to other questions of this one): name another "
+            "file for --predictions."
         )
 
 
@@ -171,5 +218,5 @@ def run_fingerprint(judge: Judge, device: str) -> str:
         "run": [str(loaded.model.dtype), device, judge.max_new_tokens],
         "reference": judge.remember is not None or (judge.against.key if judge.against else None),
         "versions": [torch.__version__, transformers.__version__],
-    }
+    } | ({} if judge.task.metric == DEFAULT_METRIC else {"metric": judge.task.metric})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..cards.figures import describe
 from ..checkpoints.record import RECORD, read_record, write_record
+from ..data.samples import Sample
+from ..data.task import Task
+from .metrics.judged import Ratings
+from .metrics.table import DEFAULT_METRIC, METRICS
 from .scoring import PairedTest, Rate
 
 
@@ -32,10 +37,46 @@ class ModelResult:
     decoder_flops_share: float | None
     correct: tuple[bool, ...] = field(repr=False)
     answers: tuple[str, ...] = field(repr=False)
+    metric: str = "exact"
+    figures: dict[str, float] = field(default_factory=dict)  # what the metric tells beside its mean
+    trials: tuple[float, ...] = field(default=(), repr=False)  # what accuracy is the mean of: questions, or groups
+    no_figures_because: str | None = None  # why a judge's ratings are missing
+    kept: dict[int, list[str]] = field(default_factory=dict, repr=False)  # tokens of questions that a report shows
+
+    def rated(self, ratings: Ratings, task: Task) -> ModelResult:
+        """Return the same with what a judge said of the answers."""
+        values = ratings.values()
+        rate = Rate.of(values)
+        types = values_by_type(task.samples, values)
+        return replace(
+            self,
+            accuracy=rate.accuracy,
+            interval=rate.interval,
+            by_type={name: Rate.of(of_type) for name, of_type in types.items()},
+            correct=tuple(bool(pair) and pair[1] >= pair[0] for pair in ratings.pairs),
+            figures=ratings.figures(task.samples),
+            trials=values,
+            no_figures_because=ratings.silent,
+        )
 
     @property
     def label(self) -> str:
         return self.path if self.budget is None else f"{self.path} ({describe(self.budget)})"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which questions a report shows."""
+
+    numbers: tuple[int, ...]
+    samples: tuple[Sample, ...]  # all of the task
+    processor: Any  # of the first model
+
+    @classmethod
+    def spread(cls, most: int, samples: tuple[Sample, ...], processor: Any = None) -> Shown:
+        """Return at most so many questions, evenly spread over the task."""
+        count = min(most, len(samples))
+        return cls(tuple(number * len(samples) // count for number in range(count)), samples, processor)
 
 
 @dataclass(frozen=True)
@@ -45,9 +86,36 @@ class Evaluation:
     models: tuple[ModelResult, ...]
     reference: str | None
     pairs: tuple[PairedTest, ...]
+    shown: Shown | None = field(default=None, repr=False)
+
+    @property
+    def base(self) -> ModelResult | None:
+        """Return the result of the reference as it is, None where there is no reference."""
+        return next((model for model in self.models if model.path == self.reference and model.budget is None), None)
+
+    @property
+    def metric(self) -> str:
+        return self.models[0].metric
+
+    @property
+    def metric_in_brackets(self) -> str:
+        """Return the metric as it stands behind the task's name, nothing for exact match."""
+        return "" if self.metric == DEFAULT_METRIC else f" ({METRICS[self.metric].title})"
 
     def to_data(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(replace(self, shown=None))
+        for model in data["models"]:
+            del model["kept"]
+        del data["shown"]
+        return data
+
+
+def values_by_type(samples: Sequence[Sample], values: Sequence[float]) -> dict[str, list[float]]:
+    """Return values by the type of question, in the order of the names."""
+    types: dict[str, list[float]] = {}
+    for sample, value in zip(samples, values, strict=True):
+        types.setdefault(sample.type or "all", []).append(value)
+    return dict(sorted(types.items()))
 
 
 def record_evaluation(folder: Path, done: Evaluation) -> bool:
@@ -61,15 +129,16 @@ def record_evaluation(folder: Path, done: Evaluation) -> bool:
 
     record = read_record(folder).to_data()
     base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
-    head = {"task": done.task, "fingerprint": done.fingerprint}
+    head = {"task": done.task + done.metric_in_brackets, "fingerprint": done.fingerprint}
     name = None if done.reference is None else model_name(done.reference)
     tail = {"reference": None if base is None else figures(base), "reference_name": name}
     entries = [head | figures(model) | tail for model in done.models if Path(model.path) == folder]
-    new = [(done.fingerprint, entry["budget"]) for entry in entries]
+    new = [(done.fingerprint, entry["budget"], entry.get("metric")) for entry in entries]
     others = [
         e
         for e in record["evaluations"]
-        if (e["fingerprint"], e.get("budget")) not in new or e.get("reference_name", name) not in (None, name)
+        if (e["fingerprint"], e.get("budget"), e.get("metric")) not in new
+        or e.get("reference_name", name) not in (None, name)
     ]
     write_record(folder, record | {"evaluations": [*others, *entries]})
     card(folder)
@@ -81,4 +150,5 @@ def figures(result: ModelResult) -> dict[str, Any]:
     data = asdict(result)
     keys = ("budget", "n", "accuracy", "interval", "by_type", "kl", "agreement", "tokens", "flops_share",
             "decoder_flops_share")  # fmt: skip
-    return {key: data[key] for key in keys}
+    told = {key: data[key] for key in keys}
+    return told if result.metric == DEFAULT_METRIC else told | {"metric": result.metric, "figures": result.figures}

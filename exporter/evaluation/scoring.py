@@ -18,20 +18,46 @@ class Rate:
     interval: tuple[float, float]
 
     @classmethod
-    def of(cls, right: Iterable[bool]) -> Rate:
-        outcomes = list(right)
-        return cls(len(outcomes), sum(outcomes) / len(outcomes), wilson(sum(outcomes), len(outcomes)))
+    def of(cls, values: Iterable[float]) -> Rate:
+        """Return the rate of outcomes, right (1) or wrong (0), or the mean of values between them."""
+        outcomes = list(values)
+        mean = sum(outcomes) / len(outcomes)
+        if all(value in (0, 1) for value in outcomes):
+            return cls(len(outcomes), mean, wilson(int(sum(outcomes)), len(outcomes)))
+        return cls(len(outcomes), mean, normal_interval(outcomes))
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two models on the same questions: McNemar's exact test on those that only one of them gets right."""
+    """Two models on the same questions: McNemar's exact test on those that one of them does better."""
 
     first: str
     second: str
     only_first: int
     only_second: int
     p_value: float
+    p_corrected: float = 1.0  # for the number of tests that were made beside it
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number, in their order (S. Holm, 1979)."""
+    order = sorted(range(len(p_values)), key=lambda n: p_values[n])
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for place, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * p_values[number]))
+        corrected[number] = largest
+    return corrected
+
+
+def paired_tests(labels: Sequence[str], trials: Sequence[Sequence[float]]) -> tuple[PairedTest, ...]:
+    """Return the test of each model against each later one, corrected for their number."""
+    both = [(a, b) for a in range(len(labels)) for b in range(a + 1, len(labels))]
+    found = [mcnemar(trials[a], trials[b]) for a, b in both]
+    corrected = holm([p_value for *_, p_value in found])
+    return tuple(
+        PairedTest(labels[a], labels[b], *counts, p_corrected=p_value)
+        for (a, b), counts, p_value in zip(both, found, corrected, strict=True)
+    )
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -44,10 +70,22 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return (max(0.0, center - half), min(1.0, center + half))
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
-    """Return questions that only the first, only the second gets right, and the exact two-sided p-value."""
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+def normal_interval(values: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
+    """Return the interval of a mean of values from 0 to 1, by their standard error."""
+    n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        return (0.0, 1.0)
+    half = z * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return (max(0.0, mean - half), min(1.0, mean + half))
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> tuple[int, int, float]:
+    """Return questions that the first, and that the second, does better, and the exact two-sided p-value.
+
+    Where values lie between right and wrong, it is the sign test.
+    """
+    only_first = sum(a > b for a, b in zip(first, second, strict=True))
+    only_second = sum(b > a for a, b in zip(first, second, strict=True))
     n, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n
     return only_first, only_second, min(1.0, 2 * tail)

@@ -7,12 +7,14 @@ from typing import Any
 
 from ..cards.plots import percent_or_dash
 from ..cards.tables import table
+from .metrics.table import METRICS
+from .scoring import PairedTest
 
 PAIRED = 5  # models in a call whose paired tests are all shown; of more, those with the first one
 
 
 def evaluation_table(done: Any) -> str:
-    """One row a model and budget: size, exact match, share kept, fidelity; then question types and paired tests."""
+    """One row a model and budget: size, mean, share kept, fidelity; then the metric's figures, types, paired tests."""
     base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
     routed = any(model.budget for model in done.models)
     rows = []
@@ -33,9 +35,19 @@ def evaluation_table(done: Any) -> str:
                 *[percent_or_dash(model.flops_share), percent_or_dash(model.decoder_flops_share)] * routed,
             )
         )
-    header = ["model", "parameters", "bytes", "exact match", "95 % CI", "kept", "KL", "agreement", "seconds"]
+    header = [
+        "model",
+        "parameters",
+        "bytes",
+        METRICS[done.metric].title,
+        "95 % CI",
+        "kept",
+        "KL",
+        "agreement",
+        "seconds",
+    ]
     header += ["prefill FLOPs", "decoder FLOPs"] * routed
-    text = table(header, rows)
+    text = table(header, rows) + metric_figures(done)
     types = list(done.models[0].by_type)
     if len(types) > 1:
         by_type = [
@@ -44,10 +56,12 @@ def evaluation_table(done: Any) -> str:
         ]
         text += "\n\n" + table(("type", "n", *(Path(m.label).name for m in done.models)), by_type)
     shown = done.pairs if len(done.models) <= PAIRED else [p for p in done.pairs if p.first == done.models[0].label]
+    graded = any(value not in (0, 1) for model in done.models for value in model.trials)
+    test = "sign test on better answers, exact" if graded else "McNemar, exact"
     for pair in shown:
         text += (
             f"\n{Path(pair.first).name} vs {Path(pair.second).name}: {pair.only_first} questions right only in the "
-            f"first, {pair.only_second} only in the second, p = {pair.p_value:.2g} (McNemar, exact)"
+            f"first, {pair.only_second} only in the second, p = {pair.p_value:.2g}{corrected(pair, done)} ({test})"
         )
     if len(shown) < len(done.pairs):
         text += f"\nAll {len(done.pairs)} paired tests are in what --json writes."
@@ -55,3 +69,24 @@ def evaluation_table(done: Any) -> str:
         if model.no_kl_because:
             text += f"\n{model.path}: no KL, {model.no_kl_because}"
     return text
+
+
+def corrected(pair: PairedTest, done: Any) -> str:
+    """Return the p-value that is corrected for the number of tests, where there are several."""
+    return f", {pair.p_corrected:.2g} by Holm for {len(done.pairs)} tests" if len(done.pairs) > 1 else ""
+
+
+def metric_figures(done: Any) -> str:
+    """Return a table of what the metric tells beside its mean: shares in percent, points as they are."""
+    names = list(dict.fromkeys(name for model in done.models for name in model.figures))
+    if not names:
+        return ""
+    rows = [(name, *(shown_figure(name, model.figures.get(name)) for model in done.models)) for name in names]
+    return "\n\n" + table((done.metric, *(Path(m.label).name for m in done.models)), rows)
+
+
+def shown_figure(name: str, value: float | None) -> str:
+    """Return a figure as it is read."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if name.endswith("(points)") else f"{100 * value:.1f} %"

@@ -12,8 +12,9 @@ from ..compression.estimate import estimate, flops_per_second
 from ..compression.job import CompressionJob
 from ..compression.job import prepare as prepare_compression
 from ..data.batches import Batch
-from ..data.task import Task, load_task
+from ..data.task import Task
 from ..errors import InputError
+from ..evaluation.metrics.task import compared_task
 from ..healing.healed import check_healing
 from ..healing.schedule import Schedule
 from ..onnx.pipeline import ExportOptions, check_environment
@@ -98,7 +99,7 @@ def prepare_search(wanted: SearchRecipe, options: RunOptions, progress: Progress
         raise InputError(f"{wanted.model} has a router, which was trained for its layers: search from the one without.")
     if job.device == "auto":
         raise InputError("what runs on several devices is not timed: name one with --device.")
-    task = load_task(wanted.task.data, wanted.task_samples, wanted.seed, **wanted.task.options)
+    task = compared_task(wanted.task, wanted.task_samples, wanted.seed)
     for sample in task.samples:
         sample.open_images()
     left_out = dict.fromkeys(wanted.without, "it was asked to be left out")

@@ -21,7 +21,9 @@ from ..checkpoints.source import open_source
 from ..clean_room import load_processor
 from ..data.batches import by_size, make_batch
 from ..evaluation.evaluate import evaluate
-from ..evaluation.scoring import is_right
+from ..evaluation.judge import HALF
+from ..evaluation.metrics.table import METRICS
+from ..evaluation.metrics.task import Measure
 from ..families import PER_LAYER_TENSORS
 from ..models.variants import Variant, assembled
 from ..onnx.pipeline import ExportOptions, export
@@ -161,6 +163,7 @@ class Workshop:
             samples=wanted.task_samples,
             seed=wanted.seed,
             **wanted.task.options,
+            measure=Measure(self.job.task.metric, wanted.task.suffix),
             predictions=self.answers,
             update_cards=False,
             progress=self.progress,
@@ -173,6 +176,7 @@ class Workshop:
         config, size = self.job.compression.source.config, self.job.options.batch_size
         samples = by_size(self.job.task.samples)
         longest = self.job.task.longest(processor)
+        value = METRICS[self.job.task.metric].value
         right: dict[int, bool] = {}
         starts = range(0, len(samples), size)
         for start in self.progress(starts, f"evaluate {folder.name}", len(starts)):
@@ -184,7 +188,7 @@ class Workshop:
                 tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             for text, sample in zip(texts, some, strict=True):
-                right[id(sample)] = is_right(text, sample.answers, sample.choices)
+                right[id(sample)] = value(sample, text) >= HALF
         return [right[id(sample)] for sample in self.job.task.samples]
 
     def _timed(self, candidate: Candidate, folder: Path, answer_tokens: int) -> dict[str, Any]:

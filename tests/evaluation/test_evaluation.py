@@ -12,7 +12,7 @@ from tiny_models import build
 from exporter.data.answers import normalise
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
-from exporter.evaluation.scoring import is_right, mcnemar, wilson
+from exporter.evaluation.scoring import Rate, holm, is_right, mcnemar, paired_tests, wilson
 from exporter.pipeline import compress
 from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData, Recipe, RunOptions
@@ -31,6 +31,21 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert (only_first, only_second) == (8, 2)
     assert p == pytest.approx(2 * (1 + 10 + 45) / 1024)
     assert mcnemar(first, first)[2] == 1.0
+
+
+def test_p_values_are_corrected_for_their_number():
+    """Holm's own order: the smallest times three, the next times two, none below one before it."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+    tests = paired_tests(["a", "b", "c"], [[1] * 8, [0] * 8, [1] * 7 + [0]])
+    assert [(t.first, t.second) for t in tests] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert tests[0].p_corrected == pytest.approx(3 * 2 / 2**8)
+
+
+def test_values_between_right_and_wrong():
+    rate = Rate.of([0.0, 1 / 3, 2 / 3, 1.0])
+    assert rate.accuracy == pytest.approx(0.5) and rate.interval == pytest.approx((0.0780, 0.9220), abs=1e-3)
+    assert mcnemar([0.3, 0.6, 1.0], [0.6, 0.6, 0.0])[:2] == (1, 1)
 
 
 def test_exact_match_ignores_what_is_no_difference():

@@ -31,7 +31,7 @@ FLOORS = (
     ("fold", "cards"),
     ("compression", "healing", "routing", "onnx", "conversion"),
     ("pipeline", "evaluation", "benchmark", "survey"),
-    ("comparison", "publishing"),
+    ("comparison", "publishing", "report"),
     ("outcome",),
     ("cli",),
     ("plugins", "__init__", "__main__"),

@@ -1,0 +1,73 @@
+"""A task with its metric: the questions as the metric puts them, read and checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...data.calibration import Calibration
+from ...data.samples import TextOnlyError
+from ...data.task import Task, load_task
+from ...errors import InputError
+from ...recipe import TaskData
+from .table import DEFAULT_METRIC, METRICS, chosen, questions_for, with_suffix
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured on a task: which metric, and what is put behind its questions."""
+
+    metric: str | None = None  # None: the one that the columns clearly ask for, else exact match
+    suffix: str | None = None  # 'Answer the question using a single word or phrase.'
+
+
+def measured_task(
+    spec: str,
+    samples: int | None,
+    seed: int,
+    measure: Measure = Measure(),
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    config: str | None = None,
+    allow_urls: bool = False,
+) -> Task:
+    """Read a task and put its questions as its metric does; `load_task` says what the rest is.
+
+    Raises: InputError as `load_task` does, and for a metric that there is not or that the task has no columns for.
+    """
+    may_be_text = measure.metric is None or METRICS[chosen(measure.metric, ())].text_only
+    task = load_task(
+        spec, samples, seed, columns=columns, split=split, config=config, allow_urls=allow_urls, text_only=may_be_text
+    )
+    name = chosen(measure.metric, task.samples)
+    metric = METRICS[name]
+    if not metric.text_only and (blind := next((s for s in task.samples if not s.images), None)):
+        raise TextOnlyError(f"{blind.origin}: a question without an image ('image' or 'images' is missing).")
+    if measure.metric is None and name != DEFAULT_METRIC:
+        logger.warning("metric: %s, by the task's columns (--metric exact for exact match)", name)
+    put = questions_for(name, metric, task.samples)
+    if measure.suffix:
+        put = with_suffix(put, measure.suffix)
+    if put == task.samples:
+        return replace(task, metric=name)
+    fingerprint = Calibration(put, spec, len(put), seed).fingerprint
+    return Task(put, fingerprint, name)
+
+
+def compared_task(data: TaskData, samples: int | None, seed: int) -> Task:
+    """Read the task that a recipe names, for a comparison, whose cells are counted question by question.
+
+    Raises: InputError as `measured_task` does, and for a metric that counts groups or asks a judge.
+    """
+    task = measured_task(data.data, samples, seed, Measure(data.metric, data.suffix), **data.options)
+    metric = METRICS[task.metric]
+    if metric.as_one or metric.judged:
+        raise InputError(
+            f"task: the metric '{task.metric}' is no mean over questions, which a comparison counts: name another one, "
+            "or run `lvlm-exporter evaluate`."
+        )
+    return task

@@ -1,0 +1,1 @@
+"""`--report DIR`: one self-contained report.html of what `evaluate`, `compare` or `bench` measured."""

@@ -1,0 +1,46 @@
+"""What a report tells of a benchmark: times, their shares of the reference's, and where they were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .page import facts
+from .parts import Bar, Bars, Part, Point, Report, Scatter, Table
+
+
+def report_of_benchmark(
+    done: Any,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    names: Sequence[str],
+    commands: Sequence[str],
+) -> Report:
+    """Return the page of a benchmark.
+
+    Args:
+        done: a `Benchmark`.
+        header, rows: of its table of figures.
+        names: of its models.
+    """
+    found: list[Part] = [Table("Figures", tuple(header), tuple(tuple(map(str, row)) for row in rows))]
+    for place, batch in enumerate(done.options.batches):
+        ratios = [
+            (name, model.batches[place].ratio_to_reference) for name, model in zip(names, done.models, strict=True)
+        ]
+        for what, said in (("prefill_ms", "prefill"), ("decode_ms", "a decoding step")):
+            bars = tuple(
+                Bar(name, ratio[what], tuple(ratio["intervals"][what]), f"{ratio[what]:.3f}")
+                for name, ratio in ratios
+                if ratio is not None
+            )
+            if bars:
+                found.append(Bars(f"Time of {said} as a share of the reference's, batch {batch}", bars))
+        points = tuple(
+            Point(name, model.batches[place].first_token_ms, model.batches[place].tokens_per_s)
+            for name, model in zip(names, done.models, strict=True)
+        )
+        title = f"Throughput and time to the first token, batch {batch}"
+        found.append(Scatter(title, "first token (ms)", "answer tokens a second", points))
+    where = tuple((str(name), str(value)) for name, value in done.hardware.items())
+    return Report("Time, memory and operations", tuple(commands), tuple(found), (*facts(), *where))

@@ -1,0 +1,87 @@
+"""What a report tells of comparisons: of methods, of routers, of many models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .page import facts
+from .parts import Bar, Bars, Part, Point, Report, Scatter, Table
+
+NOTE = "p: of a row against the best one of its budget, on the same questions (McNemar, exact), by Holm for all rows."
+
+
+def report_of_grid(done: Any, header: Sequence[str], rows: Sequence[Sequence[Any]], commands: Sequence[str]) -> Report:
+    """Return the page of a comparison of localizers, folds and numbers of layers.
+
+    Args:
+        done: a `Comparison`.
+        header, rows: of its table.
+    """
+    points = [Point("original", done.parameters / 1e6, 100 * done.original.accuracy, _percent(done.original.interval))]
+    points += [
+        Point(_name(cell), cell.parameters / 1e6, 100 * cell.accuracy, _percent(cell.interval)) for cell in done.cells
+    ]
+    found: list[Part] = [
+        Scatter("What is left and what it scores", "parameters (millions)", "exact match (%)", tuple(points)),
+        Table("All cells", tuple(header), tuple(tuple(map(str, row)) for row in rows),
+              NOTE),
+        _types({_name(cell): cell.by_type for cell in done.best.values()}),
+    ]  # fmt: skip
+    return Report("Methods side by side", tuple(commands), tuple(found), facts())
+
+
+def _name(cell: Any) -> str:
+    return f"{cell.localizer} + {cell.fold}, {len(cell.drop)} layers gone"
+
+
+def _percent(interval: Sequence[float]) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]
+
+
+def _types(by_type: dict[str, dict[str, float]]) -> Table:
+    types = sorted({name for one in by_type.values() for name in one})
+    rows = tuple(
+        (name, *(f"{100 * one[name]:.1f}" if name in one else "–" for one in by_type.values())) for name in types
+    )
+    return Table("By type of question, in percent", ("type", *by_type), rows)
+
+
+def report_of_routes(
+    done: Any, header: Sequence[str], rows: Sequence[Sequence[Any]], commands: Sequence[str]
+) -> Report:
+    """Return the page of a comparison of routers and rules.
+
+    Args:
+        done: a `RouteComparison`.
+        header, rows: of its table.
+    """
+    points = [Point("unrouted", 100.0, 100 * done.original.accuracy, _percent(done.original.interval))]
+    points += [
+        Point(f"{cell.row}, {done.columns[cell.column]}", 100 * cell.decoder_flops_share, 100 * cell.accuracy,
+              _percent(cell.interval)) for cell in done.cells
+    ]  # fmt: skip
+    cost = "decoder FLOPs of the prompt (% of the unrouted model's)"
+    found: list[Part] = [
+        Scatter("What a prompt costs and what it scores", cost, "exact match (%)", tuple(points)),
+        Table("All rows", tuple(header), tuple(tuple(map(str, row)) for row in rows)),
+        _types({f"{cell.row}, {done.columns[cell.column]}": cell.by_type for cell in done.cells[:8]}),
+    ]
+    return Report("Routers side by side", tuple(commands), tuple(found), facts())
+
+
+def report_of_zoo(tables: dict[str, Any], header: Sequence[str], cells: Any, commands: Sequence[str]) -> Report:
+    """Return the page of a comparison over many models.
+
+    Args:
+        tables: rows by the name of their table.
+        cells: makes texts of a row.
+    """
+    found: list[Part] = []
+    for name, rows in tables.items():
+        bars = tuple(
+            Bar(f"{row.localizer} + {row.fold}, {100 * row.drop_share:.0f} %", 100 * row.worst, None,
+                f"{100 * row.worst:.1f} %") for row in rows
+        )  # fmt: skip
+        found += [Bars(f"Worst of the models: kept, {name}", bars), Table(name, tuple(header), tuple(map(cells, rows)))]
+    return Report("Methods over many models", tuple(commands), tuple(found), facts())
