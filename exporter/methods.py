@@ -8,9 +8,10 @@ imports them. The keyword-only arguments of a method's function are its options 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 Function = str | Callable[..., Any]  # "MODULE:FUNCTION", or the function itself
 SHORT_LVLM = "https://arxiv.org/abs/2507.23362"
@@ -193,3 +194,33 @@ def localizer_row(name: str) -> Localizer:
 def fold_row(name: str) -> Fold:
     """Return the row of a record's fold; one that is not in the table is called by its name."""
     return FOLDS.get(name) or Fold(run="", title=name)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value read from YAML may stand where the annotation asks for a number, a choice or several."""
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in arguments
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and bool(value) and all(fits(item, arguments[0]) for item in value)
+    if arguments:  # a union
+        return any(fits(value, choice) for choice in arguments)
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < math.inf
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, hint)
+
+
+def in_words(hint: Any) -> str:
+    """Return the annotation in words."""
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if get_origin(hint) is tuple:
+        return f"a list of {in_words(arguments[0])}"
+    if arguments:
+        return " or ".join(in_words(one) for one in arguments)
+    words = {float: "a number from 0 up", int: "a whole number from 0 up", str: "a text", bool: "true or false"}
+    said: str = words.get(hint, "null" if hint is type(None) else hint.__name__)
+    return said

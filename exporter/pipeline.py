@@ -14,18 +14,17 @@ from .checkpoints.source import Source, open_source
 from .checkpoints.staging import check_space, check_target, staged, staging_directory
 from .checkpoints.verification import require
 from .checkpoints.writer import kept_pieces
-from .clean_room import reference_answer
 from .compression.job import CompressionJob, prepare
-from .compression.record import describe, measure
-from .compression.steps import fold_gaps, localize, write_with_progress
+from .compression.record import measure, scores_to_keep, write_verified
+from .compression.steps import changes_of, localize, write_with_progress
 from .data.calibration import Calibration
 from .errors import InputError
 from .healing.estimate import healing_cost
 from .healing.healed import check_healing, merged_again, prepare_healing, with_healing
 from .healing.schedule import Schedule
 from .localize.scores import LayerScores
-from .models.variants import Variant, assembled
-from .plan import LayerBudget, breaks_period, make_plan
+from .localize.stored import StoredScores, load_scores
+from .plan import LayerBudget, breaks_period
 from .progress import Progress, silent
 from .recipe import ROUTER_SAMPLES, CalibrationData, HealRecipe, Recipe, RouterRecipe, RunOptions
 from .routing.settings import check_routable, default_settings
@@ -40,18 +39,21 @@ def compress(
     options: RunOptions = RunOptions(),
     progress: Progress = silent,
     healed: Path | None = None,
+    scores: StoredScores | Path | str | None = None,
 ) -> Path:
     """Localize, fold, heal, train a router, write, describe, verify: the recipe's checkpoint in the folder `out`.
 
     Args:
         healed: a checkpoint that this recipe gave: what it learnt is merged in place of healing once more.
+        scores: of the layers, as `score` keeps them: the localizer is not run again.
     Returns: the folder. Raises: InputError for wrong input, CheckFailed where the result does not verify; in both
     cases nothing is left at `out`.
     """
     out = Path(out)
     check_target(out)
+    stored = load_scores(scores) if isinstance(scores, Path | str) else scores
     if recipe.router is None and recipe.heal is None:
-        return _compress(recipe, out, options, progress)
+        return _compress(recipe, out, options, progress, stored)
     questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
         check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration)
@@ -59,7 +61,7 @@ def compress(
         (room / "folded").mkdir()
         (room / "healed").mkdir()
         plain = dataclasses.replace(recipe, heal=None, router=None)
-        made = _compress(plain, room / "folded" / out.name, options, progress)
+        made = _compress(plain, room / "folded" / out.name, options, progress, stored)
         if recipe.heal is not None:
             place = out if recipe.router is None else room / "healed" / out.name
             if healed is not None:
@@ -178,36 +180,38 @@ def check_router(recipe: Recipe) -> Calibration:
     return unlabelled(router_data(router, recipe.calibration), router.seed)
 
 
-def _compress(recipe: Recipe, out: Path, options: RunOptions, progress: Progress) -> Path:
+def _compress(
+    recipe: Recipe, out: Path, options: RunOptions, progress: Progress, stored: StoredScores | None = None
+) -> Path:
     begin = time.monotonic()
-    job = prepare(recipe, options, progress)
+    job = prepare(recipe, options, progress, stored)
     check_space(out, job.source.weights.num_bytes)
-    model, ignored = job.load_model()
-    questions = job.questions(model)
-    scores = localize(job, model, questions)
-    plan = make_plan(job.source.num_layers, scores.drop)
+    changes = changes_of(job)
+    plan, folded, record = changes.plan, changes.folded, changes.record
     if broken := breaks_period(job.source.config, plan.keep):
         logger.warning("%s: %s", out.name, broken)
-    folded, fold = fold_gaps(job, model, questions, plan)
-    with assembled(model, Variant(plan, folded)):
-        reference = reference_answer(model, job.processor)
-    del model, questions.model  # verification loads the checkpoint again: there is memory for one
-    record = describe(job, questions, scores, plan, fold, reference)
-    record["source"]["unexpected_keys"] = ignored
     with staged(out) as stage:
         kept = sum(piece.entry.num_bytes for shard in kept_pieces(job.source, plan, folded) for piece in shard)
         write_with_progress(job.source, plan, folded=folded, stage=stage, progress=progress, num_bytes=kept)
         record["measured"] = measure(stage, record, time.monotonic() - begin)
         write_record(stage, record)
         card(stage, out.name)
-        require(stage, job.device)
+        write_verified(stage, record, require(stage, job.device, memory=options.memory))
     return out
 
 
 def score(
-    recipe: Recipe, options: RunOptions = RunOptions(), progress: Progress = silent
+    recipe: Recipe, options: RunOptions = RunOptions(), progress: Progress = silent, save: Path | str | None = None
 ) -> tuple[CompressionJob, LayerScores]:
-    """Only localize; writes nothing. Returns what was opened, and the scores."""
+    """Only localize. Returns what was opened, and the scores.
+
+    Args:
+        save: a file that takes the scores with all that they depend on, for `compress(..., scores=FILE)`.
+    """
     job = prepare(recipe, options, progress)
-    model = job.load_model()[0]
-    return job, localize(job, model, job.questions(model))
+    model = job.load_model()[0] if job.reads_questions else None
+    questions = job.questions(model)
+    scores = localize(job, model, questions)
+    if save is not None:
+        scores_to_keep(job, questions, scores).save(Path(save))
+    return job, scores

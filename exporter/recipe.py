@@ -6,15 +6,14 @@ Imports nothing heavy: the command line reads it to explain usage.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 from .errors import InputError, nearest
-from .methods import FOLDS, LOCALIZERS, LOSSES, Fold, Localizer, RouterLoss, resolve
+from .methods import FOLDS, LOCALIZERS, LOSSES, Fold, Localizer, RouterLoss, fits, in_words, resolve
 from .plan import LayerBudget
 
 T = TypeVar("T")
@@ -70,6 +69,9 @@ class CalibrationData:
             if f.name == "data" or getattr(self, f.name) != _default(f)
         }
         return data if len(data) > 1 else self.data
+
+
+NO_QUESTIONS = CalibrationData("")  # of a recipe that needs none: its layers are named or scored, nothing is folded
 
 
 @dataclass(frozen=True)
@@ -206,12 +208,18 @@ class Recipe:
         if named is not None and not (isinstance(named, str) and HUB_NAME.fullmatch(named)):
             raise InputError(f"base_model must be a name on the hub (USER/NAME), not {named!r}: the card links to it.")
 
+    def needs_model(self, scored: bool) -> bool:
+        """Tell whether a forward pass is needed: not where layers are named, or scored already, and nothing follows."""
+        chosen = scored or self.budget.layers is not None or LOCALIZERS[self.localizer.name].control
+        return not chosen or self.fold is None or self.fold.name != "none" or bool(self.heal or self.router)
+
     def to_data(self) -> dict[str, Any]:
         """Plain data, as YAML and compression.json hold it; what is left to defaults stays out."""
         data: dict[str, Any] = {"model": self.model}
         if self.revision:
             data["revision"] = self.revision
-        data["calibration"] = self.calibration.to_data()
+        if self.calibration.data:
+            data["calibration"] = self.calibration.to_data()
         data |= {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.budget).items() if v is not None}
         data["localizer"] = self.localizer.to_data()
         if self.fold is not None:
@@ -276,22 +284,21 @@ def from_yaml(path: Path | str, parse: Callable[[Any], T]) -> T:
 
 def recipe_from_data(data: Any) -> Recipe:
     check_keys(data, RECIPE_KEYS, "a recipe")
-    for key in ("model", "calibration"):
-        if key not in data:
-            raise InputError(f"a recipe needs '{key}'.")
+    if "model" not in data:
+        raise InputError("a recipe needs 'model'.")
     budget = {key: data[key] for key in BUDGET_KEYS if data.get(key) is not None}
     if "layers" in budget:
         budget["layers"] = integers(budget["layers"], "layers")
     for key in ("drop_layers", "target_params"):
         if key in budget and not is_whole(budget[key]):
             raise InputError(f"{key} must be a whole number, not {budget[key]!r}.")
-    if not (_fits(ratio := budget.get("drop_ratio", 0.0), float) or (isinstance(ratio, float | int) and ratio < 0)):
+    if not (fits(ratio := budget.get("drop_ratio", 0.0), float) or (isinstance(ratio, float | int) and ratio < 0)):
         raise InputError(f"drop_ratio must be a number, not {budget['drop_ratio']!r}.")
     check_types(Recipe, data, ("keep_period",))
     protect = data.get("protect")
     return Recipe(
         model=data["model"],
-        calibration=calibration_from_data(data["calibration"]),
+        calibration=calibration_from_data(data["calibration"]) if "calibration" in data else NO_QUESTIONS,
         budget=LayerBudget(**budget),
         revision=data.get("revision"),
         localizer=read_method(data.get("localizer", DEFAULT_LOCALIZER), LOCALIZERS, "localizer"),
@@ -387,38 +394,8 @@ def check_method(method: Method, table: Rows, kind: str) -> None:
             raise InputError(
                 f"{kind} '{method.name}' has no option '{name}': " + (nearest(name, known) if known else "it has none.")
             )
-        if not _fits(value, hints[name]):
-            raise InputError(f"{kind} '{method.name}': {name} must be {_said(hints[name])}, not {value!r}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value read from YAML may stand where the annotation asks for a number, a choice or several."""
-    arguments = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in arguments
-    if get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and bool(value) and all(_fits(item, arguments[0]) for item in value)
-    if arguments:  # a union
-        return any(_fits(value, choice) for choice in arguments)
-    if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < math.inf
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return isinstance(value, hint)
-
-
-def _said(hint: Any) -> str:
-    """Return the annotation in words."""
-    arguments = get_args(hint)
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(choice) for choice in arguments)
-    if get_origin(hint) is tuple:
-        return f"a list of {_said(arguments[0])}"
-    if arguments:
-        return " or ".join(_said(one) for one in arguments)
-    words = {float: "a number from 0 up", int: "a whole number from 0 up", str: "a text", bool: "true or false"}
-    said: str = words.get(hint, "null" if hint is type(None) else hint.__name__)
-    return said
+        if not fits(value, hints[name]):
+            raise InputError(f"{kind} '{method.name}': {name} must be {in_words(hints[name])}, not {value!r}.")
 
 
 def check_types(cls: type, data: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -427,8 +404,8 @@ def check_types(cls: type, data: Mapping[str, Any], names: Iterable[str]) -> Non
 
     hints = get_type_hints(cls)
     for name in names:
-        if name in data and not _fits(data[name], hints[name]):
-            raise InputError(f"{name} must be {_said(hints[name])}, not {data[name]!r:.80}.")
+        if name in data and not fits(data[name], hints[name]):
+            raise InputError(f"{name} must be {in_words(hints[name])}, not {data[name]!r:.80}.")
 
 
 def integers(value: Any, name: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -288,4 +289,13 @@ def file_hash(path: Path) -> str:
     """Return SHA-256. A file of the hub's cache is named by it, which saves reading large ones."""
     blob = Path(os.path.realpath(path))
     cached = path.is_symlink() and is_snapshot(path.parent) and blob.parent.name == "blobs"
-    return blob.name if cached and re.fullmatch(r"[0-9a-f]{64}", blob.name) else sha256(path)
+    if cached and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    state = blob.stat()
+    return _hash_of_state(blob, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_of_state(path: Path, *state: int) -> str:
+    """Return SHA-256 of a file of ours to read, once as long as it does not change."""
+    return sha256(path)

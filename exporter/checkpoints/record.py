@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..clean_room import REFERENCE_QUESTION
 from ..errors import InputError
 from .files import check_written, replace_text
 from .record_types import (
@@ -27,6 +28,7 @@ from .record_types import (
     RunPart,
     ScoresPart,
     SourcePart,
+    VerificationPart,
     VersionsPart,
 )
 from .shapes import POSITIVE, Misfit, check, read_json, require_file
@@ -48,10 +50,11 @@ class CheckpointRecord:
     scores: ScoresPart
     plan: PlanPart
     fold: FoldPart
-    reference: ReferencePart
+    reference: ReferencePart | None  # None: written without its model, and never loaded
     evaluations: tuple[EvaluationEntry, ...]
     versions: VersionsPart
     measured: MeasuredPart
+    verification: Annotated[VerificationPart | None, OR_MISSING] = None
     heal: Annotated[HealPart | None, OR_MISSING] = None
     conversion: Annotated[ConversionPart | None, OR_MISSING] = None
     router: Annotated[RouterPart | None, OR_MISSING] = None
@@ -120,7 +123,7 @@ def _check_together(record: CheckpointRecord) -> None:
     tokens = record.calibration.tokens
     if tokens and not {"visual", "text"} <= tokens.keys():
         raise Misfit("'calibration.tokens' is without 'visual' or 'text'")
-    answers: dict[str, ReferenceAnswer] = {"reference": record.reference}
+    answers: dict[str, ReferenceAnswer] = {"reference": record.reference} if record.reference is not None else {}
     if record.router is not None:
         answers["router.reference"] = record.router.reference
         _check_curve(record.router.curve, "router")
@@ -151,6 +154,11 @@ def _check_evaluation(entry: EvaluationEntry, where: str) -> None:
     missing = entry.by_type.keys() - base.by_type.keys() if base and len(entry.by_type) > 1 else ()
     if missing:
         raise Misfit(f"'{where}.reference.by_type' has no {min(missing)!r:.80}")
+
+
+def reference_part(answer: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the answer that a checkpoint is verified by, as its record has it."""
+    return {**answer, "question": REFERENCE_QUESTION, "dtype": dtype}
 
 
 def write_record(folder: Path, data: dict[str, Any]) -> None:

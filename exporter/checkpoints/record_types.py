@@ -59,6 +59,7 @@ class ScoresPart:
     values: tuple[Number, ...]
     drop: tuple[Count, ...]
     details: dict[Text, Any]
+    stored: Flag = False  # read from a file of `score --save`
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,14 @@ class ReferencePart(ReferenceAnswer):
     """The answer that `verify` compares with, and the precision that it was given in."""
 
     dtype: Dtype
+
+
+@dataclass(frozen=True)
+class VerificationPart:
+    """How a checkpoint was verified when it was made."""
+
+    loaded: Flag  # and run; else only its structure was compared
+    reason: Text = ""  # why it was not loaded
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,11 @@ def check_fit(source: Source) -> None:
 
     transformers lays the model out without memory and compares names and shapes; no weight is read.
     """
+    refuse_report(source.name, _layout(source))
+
+
+def _layout(source: Source) -> dict[str, Any]:
+    """Return what transformers says of a checkpoint's keys when it lays the model out without memory."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -285,7 +290,13 @@ def check_fit(source: Source) -> None:
         raise InputError(
             f"{source.name}: transformers can't build a model from config.json and the weights: {first_lines(error)}"
         ) from error
-    refuse_report(source.name, report)
+    found: dict[str, Any] = report
+    return found
+
+
+def ignored_keys(source: Source) -> list[str]:
+    """Return names of tensors that transformers has no use for; no weight is read."""
+    return sorted(map(str, _layout(source)["unexpected_keys"]))
 
 
 def refuse_report(name: str, report: dict[str, Any]) -> None:

@@ -16,12 +16,14 @@ from ..errors import CheckFailed
 from .clean_process import run_check
 from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
 from .hub_access import resolve
+from .memory import why_too_large
 from .record import CheckpointRecord, read_record
 from .staging import stage_name
 from .trust import foreign_code, replaced_weights
 from .weight_files import open_weights
 
 NAMED_AT_MOST = 5
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,18 @@ class Verification:
         return not self.problems
 
 
-def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = False) -> Verification:
+def verify(
+    folder: Path | str, device: str = "cpu", trust_remote_code: bool = False, memory: str | None = None
+) -> Verification:
     """Compare every file with the record; then load with transformers alone, as `exporter/clean_room/` describes.
+
+    A model that does not fit into memory is laid out without its weights: every key and shape is compared, nothing is
+    run, and `details["structure_only"]` says why.
 
     Args:
         folder: on disk, or the name of a repository on the hub.
         trust_remote_code: run the folder's own Python, too, where it is none that this package shipped.
+        memory: that loading may take, '12GB'; None: what is free.
     Raises: InputError where the folder is not one of ours or its record is damaged.
     """
     folder, _ = resolve(str(folder), whole=True)
@@ -52,7 +60,9 @@ def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = Fa
     problems += _router_problems(folder, record)
     if problems:
         return Verification(folder, tuple(dict.fromkeys(problems)), {})
-    open_weights(folder)
+    parameters = open_weights(folder).num_parameters
+    if reason := why_too_large(parameters, ITEMSIZE[record.run.dtype], memory):
+        return Verification(folder, *_structure(folder, reason))
     return Verification(folder, *_in_clean_process(folder, device))
 
 
@@ -115,9 +125,17 @@ def _in_clean_process(folder: Path, device: str) -> tuple[tuple[str, ...], dict[
     return tuple(report.pop("problems")), report
 
 
-def require(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Verification:
+def _structure(folder: Path, reason: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Lay the folder's model out without memory, in a clean process; nothing is run."""
+    report = run_check("structure", str(folder.absolute()), doing="laying it out", stands_for=folder)
+    return tuple(report.pop("problems")), {**report, "structure_only": reason}
+
+
+def require(
+    folder: Path, device: str = "cpu", trust_remote_code: bool = False, memory: str | None = None
+) -> Verification:
     """Verify, or raise CheckFailed with the problems."""
-    result = verify(folder, device, trust_remote_code)
+    result = verify(folder, device, trust_remote_code, memory)
     if not result.holds:
         raise CheckFailed(f"{stage_name(folder)} does not verify: {'; '.join(result.problems)}.")
     return result

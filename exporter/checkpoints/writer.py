@@ -13,7 +13,7 @@ from ..families import PER_LAYER_TENSORS
 from ..plan import PruningPlan
 from .files import copy_companions, left_behind, without_auto_map
 from .pruned_config import pruned_config
-from .safetensors_ranges import INDEX, SINGLE, TensorRange, write_shard
+from .safetensors_ranges import INDEX, SINGLE, TensorRange, same_bytes, write_shard
 from .source import Source
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def _tied_copy(source: Source, name: str) -> bool:
     embeddings = [n for n in source.weights.entries if n.endswith("embed_tokens.weight") and "vision" not in n]
     if len(embeddings) != 1:
         return False
-    return bool((source.weights.read(name) == source.weights.read(embeddings[0])).all())
+    entries = source.weights.entries
+    return same_bytes(entries[name], entries[embeddings[0]])
 
 
 def write_checkpoint(

@@ -1,4 +1,4 @@
-"""Run one check, `verify FOLDER DEVICE` or `compare-onnx JOB.json`, and print what it found as JSON."""
+"""Run one check, `verify FOLDER DEVICE`, `structure FOLDER` or `compare-onnx JOB.json`; print what it found as JSON."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def main() -> None:
     check, path, *rest = sys.argv[1:]
     if check == "verify":
         report = importlib.import_module("clean_room.verify_checkpoint").verify(Path(path), *rest)
+    elif check == "structure":
+        report = importlib.import_module("clean_room.verify_checkpoint").structure(Path(path))
     else:
         report = importlib.import_module("clean_room.compare_onnx").compare(json.loads(Path(path).read_text()))
     print(json.dumps(report))

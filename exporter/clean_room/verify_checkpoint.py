@@ -17,12 +17,10 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
 
     A folder with a router is looked at twice: as the plain model that it is without remote code, and routed.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _quiet()
     record = json.loads((folder / "compression.json").read_text(encoding="utf-8-sig"))
-    report = verify_once(folder, device, record, record["reference"], trust=False)
+    # A checkpoint that was written without its model has no answer recorded yet: the first one is returned.
+    report = verify_once(folder, device, record, record["reference"] or {}, trust=False)
     if "router" in record and not report["problems"]:
         routed = verify_once(folder, device, record, record["router"]["reference"], trust=True)
         report["problems"] = [f"routed: {problem}" for problem in routed["problems"]]
@@ -37,29 +35,24 @@ def verify_once(
     import torch
     from transformers import AutoModelForImageTextToText
 
-    dtype = record["reference"]["dtype"]
+    dtype = record["run"]["dtype"]
     model, report = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust
     )
     model.eval().to(device)
     if "preset" in reference:  # the default was set to another one since
         model.set_budget(reference["preset"])
-    problems = []
-    tolerated = set(record["source"].get("unexpected_keys", ()))
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(set(map(str, report[kind])) - tolerated)
-        if names:
-            problems.append(f"{len(names)} {kind.replace('_', ' ')}, {names[0]} among them")
-    if problems:
+    if problems := key_problems(report, record):
         return {"problems": problems}
     processor = load_processor(folder)
     tolerance = TOLERANCE[dtype]
     try:
-        tokens = reference_answer(model, processor)["tokens"]
+        answer = reference_answer(model, processor)
     except PromptError as error:
         return {"problems": [str(error)]}
-    expected = reference["tokens"]
-    if (at := first_difference(tokens, expected, reference["margins"], tolerance)) is not None:
+    tokens, expected = answer["tokens"], reference.get("tokens", answer["tokens"])
+    margins = reference.get("margins", answer["margins"])
+    if (at := first_difference(tokens, expected, margins, tolerance)) is not None:
         problems.append(f"token {at + 1} of the reference answer is {tokens[at]}, not {expected[at]} as at export")
     routing = {"prompt_length": reference_inputs(processor)["input_ids"].shape[1]} if trust else {}
     difference = cache_difference(model, processor, **routing)
@@ -67,8 +60,49 @@ def verify_once(
         problems.append(f"logits with and without the cache differ by {difference:.1e} (at most {tolerance:.0e})")
     return {
         "problems": problems,
-        "tokens": tokens,
+        **answer,
         "cache_difference": difference,
         "class": type(model).__name__,
         "layers": model.config.get_text_config().num_hidden_layers,
     }
+
+
+def structure(folder: Path) -> dict[str, Any]:
+    """Lay the model out without memory and compare every key and shape: {"problems": [...], ...}. Nothing is run."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    _quiet()
+    record = json.loads((folder / "compression.json").read_text(encoding="utf-8-sig"))
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=getattr(torch, record["run"]["dtype"]),
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+    )
+    problems = key_problems(report, record)
+    load_processor(folder)
+    layers = model.config.get_text_config().num_hidden_layers
+    if layers != len(record["plan"]["keep"]):
+        problems.append(f"config.json says {layers} decoder layers, the record {len(record['plan']['keep'])}")
+    return {"problems": problems, "class": type(model).__name__, "layers": layers}
+
+
+def key_problems(report: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """Return what transformers says of keys that are missing, too many or of another shape."""
+    problems = []
+    tolerated = set(record["source"].get("unexpected_keys", ()))
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(set(map(str, report[kind])) - tolerated)
+        if names:
+            problems.append(f"{len(names)} {kind.replace('_', ' ')}, {names[0]} among them")
+    return problems
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -25,6 +25,9 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     calibration_arguments(subcommand, required=False)
     localizer_arguments(subcommand)
     subcommand.add_argument(
+        "--scores", type=Path, metavar="FILE", help="scores that `score --save` kept, in place of the localizer"
+    )
+    subcommand.add_argument(
         "--keep-period",
         action="store_true",
         help="choose layers so that those of different kinds still take turns, as llama.cpp and mlx-vlm assume",
@@ -48,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         dry_run(options, recipe, run)
         return
     try:
-        folder = compress(recipe, options.out, run, progress_bar(options))
+        folder = compress(recipe, options.out, run, progress_bar(options), scores=options.scores)
     except KeyboardInterrupt:
         if recipe.heal is None:
             raise
@@ -64,29 +67,39 @@ def run(options: argparse.Namespace) -> None:
     )
     if record.heal is not None:
         print("\n".join(result_lines(record.data["heal"])))
-    print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
+    verified = record.verification
+    how = "verified in a clean process"
+    if verified is not None and not verified.loaded:
+        how = f"its structure was verified, it was not loaded: {verified.reason}"
+    print(f"{how}. Checkpoint: {folder}, card: {folder / 'README.md'}")
 
 
 def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> None:
     from ..checkpoints.staging import check_space, check_target
     from ..compression.estimate import estimate
     from ..compression.job import prepare
+    from ..localize.stored import load_scores
     from ..pipeline import healing_of
     from ..plan import may_break_period
 
     check_target(options.out)
-    job = prepare(recipe, run, progress_bar(options))
+    stored = load_scores(options.scores) if options.scores is not None else None
+    job = prepare(recipe, run, progress_bar(options), stored)
     guess = estimate(job)
     check_space(options.out, guess.bytes_after)
+    named = recipe.budget.layers if job.chosen is None else job.chosen.drop
     healing = healing_of(recipe, job.source, guess.drop, job.dtype.itemsize) if recipe.heal is not None else None
     write_json(options, asdict(guess) | ({"heal": healing} if healing else {}))
-    print(f"would drop {guess.drop} of {guess.layers} layers by {recipe.localizer.name}, fold by {job.fold.name}")
+    print(f"would drop {guess.drop} of {guess.layers} layers by {job.chosen_by}, fold by {job.fold.name}")
     print(
         f"parameters {guess.parameters:,} -> {guess.parameters_after:,}, weights {guess.bytes / 1e6:,.1f} -> "
         f"{guess.bytes_after / 1e6:,.1f} MB"
     )
-    if broken := may_break_period(job.source.config, guess.drop, recipe.budget.layers):
+    if broken := may_break_period(job.source.config, guess.drop, named):
         print(f"lvlm-exporter: {options.out.name}: {broken}", file=sys.stderr)
+    if not job.needs_model:
+        print("headers are read and ranges copied: no model is loaded, but where it fits, to verify the result")
+        return
     print(
         f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
         f", as much as {guess.forward_passes:.1f} forward passes over them"

@@ -71,7 +71,9 @@ def recipe_from_flags(options: argparse.Namespace, budget_needed: bool = True) -
         if extra_flags := [key for key, value in spelled.items() if value]:
             raise InputError(f"--recipe says everything: take out {', '.join(sorted(extra_flags))}, or the recipe.")
         return load_recipe(options.recipe)
-    if "model" not in spelled or "data" not in spelled["calibration"]:
+    if "data" not in spelled["calibration"] and (spelled.get("layers") or getattr(options, "scores", None)):
+        del spelled["calibration"]  # whether it can do without is checked with the rest
+    if "model" not in spelled or "data" not in spelled.get("calibration", {"data": ""}):
         raise InputError("compress needs MODEL and --calibration FILE, or --recipe FILE.yaml.")
     return recipe_from_data(spelled)
 

@@ -17,8 +17,8 @@ from typing import Any
 from ..checkpoints.files import replace_text
 from ..errors import InputError
 
-FLAGS = ("json", "plot", "predictions")  # options that name a file for results
-INPUTS = ("task", "calibration", "recipe")  # files that no result may take the place of
+FLAGS = ("json", "plot", "predictions", "save")  # options that name a file for results
+INPUTS = ("task", "calibration", "recipe", "scores")  # files that no result may take the place of
 PROBE = bytes(1 << 16)  # room that a result needs at least
 
 

@@ -11,7 +11,7 @@ from .arguments import DATA, MODEL, calibration_arguments, layer_budget_argument
 from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
 from .outputs import save
 
-SUMMARY = "rank decoder layers by redundancy; writes nothing"
+SUMMARY = "rank decoder layers by redundancy"
 EXAMPLE = f"score {MODEL} --calibration {DATA}/calibration.jsonl --plot scores.png"
 
 
@@ -21,6 +21,12 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     localizer_arguments(subcommand)
     layer_budget_arguments(subcommand)
     subcommand.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores")
+    subcommand.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="keep the scores for `compress --scores FILE`, which reads no question",
+    )
     run_arguments(subcommand)
 
 
@@ -32,9 +38,11 @@ def run(options: argparse.Namespace) -> None:
     from ..cards.tables import scores_table
     from ..pipeline import score
 
-    job, scores = score(recipe, run, progress_bar(options))
+    job, scores = score(recipe, run, progress_bar(options), options.save)
     write_json(options, asdict(scores) | {"protect": job.protect, "num_layers": job.source.num_layers})
     print(scores_table(scores, job.source.parameters_per_layer, job.protect))
+    if options.save:
+        print(f"kept: {options.save}")
     if options.plot:
         if save(options.plot, lambda path: plot_scores(scores, path, job.protect)):
             print(f"drawn: {options.plot}")

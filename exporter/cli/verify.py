@@ -37,6 +37,12 @@ def run(options: argparse.Namespace) -> int:
             f"{details['max_difference']:.1e})"
         )
         return 0
+    if reason := details.get("structure_only"):
+        print(
+            f"{options.folder} verifies in its structure: every file as recorded, {details['class']} with "
+            f"{details['layers']} layers, every key in its place; it was not loaded: {reason}"
+        )
+        return 0
     print(
         f"{options.folder} verifies: {details['class']} with {details['layers']} layers loads in a clean process, "
         f"every key in its place; {len(details['tokens'])} reference tokens as at export; cached = uncached within "

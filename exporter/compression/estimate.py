@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from ..checkpoints.safetensors_ranges import COPY_CHUNK_BYTES
 from ..data.batches import by_size, make_batches, spread
 from ..methods import FOLDS, LOCALIZERS, Function, resolve
 from ..models.flops import kv_bytes_per_token
@@ -43,17 +44,7 @@ def estimate(job: CompressionJob) -> Estimate:
         * sum(entry.num_bytes for name, entry in weights.entries.items() if job.source.layer_of(name) is not None)
         / len(per_layer)
     )
-    tokens, longest = _tokens(job)
-    width = job.source.config.get_text_config().hidden_size
-    passes = forward_passes(job, tokens / len(job.calibration.samples))
-    flops = passes * 2 * tokens * sum(per_layer)
-    seconds = flops / flops_per_second(job) + 2 * weights.num_bytes / 1e9
-    memory = (
-        weights.num_parameters * job.dtype.itemsize
-        + ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
-        + 6 * width * width * 8
-        + _streams(job, tokens) * width * job.dtype.itemsize
-    )
+    tokens, passes, seconds, memory = _running(job) if job.needs_model else (0, 0.0, 0.0, COPY_CHUNK_BYTES)
     return Estimate(
         layers=len(per_layer),
         drop=job.count,
@@ -64,9 +55,24 @@ def estimate(job: CompressionJob) -> Estimate:
         kv_bytes_per_token=kv_bytes_per_token(job.source.config, job.dtype),
         tokens=tokens,
         forward_passes=passes,
-        seconds=seconds,
+        seconds=seconds + 2 * weights.num_bytes / 1e9,
         memory_bytes=memory,
     )
+
+
+def _running(job: CompressionJob) -> tuple[int, float, float, int]:
+    """Return what running the model takes: tokens, forward passes over them, seconds, bytes of memory."""
+    tokens, longest = _tokens(job)
+    width = job.source.config.get_text_config().hidden_size
+    passes = forward_passes(job, tokens / len(job.calibration.samples))
+    seconds = passes * 2 * tokens * sum(job.source.parameters_per_layer) / flops_per_second(job)
+    memory = (
+        job.source.weights.num_parameters * job.dtype.itemsize
+        + ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
+        + 6 * width * width * 8
+        + _streams(job, tokens) * width * job.dtype.itemsize
+    )
+    return tokens, passes, seconds, round(memory)
 
 
 def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.source import Source, open_source
+from ..checkpoints.source import Source, file_hashes, open_source
 from ..clean_room import load_processor
 from ..data.batches import check_prompt
 from ..data.calibration import Calibration, questions_of
 from ..errors import InputError
 from ..families import protected_layers
+from ..localize.scores import LayerScores
+from ..localize.stored import StoredScores, check_asked, check_source, chosen_from
 from ..methods import FOLDS, LOCALIZERS
 from ..models.loading import compute_dtype, load_model, pick_device
 from ..models.questions import Questions
@@ -37,6 +40,8 @@ class CompressionJob:
     protect: tuple[int, ...]
     count: int  # layers that are to go
     progress: Progress
+    stored: StoredScores | None = None
+    chosen: LayerScores | None = None  # from stored scores
 
     def questions(self, model: Any) -> Questions:
         """Return the calibration questions, to be answered by the model when they are first read."""
@@ -49,6 +54,23 @@ class CompressionJob:
             progress=self.progress,
             answer_tokens=self.recipe.calibration.answer_tokens,
         )
+
+    @property
+    def needs_model(self) -> bool:
+        return self.recipe.needs_model(self.chosen is not None)
+
+    @property
+    def reads_questions(self) -> bool:
+        """Tell whether the layers are chosen by looking at what the model does."""
+        named = self.chosen is not None or self.recipe.budget.layers is not None
+        return not (named or LOCALIZERS[self.recipe.localizer.name].control)
+
+    @property
+    def chosen_by(self) -> str:
+        """Say how the layers are chosen."""
+        if self.recipe.budget.layers is not None:
+            return "name"
+        return f"stored scores of {self.recipe.localizer.name}" if self.chosen else self.recipe.localizer.name
 
     @property
     def multiplier(self) -> float:
@@ -71,8 +93,16 @@ class CompressionJob:
         return load_model(self.source, self.device, self.dtype, self.options.memory)
 
 
-def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) -> CompressionJob:
-    """Everything that can be wrong with the input is found here, the cheap things first."""
+def prepare(
+    recipe: Recipe, options: RunOptions, progress: Progress = silent, stored: StoredScores | None = None
+) -> CompressionJob:
+    """Everything that can be wrong with the input is found here, the cheap things first.
+
+    Args:
+        stored: scores of the layers that are there already.
+    """
+    if stored is not None and recipe.budget.layers is not None:
+        raise InputError("the recipe names the layers that go: stored scores have no say in it, take one of them out.")
     source = open_source(recipe.model, recipe.revision)
     protect = protected_layers(source.config) if recipe.protect is None else recipe.protect
     if bad := [layer for layer in protect if not 0 <= layer < source.num_layers]:
@@ -81,6 +111,11 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     check_method(recipe.localizer, LOCALIZERS, "localizer")
     if recipe.fold is not None:
         check_method(recipe.fold, FOLDS, "fold")
+    if not recipe.calibration.data and recipe.needs_model(stored is not None):
+        raise InputError(
+            "questions about images are needed to choose layers and to fold: name them with --calibration FILE. Only "
+            "layers that are named (--layers) or scored (--scores FILE) go without, with --fold none."
+        )
     calibration = load_for(recipe)
     for sample in progress(calibration.samples, "check images", len(calibration.samples)):
         sample.chat()
@@ -89,6 +124,12 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
     dtype = compute_dtype(options.dtype, source.config, device)
     processor = load_processor(source.folder)
     check_prompt(calibration.samples, processor, source.config)
+    chosen = None
+    if stored is not None:
+        check_asked(stored, recipe.localizer, calibration.fingerprint if calibration.samples else None)
+        check_source(stored, file_hashes(source), source.num_layers, source.name)
+        chosen = chosen_from(stored, count, protect)
+        recipe = dataclasses.replace(recipe, localizer=stored.method)
     return CompressionJob(
         recipe=recipe,
         options=options,
@@ -100,6 +141,8 @@ def prepare(recipe: Recipe, options: RunOptions, progress: Progress = silent) ->
         protect=tuple(protect),
         count=count,
         progress=progress,
+        stored=stored,
+        chosen=chosen,
     )
 
 
@@ -109,5 +152,7 @@ def layers_to_go(budget: LayerBudget, source: Source, protect: Collection[int]) 
 
 
 def load_for(recipe: Recipe) -> Calibration:
-    """Load the recipe's calibration questions."""
+    """Load the recipe's calibration questions; none where it names none."""
+    if not recipe.calibration.data:
+        return Calibration((), "", 0, recipe.seed)
     return questions_of(recipe.calibration, recipe.seed)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..cards.licence import inherited_licence
 from ..cards.model_card import base_model_of
 from ..checkpoints.config_file import load_config
 from ..checkpoints.files import hashes
 from ..checkpoints.json_file import read_json
+from ..checkpoints.record import reference_part, write_record
+from ..checkpoints.record_types import CalibrationPart, ScoresPart
 from ..checkpoints.source import file_hashes
+from ..checkpoints.staging import stage_name
+from ..checkpoints.verification import Verification
 from ..checkpoints.weight_files import open_weights
-from ..clean_room import REFERENCE_QUESTION
 from ..localize.scores import LayerScores
+from ..localize.stored import FORMAT, ScoredSource, StoredScores
 from ..models.flops import kv_bytes_per_token
 from ..models.questions import Questions
 from ..plan import PruningPlan, breaks_period
 from ..version import versions
 from .job import CompressionJob
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger(__name__)
 
 
 def describe(
@@ -30,9 +35,13 @@ def describe(
     scores: LayerScores,
     plan: PruningPlan,
     fold: dict[str, Any],
-    reference: dict[str, Any],
+    reference: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """compression.json: everything that is needed to understand the checkpoint and to make it again."""
+    """compression.json: everything that is needed to understand the checkpoint and to make it again.
+
+    Args:
+        reference: the answer that it will be compared by; None where the model was not loaded.
+    """
     source, dtype = job.source, str(job.dtype).removeprefix("torch.")
     base_model = base_model_of(source.name, source.folder, job.recipe.base_model)
     return {
@@ -55,22 +64,14 @@ def describe(
             "kv_bytes_per_token": kv_bytes_per_token(source.config, job.dtype),
             "files": file_hashes(source),
         },
-        "calibration": {
-            "data": job.recipe.calibration.data,
-            "samples": len(job.calibration.samples),
-            "of": job.calibration.total,
-            "fingerprint": job.calibration.fingerprint,
-            "tokens": questions.tokens,
-            "answer_tokens": sum(len(tokens) for tokens in questions.answers.values()),
-            "pictures": questions.split.num_pictures,
-            "held_out": len(questions.split.held_out),
-        },
+        "calibration": calibration_part(job, questions),
         "protect": list(job.protect),
         "scores": {
             "method": scores.method,
             "values": list(scores.values),
             "drop": list(scores.drop),
             "details": scores.details,
+            "stored": job.stored is not None,
         },
         "plan": {
             "num_layers": plan.num_layers,
@@ -79,10 +80,53 @@ def describe(
             "broken_period": breaks_period(source.config, plan.keep),
         },
         "fold": fold,
-        "reference": {**reference, "question": REFERENCE_QUESTION, "dtype": dtype},
+        "reference": None if reference is None else reference_part(reference, dtype),
         "evaluations": [],
         "versions": versions(),
     }
+
+
+def calibration_part(job: CompressionJob, questions: Questions) -> dict[str, Any]:
+    """Return what is said of the questions; of those that stored scores were read from where there are no others."""
+    if job.stored is not None and not job.calibration.samples:
+        return asdict(job.stored.calibration)
+    return {
+        "data": job.recipe.calibration.data,
+        "samples": len(job.calibration.samples),
+        "of": job.calibration.total,
+        "fingerprint": job.calibration.fingerprint,
+        "tokens": questions.tokens,
+        "answer_tokens": sum(len(tokens) for tokens in questions.answers.values()),
+        "pictures": questions.split.num_pictures,
+        "held_out": len(questions.split.held_out),
+    }
+
+
+def scores_to_keep(job: CompressionJob, questions: Questions, scores: LayerScores) -> StoredScores:
+    """Return scores with all that they depend on."""
+    source, part = job.source, calibration_part(job, questions)
+    return StoredScores(
+        format=FORMAT,
+        source=ScoredSource(source.name, source.revision, file_hashes(source)),
+        calibration=CalibrationPart(**{name: part[name] for name in ("data", "samples", "fingerprint", "tokens")}),
+        localizer=job.recipe.localizer.to_data(),
+        protect=job.protect,
+        seed=job.recipe.seed,
+        dtype=str(job.dtype).removeprefix("torch."),
+        scores=ScoresPart(scores.method, scores.values, scores.drop, scores.details),
+    )
+
+
+def write_verified(folder: Path, record: dict[str, Any], found: Verification) -> None:
+    """Write down how a new checkpoint was verified, and its first answer where none was known before."""
+    reason = found.details.get("structure_only", "")
+    record["verification"] = {"loaded": not reason, "reason": reason}
+    if record["reference"] is None and "tokens" in found.details:
+        answer = {name: found.details[name] for name in ("tokens", "margins")}
+        record["reference"] = reference_part(answer, record["run"]["dtype"])
+    if reason:
+        logger.warning("%s: its structure was verified, it was not loaded: %s", stage_name(folder), reason)
+    write_record(folder, record)
 
 
 def measure(folder: Path, record: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -8,24 +8,70 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.source import Source
+from ..checkpoints.source import Source, ignored_keys
 from ..checkpoints.writer import write_checkpoint
+from ..clean_room import reference_answer
 from ..fold.held_out import HeldOut
 from ..fold.job import FoldJob
 from ..fold.sets import FoldedSets
 from ..localize import LocalizeJob, explicit, run_localizer
 from ..localize.scores import LayerScores
-from ..methods import FOLDS, resolve
+from ..methods import FOLDS, LOCALIZERS, resolve
 from ..models.questions import Questions
+from ..models.variants import Variant, assembled
 from ..plan import Folded, PruningPlan, best_in_period, breaks_period, make_plan
 from ..progress import Progress
 from .job import CompressionJob
+from .record import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What is to become of a checkpoint, and what its record says of that."""
+
+    plan: PruningPlan
+    folded: Folded
+    record: dict[str, Any]
+
+
+def changes_of(job: CompressionJob) -> Changes:
+    """Choose the layers, and fold; the model is loaded only where it is needed, and let go."""
+    if not job.needs_model:
+        return _without_model(job)
+    model, ignored = job.load_model()
+    questions = job.questions(model)
+    scores = localize(job, model, questions)
+    plan = make_plan(job.source.num_layers, scores.drop)
+    folded, fold = fold_gaps(job, model, questions, plan)
+    with assembled(model, Variant(plan, folded)):
+        reference = reference_answer(model, job.processor)
+    del model, questions.model  # verification loads the checkpoint again: there is memory for one
+    record = describe(job, questions, scores, plan, fold, reference)
+    record["source"]["unexpected_keys"] = ignored
+    return Changes(plan, folded, record)
+
+
+def _without_model(job: CompressionJob) -> Changes:
+    """Take the layers that are named or scored already: headers are read, and nothing else of the weights."""
+    questions = job.questions(None)
+    scores = localize(job, None, questions)
+    plan = make_plan(job.source.num_layers, scores.drop)
+    fold = {"name": "none", "options": {}, "reason": "", "tensors": []}
+    record = describe(job, questions, scores, plan, fold, None)
+    record["source"]["unexpected_keys"] = ignored_keys(job.source)
+    return Changes(plan, {}, record)
 
 
 def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScores:
-    """Return the layers to drop, by the recipe's localizer or as the recipe names them."""
+    """Return the layers to drop: as stored scores or the recipe name them, or by the recipe's localizer."""
+    if job.chosen is not None:
+        return in_period(job, job.chosen) if job.recipe.keep_period else job.chosen
     if job.recipe.budget.layers is not None:
         return explicit(job.source.num_layers, job.recipe.budget.layers)
+    if LOCALIZERS[job.recipe.localizer.name].control:  # looks at nothing
+        looking_at_nothing = LocalizeJob(None, job.source.num_layers, None, job.recipe.seed)
+        scores = run_localizer(job.recipe.localizer, looking_at_nothing, job.count, job.protect)
+        return in_period(job, scores) if job.recipe.keep_period else scores
     folded = FoldedSets(
         model=model,
         held_out=HeldOut(model, questions),

@@ -14,7 +14,7 @@ from typing import Any
 from ..cards.card_file import carry_card
 from ..cards.model_card import card
 from ..checkpoints.files import ADAPTER_FILE, hashes, sha256
-from ..checkpoints.record import RECORD, read_record, write_record
+from ..checkpoints.record import RECORD, read_record, reference_part, write_record
 from ..checkpoints.source import Source, file_hashes, open_source
 from ..checkpoints.staging import check_space, check_target, staged
 from ..checkpoints.temporary import held
@@ -178,7 +178,8 @@ def with_healing(
         record["recipe"]["heal"] = {**heal.to_data(), "teacher": teacher, "calibration": data.to_data()}
         record["heal"] = {**told, "seconds": round(time.monotonic() - begin, 1)}
         if adapter is not None:
-            record["reference"] |= reference_answer(student.model, student.processor)
+            answer = reference_answer(student.model, student.processor)
+            record["reference"] = reference_part(answer, record["run"]["dtype"])
         del model, student
         written(job.source, plain, record, adapter, out, job.device)
     shutil.rmtree(work, ignore_errors=True)

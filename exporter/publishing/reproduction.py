@@ -17,6 +17,7 @@ from ..compression.job import load_for
 from ..conversion.convert import convert, open_original
 from ..conversion.record import source_hashes
 from ..errors import InputError
+from ..localize.stored import stored_in
 from ..pipeline import compress
 from ..progress import silent
 from ..recipe import Recipe, RunOptions, recipe_from_data
@@ -60,10 +61,11 @@ def reproduce(
     if calibration is not None:
         recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, data=str(calibration)))
     _check_source(recipe.model, recipe.revision, record.source.files)
-    _check_data(recipe, record.calibration.fingerprint)
+    if recipe.calibration.data:
+        _check_data(recipe, record.calibration.fingerprint)
     run = record.run
     options = RunOptions(run.device, run.dtype, run.memory, run.batch_size)
-    made = compress(recipe, out, options, progress, healed)  # type: ignore[arg-type]
+    made = compress(recipe, out, options, progress, healed, stored_in(record))  # type: ignore[arg-type]
     return _compared(folder, made, record)
 
 

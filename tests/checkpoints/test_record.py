@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures.checkpoints import recipe
+from fixtures.checkpoints import not_verified, recipe
 
 from exporter.cards import model_card
 from exporter.cards.model_card import body, metadata, template
@@ -42,7 +42,7 @@ TIMES = {"batch": 1, "visual_tokens": 4, "text_tokens": 8, "prefill_ms": 2.0, "d
 def made(tiny, questions, tmp_path_factory) -> Path:
     """A compressed checkpoint, its record with everything in it that a record may hold."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exporter.pipeline.require", lambda *_: None)
+        patch.setattr("exporter.pipeline.require", not_verified)
         folder = compress(recipe(tiny("llava"), questions), tmp_path_factory.mktemp("record") / "small")
     record = json.loads((folder / "compression.json").read_text())
     share = {"task": "t", "fingerprint": "f", **RATE, "kl": 0.1, "agreement": 0.9, "reference": RATE}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures.checkpoints import QUESTIONS
+from fixtures.checkpoints import QUESTIONS, not_verified
 from PIL import Image
 from tiny_models import SIZES, random_image
 
@@ -62,7 +62,7 @@ def asked(tmp_path_factory) -> CalibrationData:
 def quick(monkeypatch) -> None:
     """No clean process: what it looks at is tested elsewhere, and at the end here."""
     for place in ("exporter.pipeline.require", "exporter.healing.healed.require"):
-        monkeypatch.setattr(place, lambda *_: None)
+        monkeypatch.setattr(place, not_verified)
 
 
 def plain(model: Path, asked: CalibrationData) -> Recipe:
@@ -77,7 +77,7 @@ LEARNING = HealRecipe(steps=20, rank=4, learning_rate=0.02, batch_size=8, exchan
 def small(tiny, asked, tmp_path_factory) -> Path:
     """A Gemma 3 model, whose layers can't be folded, without two of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exporter.pipeline.require", lambda *_: None)
+        patch.setattr("exporter.pipeline.require", not_verified)
         return compress(plain(tiny("gemma3"), asked), tmp_path_factory.mktemp("small") / "small")
 
 
@@ -257,14 +257,14 @@ def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(small, tiny, asked
 
 
 def test_compress_heals_and_reproduce_merges_again(tiny, asked, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("exporter.pipeline.require", lambda *_: None)  # the last checkpoint is verified, as it is
+    monkeypatch.setattr("exporter.pipeline.require", not_verified)  # the last checkpoint is verified, as it is
     data = plain(tiny("llava"), asked).to_data() | {"heal": {**LEARNING.to_data()}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(data))
     assert main(["compress", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "one")]) == 0
     printed = capsys.readouterr().out
     assert "healed on" in printed and "KL held out" in printed and "verified in a clean process" in printed
     monkeypatch.setattr("exporter.healing.healed.train", None)  # nothing is learnt again
-    monkeypatch.setattr("exporter.healing.healed.require", lambda *_: None)
+    monkeypatch.setattr("exporter.healing.healed.require", not_verified)
     again = reproduce(tmp_path / "one", tmp_path / "two")
     assert again.identical
     (tmp_path / "one" / ADAPTER_FILE).write_bytes(b"another")

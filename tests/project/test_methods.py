@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures.checkpoints import not_verified
 
 from exporter.cards.plots import plot_scores
 from exporter.cli.entry import main
@@ -99,7 +100,7 @@ def test_a_new_localizer_has_a_cost_a_plot_and_a_place_in_comparisons(tiny, ques
 @pytest.mark.usefixtures("dummies")
 def test_a_new_loss_trains_a_router(tiny, questions, tmp_path, monkeypatch):
     monkeypatch.setattr("exporter.routing.with_router.require", lambda *_: None)
-    monkeypatch.setattr("exporter.pipeline.require", lambda *_: None)
+    monkeypatch.setattr("exporter.pipeline.require", not_verified)
     asked = {"data": str(questions), "samples": 8, "answer_tokens": 2}
     router = {"calibration": asked, "steps": 1, "batch_size": 2, "loss": {"name": "small", "share": 0.25}}
     made = route(tiny("llava"), router_from_data(router), tmp_path / "routed", RunOptions("cpu", "float32"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures.checkpoints import not_verified
 
 from exporter.cli.entry import main
 
@@ -50,7 +51,7 @@ def test_every_command_is_run_or_skipped_for_a_reason():
 def place(digits, tmp_path, monkeypatch) -> Path:
     """A folder with the files that README names; verification, which takes a process of its own, is left out."""
     for module in ("pipeline", "routing.with_router", "healing.healed"):
-        monkeypatch.setattr(f"exporter.{module}.require", lambda *_: None)
+        monkeypatch.setattr(f"exporter.{module}.require", not_verified)
     monkeypatch.setattr("exporter.checkpoints.verification.require", lambda *_: None)
     lines = [json.loads(line) for line in (digits / "data" / "test.jsonl").read_text().splitlines()[:64:4]]
     lines = [line | {"image": str(digits / "data" / line["image"])} for line in lines]
