@@ -1,6 +1,6 @@
 """lvlm-exporter: large vision-language models made smaller and faster, as checkpoints that stand on their own.
 
-The verbs of the command line, under the same names. Nothing heavy is imported before one is used.
+The subcommands of the command line, under the same names. Nothing heavy is imported before one is used.
 """
 
 from __future__ import annotations

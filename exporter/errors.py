@@ -40,7 +40,7 @@ class CheckFailed(Exception):  # noqa: N818 - not an error of anybody: a check r
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for the nearest known word, or a list of all of them."""
+    """Return ', did you mean X?' for the nearest known word, or a list of all of them."""
     known = list(known)
     match = difflib.get_close_matches(str(word), known, n=1)
     return f"did you mean '{match[0]}'?" if match else f"known: {', '.join(known)}."

@@ -1,4 +1,4 @@
-"""What differs between model families, in two tables. Imports nothing heavy: the command line reads it for messages.
+"""The differences between model families, in two tables. Imports nothing heavy: the command line reads it for messages.
 
 A new family of LVLMs that transformers supports natively is one row of FAMILIES, and a row of DECODERS if its language
 model is a new one too. The tests run every invariant on a tiny model of each row (`tests/tiny_models.py`).
@@ -35,15 +35,15 @@ class Decoder:
     unfoldable: str | None = None  # why no fold is exact: the rest of 'in this family'
 
     def o_proj_of(self, layer: int) -> str | None:
-        """The map by which a layer's attention, or what stands in its place, writes; None where none does directly."""
+        """Return the map by which a layer's attention, or its substitute, writes; None where none does directly."""
         return self.maps[layer][0] if self.maps else self.o_proj
 
     def down_proj_of(self, layer: int) -> str | None:
-        """The map by which a layer's feed-forward part writes; None where none does directly."""
+        """Return the map by which a layer's feed-forward part writes; None where none does directly."""
         return self.maps[layer][1] if self.maps else self.down_proj
 
     def maps_of(self, layer: int, kinds: Sequence[str]) -> list[str]:
-        """The names inside a layer of its maps of some kinds, 'o_proj' and 'down_proj', in the order in which they run.
+        """Return the names inside a layer of its maps of some kinds, 'o_proj' and 'down_proj', in running order.
 
         A layer that has none of a kind is left without.
         """
@@ -129,12 +129,12 @@ PROBED = "a router's modeling file has no class for this type yet"  # why probed
 
 
 def is_listed(config: Any) -> bool:
-    """Whether the tables have a row for both parts of a loaded transformers configuration; others are probed."""
+    """Tell whether the tables have a row for both parts of a loaded transformers configuration; others are probed."""
     return config.model_type in FAMILIES and config.get_text_config().model_type in DECODERS
 
 
 def family_of(config: Any) -> Family:
-    """The family of a loaded transformers configuration: its row, or one that says what a probe can't know."""
+    """Return the family of a loaded transformers configuration: its row, or one that says what a probe can't know."""
     if not is_listed(config):
         row = FAMILIES.get(config.model_type)
         example = row.example if row else ""
@@ -143,7 +143,7 @@ def family_of(config: Any) -> Family:
 
 
 def protected_layers(config: Any) -> tuple[int, ...]:
-    """Layers that may not go by default: those after which Qwen3-VL adds deepstack features, by position."""
+    """Return the layers that may not go by default: those after which Qwen3-VL adds deepstack features, by position."""
     text = config.get_text_config()
     protected = set(range(len(_deepstack_indexes(config)))) | leaned_on(text) | _forced(text)
     protected |= {layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()}  # Granite Vision 4
@@ -151,13 +151,13 @@ def protected_layers(config: Any) -> tuple[int, ...]:
 
 
 def _deepstack_indexes(config: Any) -> list[int]:
-    """Layers of the vision tower whose features enter the decoder after its first layers, one after the other."""
+    """Return the layers of the vision tower whose features enter the decoder after its first layers, in that order."""
     found = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
     return list(found or [])
 
 
 def _forced(text: Any) -> set[int]:
-    """The last layer, where the configuration class makes any last layer one of its kind: Gemma 4's sees everything."""
+    """Return the last layer where the configuration class dictates its kind: Gemma 4's sees everything."""
     types = list(getattr(text, "layer_types", None) or ())
     other = next((kind for kind in types if kind != types[-1]), None)
     if other is None:
@@ -172,7 +172,7 @@ def _forced(text: Any) -> set[int]:
 
 
 def leaned_on(text: Any) -> set[int]:
-    """Layers whose keys and values, or chosen tokens, later layers use in place of their own."""
+    """Return the layers whose keys and values, or chosen tokens, later layers use in place of their own."""
     num_layers, leaned = text.num_hidden_layers, set()
     types = getattr(text, "layer_types", None) or [""] * num_layers
     if shared := getattr(text, "num_kv_shared_layers", 0):  # Gemma 3n: the last of its own kind before they begin
@@ -210,6 +210,6 @@ def text_path(config: Any) -> tuple[str, ...]:
 
 
 def visual_token_ids(config: Any) -> tuple[int, ...]:
-    """Placeholder ids that image and video features replace in the prompt."""
+    """Return placeholder ids that image and video features replace in the prompt."""
     ids = (getattr(config, name, None) for name in (*IMAGE_TOKENS, "video_token_id"))
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))

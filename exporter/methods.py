@@ -55,7 +55,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """What a router learns from. Its function takes (batch, generator, **options) and returns a scalar tensor."""
+    """A loss of routers: a function that takes (batch, generator, **options) and returns a scalar tensor."""
 
     run: Function
     title: str

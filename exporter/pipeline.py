@@ -203,7 +203,7 @@ def _compress(
 def score(
     recipe: Recipe, options: RunOptions = RunOptions(), progress: Progress = silent, save: Path | str | None = None
 ) -> tuple[CompressionJob, LayerScores]:
-    """Only localize. Returns what was opened, and the scores.
+    """Localize only. Returns what was opened, and the scores.
 
     Args:
         save: a file that takes the scores with all that they depend on, for `compress(..., scores=FILE)`.

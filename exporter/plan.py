@@ -24,7 +24,7 @@ class PruningPlan:
 
     @property
     def new_index(self) -> dict[int, int]:
-        """Old index to new index of every layer that stays."""
+        """Return the new index of every kept layer by its old one."""
         return {old: new for new, old in enumerate(self.keep)}
 
     @property
@@ -41,7 +41,7 @@ class PruningPlan:
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """How much is to go: exactly one of the four is given."""
+    """The layers to remove: exactly one of the four is given."""
 
     drop_layers: int | None = None
     drop_ratio: float | None = None
@@ -49,11 +49,11 @@ class LayerBudget:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name, value in vars(self).items() if value is not None]
-        if len(given) != 1:
+        named = [name for name, value in vars(self).items() if value is not None]
+        if len(named) != 1:
             raise InputError(
                 f"a budget is exactly one of drop_layers, drop_ratio, target_params and layers; "
-                f"given: {', '.join(given) or 'none'}."
+                f"given: {', '.join(named) or 'none'}."
             )
 
     def count(self, parameters_per_layer: Sequence[int], other_parameters: int, protect: Collection[int]) -> int:
@@ -128,7 +128,7 @@ def attention_period(config: Any) -> tuple[str, int] | None:
         if not isinstance(values, list | tuple) or len(set(values)) < 2:
             continue
         whole = len(values) // 2  # a period that is not seen twice is one only if the configuration says so
-        for period in [*range(2, whole + 1), *(one for one in stated if isinstance(one, int) and one > 1)]:
+        for period in [*range(2, whole + 1), *(length for length in stated if isinstance(length, int) and length > 1)]:
             if all(value == values[layer % period] for layer, value in enumerate(values)):
                 return name, period
     return None
@@ -140,10 +140,10 @@ def breaks_period(config: Any, keep: Sequence[int]) -> str | None:
     transformers reads the kind of each layer from config.json. Programs that work it out from a period instead run
     layers of the wrong kind and say nothing: llama.cpp's converter and mlx-vlm do so for Gemma 3.
     """
-    found = attention_period(config)
-    if found is None:
+    name_and_period = attention_period(config)
+    if name_and_period is None:
         return None
-    name, period = found
+    name, period = name_and_period
     values = _text_config(config)[name]
     for new, old in enumerate(keep):
         if values[old] != values[new % period]:
@@ -164,10 +164,10 @@ def may_break_period(config: Any, count: int, layers: Sequence[int] | None) -> s
         count: how many layers go.
         layers: those that go, where they are named: the warning is certain then.
     """
-    found = attention_period(config)
-    if found is None or not count:
+    name_and_period = attention_period(config)
+    if name_and_period is None or not count:
         return None
-    name, period = found
+    name, period = name_and_period
     if layers is not None:
         return breaks_period(config, make_plan(len(_text_config(config)[name]), layers).keep)
     return (
@@ -185,9 +185,9 @@ def best_in_period(config: Any, values: Sequence[float], count: int, protect: Co
         count: how many layers go.
     Raises: InputError where no set of so many layers keeps it.
     """
-    found = attention_period(config)
-    assert found is not None, "a model whose layers do not take turns"
-    name, period = found
+    name_and_period = attention_period(config)
+    assert name_and_period is not None, "a model whose layers do not take turns"
+    name, period = name_and_period
     kinds = _text_config(config)[name]
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by the number of layers that went so far
     for layer, value in enumerate(values):

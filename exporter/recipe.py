@@ -1,4 +1,4 @@
-"""What to do, as data: frozen dataclasses to and from YAML, strictly. How to run it (device, dtype) is RunOptions.
+"""A recipe as data: frozen dataclasses to and from YAML, strictly. RunOptions has device, dtype and the like.
 
 Imports nothing heavy: the command line reads it to explain usage.
 """
@@ -91,11 +91,11 @@ class TaskData:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return what reads a task beside the place."""
+        """Return the arguments that read a task beside the place."""
         return {name: v for name, v in vars(self).items() if name not in ("data", "metric", "suffix")}
 
     def to_data(self) -> Any:
-        """The place alone, where everything else is left to defaults."""
+        """Return the place alone, where everything else is left to defaults."""
         rest = {name: v for name, v in vars(self).items() if name not in ("metric", "suffix") or v is not None}
         return rest if self != TaskData(self.data) else self.data
 
@@ -124,7 +124,7 @@ class RouterRecipe:
             raise InputError(f"router: learning_rate={self.learning_rate!r}: a number between 0 and 1 is needed.")
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data; what is left to defaults stays out."""
+        """Return plain data; what is left to defaults stays out."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
         if self.calibration is not None:
             data["calibration"] = self.calibration.to_data()
@@ -172,7 +172,7 @@ class HealRecipe:
         return self if self.seed is not None else dataclasses.replace(self, seed=seed)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data; what is left to defaults stays out."""
+        """Return plain data; what is left to defaults stays out."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
         if self.calibration is not None:
             data["calibration"] = self.calibration.to_data()
@@ -214,7 +214,7 @@ class Recipe:
         return not chosen or self.fold is None or self.fold.name != "none" or bool(self.heal or self.router)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data, as YAML and compression.json hold it; what is left to defaults stays out."""
+        """Return plain data, as YAML and compression.json hold it; what is left to defaults stays out."""
         data: dict[str, Any] = {"model": self.model}
         if self.revision:
             data["revision"] = self.revision
@@ -235,7 +235,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run a recipe: nothing here says what the result is meant to be."""
+    """Options of a run: none of them changes what the result is meant to be."""
 
     device: str | None = None  # None: the first GPU, else the CPU
     dtype: str = "auto"
@@ -350,7 +350,7 @@ def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -
 
 
 def router_from_data(data: Any) -> RouterRecipe:
-    """'true', or a mapping of what is not left to defaults."""
+    """Read 'true', or a mapping of what is not left to defaults."""
     read = _settings(RouterRecipe, data, "router")
     if "loss" in read:
         read["loss"] = read_method(read["loss"], LOSSES, "loss")
@@ -358,7 +358,7 @@ def router_from_data(data: Any) -> RouterRecipe:
 
 
 def heal_from_data(data: Any) -> HealRecipe:
-    """'true', or a mapping of what is not left to defaults."""
+    """Read 'true', or a mapping of what is not left to defaults."""
     return HealRecipe(**_settings(HealRecipe, data, "heal"))
 
 

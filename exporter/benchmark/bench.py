@@ -1,4 +1,4 @@
-"""How fast is a checkpoint, how much memory it takes: measured in turn with the model that it was made from.
+"""Speed and memory of a checkpoint, measured in turn with the model that it was made from.
 
 Every round runs every model once, in one order and in the next round in the other; ratios are taken between rounds that
 lie side by side. What is compared with a ratio of times is counted, not timed: operations and bytes.
@@ -124,7 +124,7 @@ def _column(
 
 
 def ready(prompt: Batch, device: Any) -> Batch:
-    """On the device, and without a mask of ones, as `generate` hands it on."""
+    """Put inputs on the device and drop a mask of ones, as `generate` does."""
     inputs = dict(prompt.inputs)
     if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
         del inputs["attention_mask"]
@@ -153,7 +153,7 @@ class TimedModel:
 
     def __call__(self) -> dict[str, float]:
         begin = self._now()
-        seen = self.subject.see(self.prompt)
+        seen = self.subject.encode_images(self.prompt)
         vision = self._now()
         state = self.subject.prefill(self.prompt, seen)
         first = self._now()
@@ -175,7 +175,7 @@ class TimedModel:
 
 
 def time_interleaved(runs: Sequence[TimedModel], rounds: int, progress: Callable[..., Iterable[Any]]) -> list[Times]:
-    """Times of each run, round by round."""
+    """Return the times of each run, round by round."""
     times: list[Times] = [{name: [] for name in TIMED} for _ in runs]
     what = f"batch of {len(runs[0].prompt.is_visual)}"
     pause = SETTLE_S if len({type(run.subject) for run in runs}) > 1 else 0.0
@@ -191,7 +191,7 @@ def time_interleaved(runs: Sequence[TimedModel], rounds: int, progress: Callable
 
 @contextlib.contextmanager
 def garbage_between_runs() -> Iterator[Callable[[], object]]:
-    """No garbage collection but when it is called for; what is there already is not looked through again and again."""
+    """Collect garbage only when called for; what is there already is not looked through again and again."""
     collecting = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -222,7 +222,7 @@ def figures(run: TimedModel, cost: Cost, times: Times, peak: int | None) -> Figu
 
 
 def compared(measured: Figures, times: Times, reference: Figures, reference_times: Times) -> Figures:
-    """With every figure as a ratio to the reference's, and how much of what could be gained was."""
+    """Return the figures with each as a ratio to the reference's, and the share reached of the ideal speed-up."""
     spreads = {name: paired(times[name], reference_times[name]) for name in TIMED if min(reference_times[name]) > 0}
     ratio: dict[str, Any] = {name: spread.median for name, spread in spreads.items()}
     for name in COUNTED:
@@ -238,7 +238,7 @@ def compared(measured: Figures, times: Times, reference: Figures, reference_time
 
 
 def _share(ideal: float | None, time: Spread) -> float | None:
-    """Measured speed-up over the ideal one, of which both are reciprocals."""
+    """Divide the measured speed-up by the ideal one, of which both are reciprocals."""
     return None if ideal is None else ideal / time.median
 
 

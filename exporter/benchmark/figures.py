@@ -1,4 +1,4 @@
-"""What `bench` measures, as data."""
+"""The figures that `bench` measures, as data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNTED = ("flops", "vision_flops", "decode_flops", "kv_bytes", "weight_bytes", 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How to measure.
+    """Settings of a measurement.
 
     Args:
         batches: numbers of rows, one after the other.
@@ -121,7 +121,7 @@ class Benchmark:
 
 
 def plain_data(data: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON: lists for tuples."""
+    """Return data as it comes back from JSON: lists for tuples."""
     import json
 
     return dict(json.loads(json.dumps(data)))

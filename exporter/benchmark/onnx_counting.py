@@ -1,4 +1,4 @@
-"""What a graph costs, read off its nodes: weights that every token is multiplied with, and the bytes that a pass reads.
+"""The cost of a graph, read off its nodes: weights that a token is multiplied with, and bytes that a pass reads.
 
 FLOPs are counted as torch's counter does: two for each weight and token, attention by its two matrix products over all
 pairs of tokens, nothing for anything else.
@@ -17,7 +17,7 @@ BLOCKWISE = "MatMulNBits"  # of integer weights, whose shape is an attribute
 
 @dataclass(frozen=True)
 class GraphSize:
-    """Of one graph file, or of one branch in it."""
+    """The size of one graph file, or of one branch in it."""
 
     weights: int  # elements of the matrices that all tokens meet
     head: int  # of the one that makes the logits, of each row's last token
@@ -57,7 +57,7 @@ def branch_of(node: Any) -> list[Any]:
 
 
 def elements(node: Any, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Of the weight matrix that a node multiplies with; 0 where it does no such thing."""
+    """Return the size of the weight matrix that a node multiplies with; 0 where it has none."""
     if node.op_type == BLOCKWISE:
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
         return int(sizes["K"] * sizes["N"])

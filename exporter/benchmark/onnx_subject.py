@@ -63,7 +63,7 @@ class OnnxSubject:
     def routed(self) -> bool:
         return isinstance(self.model, RoutedOnnxModel)
 
-    def see(self, prompt: Batch) -> Seen:
+    def encode_images(self, prompt: Batch) -> Seen:
         laid_out = self.model.prompt({name: tensor.numpy() for name, tensor in prompt.inputs.items()})
         return Seen(laid_out, self.model.image_features(laid_out))
 
@@ -87,7 +87,7 @@ class OnnxSubject:
     # --- counted ---
 
     def cost(self, prompt: Batch, new_tokens: int) -> Cost:
-        seen = self.see(prompt)
+        seen = self.encode_images(prompt)
         state = self._prefill(seen, 0).state
         rows, length = seen.prompt.input_ids.shape
         passes = self._passes(state, length)
@@ -107,7 +107,7 @@ class OnnxSubject:
 
     @cached_property
     def _sizes(self) -> dict[str, GraphSize]:
-        """By graph, and by layer where that is a branch of one."""
+        """Return sizes by graph, and by layer where that is a branch of one."""
         sizes = {path.stem: graph_size(path) for path in sorted(Path(self.path).glob("*.onnx"))}
         if isinstance(self.model, RoutedOnnxModel):
             layers = sorted(self.model.router_facts["candidates"])
@@ -119,7 +119,7 @@ class OnnxSubject:
         return isinstance(state, RoutedState) and (state.index is not None or not bool(state.runs.all()))
 
     def _passes(self, state: DecodingState, length: int) -> list[tuple[str, list[int], int]]:
-        """Graph or branch, its layers and the entries of their cache, of everything that any row runs."""
+        """Yield graph or branch, its layers and the entries of their cache, of everything that any row runs."""
         if not isinstance(self.model, RoutedOnnxModel):
             return [("decoder", list(range(self.model.manifest["layers"])), length)]
         assert isinstance(state, RoutedState)
@@ -142,7 +142,7 @@ class OnnxSubject:
 
     @property
     def _entry_bytes(self) -> int:
-        """Of one token in one layer."""
+        """Return the bytes of one token in one layer."""
         facts = self.model.manifest
         return int(2 * facts["heads"] * facts["head_size"] * np.dtype(self.model.dtype).itemsize)
 

@@ -25,7 +25,7 @@ class Runtimes:
 
     @classmethod
     def of(cls, setup: Setup, new_tokens: int) -> Runtimes:
-        """Both on one device, and on the CPU with as many threads."""
+        """Put both on one device, and on the CPU on as many threads."""
         threads = None if setup.device.startswith("cuda") else torch.get_num_threads()
         return cls(TorchRuntime(setup), OnnxRuntime(setup.device, new_tokens, threads))
 
@@ -61,7 +61,7 @@ def made_from(path: str) -> str:
 def open_subjects(
     runtimes: Runtimes, paths: Sequence[str], reference: str | Path | None, budgets: Sequence[GenerateKwargs]
 ) -> list[Subject]:
-    """The reference, run whole, then every path; not the first one again where it is the reference for want of another.
+    """Open the reference, run whole, then every path; the first path only once where it is the reference by default.
 
     One that is named as its own reference is measured twice: how far the ratios are from 1 is the error of measurement.
     An ONNX folder is compared with the checkpoint that it was made from, and that with the other ways torch runs it.

@@ -1,4 +1,4 @@
-"""What is timed: a model that sees, prefills and decodes. Plain and routed checkpoints in torch are one kind of it.
+"""The interface that is timed: a model that encodes images, prefills and decodes, in torch or ONNX.
 
 Another runtime is another class with the attributes and methods of `Subject`; what times it knows nothing else of it.
 
@@ -18,7 +18,7 @@ GenerateKwargs = dict[str, Any]  # a budget as `generate` takes it: keep_visual_
 
 @dataclass(frozen=True)
 class Setup:
-    """How models are run."""
+    """Settings under which models run."""
 
     device: str
     dtype: str = "auto"
@@ -31,7 +31,7 @@ class Cost:
     """Counted, not timed. None where a runtime can't tell."""
 
     flops: int | None  # of prefill, by torch's counter
-    vision_flops: int | None  # of see
+    vision_flops: int | None  # of encode_images
     decode_flops: int | None  # of the first decoding step
     kv_bytes: int | None  # keys and values of the prompt: the sizes of the cache's tensors
     kv_bytes_formula: int | None  # the same from configuration, prompt and route
@@ -47,15 +47,15 @@ class Subject(Protocol):
 
     @property
     def budget(self) -> GenerateKwargs | None:
-        """None: it runs whole."""
+        """Return the budget; None: the model runs whole."""
 
     @property
     def routed(self) -> bool:
-        """It has a router."""
+        """Tell whether it has a router."""
 
     @property
     def runtime(self) -> str:
-        """For people: 'torch, sdpa, float32'."""
+        """Return the runtime's name for people: 'torch, sdpa, float32'."""
 
     @property
     def processor(self) -> Any: ...
@@ -65,18 +65,20 @@ class Subject(Protocol):
 
     @property
     def input_device(self) -> Any:
-        """Return where prompts are to lie."""
+        """Return the device that prompts must lie on."""
 
     @property
     def gives_memory_back(self) -> bool:
-        """Free what a run takes, so that the growth in another run can be measured."""
+        """Tell whether a run's memory is freed, so that the growth in another run can be measured."""
 
-    def see(self, prompt: Batch) -> Any:
-        """Vision tower and projector, on pixels that the processor has made already."""
+    def encode_images(self, prompt: Batch) -> Any:
+        """Run the vision tower and the projector on pixels that the processor has made already."""
 
     def prefill(self, prompt: Batch, seen: Any) -> Any:
-        """From image features and token ids to the first answer token of each row, and a cache that holds the prompt;
-        in a routed model the router too. A runtime that has the tower in this graph returns None from `see`."""
+        """Return each row's first answer token, from image features and token ids, and a cache that holds the prompt.
+
+        In a routed model the router runs too. A runtime that has the tower in this graph encodes images here.
+        """
 
     def decode(self, state: Any) -> Any:
         """Return one more token for each row: in, and the next one out."""

@@ -51,7 +51,7 @@ def benchmark_table(done: Any) -> str:
 
 
 def benchmark_name(model: Any) -> str:
-    """'folder (keep_visual_tokens=144)'."""
+    """Return 'folder (keep_visual_tokens=144)'."""
     asked = ", ".join(f"{k}={v}" for k, v in (model.budget or {}).items() if v is not None)
     return f"{model.path} ({asked})" if asked else str(model.path)
 

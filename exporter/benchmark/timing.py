@@ -1,4 +1,4 @@
-"""How timings are compared: subjects in turn, medians, how far they can be trusted; and a meter for memory."""
+"""A comparison of timings: interleaved subjects, medians and their spread; and a meter for memory."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def skipped_ranks(n: int) -> int:
 
 
 def interleaved(subjects: int, rounds: int) -> Iterator[list[int]]:
-    """The order of each round: there and back again (ABBA), so that a drift of the machine's speed cancels out."""
+    """Return the order of each round: there and back again (ABBA), so that a drift of speed cancels out."""
     order = list(range(subjects))
     for number in range(rounds):
         yield order[::-1] if number % 2 else order
 
 
 def paired(measured: Sequence[float], reference: Sequence[float]) -> Spread:
-    """Ratio to the reference, round by round. Rounds come in pairs, each subject early in one and late in the other."""
+    """Return ratios to the reference, round by round. In a pair of rounds each subject is early and late."""
     pairs = range(0, len(measured) - 1, 2)
     return Spread.of([(measured[i] + measured[i + 1]) / (reference[i] + reference[i + 1]) for i in pairs])
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:
-    """Memory that a run takes beyond what was held before; None where the system does not tell.
+    """Measure the memory that a run takes beyond what was held before; None where the system does not tell.
 
     On a GPU what torch's allocator hands out; on the CPU the growth of the process's resident memory.
     """
@@ -78,7 +78,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
 
 
 def _give_back_freed_memory() -> None:
-    """So that memory which earlier runs freed is counted when it is taken again (glibc)."""
+    """Give freed memory back, so that it is counted when it is taken again (glibc)."""
     libc: Any = ctypes.CDLL(None)
     libc.malloc_trim(0)
 

@@ -14,7 +14,7 @@ PIXELS = ("pixel_values", "pixel_attention_mask")  # only the vision tower reads
 
 
 def cache_bytes(cache: Any) -> int:
-    """Size of the keys and values that a cache of transformers holds."""
+    """Return the size of the keys and values that a cache of transformers holds."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
 
 

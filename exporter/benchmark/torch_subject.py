@@ -60,7 +60,7 @@ class TorchSubject:
         return (self.budget or {"preset": "off"}) if self.routed else {}
 
     @torch.inference_mode()
-    def see(self, prompt: Batch) -> Any:
+    def encode_images(self, prompt: Batch) -> Any:
         if PIXELS[0] not in prompt.inputs:
             return None
         encode = self.model.base_model.get_image_features
@@ -88,7 +88,7 @@ class TorchSubject:
         return {**self._asked, "logits_to_keep": 1}
 
     def _positions(self, mask: Tensor | None, start: int = 0) -> dict[str, Any]:
-        """Of padded rows, from a column on; without padding a model counts right by itself."""
+        """Return positions for padded rows, from a column on; without padding a model counts right by itself."""
         if mask is None:
             return {}
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
@@ -107,7 +107,7 @@ class TorchSubject:
 
     def cost(self, prompt: Batch, new_tokens: int) -> Cost:
         with counted() as vision:
-            seen = self.see(prompt)
+            seen = self.encode_images(prompt)
         with counted() as prefill:
             state = self.prefill(prompt, seen)
         begin, formula = cache_bytes(state.cache), self._kv_bytes(prompt, state.route)
@@ -160,7 +160,7 @@ def load_torch(source: Source, setup: Setup) -> Any:
 
 
 def _routed_class(source: Source) -> Any:
-    """None where the folder has no router: the stock class."""
+    """Return the routed class; None, for the stock class, where the folder has no router."""
     if "router" not in source.raw_config:
         return None
     from ..modeling import modeling_routed
@@ -187,7 +187,7 @@ def compile_whole(model: Any) -> None:
 
 
 def clone_that_shares_weights(model: Any) -> Any:
-    """Modules and configuration of their own around the same weights."""
+    """Return modules and configuration of their own around the same weights."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
@@ -225,7 +225,7 @@ class TorchRuntime:
             source = open_source(path)
             self._loaded[path] = load_torch(source, self.setup), load_processor(source.folder)
         model, processor = self._loaded[path]
-        runtime = describe_way(model) + ", dense parts compiled" * self.setup.compile
+        runtime = describe_way(model) + (", dense parts compiled" if self.setup.compile else "")
         return TorchSubject(
             path=path, budget=budget_of(model, asked, path), model=model, processor=processor, runtime=runtime
         )
@@ -243,7 +243,7 @@ class TorchRuntime:
         ]
 
     def compile(self) -> None:
-        """What is to be compiled. To be called after everything has been counted: it can't be looked into any more."""
+        """Compile the models. Call it after everything has been counted: compiled layers can't be looked into."""
         if self.setup.compile:
             for model, _ in self._loaded.values():
                 compile_dense(model)

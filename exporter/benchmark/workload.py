@@ -1,4 +1,4 @@
-"""What models are asked when they are timed: lines of a task, or random images and words of a given number of tokens.
+"""Prompts for timing: lines of a task, or random images and words of a given number of tokens.
 
 Shapes: B rows.
 """
@@ -51,7 +51,7 @@ class Workload:
                 raise InputError(f"{name}={value}: at least 1 is needed.")
 
     def batch(self, processor: Any, config: Any, rows: int) -> Batch:
-        """Model inputs of `rows` prompts, as this processor makes them."""
+        """Return model inputs of `rows` prompts, as this processor makes them."""
         if self.task is not None:
             lines = read_samples(
                 self.task, columns=self.columns, split=self.split, config=self.config, allow_urls=self.allow_urls
@@ -94,14 +94,14 @@ def question(images: Sequence[Any], text: str) -> Sample:
 
 
 def random_image(draw: random.Random, side: int) -> Any:
-    """Noise: no two images, and no two parts of one, are alike."""
+    """Draw noise: no two images, and no two parts of one, are alike."""
     from PIL import Image
 
     return Image.frombytes("RGB", (side, side), draw.randbytes(3 * side * side))
 
 
 def image_shape(processor: Any, config: Any, tokens: int) -> tuple[int, int]:
-    """Side of square images, and how many of them, that make so many visual tokens."""
+    """Return the side of square images, and how many of them, that make so many visual tokens."""
 
     from PIL import Image
 

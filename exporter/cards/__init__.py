@@ -1,1 +1,1 @@
-"""What is told of a checkpoint: its card, tables and plots."""
+"""The description of a checkpoint: its card, tables and plots."""

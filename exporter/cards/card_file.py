@@ -354,7 +354,7 @@ def _all_ours(entry: dict[str, Any]) -> bool:
 
 
 def _dumped(merged: dict[str, Any], own_text: str, rendered: str) -> str:
-    """YAML that keeps a person's lines, comments and order wherever the value stayed as it was."""
+    """Write YAML so that a person's lines, comments and order stay wherever the value did."""
     import yaml
 
     own_blocks, new_blocks = _blocks(own_text), _blocks(rendered)
@@ -380,7 +380,7 @@ def _dumped(merged: dict[str, Any], own_text: str, rendered: str) -> str:
 
 
 def _blocks(text: str) -> list[tuple[str | None, str]] | None:
-    """The lines of each top-level key; None before a name: comments. None for YAML that can't be told apart so."""
+    """Return the lines of each top-level key, comments under None; None for YAML that can't be told apart so."""
     blocks: list[tuple[str | None, str]] = []
     waiting = ""  # comments and blank lines, until it is known whose they are
     for line in text.splitlines(keepends=True):

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def describe(budget: dict[str, Any]) -> str:
-    """'fast: 0.25 of the visual tokens, 10 layers, by router' of a result's budget, as JSON has it."""
+    """Return 'fast: 0.25 of the visual tokens, 10 layers, by router' of a result's budget, as JSON has it."""
     tokens, layers = budget["keep_visual_tokens"], budget["keep_layers"]
     parts = []
     if tokens:

@@ -151,7 +151,7 @@ def is_healed(record: CheckpointRecord) -> bool:
 
 
 def template_folder() -> Path:
-    """`model_cards/`: beside the package in the repository, inside it where it was installed."""
+    """Return `model_cards/`: beside the package in the repository, inside it where it was installed."""
     here = Path(__file__).parent.parent
     inside = here / "model_cards"
     return inside if inside.is_dir() else here.parent / "model_cards"
@@ -271,7 +271,7 @@ def _sure(fold: dict[str, Any]) -> str:
 
 
 def _places(tensors: list[str]) -> str:
-    """'down_proj of layers 3, 7 and o_proj of layer 7' from "layer 3's mlp.down_proj.weight" and so on."""
+    """Return 'down_proj of layers 3, 7 and o_proj of layer 7' from "layer 3's mlp.down_proj.weight" and so on."""
     layers: dict[str, list[str]] = {}
     for tensor in tensors:
         layer, name = tensor.removeprefix("layer ").split("'s ")
@@ -287,7 +287,7 @@ def ratio_cell(ratios: dict[str, Any], name: str) -> str:
 
 
 def budget_name(budget: dict[str, Any] | None) -> str:
-    """'keep_visual_tokens=144', as it is written in a call."""
+    """Return 'keep_visual_tokens=144', as it is written in a call."""
     return ", ".join(f"{key}={value!r}" for key, value in (budget or {}).items() if value is not None) or "all of it"
 
 

@@ -33,7 +33,7 @@ def save(drawn: Any, path: Path) -> None:
 
 
 def plot_scores(scores: LayerScores, path: Path, protect: Sequence[int] = ()) -> None:
-    """One bar a layer: high is redundant; dropped layers in their own colour."""
+    """Draw one bar a layer: high is redundant; dropped layers in their own colour."""
     drawn, axes = figure()
     layers = range(len(scores.values))
     colors = [DROPPED if i in scores.drop else PROTECTED if i in protect else KEPT for i in layers]

@@ -108,7 +108,7 @@ def _refuse_original_llava(name: str, raw: dict[str, Any]) -> None:
 
 
 def load_config(folder: Path, raw_config: dict[str, Any]) -> Any:
-    """transformers' configuration, from native code only."""
+    """Load transformers' configuration, from native code only."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -169,7 +169,7 @@ def check_generation_config(name: str, folder: Path) -> None:
 
 
 def first_lines(error: BaseException) -> str:
-    """What an error says, in one line: the first two lines of it, since validation names the field in the first."""
+    """Return the first two lines of an error as one, since validation names the field in the first."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     text = " ".join(lines[:2]) or type(error).__name__
     plain = isinstance(error, KeyError | AttributeError | ZeroDivisionError | IndexError | AssertionError)

@@ -40,26 +40,26 @@ class Decoded:
     read: Callable[[], Tensor]
 
 
-def decoded_pieces(name: str, found: Quantized, folder: Path, weights: Weights) -> Iterator[list[Decoded | str]]:
-    """For each shard what is to be written of it: names of tensors that stay as they are, and decoded weights.
+def decoded_pieces(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Iterator[list[Decoded | str]]:
+    """Yield for each shard what is written of it: names of tensors that stay as they are, and decoded weights.
 
     Raises: InputError for what can't be decoded, before anything is read.
     """
-    method, decode = found.method, DECODERS.get(found.method)
-    if not found.parts:
+    method, decode = quantized.method, DECODERS.get(quantized.method)
+    if not quantized.parts:
         raise refusal(
             name,
-            found,
+            quantized,
             folder,
             "so says its configuration, while its weights are plain floats, which must be a mistake",
         )
     if decode is None:
         known = ", ".join(DECODERS)
-        raise refusal(name, found, folder, f"this version reads weights quantized by {known}, not by {method}")
-    plan = decode(name, found, folder, weights)
+        raise refusal(name, quantized, folder, f"this version reads weights quantized by {known}, not by {method}")
+    plan = decode(name, quantized, folder, weights)
     used = {part for parts, _, _ in plan.values() for part in parts}
-    if left := sorted(set(found.parts) - used - set(plan) - {n for n in found.parts if PASSED_OVER.search(n)}):
-        raise refusal(name, found, folder, f"the tensor '{left[0]}' is not one that this version can decode")
+    if left := sorted(set(quantized.parts) - used - set(plan) - {n for n in quantized.parts if PASSED_OVER.search(n)}):
+        raise refusal(name, quantized, folder, f"the tensor '{left[0]}' is not one that this version can decode")
     targets = {parts[0]: target for target, (parts, _, _) in plan.items()}
     for shard in weights.shards:
         pieces: list[Decoded | str] = []
@@ -83,23 +83,23 @@ def _bfloat16(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
     return TensorEntry(path=entry.path, dtype="BF16", shape=shape, begin=0, end=2 * prod(shape))
 
 
-def _fp8(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
-    """Block scales under .weight_scale_inv, the format of Qwen's and DeepSeek's own fp8 checkpoints."""
+def _fp8(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Plan:
+    """Decode block scales under .weight_scale_inv, the format of Qwen's and DeepSeek's own fp8 checkpoints."""
     plan: Plan = {}
-    for weight in found.parts:
+    for weight in quantized.parts:
         scale = f"{weight}_scale_inv"
         if not weight.endswith(".weight"):
             continue
         if scale not in weights.entries or not weights.entries[weight].dtype.startswith("F8"):
-            raise refusal(name, found, folder, f"'{weight}' has no scales ('{scale}')")
+            raise refusal(name, quantized, folder, f"'{weight}' has no scales ('{scale}')")
         shape = weights.entries[weight].shape
         scales = weights.entries[scale].shape
         if len(shape) != 2 or (len(scales) not in (0, 2) and scales != (1,)):
-            raise refusal(name, found, folder, f"'{scale}' has the shape {list(scales)} for {list(shape)}")
-        block = found.settings.get("weight_block_size") or list(shape)
+            raise refusal(name, quantized, folder, f"'{scale}' has the shape {list(scales)} for {list(shape)}")
+        block = quantized.settings.get("weight_block_size") or list(shape)
         if len(scales) == 2 and [-(-size // side) for size, side in zip(shape, block, strict=True)] != list(scales):
             raise refusal(
-                name, found, folder, f"'{scale}' has the shape {list(scales)}, not one scale a block of {block}"
+                name, quantized, folder, f"'{scale}' has the shape {list(scales)}, not one scale a block of {block}"
             )
 
         def read(weight: str = weight, scale: str = scale, block: Any = tuple(block)) -> Tensor:
@@ -113,20 +113,20 @@ def _fp8(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
     return plan
 
 
-def _compressed_tensors(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
-    """Codes under .weight or .weight_packed with .weight_scale and, where asymmetric, .weight_zero_point."""
+def _compressed_tensors(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Plan:
+    """Decode codes under .weight or .weight_packed with .weight_scale, and .weight_zero_point where asymmetric."""
     plan: Plan = {}
-    for part in found.parts:
+    for part in quantized.parts:
         module, _, kind = part.rpartition(".")
         if kind not in ("weight", "weight_packed"):
             continue
         others = [f"{module}.{n}" for n in ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")]
         parts = (part, *(other for other in others if other in weights.entries))
         if others[0] not in parts or others[3] in parts or f"{module}.weight_global_scale" in weights.entries:
-            raise refusal(name, found, folder, f"'{part}' is in a format that this version does not decode")
-        bits = _bits(found.settings) if kind == "weight_packed" else 0
+            raise refusal(name, quantized, folder, f"'{part}' is in a format that this version does not decode")
+        bits = _bits(quantized.settings) if kind == "weight_packed" else 0
         if kind == "weight_packed" and (bits is None or others[2] not in parts or others[1] in parts):
-            raise refusal(name, found, folder, f"'{part}' is packed in a way that this version does not decode")
+            raise refusal(name, quantized, folder, f"'{part}' is packed in a way that this version does not decode")
         shape = (
             weights.entries[part].shape if not bits else tuple(int(size) for size in weights.read(others[2]).tolist())
         )
@@ -136,13 +136,13 @@ def _compressed_tensors(name: str, found: Quantized, folder: Path, weights: Weig
 
 
 def _affine(weights: Weights, parts: tuple[str, ...], shape: tuple[int, ...], bits: int) -> Tensor:
-    """(Q - Z) * S with S [], [1], [R, 1] or [R, C / g]."""
-    given = {part.rpartition(".")[2]: weights.read(part) for part in parts}
-    codes = given["weight_packed"] if bits else given["weight"]
+    """Compute (Q - Z) * S with S [], [1], [R, 1] or [R, C / g]."""
+    stored = {part.rpartition(".")[2]: weights.read(part) for part in parts}
+    codes = stored["weight_packed"] if bits else stored["weight"]
     values = (unpack(codes, bits)[:, : shape[1]] - (1 << (bits - 1)) if bits else codes).float()
-    scale = _spread(given["weight_scale"].float(), shape)
-    if "weight_zero_point" in given:
-        values = values - _spread(given["weight_zero_point"].float(), shape)
+    scale = _spread(stored["weight_scale"].float(), shape)
+    if "weight_zero_point" in stored:
+        values = values - _spread(stored["weight_zero_point"].float(), shape)
     return (values * scale).bfloat16()
 
 
@@ -154,7 +154,7 @@ def _spread(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Codes [R, W * 32 / bits], not negative, from int32 words [R, W] that hold the first one in their lowest bits."""
+    """Unpack codes [R, W * 32 / bits], not negative, from int32 words [R, W], the first in the lowest bits."""
     import torch
 
     shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32)
@@ -164,23 +164,23 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def _bits(settings: dict[str, Any]) -> int | None:
     """Return the number of bits that all groups of layers share."""
     groups = settings.get("config_groups")
-    found = {
+    widths = {
         (group.get("weights") or {}).get("num_bits") for group in groups.values() if isinstance(group, dict)
     } if isinstance(groups, dict) else set()  # fmt: skip
-    bits = found.pop() if len(found) == 1 else None
+    bits = widths.pop() if len(widths) == 1 else None
     return bits if bits in (4, 8) else None
 
 
-def _bitsandbytes(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
-    """8 bit: int8 codes under .weight, row maxima under .SCB. 4 bit: bytes under .weight, the rest under its name."""
+def _bitsandbytes(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Plan:
+    """Decode 8 bit (codes .weight, row maxima .SCB) and 4 bit (bytes .weight, the rest under its name)."""
     plan: Plan = {}
-    for absmax in (part for part in found.parts if part.endswith(".weight.absmax")):
+    for absmax in (part for part in quantized.parts if part.endswith(".weight.absmax")):
         weight = absmax.removesuffix(".absmax")
-        plan[weight] = _four_bits(name, found, folder, weights, weight)
-    for weight in (part for part in found.parts if part.endswith(".weight") and part not in plan):
+        plan[weight] = _four_bits(name, quantized, folder, weights, weight)
+    for weight in (part for part in quantized.parts if part.endswith(".weight") and part not in plan):
         scale = f"{weight.removesuffix('.weight')}.SCB"
         if scale not in weights.entries or weights.entries[weight].dtype != "I8":
-            raise refusal(name, found, folder, f"'{weight}' has neither row maxima ('{scale}') nor block maxima")
+            raise refusal(name, quantized, folder, f"'{weight}' has neither row maxima ('{scale}') nor block maxima")
         plan[weight] = ((weight, scale), weights.entries[weight].shape, functools.partial(_by_rows, weights, weight))
     return plan
 
@@ -190,9 +190,9 @@ def _by_rows(weights: Weights, weight: str) -> Tensor:
     return (weights.read(weight).float() * scale[:, None] / 127).bfloat16()
 
 
-def _four_bits(name: str, found: Quantized, folder: Path, weights: Weights, weight: str) -> PlanEntry:
+def _four_bits(name: str, quantized: Quantized, folder: Path, weights: Weights, weight: str) -> PlanEntry:
     """Return one weight of bitsandbytes' nf4 or fp4, whose settings lie beside it as JSON in bytes."""
-    parts = tuple(part for part in found.parts if part.startswith(f"{weight}."))
+    parts = tuple(part for part in quantized.parts if part.startswith(f"{weight}."))
     states = [part for part in parts if ".quant_state.bitsandbytes__" in part]
     try:
         state = json.loads(bytes(weights.read(states[0]).tolist()))
@@ -200,7 +200,7 @@ def _four_bits(name: str, found: Quantized, folder: Path, weights: Weights, weig
         nested = int(state["nested_blocksize"]) if f"{weight}.nested_absmax" in parts else 0
         offset = float(state["nested_offset"]) if nested else 0.0
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise refusal(name, found, folder, f"'{weight}' does not say how it is quantized") from error
+        raise refusal(name, quantized, folder, f"'{weight}' does not say how it is quantized") from error
     count, sizes = prod(shape), {part: weights.entries[part].num_parameters for part in parts}
     blocks = -(-count // block) if block > 0 else -1
     expected = {f"{weight}.absmax": blocks, f"{weight}.quant_map": 16}
@@ -208,7 +208,9 @@ def _four_bits(name: str, found: Quantized, folder: Path, weights: Weights, weig
         expected |= {f"{weight}.nested_absmax": -(-blocks // max(nested, 1)), f"{weight}.nested_quant_map": 256}
     stored = weights.entries[weight].num_bytes
     if any(sizes.get(part) != size for part, size in expected.items()) or stored != -(-count // 2):
-        raise refusal(name, found, folder, f"'{weight}' has {stored:,} bytes, and parts that do not fit {list(shape)}")
+        raise refusal(
+            name, quantized, folder, f"'{weight}' has {stored:,} bytes, and parts that do not fit {list(shape)}"
+        )
     return (weight, *parts), shape, functools.partial(_looked_up, weights, weight, shape, block, nested, offset)
 
 
@@ -242,32 +244,32 @@ def _looked_up(weights: Weights, weight: str, shape: tuple[int, ...], block: int
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the code of each of its eight rows lies
 
 
-def _gptq(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
-    """Codes .qweight [C * bits / 32, R], zero points .qzeros [G, R * bits / 32], .scales [G, R], groups .g_idx [C]."""
-    form = str(found.settings.get("checkpoint_format") or found.settings.get("format") or "gptq")
-    bits = found.settings.get("bits")
+def _gptq(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Plan:
+    """Decode .qweight [C * bits / 32, R], zero points .qzeros [G, R * bits / 32], .scales [G, R], groups .g_idx [C]."""
+    form = str(quantized.settings.get("checkpoint_format") or quantized.settings.get("format") or "gptq")
+    bits = quantized.settings.get("bits")
     if form not in ("gptq", "gptq_v2") or bits not in (2, 4, 8):
         raise refusal(
-            name, found, folder, f"this version reads 2, 4 and 8 bits of gptq and gptq_v2, not {bits} of {form}"
+            name, quantized, folder, f"this version reads 2, 4 and 8 bits of gptq and gptq_v2, not {bits} of {form}"
         )
     plan: Plan = {}
-    for module in _modules(found):
-        words, zeros, scales, index = _entries(name, found, folder, weights, module)
+    for module in _modules(quantized):
+        words, zeros, scales, index = _entries(name, quantized, folder, weights, module)
         columns, rows = words[0] * 32 // bits, words[1]
         groups = scales[0]
         if zeros != (groups, rows * bits // 32) or scales != (groups, rows) or index not in ((columns,), None):
             raise refusal(
-                name, found, folder, f"'{module}' has parts that do not fit {bits} bits of [{rows}, {columns}]"
+                name, quantized, folder, f"'{module}' has parts that do not fit {bits} bits of [{rows}, {columns}]"
             )
-        if index is None and (found.settings.get("desc_act") or columns % groups):
-            raise refusal(name, found, folder, f"'{module}' has no g_idx, which says the group of each column")
+        if index is None and (quantized.settings.get("desc_act") or columns % groups):
+            raise refusal(name, quantized, folder, f"'{module}' has no g_idx, which says the group of each column")
         if (
             index is not None
             and not 0 <= int((group := weights.read(f"{module}.g_idx")).min()) <= int(group.max()) < groups
         ):
-            raise refusal(name, found, folder, f"'{module}.g_idx' names groups that there are not ({groups})")
+            raise refusal(name, quantized, folder, f"'{module}.g_idx' names groups that there are not ({groups})")
         if form == "gptq" and bool((unpack(weights.read(f"{module}.qzeros"), bits) == (1 << bits) - 1).any()):
-            raise refusal(name, found, folder, f"'{module}.qzeros' has a zero point beyond {bits} bits")
+            raise refusal(name, quantized, folder, f"'{module}.qzeros' has a zero point beyond {bits} bits")
         read = functools.partial(_of_gptq, weights, module, bits, form == "gptq", index is not None)
         plan[f"{module}.weight"] = (_parts(weights, module), (rows, columns), read)
     return plan
@@ -284,17 +286,19 @@ def _of_gptq(weights: Weights, module: str, bits: int, less_one: bool, indexed: 
     return ((codes - zeros.T[:, group]) * scales.T[:, group]).bfloat16()
 
 
-def _awq(name: str, found: Quantized, folder: Path, weights: Weights) -> Plan:
-    """Codes under .qweight [C, R / 8], zero points under .qzeros [G, R / 8], .scales [G, R]."""
-    bits, form = found.settings.get("bits", 4), str(found.settings.get("version", "gemm")).lower()
+def _awq(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Plan:
+    """Decode codes .qweight [C, R / 8], zero points .qzeros [G, R / 8], .scales [G, R]."""
+    bits, form = quantized.settings.get("bits", 4), str(quantized.settings.get("version", "gemm")).lower()
     if bits != 4 or form != "gemm":
-        raise refusal(name, found, folder, f"this version reads 4 bits of the version gemm, not {bits} of {form}")
+        raise refusal(name, quantized, folder, f"this version reads 4 bits of the version gemm, not {bits} of {form}")
     plan: Plan = {}
-    for module in _modules(found):
-        words, zeros, scales, _ = _entries(name, found, folder, weights, module)
+    for module in _modules(quantized):
+        words, zeros, scales, _ = _entries(name, quantized, folder, weights, module)
         columns, rows, groups = words[0], words[1] * 8, scales[0]
         if zeros != (groups, words[1]) or scales != (groups, rows) or not groups or columns % groups:
-            raise refusal(name, found, folder, f"'{module}' has parts that do not fit 4 bits of [{rows}, {columns}]")
+            raise refusal(
+                name, quantized, folder, f"'{module}' has parts that do not fit 4 bits of [{rows}, {columns}]"
+            )
         plan[f"{module}.weight"] = (
             _parts(weights, module), (rows, columns), functools.partial(_of_awq, weights, module)
         )  # fmt: skip
@@ -312,8 +316,8 @@ def _of_awq(weights: Weights, module: str) -> Tensor:
     return each.T.contiguous().bfloat16()
 
 
-def _modules(found: Quantized) -> list[str]:
-    return [part.removesuffix(".qweight") for part in found.parts if part.endswith(".qweight")]
+def _modules(quantized: Quantized) -> list[str]:
+    return [part.removesuffix(".qweight") for part in quantized.parts if part.endswith(".qweight")]
 
 
 def _parts(weights: Weights, module: str) -> tuple[str, ...]:
@@ -321,13 +325,13 @@ def _parts(weights: Weights, module: str) -> tuple[str, ...]:
     return tuple(name for name in names if name in weights.entries)
 
 
-def _entries(name: str, found: Quantized, folder: Path, weights: Weights, module: str) -> list[Any]:
+def _entries(name: str, quantized: Quantized, folder: Path, weights: Weights, module: str) -> list[Any]:
     """Return shapes of a module's qweight, qzeros, scales and g_idx, None for what is not there."""
     entries = [weights.entries.get(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")]
     kinds = [entry and (entry.dtype, len(entry.shape)) for entry in entries]
     fits = kinds[:2] == [("I32", 2)] * 2 and kinds[2] and kinds[2][0] in FLOATS and kinds[2][1] == 2
     if not fits or (kinds[3] and kinds[3] != ("I32", 1)):
-        raise refusal(name, found, folder, f"'{module}' lacks codes, zero points or scales of the usual kind")
+        raise refusal(name, quantized, folder, f"'{module}' lacks codes, zero points or scales of the usual kind")
     return [entry and entry.shape for entry in entries]
 
 

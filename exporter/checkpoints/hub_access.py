@@ -1,4 +1,4 @@
-"""What the user names, as a folder on disk: downloads from the hub, and one sentence for each way that this fails."""
+"""Turns a name of the hub into a folder on disk, and each way that this fails into one sentence."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def resolve(name: str, revision: str | None = None, whole: bool = False) -> tupl
 
 
 def download(repo: str, revision: str | None, patterns: list[str] | None) -> Path:
-    """Files of a repository whose names match, in the hub's own cache."""
+    """Download the files of a repository whose names match, into the hub's own cache."""
     from huggingface_hub import snapshot_download
 
     with hub_errors(repo, revision):
@@ -80,7 +80,7 @@ def download(repo: str, revision: str | None, patterns: list[str] | None) -> Pat
 
 
 def further_weights(folder: Path) -> list[str]:
-    """Weight files that a downloaded index or configuration names, under whatever name, and that are not there yet."""
+    """Return weight files that a downloaded index or configuration names and that are not there yet."""
     names: set[str] = set()
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     named = config.get(NAMED_WEIGHTS)
@@ -145,7 +145,7 @@ def _limited_waiting() -> Iterator[None]:
 
 
 def hub_timeout() -> float:
-    """Seconds that the hub may stay silent. The variable is huggingface_hub's own, which it applies to downloads."""
+    """Return the seconds that the hub may stay silent, from huggingface_hub's own variable for downloads."""
     return float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or HUB_TIMEOUT_S)
 
 
@@ -195,7 +195,7 @@ def _hub_sentence(error: BaseException, repo: str, revision: str | None) -> str 
 
 
 def _refusal(error: HfHubHTTPError) -> str:
-    """Why the hub said no: what the status means, and the hub's own words without the token, should they quote it."""
+    """Say why the hub refused: what the status means, and the hub's words, without the token."""
     status = error.response.status_code
     meaning = HUB_STATUS.get(status, "it has a problem of its own, try again later" if status >= 500 else "it says no")
     words = " ".join((error.server_message or "").split())

@@ -40,7 +40,7 @@ def parse_json(path: Path) -> dict[str, Any]:
 
 
 def _constant(name: str) -> float:
-    """Infinity stands in some configurations; NaN is nobody's setting."""
+    """Read Infinity, which stands in some configurations; refuse NaN, which is nobody's setting."""
     if name == "NaN":
         raise ValueError("NaN is no value of JSON")
     return float(name)

@@ -53,7 +53,7 @@ def layer_key(model: Any, names: Iterable[str]) -> re.Pattern[str]:
 
 
 def _prefix(name: str, index: str) -> str | None:
-    """What stands before the layer's index in a tensor's name."""
+    """Return the part of a tensor's name that stands before the layer's index."""
     match = re.match(rf"^(.*?\.){index}\.", name)
     return match[1] if match else None
 

@@ -43,7 +43,7 @@ class Agreement:
 
 
 def _grid(config: Any) -> int | None:
-    """Patches of one image, side by side."""
+    """Return the grid of one image's patches, side by side."""
     vision = config.vision_config
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else None
@@ -216,7 +216,7 @@ def _attribute(processor: Any, path: str) -> tuple[bool, Any]:
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """Equal, where a side of a square may stand for the square."""
+    """Tell whether two sizes are equal, where a side of a square may stand for the square."""
     pair = expected if isinstance(expected, list | tuple) else None
     return bool(value == expected or (pair is not None and set(pair) == {value}))
 

@@ -23,7 +23,7 @@ ROOT_PAIRS = ("deepstack_layer_map",)
 
 
 def pruned_config(raw: dict[str, Any], loaded: Any, plan: PruningPlan) -> dict[str, Any]:
-    """config.json for the kept layers: every per-layer entry sliced, renumbered or recounted by kept index.
+    """Return config.json for the kept layers: per-layer entries sliced, renumbered or recounted by kept index.
 
     Args:
         raw: config.json as the source has it; only what the plan changes is changed.
@@ -73,7 +73,7 @@ def layer_changes(loaded: Any, plan: PruningPlan, written: dict[str, Any] | None
 
 
 def _sliced(text: Any, plan: PruningPlan, written: dict[str, Any]) -> dict[str, Any]:
-    """Lists of one entry a layer and of layers' indices, and how many layers are the first or the last of a kind."""
+    """Slice lists of one entry a layer and of layers' indices, and count again the first or last layers of a kind."""
     changes: dict[str, Any] = {}
     for name in PER_LAYER_LISTS:
         values = getattr(text, name, None) or ()
@@ -93,7 +93,7 @@ def _sliced(text: Any, plan: PruningPlan, written: dict[str, Any]) -> dict[str, 
 
 
 def _renumbered_entries(text: Any, plan: PruningPlan) -> dict[str, Any]:
-    """Entries that are found by a layer's index, or name another layer."""
+    """Renumber entries that are found by a layer's index, or name another layer."""
     changes: dict[str, Any] = {}
     for name in LAYER_MAPS:
         if isinstance(entries := text.to_dict().get(name), dict):
@@ -109,18 +109,18 @@ def _renumbered_entries(text: Any, plan: PruningPlan) -> dict[str, Any]:
 
 
 def _at(raw: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
-    """The part of config.json under a path of names; None where it has no such part."""
+    """Return the part of config.json under a path of names; None where it has no such part."""
     part: Any = raw
     for name in path:
         part = part.get(name)
         if not isinstance(part, dict):
             return None
-    found: dict[str, Any] = part
-    return found
+    entry: dict[str, Any] = part
+    return entry
 
 
 def _further_lists(text: Any, plan: PruningPlan) -> dict[str, Any]:
-    """Lists of one entry a layer that no table names: each slices by kept index."""
+    """Slice by kept index lists of one entry a layer that no table names."""
     known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *LAYER_SOURCES, "eos_token_id", "architectures"}
     return {
         name: [value[layer] for layer in plan.keep]

@@ -97,7 +97,7 @@ def read_record(folder: Path) -> CheckpointRecord:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a folder has the record of a compression; a converted checkpoint is as its authors made it."""
+    """Tell whether a folder has the record of a compression; a converted checkpoint is as its authors made it."""
     return (folder / RECORD).exists() and read_record(folder).conversion is None
 
 

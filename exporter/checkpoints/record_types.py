@@ -17,7 +17,7 @@ Sha256 = Annotated[str, SHA256]
 
 @dataclass(frozen=True)
 class RunPart:
-    """How a recipe was run."""
+    """The options that a recipe was run with."""
 
     device: Text
     dtype: Dtype
@@ -53,7 +53,7 @@ class CalibrationPart:
 
 @dataclass(frozen=True)
 class ScoresPart:
-    """What the localizer said of each layer."""
+    """The localizer's value of each layer."""
 
     method: Text
     values: tuple[Number, ...]
@@ -73,7 +73,7 @@ class PlanPart:
 
 @dataclass(frozen=True)
 class FoldPart:
-    """What was folded into the layers that stayed."""
+    """The weights that were folded into the layers that stayed."""
 
     name: Text
     reason: Text
@@ -105,7 +105,7 @@ class VerificationPart:
 
 @dataclass(frozen=True)
 class MeasuredPart:
-    """What the written checkpoint weighs, and its files."""
+    """The size of the written checkpoint, and its files."""
 
     parameters: Count
     bytes: Count
@@ -116,7 +116,7 @@ class MeasuredPart:
 
 @dataclass(frozen=True)
 class VersionsPart:
-    """What made the checkpoint."""
+    """The software that made the checkpoint."""
 
     exporter: Text
     transformers: Text
@@ -128,7 +128,7 @@ class VersionsPart:
 
 @dataclass(frozen=True)
 class TypeFigures:
-    """How many questions of a type were answered right."""
+    """Exact match on the questions of one type."""
 
     n: Count
     accuracy: Number
@@ -147,7 +147,7 @@ class BudgetUsed:
 
 @dataclass(frozen=True)
 class ReferenceFigures:
-    """How the reference answered the same task."""
+    """The reference's figures on the same task."""
 
     n: Count
     accuracy: Number
@@ -159,7 +159,7 @@ class ReferenceFigures:
 
 @dataclass(frozen=True)
 class EvaluationEntry:
-    """How the checkpoint answered a task."""
+    """The checkpoint's figures on a task."""
 
     task: Text
     fingerprint: Text
@@ -193,7 +193,7 @@ class CostRatios:
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """How long a batch took."""
+    """The times of a batch."""
 
     batch: Positive
     visual_tokens: Count
@@ -204,14 +204,14 @@ class BatchTimes:
 
 @dataclass(frozen=True)
 class BatchFigures(BatchTimes):
-    """How long a batch took, beside the reference."""
+    """The times of a batch, and their ratios to the reference's."""
 
     ratio_to_reference: CostRatios
 
 
 @dataclass(frozen=True)
 class HardwarePart:
-    """What a benchmark ran on."""
+    """The hardware of a benchmark."""
 
     device: Text
     threads: Count | None = None
@@ -219,14 +219,14 @@ class HardwarePart:
 
 @dataclass(frozen=True)
 class WorkloadPart:
-    """What a benchmark ran."""
+    """The prompts of a benchmark."""
 
     task: Text | None
 
 
 @dataclass(frozen=True)
 class BenchOptionsPart:
-    """How often a benchmark ran."""
+    """The settings of a benchmark."""
 
     new_tokens: Count
     rounds: Count
@@ -234,7 +234,7 @@ class BenchOptionsPart:
 
 @dataclass(frozen=True)
 class BenchmarkVersions:
-    """What a benchmark ran with."""
+    """The software of a benchmark."""
 
     transformers: Text
     torch: Text
@@ -242,7 +242,7 @@ class BenchmarkVersions:
 
 @dataclass(frozen=True)
 class BenchmarkHead:
-    """What a benchmark ran, and on what."""
+    """The conditions of a benchmark."""
 
     budget: dict[Text, Any] | None
     runtime: Text
@@ -267,7 +267,7 @@ class BenchmarkEntry(BenchmarkHead):
 
 @dataclass(frozen=True)
 class PresetBudget:
-    """What a preset's name stands for."""
+    """The budget behind a preset's name."""
 
     keep_visual_tokens: Number = 1.0  # all
     keep_layers: Count = 0  # not given: all
@@ -275,7 +275,7 @@ class PresetBudget:
 
 @dataclass(frozen=True)
 class RouterSettingsPart:
-    """Where visual tokens leave, and which layers may be skipped."""
+    """A router's settings: the layer before which visual tokens leave, and the layers that may be skipped."""
 
     drop_at: Count
     candidates: tuple[Count, ...]
@@ -299,7 +299,7 @@ class RouterPart:
 
 @dataclass(frozen=True)
 class HealedHeldOut:
-    """How far a model was from its original on held-out questions."""
+    """The divergence of a model from its original on held-out questions."""
 
     kl: Number
     interval: Annotated[tuple[Number, ...], Length(2)]
@@ -326,7 +326,7 @@ class AdapterPart:
 
 @dataclass(frozen=True)
 class HealPart:
-    """How a checkpoint was healed."""
+    """The healing of a checkpoint."""
 
     kept: Flag
     steps: Count
@@ -367,7 +367,7 @@ class RoutePicture:
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """How far an output is from torch's."""
+    """The difference of an output from torch's."""
 
     max: Number
     mean: Number
@@ -375,7 +375,7 @@ class OutputDifference:
 
 @dataclass(frozen=True)
 class ComparisonPart:
-    """How far the graphs are from torch."""
+    """The differences of the graphs from torch."""
 
     outputs: dict[Text, OutputDifference]
     tokens: Count
@@ -395,7 +395,7 @@ class OnnxSourcePart:
 
 @dataclass(frozen=True)
 class OnnxVersions:
-    """What made the graphs."""
+    """The software that made the graphs."""
 
     exporter: Text = field(metadata=named("lvlm-exporter"))
     torch: Text
@@ -405,7 +405,7 @@ class OnnxVersions:
 
 @dataclass(frozen=True)
 class VisionPart:
-    """How images are laid out; what else there is depends on the kind, and the runner reads it."""
+    """The layout of images; further entries depend on its kind, and the runner reads them."""
 
     kind: Text
 
@@ -420,7 +420,7 @@ class OnnxRouterPart:
 
 @dataclass(frozen=True)
 class OnnxBatchFigures(BatchTimes):
-    """How long a batch took, by the side of the first model of the table."""
+    """The times of a batch, and their ratios to the table's first model."""
 
     vision_ms: Number
     kv_bytes: Count

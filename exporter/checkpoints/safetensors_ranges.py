@@ -39,7 +39,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: absolute byte positions in a file."""
+    """The place of one tensor: absolute byte positions in a file."""
 
     path: Path
     dtype: str  # safetensors' name: F32, BF16 ...

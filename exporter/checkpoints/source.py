@@ -66,7 +66,7 @@ class Source:
 
     @cached_property
     def layer_prefix(self) -> str:
-        """What comes before the layer index in the decoder's tensor names, 'language_model.model.layers.' for one."""
+        """Return the part of the decoder's tensor names before the layer index, 'language_model.model.layers.' say."""
         return next(m[1] for m in map(self.layer_key.match, self.weights.entries) if m)
 
     def layer_of(self, tensor_name: str) -> int | None:
@@ -93,7 +93,7 @@ class Source:
         return Companions(tuple(sorted(kept)), beside.left)
 
     def companions(self) -> list[Path]:
-        """Files that go along, relative to the folder."""
+        """Return the files that go along, relative to the folder."""
         return [Path(name) for name in self.beside_weights.kept]
 
 
@@ -160,7 +160,7 @@ def open_weights_only(folder: Path) -> Source:
 
 
 def _with_layers(source: Source) -> Source:
-    """The source with what tells its decoder layers' tensors, whose number is checked."""
+    """Return the source with the names of its decoder layers' tensors, whose number is checked."""
     if not is_listed(source.config):
         source = replace(source, layer_key=layer_key(laid_out(source.config), source.weights.entries))
     check_layers(source)
@@ -168,7 +168,7 @@ def _with_layers(source: Source) -> Source:
 
 
 def _stored(source: Source) -> Decoder:
-    """How the layers are made, without folds where the maps to fold into are stored under other names or as others."""
+    """Return how the layers are made, without folds where the maps to fold into are stored under other names."""
     decoder = source.decoder
     for layer, names in enumerate(decoder.maps):
         for name in names:
@@ -179,7 +179,7 @@ def _stored(source: Source) -> Decoder:
 
 
 def laid_out(config: Any) -> Any:
-    """The model of a configuration without memory."""
+    """Build the model of a configuration without memory."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -204,7 +204,7 @@ def check_layers(source: Source) -> None:
 
 
 def _mended(source: Source) -> Source:
-    """The source with a processor and a configuration that can be used here; itself where nothing is to be done."""
+    """Return the source with a processor and a configuration that can be used here; itself where it has them."""
     changes: Repairs = class_repairs(source.folder) | _attention_repairs(source)
     if changes:
         source = _viewed(source, changes)
@@ -235,7 +235,7 @@ def _refuse_own(name: str, folder: Path, reason: str) -> None:
 
 
 def _attention_repairs(source: Source) -> Repairs:
-    """config.json without an attention that needs a package or a GPU: it would not load elsewhere either."""
+    """Return config.json without an attention that needs a package or a GPU: it would not load elsewhere either."""
     asked: set[str] = set()
     entries: dict[str, Any] = {}
     for settings in places(source.raw_config).values():
@@ -300,7 +300,7 @@ def ignored_keys(source: Source) -> list[str]:
 
 
 def refuse_report(name: str, report: dict[str, Any]) -> None:
-    """What transformers says of keys that are missing or of another shape, as an InputError."""
+    """Raise InputError for what transformers reports of keys that are missing or of another shape."""
     if shapes := sorted(report["mismatched_keys"], key=str):
         key, held, wanted = shapes[0] if isinstance(shapes[0], tuple) else (shapes[0], "?", "?")
         raise InputError(

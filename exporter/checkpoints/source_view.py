@@ -61,7 +61,7 @@ def make_decoded_view(name: str, folder: Path, raw: dict[str, Any], quantized: Q
 
 
 def _unquantized(raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json without a word of quantization, at any depth."""
+    """Return config.json without a word of quantization, at any depth."""
     left_out = {"quantization_config", "compression_config", "transformers_weights"}
     config = {
         key: _unquantized(value) if isinstance(value, dict) else value

@@ -19,7 +19,7 @@ SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A folder beside the target that becomes the target if the block ends well, and is removed if it does not.
+    """Give a folder beside the target that becomes the target if the block ends well, and is removed if it does not.
 
     A target that is a link is made where the link leads.
     """
@@ -34,7 +34,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staging_directory(target: Path) -> Iterator[Path]:
-    """A folder beside the target for work in progress, removed at the end.
+    """Give a folder beside the target for work in progress, removed at the end.
 
     What a killed run has left is removed by the next one.
     """

@@ -43,7 +43,7 @@ def open_weights(folder: Path, named: str | None = None) -> Weights:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Files of a folder and of the folders in it, one level deep."""
+    """Return the files of a folder and of the folders in it, one level deep."""
     return sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
 
 
@@ -144,7 +144,7 @@ def read_sharded(index_path: Path) -> Weights:
 
 
 def _one_of_two(folder: Path, single: Shard) -> Shard:
-    """`model.safetensors` beside an index of other shards: transformers takes it, others take the shards."""
+    """Choose between `model.safetensors`, which transformers takes, and an index of other shards, which others take."""
     weight_map = read_index(folder / INDEX)
     shards = sorted(set(weight_map.values()))
     there = [name for name in shards if (folder / name).exists()]

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def kept_pieces(source: Source, plan: PruningPlan, folded: Folded) -> list[list[TensorRange]]:
-    """The output's shards: the source's own, without the dropped layers, in the same order; empty ones left out."""
+    """Return the output's shards: the source's own, without the dropped layers and without empty shards."""
     shards = []
     for shard in source.weights.shards:
         pieces = []
@@ -61,7 +61,7 @@ def _of_kept_layers(source: Source, plan: PruningPlan, piece: TensorRange) -> Te
 
 
 def _tied_copy(source: Source, name: str) -> bool:
-    """A head that the configuration ties to the embeddings, and that the source stores a second time all the same."""
+    """Tell whether a tensor is a head that is tied to the embeddings, and stored all the same."""
     if not name.endswith("lm_head.weight") or not getattr(source.config, "tie_word_embeddings", False):
         return False
     embeddings = [n for n in source.weights.entries if n.endswith("embed_tokens.weight") and "vision" not in n]
@@ -78,7 +78,7 @@ def write_checkpoint(
     folder: Path,
     advance: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Weights, configuration and everything that goes along, into an existing folder; what stays behind is logged."""
+    """Write weights, configuration and all that goes along into an existing folder; log what stays behind."""
     write_weights(source, plan, folded=folded, folder=folder, advance=advance)
     # Without the mention of code, which stays behind: the plain class is what the checkpoint is verified with.
     config = without_auto_map(pruned_config(source.raw_config, source.config, plan))
@@ -102,7 +102,7 @@ def write_weights(
     folder: Path,
     advance: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """The safetensors files, and the index where there is more than one."""
+    """Write the safetensors files, and the index where there is more than one."""
     shards = kept_pieces(source, plan, folded)
     metadata = {shard.path: shard.metadata for shard in source.weights.shards}
     index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}

@@ -77,7 +77,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def questions(processor: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Batches that an export did not see: one question, several of different lengths and image sizes, two images."""
+    """Yield batches that an export did not see: one question, several of different sizes, two images."""
     yield "one question", reference_inputs(processor)
     rows = [(SIZES[i : i + 1], QUESTIONS[i]) for i in range(3)]
     yield "a batch of 3", encoded(processor, rows)
@@ -134,7 +134,7 @@ def load_torch(job: dict[str, Any]) -> tuple[Any, Any]:
 
 @dataclass
 class Findings:
-    """What a comparison has come to."""
+    """The results of a comparison."""
 
     outputs: dict[str, Difference] = field(default_factory=lambda: defaultdict(Difference))
     problems: list[str] = field(default_factory=list)
@@ -144,7 +144,7 @@ class Findings:
 
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:
-    """{"problems": [...], "outputs": {name: {max, mean, scale}}, and the counts of `Findings`}"""
+    """Return {"problems": [...], "outputs": {name: {max, mean, scale}}, and the counts of `Findings`}."""
     runtime = load_package("runtime", PACKAGE / "onnx" / "runtime")
     folder = Path(job["folder"])
     graphs = sorted(folder.glob("*.onnx"))
@@ -185,7 +185,7 @@ def compare_batch(
     job: dict[str, Any],
     findings: Findings,
 ) -> None:
-    """One batch through all components. What breaks is a finding too, and says where."""
+    """Compare one batch through all components. What breaks is a finding too, and says where."""
     import numpy as np
 
     what, inputs = batch
@@ -217,7 +217,7 @@ def compare_batch(
 
 
 def presets(runner: Any) -> list[str | None]:
-    """Budgets to compare under: all that a router has names for; None where there is no router."""
+    """Return the budgets to compare under: all that a router has names for; None where there is no router."""
     return ["off", *runner.manifest["router"]["presets"]] if "router" in runner.manifest else [None]
 
 

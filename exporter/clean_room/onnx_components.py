@@ -16,7 +16,7 @@ NEW_TOKENS = 8
 
 @dataclass
 class Difference:
-    """How far an output of a graph is from torch's, over all that was compared."""
+    """The difference of a graph's output from torch's, over all that was compared."""
 
     largest: float = 0.0
     total: float = 0.0
@@ -60,7 +60,7 @@ def torch_features(model: Any, inputs: dict[str, Any]) -> Any:
 def compare_parts(
     model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, differences: dict[str, Difference]
 ) -> None:
-    """Vision and embeddings."""
+    """Compare the image features and the embeddings."""
     features = torch_features(model, inputs)
     runner_features = runner.image_features(prompt)
     differences["vision: image_features"].add(runner_features.numpy(), features)
@@ -75,7 +75,7 @@ def compare_parts(
 def compare_decoder(
     runner: Any, inputs: dict[str, Any], prompt: Any, generated: Any, rows: Any, differences: dict[str, Difference]
 ) -> int:
-    """Logits of the prompt and of each step along torch's own answer, and the cache at its end; equal best tokens.
+    """Compare the logits of the prompt and of each step of torch's answer, the best tokens, and the cache at the end.
 
     Args:
         rows: [B] True: those that are compared.
@@ -100,7 +100,7 @@ def compare_decoder(
 def compare_cache(
     runner: Any, state: Any, inputs: dict[str, Any], generated: Any, differences: dict[str, Difference]
 ) -> None:
-    """Keys and values of each layer at the end of an answer, padding left out."""
+    """Compare keys and values of each layer at the end of an answer, padding left out."""
     import numpy as np
 
     mask = inputs["attention_mask"].bool().numpy()
@@ -120,7 +120,7 @@ def compare_cache(
 
 
 def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], rows: Any, tolerance: float) -> list[str]:
-    """Whole answers by each side's own `generate`, with the folder's generation settings, greedily.
+    """Compare whole answers by each side's own `generate`, with the folder's generation settings, greedily.
 
     Args:
         rows: [B] True: those that are compared.

@@ -36,7 +36,7 @@ def load_processor(folder: Path | str) -> Any:
 
 
 def processor_class(folder: Path) -> Any:
-    """The class that the folder names, from its own module: the top level has a dummy where a package is missing."""
+    """Return the class that the folder names, from its module: the top level has a dummy where a package is missing."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     files = [folder / name for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")]
@@ -52,7 +52,7 @@ def processor_class(folder: Path) -> Any:
 
 @contextmanager
 def pil_instead_of_torchvision(module_name: str) -> Iterator[None]:
-    """PixtralProcessor's module imports a function of the torchvision image processor; the PIL one has the same."""
+    """Let PixtralProcessor's module use the PIL image processor's function in place of torchvision's, its equal."""
     pil = module_name.replace("image_processing_", "image_processing_pil_")
     stand_in = module_name not in sys.modules and importlib.util.find_spec(pil) is not None
     if stand_in:
@@ -90,7 +90,7 @@ def image_only(cls: Any) -> Any:
 
 
 def encode(processor: Any, chats: list[list[dict[str, Any]]], images: list[list[Any]]) -> dict[str, Any]:
-    """Chats as tensors, padded on the left: one user turn each, images first, then the generation prompt."""
+    """Encode chats as tensors, padded on the left: one user turn each, images first, then the generation prompt."""
     texts = [render(processor, chat) for chat in chats]
     options = {}
     bos = processor.tokenizer.bos_token
@@ -173,7 +173,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def extend(inputs: dict[str, Any], answers: Any, real: Any, model_type: str) -> dict[str, Any]:
-    """Model inputs with tokens appended: answers [B, A], real [B, A] (False: padding)."""
+    """Return model inputs with tokens appended: answers [B, A], real [B, A] (False: padding)."""
     import torch
 
     grown = dict(inputs)

@@ -14,7 +14,7 @@ GENERATION_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # all that
 
 
 def reference_inputs(processor: Any) -> dict[str, Any]:
-    """The same small question for every checkpoint: a drawn image, so that nobody's data travels with a model."""
+    """Make the same small question for every checkpoint: a drawn image, so that nobody's data travels with a model."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (96, 96), (30, 40, 60))
@@ -43,14 +43,14 @@ def reference_answer(model: Any, processor: Any) -> dict[str, list[Any]]:
 
 
 def generate(model: Any, inputs: dict[str, Any], new_tokens: int = REFERENCE_TOKENS) -> Any:
-    """Exactly `new_tokens` greedy tokens and their logits, whatever the checkpoint's generation config says."""
+    """Generate exactly `new_tokens` greedy tokens, with logits, whatever the checkpoint's generation config says."""
     exactly = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
     with greedy(model, **exactly, return_dict_in_generate=True, output_logits=True) as settings:
         return model.generate(**inputs, generation_config=settings)
 
 
 def greedy_answers(model: Any, inputs: dict[str, Any], max_new_tokens: int, **routing: Any) -> Any:
-    """Greedy answers [B, A] of at most `max_new_tokens`, whatever the checkpoint's generation config says.
+    """Return greedy answers [B, A] of at most `max_new_tokens`, whatever the checkpoint's generation config says.
 
     Args:
         routing: what a routed model's `generate` takes beside its inputs.
@@ -80,7 +80,7 @@ def greedy(model: Any, **more: Any) -> Iterator[Any]:
 
 
 def _token_ids(settings: Any, name: str) -> int | list[int] | None:
-    """One entry of generation_config.json. Raises ValueError unless it is a token id, a list of them, or nothing."""
+    """Read an entry of generation_config.json. Raises ValueError unless it is a token id, a list of them, or null."""
     value = getattr(settings, name, None)
     several = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in several):
@@ -111,7 +111,7 @@ def cache_difference(model: Any, processor: Any, **routing: Any) -> float:
 
 
 def first_difference(actual: list[int], expected: list[int], margins: list[float], tolerance: float) -> int | None:
-    """Position of the first token that differs and was not a tie within rounding; what follows a tie counts no more."""
+    """Return the position of the first token that differs; None behind a tie within rounding, where nothing counts."""
     for position, (token, wanted, margin) in enumerate(zip(actual, expected, margins, strict=True)):
         if token != wanted:
             return None if margin <= tolerance else position

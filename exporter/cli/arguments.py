@@ -44,7 +44,7 @@ def calibration_arguments(subcommand: argparse.ArgumentParser, required: bool, s
 
 
 def data_arguments(subcommand: Any, split: str) -> None:
-    """How a data source is read: of a parser, or of a group of one."""
+    """Declare how a data source is read, for a parser or a group of one."""
     subcommand.add_argument(
         "--columns",
         action="append",
@@ -221,7 +221,7 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 
 def _none_or_layers(text: str) -> tuple[int, ...]:
-    """No text at all protects no layer, where a family has some that stay by default."""
+    """Read a list of layers; no text at all protects none, where a family has some that stay by default."""
     return layer_list(text) if text.strip() else ()
 
 
@@ -234,7 +234,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def token_counts(text: str) -> tuple[int | float | None, ...]:
-    """'0.5,144,all': shares have a point."""
+    """Read '0.5,144,all': shares have a point."""
     try:
         return tuple(None if p == "all" else float(p) if "." in p else int(p) for p in names(text))
     except ValueError as error:
@@ -260,7 +260,7 @@ def parameter_count(text: str) -> int:
 
 
 def columns_of(values: Sequence[str]) -> dict[str, str]:
-    """ROLE=NAME, where a name is text whatever it looks like."""
+    """Read ROLE=NAME, where a name is text whatever it looks like."""
     columns = {}
     for value in values:
         role, equals, name = value.partition("=")

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. One function a verb; heavy imports wait until a verb is known to be called for.
+"""The command line: parse, call, print. Heavy imports wait until a subcommand is known to be called for.
 
 Exit codes: 0 done; 1 a check ran and did not hold; 2 wrong input; 130 interrupted.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from collections.abc import Sequence
 
 from ..errors import CheckFailed, InputError
@@ -36,7 +37,8 @@ from .outputs import check_outputs
 def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupted)
     try:
-        options = parser().parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        options = parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
         check_outputs(options)
         code = int(options.run(options) or 0)
         return code or (2 if getattr(options, "unsaved", False) else 0)
@@ -54,8 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of all subcommands."""
+def parser(called: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of all subcommands.
+
+    Args:
+        called: the subcommand that is called; the others then declare no arguments. None: all declare theirs.
+    """
     top = Parser(
         prog="lvlm-exporter",
         description="Turn a large vision-language model into a smaller, faster standalone checkpoint.",
@@ -64,7 +70,8 @@ def parser() -> argparse.ArgumentParser:
     subcommands = top.add_subparsers(required=True, metavar="SUBCOMMAND")
     for name, module in SUBCOMMANDS.items():
         subcommand = add_subcommand(subcommands, name, module.SUMMARY, module.EXAMPLE)
-        module.add_arguments(subcommand)
+        if called in (None, name):
+            module.add_arguments(subcommand)
         subcommand.set_defaults(run=module.run)
     return top
 

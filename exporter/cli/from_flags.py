@@ -104,7 +104,7 @@ def router_from_flags(options: argparse.Namespace) -> RouterRecipe:
 
 
 def heal_from_flags(options: argparse.Namespace) -> HealRecipe:
-    """The healing that the flags of `heal` spell out."""
+    """Return the healing that the flags of `heal` spell out."""
     names = ("teacher", "steps", "rank", "learning_rate", "loss", "exchanges", "seed", "batch_size")
     spelled = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     spelled["calibration"] = {"samples": HEAL_SAMPLES} | calibration_from_flags(options)

@@ -1,4 +1,4 @@
-"""What `heal` and `compress --heal` print."""
+"""The text that `heal` and `compress --heal` print."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def save_json(path: Path, data: dict[str, Any]) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step where that can be: a file from an earlier run is not cut short by a disk that is full."""
+    """Write in one step where that can be: a file from an earlier run is not cut short by a disk that is full."""
     place = Path(os.path.realpath(path))
     if (place.exists() and not place.is_file()) or not os.access(place.parent, os.W_OK):
         place.write_text(text)

@@ -215,5 +215,5 @@ Key = tuple[str, str, int]  # localizer, fold, number of dropped layers
 
 
 def label(method: Method) -> str:
-    """'scp', or 'scp k=16' where it has options."""
+    """Return 'scp', or 'scp k=16' where it has options."""
     return " ".join([method.name, *(f"{k}={v}" for k, v in method.options.items())])

@@ -182,7 +182,7 @@ class GridRunner:
         return [value(s, text) for text, s in zip(texts, samples, strict=True)]
 
     def _correct(self, variant: Variant, agreement: AnswerAgreement) -> list[float]:
-        """What each answer is worth; only the questions that are answered otherwise are answered again."""
+        """Rate each answer; only the questions that are answered otherwise are answered again."""
         correct = list(self.correct)
         departs = [i for i, follows in enumerate(agreement.follows) if not follows]
         size = self.job.options.batch_size

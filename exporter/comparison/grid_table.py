@@ -13,7 +13,7 @@ from .saved import write_all
 
 
 def comparison_rows(done: Any) -> list[tuple[Any, ...]]:
-    """Cells by number of dropped layers, the best first."""
+    """Sort the cells by number of dropped layers, the best first."""
     rows = []
     corrected = dict(zip(map(id, done.cells), done.p_corrected, strict=True))
     for cell in sorted(done.cells, key=lambda c: (len(c.drop), -c.accuracy, c.kl)):
@@ -66,7 +66,7 @@ def comparison_markdown(done: Any) -> str:
 
 
 def plot_comparison(done: Any, path: Path) -> None:
-    """Exact match against parameters: a colour a localizer, a marker a fold, the Pareto front as a line."""
+    """Draw exact match against parameters: a colour a localizer, a marker a fold, the Pareto front as a line."""
     drawn, axes = figure(8.5, 4.6)
     localizers = list(dict.fromkeys(cell.localizer for cell in done.cells))
     folds = list(dict.fromkeys(cell.fold for cell in done.cells))
@@ -94,7 +94,7 @@ def plot_comparison(done: Any, path: Path) -> None:
 
 
 def pareto_front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Of (parameters, accuracy): those that no other has both fewer parameters and a higher accuracy than."""
+    """Return those of (parameters, accuracy) that no other beats in both."""
     front: list[tuple[int, float]] = []
     for parameters, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or accuracy > front[-1][1]:

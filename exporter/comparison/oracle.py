@@ -1,4 +1,4 @@
-"""How good any choice of so many visual tokens is known to be: a search that knows what the unpruned model answers.
+"""An upper bound for routers: a search for the visual tokens to keep that knows the unpruned model's answers.
 
 A router sees the question only. The search may try selections and look at KL(unpruned || pruned) on the unpruned
 model's own answer: what it finds is a lower bound of what is possible, and shows what a router leaves on the table.
@@ -26,7 +26,7 @@ Divergence = Callable[[Route], Tensor]  # of each row under a route, [B]
 
 @dataclass(frozen=True)
 class Search:
-    """How much is tried for each question."""
+    """The effort of the search for each question."""
 
     candidates: int = 16  # whole selections: the router's, FastV's, then noisy and random ones in turn
     swaps: int = 32  # changes of the best one, each kept if it is better: many tokens first, one in the end
@@ -97,7 +97,7 @@ def _selections(
     seed: object,
     influence: Tensor | None,
 ) -> Iterator[Route]:
-    """Whole selections under one choice of layers."""
+    """Return whole selections under one choice of layers."""
     first = Rule("router" if has_router(model) else "random", layers, drop_at)
     start = make_route(model, batch, budget, first, seed=seed, influence=influence)
     yield start
@@ -113,7 +113,7 @@ def _selections(
 
 
 def better(best: Route | None, lowest: Tensor, route: Route, divergence: Tensor) -> tuple[Route, Tensor]:
-    """Row by row the route of the lower divergence, which ties leave as it is."""
+    """Choose row by row the route of the lower divergence; ties leave a row as it is."""
     if best is None:
         return route, divergence
     wins = divergence < lowest
@@ -122,7 +122,7 @@ def better(best: Route | None, lowest: Tensor, route: Route, divergence: Tensor)
 
 
 def swapped(route: Route, share: float, rows: Sequence[torch.Generator]) -> Route:
-    """Some kept visual tokens of each row exchanged for dropped ones: a quarter of them times `share`, at least one."""
+    """Exchange some kept visual tokens of each row for dropped ones: a quarter of them times `share`, at least one."""
     keep = route.keep.clone()
     for row, generator in enumerate(rows):
         kept, gone = (

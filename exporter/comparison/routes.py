@@ -68,18 +68,18 @@ def tables_from_data(data: Any) -> RouteTables:
     check_types(RouteTables, data, ("model", "calibration", "task_samples", "seed"))
     if data.get("equal", "flops") not in ("flops", "budget"):
         raise InputError(f"equal: {data['equal']!r} is not known: flops, budget.")
-    made = {
+    read = {
         "rows": tuple(_part(Row, row, "a row") for row in data["rows"]),
         "budgets": tuple(_part(Budget, budget, "a budget") for budget in data["budgets"]),
         "oracle": _part(Search, data.get("oracle") or {}, "oracle"),
         "task": task_from_data(data["task"]),
     }
-    names = [row.name for row in made["rows"]]
+    names = [row.name for row in read["rows"]]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two rows are called '{twice[0]}'.")
-    for row in made["rows"]:
+    for row in read["rows"]:
         row.parsed()
-    return RouteTables(**{**data, **made})
+    return RouteTables(**{**data, **read})
 
 
 def _part(cls: Any, data: Any, what: str) -> Any:

@@ -96,7 +96,7 @@ class RoutesRunner:
         return BudgetRequest(Budget(tokens, layers), rule)
 
     def _share(self, loaded: Loaded, ask: BudgetRequest) -> float:
-        """Decoder FLOPs under a budget, whoever chooses, as a share of the unrouted model's."""
+        """Return decoder FLOPs under a budget, whoever chooses, as a share of the unrouted model's."""
         rule = Rule("random", "random", ask.rule.drops_at(loaded.model.router_settings))
         prompts = loaded.prompts[:FIT_PROMPTS]
         for request in (None, BudgetRequest(ask.budget, rule)):
@@ -123,7 +123,7 @@ class RoutesRunner:
         return ask if abs(self._share(loaded, ask) - target) <= OUT_OF_REACH else None
 
     def _fewer_tokens(self, loaded: Loaded, rule: Rule, layers: int | None, target: float) -> BudgetRequest:
-        """The share of tokens at which the FLOPs are the target's, by interpolation: they are nearly linear in it."""
+        """Interpolate the share of tokens at which the FLOPs are the target's: they are nearly linear in it."""
 
         def ask(share: float) -> BudgetRequest:
             return BudgetRequest(Budget(round(min(1.0, max(FEWEST, share)), 4), layers), rule)
@@ -163,7 +163,7 @@ class RoutesRunner:
         ]
 
     def judged(self, row: Row, loaded: Loaded, batch: Batch, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """For each question of a batch its divergence, and whether the answer is right."""
+        """Return for each question of a batch its divergence, and whether the answer is right."""
         with images_seen_once(loaded.model):
             route = self._searched(loaded, batch, indices) if row.searches else self._route(loaded, batch)
             compared = self.reference.compare(loaded, batch, indices, route)

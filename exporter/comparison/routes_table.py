@@ -10,7 +10,7 @@ from .routes import RouteComparison
 
 
 def table_rows(done: RouteComparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: exact match, in brackets the share of the unrouted model's, and decoder FLOPs."""
+    """Return the header and rows: exact match, in brackets the share of the unrouted model's, and decoder FLOPs."""
     header = ["exact match % (kept %) at decoder FLOPs %", *done.columns]
     rows = []
     for name in done.rows:
@@ -41,7 +41,7 @@ def table_markdown(done: RouteComparison) -> str:
 
 
 def plot_routes(done: RouteComparison, path: Path) -> None:
-    """Exact match against the decoder's FLOPs, a line a row."""
+    """Draw exact match against the decoder's FLOPs, a line a row."""
     drawn, axes = figure(8.5, 4.6)
     for number, name in enumerate(done.rows):
         cells = sorted((c for c in done.cells if c.row == name), key=lambda c: c.decoder_flops_share)

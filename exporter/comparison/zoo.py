@@ -194,7 +194,7 @@ def markdown(table: list[ZooRow]) -> str:
 
 
 def zoo_text(tables: dict[str, list[ZooRow]]) -> str:
-    """For the terminal."""
+    """Return the tables as text for the terminal."""
     return "\n\n".join(
         f"{name} models\n{report.table(HEADER, list(map(zoo_cells, rows)))}" for name, rows in tables.items()
     )

@@ -1,4 +1,4 @@
-"""What a compression would cost, before it is run: parameters, bytes, time and memory. Nothing is loaded or written."""
+"""The cost of a compression before it is run: parameters, bytes, time and memory. Nothing is loaded or written."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class CompressionJob:
 
     @property
     def multiplier(self) -> float:
-        """Of what a block adds to the residual stream."""
+        """Return the factor by which a block's output is multiplied before it enters the residual stream."""
         if self.source.decoder.factor is not None:
             return self.source.decoder.factor
         return float(getattr(self.source.config.get_text_config(), self.source.decoder.residual_multiplier or "", 1.0))
@@ -96,7 +96,7 @@ class CompressionJob:
 def prepare(
     recipe: Recipe, options: RunOptions, progress: Progress = silent, stored: StoredScores | None = None
 ) -> CompressionJob:
-    """Everything that can be wrong with the input is found here, the cheap things first.
+    """Open and check everything that can be wrong with the input, the cheap things first.
 
     Args:
         stored: scores of the layers that are there already.

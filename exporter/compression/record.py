@@ -1,4 +1,4 @@
-"""What compression.json says of a compression."""
+"""The entries of compression.json that describe a compression."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def describe(
     fold: dict[str, Any],
     reference: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """compression.json: everything that is needed to understand the checkpoint and to make it again.
+    """Return compression.json: everything that is needed to understand the checkpoint and to make it again.
 
     Args:
         reference: the answer that it will be compared by; None where the model was not loaded.

@@ -133,7 +133,7 @@ def fold_job(
 
 
 def reader(source: Source) -> Callable[[int, str], Any]:
-    """Reads a decoder layer's tensor by its name inside the layer, from disk; None where there is none."""
+    """Return a function that reads a decoder layer's tensor by its name inside the layer; None where there is none."""
 
     def read(layer: int, name: str) -> Any:
         full = f"{source.layer_prefix}{layer}.{name}"

@@ -105,7 +105,7 @@ def open_original(name: str, vision_tower: str | None, allow_pickle: bool) -> Or
 
 
 def _stored(name: str, folder: Path, commit: str | None, allow_pickle: bool) -> StoredTensors:
-    """The tensors of a folder; of a repository without safetensors files its pickles are fetched where allowed."""
+    """Open a folder's tensors; without safetensors files in a repository, its pickles are fetched where allowed."""
     if allow_pickle and commit is not None and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
         download(name.removeprefix("hub:").split("@")[0], commit, list(PICKLE_FILES))
     return open_stored(name, folder, allow_pickle)
@@ -139,6 +139,6 @@ def _write_shards(shards: tuple[tuple[TensorRange, ...], ...], folder: Path, pro
 
 
 def _reference(source: Source, device: str, dtype: Any) -> dict[str, Any]:
-    """The converted model's answer to the reference question."""
+    """Return the converted model's answer to the reference question."""
     model, _ = load_model(source, device, dtype)
     return reference_answer(model, load_processor(source.folder))

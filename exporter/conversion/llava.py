@@ -155,7 +155,7 @@ def _named(piece: TensorRange) -> TensorRange:
 
 
 def _with_rows(original: Original, piece: TensorRange, rows: int, unknown: int) -> TensorRange:
-    """The piece, or where it has a row for each token, one with more rows that is made when it is written."""
+    """Return the piece; where it has a row for each token, one with more rows that is made when it is written."""
     held = piece.entry.shape[0] if piece.entry.shape else 0
     if piece.name not in VOCABULARY or held == rows:
         return piece
@@ -218,7 +218,7 @@ def image_prompt(tokenizer: Any) -> tuple[str, str]:
 
 
 def _start(tokenizer: Any) -> str:
-    """What a prompt begins with: the token for that, where the tokenizer does not put it itself."""
+    """Return what a prompt begins with: the token for that, where the tokenizer does not put it itself."""
     bos = tokenizer.bos_token
     return "" if bos is None or tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else str(bos)
 
@@ -235,7 +235,7 @@ def chat_template(behind: str, start: str) -> str:
 
 
 def _processor_files(raw: dict[str, Any], tower: Tower, select: str) -> dict[str, dict[str, Any]]:
-    """Settings of transformers' processor for LLaVA, which crop and scale pictures as the original code does."""
+    """Return settings of transformers' processor for LLaVA that crop and scale pictures as the original does."""
     size = tower.config["image_size"]
     images = {
         "image_processor_type": "LlavaImageProcessor",
@@ -264,6 +264,6 @@ def _processor_files(raw: dict[str, Any], tower: Tower, select: str) -> dict[str
 
 
 def _generation(raw: dict[str, Any]) -> dict[str, Any]:
-    """The ids that end and fill an answer; the original's settings of sampling are none of a checkpoint's."""
+    """Return the ids that end and fill an answer; the original's settings of sampling are none of a checkpoint's."""
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {"do_sample": False, **{key: raw[key] for key in ids if raw.get(key) is not None}}

@@ -70,7 +70,7 @@ def tower_of(
 
 
 def _below(stored: StoredTensors, prefix: str) -> tuple[TensorRange, ...]:
-    """The tensors below a prefix, named without it, each with the bytes or the tensor that it had."""
+    """Return the tensors below a prefix, named without it, each with the bytes or the tensor that it had."""
     return tuple(
         TensorRange(name.removeprefix(prefix), piece.entry, piece.replacement)
         for name, piece in stored.pieces.items()
@@ -79,7 +79,7 @@ def _below(stored: StoredTensors, prefix: str) -> tuple[TensorRange, ...]:
 
 
 def _clip_settings(name: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """vision_config of the tower's own config.json."""
+    """Return vision_config of the tower's own config.json."""
     model_type = raw.get("model_type")
     settings = raw.get("vision_config") if model_type == "clip" else raw if model_type == "clip_vision_model" else None
     if not isinstance(settings, dict):

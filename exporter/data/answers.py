@@ -55,7 +55,7 @@ def _texts(value: Any, origin: str) -> list[str]:
 
 
 def read_choices(value: Any, origin: str) -> dict[str, str]:
-    """Choices by their letters, in order; by the keys that they are given with, if they are. {} for none.
+    """Return choices by their letters, in order, or by the keys that they are given with; {} for none.
 
     Raises: InputError for what is no list of texts and numbers.
     """
@@ -113,7 +113,7 @@ def _choice(item: Any, origin: str) -> str:
 
 
 def _without_letters(texts: list[str]) -> list[str]:
-    """'A. red', 'B. blue' without what is counted anyway."""
+    """Return 'A. red', 'B. blue' without the letters, which are counted anyway."""
     matches = [LABELLED.match(text) for text in texts]
     if all(match and match[1].lower() == letter for match, letter in zip(matches, LETTERS, strict=False)):
         return [match[2] for match in matches if match]

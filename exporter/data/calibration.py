@@ -196,6 +196,6 @@ def _from_folder(path: Path, prompt: str) -> list[Sample]:
 
 
 def _is_image(file: Path) -> bool:
-    """By its name; what a Mac leaves beside every file (`._a.png`, `__MACOSX`) and hidden folders are none."""
+    """Tell an image by its name; hidden folders and what a Mac leaves beside files (`._a.png`, `__MACOSX`) are none."""
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in file.parts)
     return file.suffix.lower() in IMAGE_SUFFIXES and not hidden

@@ -31,7 +31,7 @@ Turn = dict[str, Any]
 
 
 def read_turns(value: Any, origin: str) -> tuple[list[Turn], list[Any]]:
-    """Turns of one spelling, and the images that stand in their parts.
+    """Read turns of one spelling, and the images that stand in their parts.
 
     Returns: turns whose content is text, or parts of {"type": "text", "text"} and {"type": "image"}; and for each of
     the latter, in order, what stands in the part, None where the line has the image elsewhere.

@@ -36,13 +36,13 @@ def places_of_step(
         size_of: gives the size of what stands at a place in an epoch.
     """
     pool = step // POOL
-    found: list[tuple[int, int]] = []
+    places: list[tuple[int, int]] = []
     for at in range(pool * POOL * batch_size, (pool + 1) * POOL * batch_size):
         epoch, within = divmod(at, number)
-        found.append((epoch, _order(number, seed * 7919 + epoch)[within]))
-    found.sort(key=lambda one: size_of(*one))
+        places.append((epoch, _order(number, seed * 7919 + epoch)[within]))
+    places.sort(key=lambda place: size_of(*place))
     turn = _order(POOL, seed * 104_729 + pool)[step % POOL]
-    return found[turn * batch_size : (turn + 1) * batch_size]
+    return places[turn * batch_size : (turn + 1) * batch_size]
 
 
 @functools.lru_cache(maxsize=4)

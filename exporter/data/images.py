@@ -84,7 +84,7 @@ def image_from(value: Any, folder: Path, origin: str, *, allow_urls: bool = Fals
 
 
 def _as_bytes(value: Any, origin: str) -> bytes:
-    """JSON has no bytes: base64 stands for them."""
+    """Decode bytes that JSON holds as base64."""
     if isinstance(value, bytes | bytearray):
         return bytes(value)
     if isinstance(value, str):
@@ -206,7 +206,7 @@ def image_pixels(image: Any) -> int:
 
 @contextlib.contextmanager
 def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
-    """A PIL file; whatever goes wrong with it until the end of the block is an InputError."""
+    """Open a PIL file; whatever goes wrong with it until the end of the block is an InputError."""
     from PIL import Image
 
     name = short(str(image) if isinstance(image, Path) else image.name)
@@ -240,7 +240,7 @@ def _opened(image: Path | Encoded, origin: str) -> Iterator[Any]:
 
 @functools.cache
 def readable_formats() -> list[str]:
-    """What Pillow reads by itself, formats of plug-ins included, without those that start a program."""
+    """Return the formats that Pillow reads by itself, plug-ins included, without those that start a program."""
     from PIL import Image
 
     Image.init()
@@ -248,7 +248,7 @@ def readable_formats() -> list[str]:
 
 
 def _begin_of(content: Any) -> bytes:
-    """The first bytes of a file that Pillow could not open; none where it could not even be read."""
+    """Return the first bytes of a file that Pillow could not open; none where it could not even be read."""
     if isinstance(content, io.BytesIO):
         return content.getvalue()[:16]
     with contextlib.suppress(OSError, AttributeError), content.open("rb") as file:

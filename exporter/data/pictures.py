@@ -104,7 +104,7 @@ def split_by_picture(samples: Sequence[Sample], wanted: int, seed: int) -> Split
 
 
 def _held_out(groups: Sequence[Sequence[int]], samples: Sequence[Sample], wanted: float) -> list[int]:
-    """The questions of some of the groups: those whose types are still short of their share, in the order given."""
+    """Choose questions of some of the groups: those whose types are still short of their share, in the order given."""
     totals: dict[str | None, int] = {}
     for sample in samples:
         totals[sample.type] = totals.get(sample.type, 0) + 1

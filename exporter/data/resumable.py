@@ -84,7 +84,7 @@ class ResumableLines:
 
 
 def files_key(source: Source) -> str:
-    """What a folder's answers depend on: small files by their content, weights by name, size and time of change."""
+    """Hash what a folder's answers depend on: small files by content, weights by name, size and time of change."""
     digest = hashlib.sha256(source.name.encode())
     companions = [path for path in source.companions() if path.suffix in (".json", ".jinja", ".txt", ".model")]
     for path in [Path("config.json"), *companions]:

@@ -48,7 +48,7 @@ class Sample:
 
     @functools.cached_property
     def pixels(self) -> int:
-        """Of all its images, by their headers: it brings about as many visual tokens. 0 for one that can't be read."""
+        """Return the pixels of all images by their headers, 0 for one that can't be read: visual tokens follow."""
         return sum(map(image_pixels, self.images))
 
     def open_images(self) -> list[Image]:
@@ -56,7 +56,7 @@ class Sample:
         return [open_image(image, self.origin) for image in self.images]
 
     def chat(self) -> list[Turn]:
-        """The turns as chat templates take them: images first in the first user turn, unless the turns place them."""
+        """Return turns for a chat template: images first in the first user turn, unless the turns place them."""
         turns: list[Turn] = []
         for turn in self.messages:
             content = turn["content"]
@@ -134,7 +134,7 @@ def _turns(record: Mapping[str, Any], origin: str) -> tuple[list[Turn], list[Any
 
 
 def _images(record: Mapping[str, Any], inline: list[Any], origin: str) -> list[Any]:
-    """Images in the order of their places; those of the record alone where the turns have none in them."""
+    """Return images in the order of their places; those of the record alone where the turns have none in them."""
     named = record.get("images", record.get("image"))
     if named is None:
         named = record.get("image")

@@ -87,21 +87,21 @@ class TableSamples(Sequence[Sample]):
 
     @functools.cached_property
     def _alone(self) -> dict[str, Any]:
-        """Return each column by itself: what a cell costs is what it holds."""
+        """Return each column by itself, so that reading a cell reads nothing else."""
         return {name: self.rows.select_columns([name]) for names in self.column_of.values() for name in names}
 
     def _cell(self, index: int, column: str) -> Any:
         return self._alone[column][index][column].to_pylist()[0]
 
     def _named(self, column: str, value: Any) -> Any:
-        """Classes by their names: a label's number says nothing."""
+        """Return classes by their names: a label's number says nothing."""
         classes = self.class_names.get(column)
         if classes is None or value is None:
             return value
         return [classes.int2str(v) for v in value] if isinstance(value, list) else classes.int2str(value)
 
     def _images(self, index: int, column: str) -> list[Any]:
-        """What stands for the images of one cell; bytes stay where they are, and are read when they are opened."""
+        """Return the images of one cell; bytes stay where they are, and are read when they are opened."""
         value = self._cell(index, column)
         several = value if isinstance(value, list) else [value]
         return [self._lazy(index, column, number, item) for number, item in enumerate(several) if item is not None]

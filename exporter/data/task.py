@@ -39,7 +39,7 @@ class Task:
 
     @property
     def answers_fingerprint(self) -> str:
-        """Return SHA-256 over what is right."""
+        """Return SHA-256 over the right answers."""
         right = [[sample.answers, sample.choices] for sample in self.samples]
         return hashlib.sha256(json.dumps(right).encode()).hexdigest()
 
@@ -80,7 +80,7 @@ def load_task(
 
 
 def greedy_answers(model: Any, batch: Batch, max_new_tokens: int, route: Route | None = None) -> Tensor:
-    """Greedy answers [B, A], whatever sampling the generation config asks for."""
+    """Return greedy answers [B, A], whatever sampling the generation config asks for."""
     routing = {} if route is None else {"route": route}
     answers: Tensor = clean_room.greedy_answers(model, batch.inputs, max_new_tokens, **routing)
     return answers

@@ -1,4 +1,4 @@
-"""How good is a checkpoint: what greedy answers are worth on a task, and fidelity to the model it was made from.
+"""The quality of a checkpoint: the rating of greedy answers to a task, and fidelity to the model it was made from.
 
 Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a batch, D hidden size.
 """
@@ -50,7 +50,7 @@ def evaluate(
     show: int = 0,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> Evaluation:
-    """What the answers of every checkpoint to a task are worth, and its fidelity to the reference.
+    """Rate the answers of every checkpoint to a task, and its fidelity to the reference.
 
     Args:
         reference: the model that the checkpoints were made from; it is evaluated too, and first, as it is.

@@ -33,7 +33,7 @@ from .scoring import Rate
 
 @dataclass
 class Reference:
-    """What the reference said and the states behind it: with its head they give its distributions exactly.
+    """The reference's answers and the states behind them: with its head they give its distributions exactly.
 
     Keeping [A, D] states and one head takes a fraction of what distributions over the vocabulary would.
     """
@@ -62,7 +62,7 @@ class Reference:
             self.answers[index], self.states[index] = tokens.cpu(), state.float().cpu()
 
     def compare(self, loaded: Loaded, batch: Batch, indices: Sequence[int], route: Route | None = None) -> list[Row]:
-        """For each sample: summed KL(reference || model), answer tokens that both rank first, answer tokens."""
+        """Return for each sample the summed KL(reference || model), tokens that both rank first, and its tokens."""
         answers = [self.answers[i] for i in indices]
         lengths = [len(tokens) for tokens in answers]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True).to(batch.is_visual.device)  # [B, A]

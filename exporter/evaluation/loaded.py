@@ -51,7 +51,7 @@ class Loaded:
         return make_route(self.model, batch, self.ask.budget, self.ask.rule, seed=self.seed, influence=self.influence)
 
     def answer_logits(self, answered_batch: AnsweredBatch, route: Route | None) -> Tensor:
-        """At the positions that predict answer tokens, [N, vocabulary]; `route` is that of the questions."""
+        """Return logits where answer tokens are predicted, [N, vocabulary]; `route` is that of the questions."""
         with torch.inference_mode():
             if route is None:
                 logits: Tensor = self.model.get_output_embeddings()(self.answer_states(answered_batch))
@@ -62,14 +62,14 @@ class Loaded:
             return routed_logits
 
     def flops_shares(self) -> tuple[float, float] | tuple[None, None]:
-        """FLOPs of prompts as shares of those of the unrouted model: all of it, its decoder."""
+        """Return the FLOPs of prompts as shares of those of the unrouted model: all of it, its decoder."""
         if self.ask is None:
             return None, None
         flops = flops_of(self.model, self.prompts, self.ask, seed=self.seed, influence=self.influence)
         return flops.total / self.unrouted.total, flops.decoder / self.unrouted.decoder
 
     def answer_states(self, answered_batch: AnsweredBatch) -> Tensor:
-        """Last hidden states at the positions that predict answer tokens, [N, D]."""
+        """Return the last hidden states at the positions that predict answer tokens, [N, D]."""
         with torch.inference_mode():
             states: Tensor = self.model.base_model(**answered_batch.batch.inputs, use_cache=False).last_hidden_state[
                 answered_batch.predicts
@@ -106,6 +106,6 @@ def load(
 
 
 def influence_of(loaded: Loaded, calibration: str, batch_size: int) -> Tensor:
-    """Block influence of the layers, [L], on a few calibration questions."""
+    """Return the block influence of the layers, [L], on a few calibration questions."""
     chosen = by_size(load_calibration(calibration, samples=DEFAULT_SAMPLES).samples)
     return block_influences(loaded.model, make_batches(chosen, loaded.processor, loaded.model.config, batch_size))

@@ -61,7 +61,7 @@ def paired_tests(labels: Sequence[str], trials: Sequence[Sequence[float]]) -> tu
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval for a share (E. B. Wilson, 1927)."""
+    """Compute Wilson's score interval for a share (E. B. Wilson, 1927)."""
     if n == 0:
         return (0.0, 1.0)
     share = right / n
@@ -92,7 +92,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> tuple[int, int, 
 
 
 def is_right(said: str, answers: Sequence[str], choices: Sequence[str] = ()) -> bool:
-    """Equal to one of the answers; for multiple choice, its letter is right too."""
+    """Tell whether an answer equals one of the right ones; for multiple choice, its letter is right too."""
     wanted = {normalise(answer) for answer in answers}
     letters = {chr(ord("a") + index) for index, choice in enumerate(choices) if normalise(choice) in wanted}
     return normalise(said) in wanted | letters

@@ -14,7 +14,7 @@ PAIRED = 5  # models in a call whose paired tests are all shown; of more, those 
 
 
 def evaluation_table(done: Any) -> str:
-    """One row a model and budget: size, mean, share kept, fidelity; then the metric's figures, types, paired tests."""
+    """Return a row for each model and budget; then the metric's figures, types and paired tests."""
     base = next((model for model in done.models if model.path == done.reference and model.budget is None), None)
     routed = any(model.budget for model in done.models)
     rows = []

@@ -71,7 +71,7 @@ def _asking(held_out: HeldOut, fold: str, number: int) -> Callable[..., Iterable
 
 
 def _judged(held_out: HeldOut, variants: dict[str, Variant]) -> tuple[dict[str, Divergence], dict[str, Divergence]]:
-    """On all held-out questions those that do best on a few; and all of them on these few."""
+    """Judge all variants on a few held-out questions, and those that do best there on all of them."""
     few = held_out.questions.portion("judge_sets")
     first = dict(zip(variants, held_out.judge(list(variants.values()), few), strict=True))
     better = sorted(first, key=lambda name: first[name].mean)[: max(2, len(first) // 2)]

@@ -25,7 +25,7 @@ class HeldOut:
         return self.questions.split.too_few
 
     def fit(self, what: str, number: int | None = None) -> Iterable[Batch]:
-        """Prompts and answers to fit on: the first `number` that are drawn, all if none is given."""
+        """Return prompts and answers to fit on: the first `number` that are drawn, all if none is given."""
         return self.questions.batches(what, part="fit", number=number)
 
     def judge(self, variants: Sequence[Variant], number: int | None = None) -> list[Divergence]:

@@ -1,4 +1,4 @@
-"""What every fold works from, and the one pass over the calibration data that measures what a gap has lost.
+"""The inputs of every fold, and the one pass over the calibration data that measures what a gap has lost.
 
 Shapes: B samples, S tokens, N counted tokens, D hidden size, I intermediate size.
 """
@@ -67,7 +67,7 @@ class FoldJob:
 
     @property
     def gaps(self) -> dict[int, tuple[int, ...]]:
-        """Return the kept layer before each run of dropped ones, and the run. A run that begins at layer 0 has none."""
+        """Return the kept layer before each gap, and the gap. A gap that begins at layer 0 has none."""
         return {run[0] - 1: run for run in self.plan.gaps if run[0] > 0}
 
     def trace(self, number: int, batch: Batch) -> Trace:
@@ -98,7 +98,7 @@ class FoldJob:
 
 @dataclass(frozen=True)
 class GapMoments:
-    """What one run of dropped layers did, seen from the kept layer before it."""
+    """The effect of one gap's layers, seen from the kept layer before it."""
 
     differences: list[Tensor]  # [D, D] HᵀH, H = X^p - X^r, of the last dropped layer p, or of each one of the run
     mlp: Moments  # predictors: the MLP's output M [N, D]; targets: M + H, what it should have been
@@ -119,7 +119,7 @@ class GapMoments:
 
 
 def counted_tokens(batch: Batch, tokens: str) -> Tensor:
-    """[B, S] 'all' tokens but padding and special ones, or those of the 'prompt' only."""
+    """Return [B, S] 'all' tokens but padding and special ones, or those of the 'prompt' only."""
     counted = batch.is_visual | batch.is_text
     return counted & ~batch.is_answer if tokens == "prompt" and batch.is_answer is not None else counted
 
@@ -162,7 +162,7 @@ class Gap:
     means: AttentionMeans | None  # of the last dropped layer
 
     def counted(self, batch: Batch, tokens: str, p: float) -> Tensor:
-        """[B, S] the tokens to learn from."""
+        """Return [B, S] the tokens to learn from."""
         if self.means is None:
             return counted_tokens(batch, tokens)
         visual = important(self.means.visual_from_visual + self.means.visual_from_text, batch.is_visual, p)

@@ -17,7 +17,7 @@ from .outputs import Tokens, change_outputs
 
 
 def linear_map(mm: Tensor, my: Tensor, ridge: float) -> Tensor:
-    """T [D, D] from MᵀM and MᵀY, Y what the MLP should have put out.
+    """Solve for T [D, D] from MᵀM and MᵀY, where Y is the output that the MLP should have had.
 
     `ridge` is α as a share of the mean squared output, so that it means the same for every model; T is pulled towards
     the identity rather than towards zero, so that without evidence the layer stays what it is.
@@ -30,12 +30,12 @@ def linear_map(mm: Tensor, my: Tensor, ridge: float) -> Tensor:
 
 
 def least_squares(weight: Tensor, transform: Tensor) -> Tensor:
-    """Tᵀ W for an output-side weight [D, I] or bias [D], in the weight's dtype."""
+    """Return Tᵀ W for an output-side weight [D, I] or bias [D], in the weight's dtype."""
     return (transform.T @ weight.double()).to(weight.dtype)
 
 
 def fold_least_squares(job: FoldJob, *, ridge: float = 1e-2, tokens: Tokens = "all") -> Folded:
-    """ReplaceMe's linear map of the MLP's output, solved by ridge regression towards the identity."""
+    """Fit ReplaceMe's linear map of the MLP's output by ridge regression towards the identity."""
     job.refuse_post_norm("least_squares")
 
     def change(name: str, tensor: Any, gap: GapMoments) -> Any:

@@ -55,6 +55,6 @@ class Moments:
             return self.refit(weight, ridge)
 
     def error(self, weight: Tensor) -> float:
-        """‖X Wᵀ - Y‖² for W [D, P]."""
+        """Compute ‖X Wᵀ - Y‖² for W [D, P]."""
         weight = weight.double().cpu()
         return float(self.yy.sum() - 2 * (self.xy * weight.T).sum() + ((weight @ self.xx) * weight).sum())

@@ -27,7 +27,7 @@ def gain_of(norm: Any, like: Tensor) -> Tensor:
 
 
 def root_mean_square(output: Tensor) -> Tensor:
-    """[..., D] to [..., 1], as the norm divides by it."""
+    """Reduce [..., D] to [..., 1], the number that the norm divides by."""
     return output.float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
 
 

@@ -18,7 +18,7 @@ def change_outputs(
     change: Callable[[str, Any, GapMoments], Any],
     weights: tuple[Matrix, ...],
 ) -> Folded:
-    """Left-multiply the output-side weights, and their biases, of the kept layer before each gap."""
+    """Multiply from the left the output-side weights, and their biases, of the kept layer before each gap."""
     folded: Folded = {}
     for kept, gap in gaps.items():
         for module in job.decoder.maps_of(kept, weights):

@@ -55,7 +55,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Fit:
-    """How the regressions are weighted and held back."""
+    """Weights and regularisation of the regressions."""
 
     ridge: float | Literal["auto"] = 0.03
     share_of_text: float | None = None
@@ -121,7 +121,7 @@ def refitted_share(plan: PruningPlan) -> float:
 
 
 def affordable(job: FoldJob, layer_idx: int, kinds: Sequence[str], tokens: int) -> list[str]:
-    """The kinds of maps that so many tokens suffice for: all, the last, the first, or none; the report says which."""
+    """Return the kinds of maps that so many tokens suffice for: all, the last, the first, or none."""
     modules = {kind: (job.decoder.maps_of(layer_idx, [kind]) or [""])[0] for kind in kinds}
     widths = {kind: _weight(job, layer_idx, module).shape[1] if module else 0 for kind, module in modules.items()}
     for some in (list(kinds), list(kinds[-1:]), list(kinds[:1])):
@@ -142,17 +142,17 @@ def affordable(job: FoldJob, layer_idx: int, kinds: Sequence[str], tokens: int) 
 
 def _stream(job: FoldJob, number: int, batch: Batch, first: int, fit: Fit) -> Stream:
     """Return a batch at the input of the first layer that changes."""
-    given = job.trace(number, batch)
+    traced = job.trace(number, batch)
     half = torch.tensor([job.half_of(sample) for sample in batch.samples], device=job.model.device)
     stream = Stream(
         number=number,
-        given=given,
+        given=traced,
         weights=token_weights(batch, fit),
         half=half,
-        original=given.entry,
-        smaller=given.entry,
+        original=traced.entry,
+        smaller=traced.entry,
     )
-    stream.original = stream.smaller = _run(job, stream, given.entry, 0, first)
+    stream.original = stream.smaller = _run(job, stream, traced.entry, 0, first)
     return stream
 
 
@@ -171,7 +171,7 @@ def _run(job: FoldJob, stream: Stream, state: Tensor, start: int, stop: int) -> 
 
 
 def token_weights(batch: Batch, fit: Fit) -> Tensor:
-    """Weights [B, S] of mean 1 over the counted tokens: all alike, or text and answers with a weight of their own."""
+    """Return weights [B, S] of mean 1 over the counted tokens: all alike, or text and answers with their own."""
     counted = counted_tokens(batch, fit.tokens).float()
     weights = counted
     if fit.share_of_text is not None and batch.is_visual.any() and batch.is_text.any():
@@ -190,7 +190,7 @@ def _refit(
     folded: Folded,
     ridge: float | str,
 ) -> Folded:
-    """The modules' weights, fitted together, that bring the layer's output closest to the original's state after it."""
+    """Fit the modules' weights together so that the layer's output is closest to the original's state after it."""
     halves: list[Moments] = []
     biases = [job.read(layer_idx, f"{module}.bias") for module in modules]  # these stay what they are
     if job.decoder.post_norm and any(bias is not None for bias in biases):
@@ -309,7 +309,7 @@ def fold_reconstruction(
     tokens: Literal["all", "prompt"] = "all",
     weights: tuple[Matrix, ...] = ("o_proj", "down_proj"),
 ) -> Folded:
-    """Layer-wise refit of everything that stays behind the first gap.
+    """Refit everything that stays behind the first gap, layer by layer.
 
     Args:
         ridge: pull towards the old weights; 'auto' is chosen per matrix by two-fold cross-validation over pictures.

@@ -24,7 +24,7 @@ def top_directions(gram: Tensor, k: int) -> Tensor:
 
 
 def scp(weight: Tensor, gram: Tensor, k: int) -> Tensor:
-    """(I + V_k V_kᵀ) W for an output-side weight [D, I] or bias [D], in the weight's dtype."""
+    """Return (I + V_k V_kᵀ) W for an output-side weight [D, I] or bias [D], in the weight's dtype."""
     directions = top_directions(gram, k)
     return (weight.double() + directions @ (directions.T @ weight.double())).to(weight.dtype)
 
@@ -37,7 +37,7 @@ def fold_scp(
     per: Literal["run", "layer"] = "run",
     weights: tuple[Matrix, ...] = ("down_proj",),
 ) -> Folded:
-    """Short-LVLM's subspace compensation, into `down_proj` as in the paper's figure.
+    """Apply Short-LVLM's subspace compensation to `down_proj`, as in the paper's figure.
 
     Args:
         k: directions, a number or a share of the hidden size.

@@ -31,7 +31,7 @@ class FoldedSets:
     known: dict[frozenset[int], Variant] = field(default_factory=dict)
 
     def of_folded(self, sets: Sequence[frozenset[int]], judged_by: str) -> list[Divergence]:
-        """Divergence on a portion of the held-out questions without each of the sets.
+        """Return the divergence on a portion of the held-out questions without each of the sets.
 
         Each is folded once; the original's states are shared by all.
         """

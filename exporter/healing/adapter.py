@@ -1,4 +1,4 @@
-"""What was learnt, as a file: low-rank updates of linear maps and new norms, and the tensors that come of them.
+"""The learnt updates as a file: low-rank updates of linear maps and new norms, and the tensors that come of them.
 
 The file lies in the checkpoint, beside its record. Merging it into the checkpoint as it was before gives the same bytes
 again, which training again might not.
@@ -39,7 +39,7 @@ def merged(source: Source, path: Path) -> dict[tuple[int, str], Callable[[], Ten
     """
     shard = read_shard(path)
     scaling = float(shard.metadata.get("scaling", SCALING))
-    made: dict[tuple[int, str], Callable[[], Tensor]] = {}
+    changed: dict[tuple[int, str], Callable[[], Tensor]] = {}
     for name in shard.entries:
         if name.endswith(B):
             continue
@@ -48,8 +48,8 @@ def merged(source: Source, path: Path) -> dict[tuple[int, str], Callable[[], Ten
         stored = f"{source.layer_prefix}{layer}.{inner}"
         if not layer.isdigit() or stored not in source.weights.entries:
             raise InputError(f"{path} is of another model: {source.name} has no tensor {stored}.")
-        made[int(layer), inner] = functools.partial(_merged, source, stored, path, name, scaling)
-    return made
+        changed[int(layer), inner] = functools.partial(_merged, source, stored, path, name, scaling)
+    return changed
 
 
 def _merged(source: Source, stored: str, path: Path, name: str, scaling: float) -> Tensor:
@@ -65,5 +65,5 @@ def _merged(source: Source, stored: str, path: Path, name: str, scaling: float) 
     update = scaling * (second.double() @ learnt.double())
     if update.shape != before.shape:
         raise InputError(f"{path} is of another model: its update of {stored} is {list(update.shape)}.")
-    made: Tensor = (before.double() + update).to(before.dtype)
-    return made
+    after: Tensor = (before.double() + update).to(before.dtype)
+    return after

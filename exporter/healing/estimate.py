@@ -1,4 +1,4 @@
-"""What healing a checkpoint would take on this machine, before it is run. Nothing is loaded or written."""
+"""The cost of healing a checkpoint on this machine, before it is run. Nothing is loaded or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the smaller model's distributions are from the original's, of which the likeliest tokens are known.
+"""Distances between the smaller model's distributions and the original's, of which the likeliest tokens are known.
 
 The other tokens count as one: by the data processing inequality what is computed is at most the whole divergence.
 
@@ -37,7 +37,7 @@ def symmetric(log_p: Tensor, ids: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _with_rest(log_p: Tensor) -> Tensor:
-    """[A, K] to [A, K + 1] log-probabilities, the last one of all other tokens together."""
+    """Extend [A, K] to [A, K + 1] log-probabilities, the last one of all other tokens together."""
     rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=LEAST)
     return torch.cat([log_p, rest.log()], -1)
 

@@ -1,4 +1,4 @@
-"""How long a model is healed, and what that costs. Pure: nothing is loaded."""
+"""The number of healing steps and their cost. Pure: nothing is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Schedule:
 
     @property
     def epoch(self) -> int:
-        """Steps in which every question is learnt from once."""
+        """Return the steps in which every question is learnt from once."""
         return -(-self.fit // self.recipe.batch_size)
 
     @property
@@ -32,24 +32,24 @@ class Schedule:
 
     @property
     def rounds(self) -> int:
-        """How many different pictures each question is put to, its own among them."""
+        """Return how many different pictures each question is put to, its own among them."""
         return min(self.recipe.exchanges + 1, -(-self.steps // self.epoch), max(1, self.fit - 1))
 
     @property
     def judging_rounds(self) -> int:
-        """How many different pictures each held-out question is put to."""
+        """Return how many different pictures each held-out question is put to."""
         if not self.recipe.exchanges or not self.held_out:
             return 1
         return max(1, min(-(-JUDGING // self.held_out), self.held_out - 1))
 
     @property
     def judging(self) -> int:
-        """How many pairs of question and picture judge."""
+        """Return how many pairs of question and picture judge."""
         return self.judging_rounds * self.held_out
 
     @property
     def asked(self) -> int:
-        """How many questions the original answers."""
+        """Return how many questions the original answers."""
         return self.judging + self.rounds * self.fit
 
     def disk_bytes(self, answer_tokens: int) -> int:

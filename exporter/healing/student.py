@@ -51,25 +51,25 @@ class Student:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is learnt, by name."""
-        found: dict[str, nn.Parameter] = {}
+        """Return everything that is learnt, by name."""
+        learnt: dict[str, nn.Parameter] = {}
         for name, module in self.adapted.items():
-            found[f"{name}.lora_A"] = module.lora_A["default"].weight  # [R, inputs]
-            found[f"{name}.lora_B"] = module.lora_B["default"].weight  # [outputs, R]
-        return found | self.norms
+            learnt[f"{name}.lora_A"] = module.lora_A["default"].weight  # [R, inputs]
+            learnt[f"{name}.lora_B"] = module.lora_B["default"].weight  # [outputs, R]
+        return learnt | self.norms
 
-    def log_q(self, one: AnsweredBatch) -> Tensor:
+    def log_q(self, answered: AnsweredBatch) -> Tensor:
         """Return log-probabilities where an answer token is predicted, [A of all rows, V], with their gradients."""
-        given = trace(self.model, one.batch, torch.no_grad)
+        traced = trace(self.model, answered.batch, torch.no_grad)
         decoder = text_decoder(self.model)
-        output = state = given.entry
+        output = state = traced.entry
         kept = activation_bytes(self.model.config.get_text_config(), state[..., 0].numel())
         again = torch.is_grad_enabled() and kept > KEPT_BYTES
         for layer_idx, layer in enumerate(decoder.layers):
             arguments = (layer, layer_idx, state)
-            output = checkpoint(given.step, *arguments, use_reentrant=False) if again else given.step(*arguments)
-            state = given.after(layer_idx, output)
-        hidden = decoder.norm(output[one.predicts])
+            output = checkpoint(traced.step, *arguments, use_reentrant=False) if again else traced.step(*arguments)
+            state = traced.after(layer_idx, output)
+        hidden = decoder.norm(output[answered.predicts])
         log_q: Tensor = self.model.get_output_embeddings()(hidden).float().log_softmax(-1)
         return log_q
 
@@ -79,9 +79,9 @@ class Student:
         for name, module in self.adapted.items():
             plain, (path, _, last) = module.get_base_layer(), name.rpartition(".")
             setattr(decoder.get_submodule(path), last, plain)
-        for (layer, name), made in tensors.items():
+        for (layer, name), make in tensors.items():
             parameter = decoder.layers[layer].get_parameter(name)
-            parameter.data.copy_(made())
+            parameter.data.copy_(make())
         self.model.requires_grad_(False)
 
     def batch(self, samples: list[Sample], answers: tuple[Tensor, ...]) -> AnsweredBatch:
@@ -115,11 +115,11 @@ def prepared(model: Any, processor: Any, source: Source, rank: int, norms: bool,
     for module in adapted.values():  # steps are lost in the rounding of half precision; PEFT casts what comes and goes
         module.lora_A["default"].float()
         module.lora_B["default"].float()
-    found: dict[str, nn.Parameter] = {}
+    learnt: dict[str, nn.Parameter] = {}
     for name, parameter in decoder.layers.named_parameters(prefix="layers"):
         if norms and parameter.ndim == 1 and name.endswith("norm.weight") and _stored(source, name, parameter):
-            found[name] = parameter.requires_grad_()
-    return Student(model, processor, adapted, found)
+            learnt[name] = parameter.requires_grad_()
+    return Student(model, processor, adapted, learnt)
 
 
 def linear_maps(decoder: Any, source: Source) -> Iterator[str]:

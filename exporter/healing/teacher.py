@@ -1,4 +1,4 @@
-"""What the original says, computed once and kept on disk: its answers, and the likeliest tokens at each place of them.
+"""The original's answers, computed once and kept on disk, with the likeliest tokens at each place.
 
 The original is asked and let go before the smaller model is loaded: the two are never in memory together. A file of
 equal records, one for each answer token, is read through a memory map, so that memory does not grow with the number of
@@ -31,7 +31,7 @@ ANSWERS, PLACES = "answers.bin", "answers.jsonl"
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What is to be said at the places of a few answers."""
+    """The distributions to learn at the places of a few answers."""
 
     tokens: tuple[Tensor, ...]  # [A] of each question, up to and with the end token
     ids: Tensor  # [A of all, K] the likeliest tokens
@@ -98,7 +98,7 @@ class AnswerStore:
 
     @property
     def tokens(self) -> int:
-        """How many answer tokens there are."""
+        """Return how many answer tokens there are."""
         return sum(length for _, length in self._places.values())
 
 
@@ -129,11 +129,11 @@ def said(model: Any, batch: Batch, answer_tokens: int, top: int) -> tuple[list[T
     """
     batch, seen = batch.to(model.device), LikeliestTokens(top)
     with torch.inference_mode(), greedy(model, max_new_tokens=answer_tokens) as settings:
-        made = model.generate(**batch.inputs, generation_config=settings, logits_processor=[seen])
+        generated = model.generate(**batch.inputs, generation_config=settings, logits_processor=[seen])
     length = batch.inputs["input_ids"].shape[1]
-    one = with_answers(model, batch, made[:, length:])
-    real = one.predicts[:, length - 1 : -1].cpu()  # [B, A of the longest]
-    answers = list(torch.split(one.targets.cpu(), real.sum(1).tolist()))
+    answered = with_answers(model, batch, generated[:, length:])
+    real = answered.predicts[:, length - 1 : -1].cpu()  # [B, A of the longest]
+    answers = list(torch.split(answered.targets.cpu(), real.sum(1).tolist()))
     ids, log_p = (torch.stack(steps, 1)[real] for steps in (seen.ids, seen.log_p))
     return answers, ids, log_p
 
@@ -150,7 +150,7 @@ class LikeliestTokens:
         self.log_p: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        found = scores.float().log_softmax(-1).topk(self.top)
-        self.ids.append(found.indices.cpu())
-        self.log_p.append(found.values.cpu())
+        likeliest = scores.float().log_softmax(-1).topk(self.top)
+        self.ids.append(likeliest.indices.cpu())
+        self.log_p.append(likeliest.values.cpu())
         return scores

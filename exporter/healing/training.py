@@ -31,7 +31,7 @@ HELD_OUT_KL = "KL of held-out questions"  # what the curve calls it
 
 @dataclass(frozen=True)
 class HealingQuestions:
-    """What is learnt from and what judges, with the number of each in the store of answers."""
+    """The questions to learn from and to judge by, with the number of each in the store of answers."""
 
     store: AnswerStore
     held_out: Sequence[Sample]  # numbers from 0
@@ -51,7 +51,7 @@ class HealingQuestions:
 
 @dataclass(frozen=True)
 class HealTraining:
-    """How the updates are trained; what a recipe's `heal` says."""
+    """Settings of the training, from a recipe's `heal`."""
 
     steps: int
     batch_size: int
@@ -108,7 +108,7 @@ def train(
     state_file: Path | None = None,
     fingerprint: str = "",
 ) -> tuple[BestUpdates, list[dict[str, float]]]:
-    """Train; the student is left with the best updates.
+    """Train the student, which is left with the best updates.
 
     Args:
         before: of the held-out questions, while the updates are nothing yet.
@@ -146,7 +146,7 @@ def one_step(student: Student, questions: HealingQuestions, training: HealTraini
     number = len(questions.rounds[0])
     chosen = places_of_step(number, questions.size, step, training.batch_size, training.seed)
     samples = [questions.rounds[epoch % len(questions.rounds)][place] for epoch, place in chosen]
-    targets = questions.store.targets([questions.number(*one) for one in chosen])
+    targets = questions.store.targets([questions.number(*pair) for pair in chosen])
     log_q = student.log_q(student.batch(samples, targets.tokens))
     targets = targets.to(log_q.device)
     return LOSSES[training.loss](targets.log_p, targets.ids, log_q).mean()
@@ -162,14 +162,14 @@ def judged(student: Student, questions: HealingQuestions, batch_size: int) -> Di
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         targets = questions.store.targets(indices)
-        one = student.batch([questions.held_out[index] for index in indices], targets.tokens)
-        log_q, lengths = student.log_q(one), [len(answer) for answer in targets.tokens]
+        answered = student.batch([questions.held_out[index] for index in indices], targets.tokens)
+        log_q, lengths = student.log_q(answered), [len(answer) for answer in targets.tokens]
         targets = targets.to(log_q.device)
         parts = torch.split(divergence(targets.log_p, targets.ids, log_q).double(), lengths)
-        said = torch.split(log_q.argmax(-1) == one.targets, lengths)
+        matches = torch.split(log_q.argmax(-1) == answered.targets, lengths)
         kl += [float(part.sum()) for part in parts]
         tokens += lengths
-        follows += [bool(part.all()) for part in said]
+        follows += [bool(part.all()) for part in matches]
     pictures = pictures_of(questions.held_out)
     return Divergence(tuple(kl), tuple(tokens), tuple(pictures[index] for index in order), tuple(follows))
 

@@ -92,7 +92,7 @@ def _judge(known: dict[frozenset[int], float], loss: SetLoss, sets: Sequence[fro
 
 
 def candidates(scores: LayerScores, count: int, protect: tuple[int, ...]) -> set[int]:
-    """What a localizer proposes to drop, and what it would propose next: values of blocks say nothing of that."""
+    """Return what a localizer proposes to drop, and would propose next; values of blocks say nothing of the latter."""
     if localizer_row(scores.method).of_blocks:
         return set(scores.drop)
     return {*scores.drop, *most_redundant(scores.values, count + SPARE, protect)}
@@ -129,7 +129,7 @@ def exchanged(
 def halved(
     first: Sequence[frozenset[int]], known: dict[frozenset[int], float], folded: FoldedLoss, count: int
 ) -> tuple[frozenset[int], list[dict[str, Any]]]:
-    """Of the first sets and the cheapest others that are known, the one that folds best on held-out questions."""
+    """Choose, from the first sets and the cheapest others known, the one that folds best on held-out questions."""
     others = sorted((layers for layers in known if len(layers) == count), key=lambda layers: known[layers])
     remaining = list(dict.fromkeys([others[0], *first, *others]))
     remaining.sort(key=lambda layers: known[layers])

@@ -81,7 +81,7 @@ def _exchanged(information: Tensor, free: Sequence[int], chosen: list[int]) -> t
 
 
 def information(model: Any, batches: Iterable[AnsweredBatch], draws: int = 2, seed: int = 0) -> Tensor:
-    """F [L, L] per answer token, from answers drawn from the model at the positions of those that it gave.
+    """Compute F [L, L] per answer token, from answers drawn from the model at the positions of those that it gave.
 
     Tokens are drawn independently at each position of the given answer, so that the gradients of different tokens are
     uncorrelated and a sample's sum may be squared in their stead.
@@ -103,7 +103,7 @@ def information(model: Any, batches: Iterable[AnsweredBatch], draws: int = 2, se
 
 
 def _gated_log_p(model: Any, answered_batch: AnsweredBatch, gates: Tensor) -> Tensor:
-    """Log-probabilities where answer tokens are predicted, differentiable in gates [B, L] of what layers add."""
+    """Return log-probabilities of answer tokens, differentiable in gates [B, L] of what layers add."""
     traced = trace(model, answered_batch.batch, torch.no_grad)
     state = traced.entry
     for layer_idx, layer in enumerate(text_decoder(model).layers):

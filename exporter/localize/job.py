@@ -18,7 +18,7 @@ from .scores import LayerScores
 
 
 class SetLoss(Protocol):
-    """How far the model departs from the original's answers without some layers."""
+    """The divergence from the original's answers without some layers."""
 
     @property
     def num_layers(self) -> int: ...
@@ -27,7 +27,7 @@ class SetLoss(Protocol):
 
 
 class FoldedLoss(Protocol):
-    """How far the model departs from the original on held-out questions without some layers, but with a fold."""
+    """The divergence from the original on held-out questions without some layers, but with a fold."""
 
     def of_folded(self, sets: Sequence[frozenset[int]], judged_by: str) -> list[Divergence]: ...
 

@@ -1,4 +1,4 @@
-"""What a localizer hands on, and the choice that follows from scores alone."""
+"""A localizer's result, and the choice that follows from scores alone."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ ROUTER_FILE = "router/model.safetensors"
 
 
 class RoutedModel:
-    """What every routed class has beside its stock one's methods.
+    """The methods that every routed class adds to its stock class.
 
     `forward` and `generate` take these arguments more:
         keep_visual_tokens: a count (144; rows with fewer keep all) or a share (0.25) of each row's visual tokens.
@@ -160,7 +160,7 @@ class RoutedModel:
         keep_visual_tokens: int | float | None = None,
         keep_layers: int | None = None,
     ) -> None:
-        """The budget of all calls that name none: `set_budget("fast")`, `set_budget(keep_layers=28)`."""
+        """Set the budget of all calls that name none: `set_budget("fast")`, `set_budget(keep_layers=28)`."""
         self.budget = self._budget(preset, keep_visual_tokens, keep_layers)
         self._budget_is_default = False
 
@@ -190,7 +190,7 @@ class RoutedModel:
         prompt_length: int | None = None,
         run: bool = True,
     ) -> Request | None:
-        """What a pass with these inputs asks of the decoder; None: nothing, the plain model runs."""
+        """Return what a pass with these inputs asks of the decoder; None: nothing, the plain model runs."""
         budget = self._budget(preset, keep_visual_tokens, keep_layers)
         cache = cache_in(named)
         held = getattr(cache, "route", None)
@@ -220,7 +220,7 @@ class RoutedModel:
         return request
 
     def _visual(self, named: dict[str, Any], visual_mask: Tensor | None) -> Tensor | None:
-        """[B, S] True at visual tokens; None if there are none."""
+        """Return [B, S] True at visual tokens; None if there are none."""
         if (input_ids := named.get("input_ids")) is not None:
             ids = [getattr(self.config, name, None) for name in ("image_token_id", "video_token_id")]
             visual = torch.isin(input_ids, torch.tensor([i for i in ids if i is not None], device=input_ids.device))
@@ -237,7 +237,7 @@ class RoutedModel:
         return len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
 
     def route(self, **inputs: Any) -> Route:
-        """The route of inputs under a budget: `model.route(**inputs, preset="fast")`. Runs up to the router only."""
+        """Return the route of inputs under a budget: `model.route(**inputs, preset="fast")`. Runs up to the router."""
         request = self._up_to_router(**inputs)
         if request is not None:
             route: Route = request.route
@@ -248,7 +248,7 @@ class RoutedModel:
         return Route(everything, layers, ~everything, places=torch.zeros(*tokens.shape, 3, device=tokens.device))
 
     def router_inputs(self, **inputs: Any) -> RouterInputs:
-        """What the router sees of inputs, to train it: `model.router(*model.router_inputs(**inputs))`."""
+        """Return the router's inputs, to train it: `model.router(*model.router_inputs(**inputs))`."""
         request = self._up_to_router(**inputs)
         if request is None:
             raise ValueError("these inputs have no visual token: there is nothing to route.")
@@ -267,7 +267,7 @@ class RoutedModel:
         return request
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`, which see; the outputs of `return_dict_in_generate` have `.route`.
+        """Generate as `GenerationMixin.generate` does; the outputs of `return_dict_in_generate` have `.route`.
 
         A draft for assisted decoding sees nothing of the budget: a routed one runs under its own (`set_budget`).
         """
@@ -298,7 +298,7 @@ class RoutedModel:
         return made
 
     def _places(self, inputs: Tensor | None, kwargs: dict[str, Any], total: int | None) -> Tensor | None:
-        """Places for the whole text, [B, T, 3]: `generate` encodes images itself and hands no pass their grids."""
+        """Return places for the whole text, [B, T, 3]: `generate` encodes images itself and keeps their grids."""
         tokens = kwargs.get("input_ids") if inputs is None else inputs
         if tokens is None or total is None or all(kwargs.get(name) is None for name in GRIDS):
             return None
@@ -312,13 +312,13 @@ class RoutedModel:
     # --- the router's file ---
 
     def _attach_router(self) -> None:
-        """Last, and by torch's own initialisation: it is no part of what transformers loads and places."""
+        """Add the router, last and by torch's own initialisation: transformers neither loads nor places it."""
         self.router = Router(self.config.get_text_config().hidden_size, self.router_settings)
         self._keys_to_ignore_on_save |= {f"router.{name}" for name in self.router.state_dict()}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As for the stock class, the router beside: on the device of the embeddings, never offloaded (it is small).
+        """Load as the stock class does, and the router: on the device of the embeddings, never offloaded (it is small).
 
         Args:
             kwargs: `preset="fast"` among them is the budget of all calls that name none, as by `set_budget`.
@@ -359,7 +359,7 @@ class RoutedModel:
         self.router.to(embedding.weight.device if device is None else device, self.dtype).eval()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As for the stock class, with this file and the router's weights in a folder of their own."""
+        """Save as the stock class does, with this file and the router's weights in a folder of their own."""
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
             given = kwargs.get("state_dict") or {f"router.{n}": t for n, t in self.router.state_dict().items()}
@@ -399,13 +399,13 @@ STOCK = {  # model_type -> the class that is routed, without ForConditionalGener
 
 
 def class_name(model_type: str) -> str:
-    """What config.json names in auto_map, after the name of this file."""
+    """Return the class that config.json names in auto_map, after the name of this file."""
     return f"Routed{STOCK[model_type]}ForConditionalGeneration"
 
 
 @functools.cache
 def routed(stock: Any) -> Any:
-    """The routed class of a stock one: `forward` takes the arguments of both, the hub's names are kept."""
+    """Make the routed class of a stock one: `forward` takes the arguments of both, the hub's names are kept."""
     signature = inspect.signature(stock.forward)
     names, cache = list(signature.parameters)[1:], cache_name(stock.forward)
 

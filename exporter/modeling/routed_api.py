@@ -1,4 +1,4 @@
-"""What the routed files rest on in transformers beyond its documented interface: a list, each with a probe.
+"""The parts of transformers beyond its documented interface that the routed files need, each with a probe.
 
 Everything of transformers that a release may rename or change is imported here and nowhere else. Importing this file
 ends in one sentence where something is missing; `check_transformers` refuses what is there and works in another way.
@@ -92,7 +92,7 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")  # argument
 
 
 def _dynamic_caches_grow() -> bool:
-    """A dynamic cache has layers, whose keys and values [B, H, P, D] grow; the cache tells masks how long they are."""
+    """Tell whether a dynamic cache has layers, whose keys and values [B, H, P, D] grow, and knows its masks' length."""
     cache, states = DynamicCache(), torch.zeros(2, 1, 3, 4)
     keys, _ = cache.update(states, states, 0)
     layer = cache.layers[0]
@@ -115,14 +115,14 @@ def _sliding_layers_say_how_far() -> bool:
 
 
 def _static_layers_count() -> bool:
-    """A static layer is as long as it will ever be, and writes its next entry where it has counted to."""
+    """Tell whether a static layer is as long as it will ever be, and writes its next entry where it has counted to."""
     layer, states = StaticLayer(8), torch.zeros(2, 1, 3, 4)
     keys, _ = layer.update(states, states)
     return layer.max_cache_len == keys.shape[2] == 8 and int(layer.get_seq_length()) == 3
 
 
 def _caches_are_asked_by_these_names() -> bool:
-    """What the routed caches answer in place of transformers' own."""
+    """Tell whether the methods that routed caches override have the parameters that they expect."""
     asked = {
         "get_seq_length": ["layer_idx"],
         "get_mask_sizes": ["query_length", "layer_idx"],
@@ -178,7 +178,7 @@ def check_transformers(decoder: Any) -> None:
 def check_forward(module_class: Any, known: frozenset[str], needed: frozenset[str]) -> None:
     """Refuse a forward with an argument that is not known, or without one that is needed."""
     parameters = inspect.signature(module_class.forward).parameters
-    named = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD][1:]
+    named = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD][1:]
     where = f"{module_class.__name__}.forward"
     if others := [name for name in named if name not in known]:
         raise ValueError(unsupported(f"{where} takes an argument that they do not know, {others[0]!r}"))

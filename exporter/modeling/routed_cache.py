@@ -40,7 +40,7 @@ class Entries:
 
     @classmethod
     def counted(cls, start: int, end: int, num_rows: int, device: torch.device) -> Entries:
-        """All tokens from start to end."""
+        """Return the entries of all tokens from start to end."""
         index = torch.arange(start, end, device=device).expand(num_rows, -1)
         return cls(index, torch.ones_like(index, dtype=torch.bool), True, list(range(start, end)))
 
@@ -65,7 +65,7 @@ Group = tuple[bool, int | None]  # layers whose caches hold the same tokens: aft
 
 
 class _RoutedCache(Cache):
-    """What both kinds of cache share. Lengths are those of the text, as if nothing had been dropped or skipped.
+    """The code that both caches share. Lengths are those of the text, as if nothing had been dropped or skipped.
 
     A cache is taken over where it is, because `generate` and its callers hold on to the object: `take_over` gives a
     cache of transformers this class.
@@ -191,7 +191,7 @@ class RoutedCache(_RoutedCache, DynamicCache):
 
 
 class RoutedStaticCache(_RoutedCache, StaticCache):
-    """Of fixed size. Dropped tokens take no place in it, skipped layers none if all rows skip them."""
+    """A cache of fixed size. Dropped tokens take no place in it, and layers none if all rows skip them."""
 
     whole_rows = True
 
@@ -223,7 +223,7 @@ def take_rows(layer: Any, chosen: Tensor) -> None:
 
 
 def routed_cache(cache: Any, num_layers: int) -> RoutedCache | RoutedStaticCache:
-    """The cache itself, able to hold a route."""
+    """Return the cache itself, able to hold a route."""
     if isinstance(cache, _RoutedCache):
         return cache
     if type(cache) is DynamicCache:
@@ -234,7 +234,7 @@ def routed_cache(cache: Any, num_layers: int) -> RoutedCache | RoutedStaticCache
 
 
 def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | RoutedStaticCache | None:
-    """The pass's cache, able to hold a route, put into its inputs; a new one if a cache is wanted and there is none."""
+    """Put the pass's cache, able to hold a route, into its inputs: a new one if a cache is wanted and there is none."""
     name, cache = decoder.routed_cache_name, cache_in(inputs)
     wanted = inputs.get("use_cache")
     wanted = decoder.config.use_cache if wanted is None else wanted
@@ -255,7 +255,7 @@ def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | Routed
 
 
 def narrowed_mask(mask: Tensor, entries: Entries, stay: Entries | None, num_rows: int) -> Tensor:
-    """Rows for the tokens that stay, columns for the entries there are: [B, 1, S, T] -> [B, 1, K, P]."""
+    """Narrow a mask to rows of kept tokens and columns of cache entries: [B, 1, S, T] -> [B, 1, K, P]."""
     mask = mask.expand(num_rows, *mask.shape[1:])
     if stay is not None:
         index = stay.index.to(mask.device)[:, None, :, None]

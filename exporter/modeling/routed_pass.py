@@ -113,7 +113,7 @@ class RoutedForward:
         self.decided = True
 
     def _kept_entries(self, keep: Tensor, width: int, all_valid: bool) -> Entries:
-        """The tokens that stay, in their order at the end of each row; in front, others that fill it up, not valid."""
+        """Return the kept tokens in their order at the end of each row; in front, others that fill it up, not valid."""
         index = keep.byte().argsort(dim=1, stable=True)[:, -width:]  # [B, K]
         valid = keep.gather(1, index)
         newest = [self.past + self.num_tokens] * width
@@ -169,12 +169,12 @@ class RoutedForward:
         return output
 
     def _spread(self, states: Tensor) -> Tensor:
-        """The index of the tokens that stay, as gather and scatter want it: [B, K, D]."""
+        """Return the index of the kept tokens as gather and scatter want it: [B, K, D]."""
         index: Tensor = self.kept.index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
         return index
 
     def _once(self, key: Any, make: Any, given: Any = None) -> Any:
-        """Layers are given the same masks and positions: each is narrowed once a pass, told apart by identity."""
+        """Make a mask or positions once a pass, since all layers are given the same objects, told apart by identity."""
         key = (key, id(given))
         if key not in self._memo:
             self._memo[key] = (make(), given)  # held, so that no other object gets its identity
@@ -183,7 +183,7 @@ class RoutedForward:
     # --- what the layers are given ---
 
     def _keywords(self, layer_idx: int, keywords: dict[str, Any], rows: tuple[int, ...] | None) -> dict[str, Any]:
-        """A layer's keywords, for the tokens that stay and the rows that run it."""
+        """Return a layer's keywords, for the kept tokens and the rows that run it."""
         window = self.cache.windows[layer_idx] if self.cache is not None else None
         group = (layer_idx >= self.drop_at, window)
         narrowed = dict(keywords)
@@ -202,7 +202,7 @@ class RoutedForward:
         return narrowed
 
     def _rows(self, tensor: Tensor | None, rows: tuple[int, ...] | None, dim: int) -> Tensor | None:
-        """The rows of a mask (dimension -4 of four, or the first of two) or of cos and sin (dimension -3)."""
+        """Select the rows of a mask (dimension -4 of four, or the first of two) or of cos and sin (dimension -3)."""
         if rows is None or tensor is None:
             return tensor
         dim = 0 if tensor.ndim == 2 else dim
@@ -211,7 +211,7 @@ class RoutedForward:
         return tensor.index_select(dim, index_of(rows, tensor.device))
 
     def _tokens(self, positions: Tensor, dropped: bool) -> Tensor:
-        """Cosines or sines of the tokens that stay: [..., B or 1, S, C] -> [..., B, K, C]."""
+        """Gather the cosines or sines of the kept tokens: [..., B or 1, S, C] -> [..., B, K, C]."""
         if not dropped or self.kept is None:
             return positions
         positions = positions.expand(*positions.shape[:-3], self.num_rows, *positions.shape[-2:])
@@ -219,7 +219,7 @@ class RoutedForward:
         return positions.gather(-2, index)
 
     def _entries(self, group: Group) -> Entries | None:
-        """The tokens in the caches of a group of layers after this pass; None: all tokens of the text."""
+        """Return the tokens in the caches of a group of layers after this pass; None: all tokens of the text."""
         entries: Entries | None = self._once(("entries", group), lambda: self._extended(group))
         return entries
 
@@ -238,11 +238,11 @@ class RoutedForward:
         return added if before is None else before.followed_by(added)
 
     def _stored_from(self, group: Group) -> int:
-        """The first token that an unrouted cache still had of an earlier turn: sliding windows forget."""
+        """Return the first token that an unrouted cache still had of an earlier turn: sliding windows forget."""
         return 0 if group[1] is None else max(0, self.past - group[1] + 1)
 
     def _mask(self, mask: Any, group: Group) -> Any:
-        """A mask made for the whole text [B, 1, S, T], for the tokens that stay and the entries that a layer has."""
+        """Narrow a mask for the whole text [B, 1, S, T] to the kept tokens and the entries that a layer has."""
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"a route cannot narrow a mask of type {type(mask).__name__}: use sdpa, eager or flash.")
         narrowed = mask
@@ -260,7 +260,7 @@ class RoutedForward:
         return narrowed
 
     def _explicit_mask(self, entries: Entries, stay: Entries | None) -> Tensor | None:
-        """In place of a mask that transformers left out: without padding, a token sees all that come before it."""
+        """Make the mask that transformers left out: without padding, a token sees all that come before it."""
         if entries.all_valid and not self.static:
             return None
         if uses_flash_attention(self.config):
@@ -271,7 +271,7 @@ class RoutedForward:
 
 
 def drop_layer(request: Request, held: Route | None, num_layers: int) -> int:
-    """The layer before which this pass's visual tokens leave: the first turn's, as a cache has it once for all."""
+    """Return the layer before which this pass's visual tokens leave: the first turn's, if a cache holds it."""
     imposed = request.imposed.drop_at if request.imposed is not None else None
     if held is not None and held.drop_at is not None:
         if imposed not in (None, held.drop_at):
@@ -291,13 +291,13 @@ def drop_layer(request: Request, held: Route | None, num_layers: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept from step to step: copying the numbers to a GPU would wait for all that was asked of it before."""
+    """Return rows as an index that is kept: copying numbers to a GPU at each step would wait for it."""
     with torch.inference_mode(False):  # or it could not be used in training later
         return torch.tensor(rows, device=device)
 
 
 def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
-    """For each layer the rows that run it, None for all: [B, L]."""
+    """Return for each layer the rows that run it, None for all: [B, L]."""
     columns = layers.T.tolist()
     return [None if all(runs) else tuple(row for row, run in enumerate(runs) if run) for runs in columns]
 
@@ -312,7 +312,7 @@ def check_windows(config: Any) -> None:
 
 
 def real_tokens(mask: Any, past: int, embeddings: Tensor) -> Tensor:
-    """Where the tokens of a pass are no padding, [B, S], from any mask that transformers makes.
+    """Return where the tokens of a pass are no padding, [B, S], from any mask that transformers makes.
 
     None is no padding; `generate` makes it of a mask of ones. In four dimensions, padding is what no token sees.
     """
@@ -373,7 +373,7 @@ class _RoutedLayer:
 
 @functools.cache
 def _mixed(addition: Any, stock: Any) -> Any:
-    """A subclass under the same name, by which device maps, plans and adapters find modules."""
+    """Make a subclass under the same name, by which device maps, plans and adapters find modules."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     return type(stock.__name__, (addition, stock), names)
 

@@ -1,4 +1,4 @@
-"""Where visual tokens lie in their images: image number, row and column of each (patch coordinates).
+"""Patch coordinates: the image number, row and column of each visual token.
 
 Shapes: B rows, S tokens of a pass, T tokens of the whole text.
 """
@@ -17,7 +17,7 @@ GRIDS = ("image_grid_thw", "video_grid_thw", "image_sizes")  # inputs that say h
 
 
 def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Image number, row and column of each visual token, [B, S, 3]; zero at text.
+    """Return the image number, row and column of each visual token, [B, S, 3]; zero at text.
 
     Visual tokens come in runs, one or more an image. The grids are read from the inputs where they hold them
     (`image_grid_thw`, `image_sizes`); a run that is one square, or several squares of `image_seq_length`, is taken as
@@ -36,20 +36,20 @@ def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 
 def part_of(places: Tensor, past: int, visual: Tensor) -> Tensor:
-    """Of places for the whole text [B, T, 3] those of a pass, zero for what was generated since: [B, S, 3]."""
+    """Cut a pass's places from those of the text, zero for what was generated since: [B, T, 3] -> [B, S, 3]."""
     end = past + visual.shape[1]
     return F.pad(places, (0, 0, 0, max(0, end - places.shape[1])))[:, past:end]
 
 
 def runs_of(visual: Tensor) -> list[tuple[int, int, int]]:
-    """Row, start and end of each run of True in [B, S], in order."""
+    """Return the row, start and end of each run of True in [B, S], in order."""
     edges = F.pad(visual.cpu().byte(), (1, 1)).diff(dim=1).nonzero().tolist()  # one at each start, one at each end
     return [(row, start, end) for (row, start), (_, end) in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """How a run of visual tokens lies in an image: tiles of rows and columns one after the other.
+    """The layout of consecutive visual tokens in an image: tiles of rows and columns one after the other.
 
     In LLaVA-NeXT and its kin one coarse tile is followed by a finer grid over the same image, whose rows each end with
     a token that only says so: its place is the right edge.
@@ -68,7 +68,7 @@ class RunShape:
         return self.height * self.width + rows * (columns + 1)
 
     def coordinates(self, length: int) -> Tensor:
-        """The middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
+        """Return the middle of each token, [length, 2]. What comes after whole tiles is not known to be a grid."""
         tile = self.height * self.width
         rows = (torch.arange(self.height) + 0.5) / self.height * self.share + self.top
         columns = (torch.arange(self.width) + 0.5) / self.width
@@ -83,7 +83,7 @@ class RunShape:
 
 
 def run_shapes(config: Any, lengths: list[int], inputs: dict[str, Any]) -> list[RunShape]:
-    """The shape of each run, by what the inputs say of the images, and by the run's length where they say nothing."""
+    """Return the shape of each run, as the inputs tell it, or guessed from its length where they do not."""
     vision = config.vision_config
     known: list[RunShape] = []
     if (grids := inputs.get("image_grid_thw")) is not None and inputs.get("video_grid_thw") is None:
@@ -104,7 +104,7 @@ def run_shapes(config: Any, lengths: list[int], inputs: dict[str, Any]) -> list[
 
 
 def any_resolution_shape(config: Any, size: list[int], tiled: bool = True) -> RunShape:
-    """LLaVA-NeXT's and LLaVA-OneVision's: the whole image in one tile, then tiles of which padding is cut off again.
+    """Return the shape of LLaVA-NeXT's and LLaVA-OneVision's: the image in one tile, then tiles without their padding.
 
     Args:
         size: height and width of the image in pixels.
@@ -126,7 +126,7 @@ def any_resolution_shape(config: Any, size: list[int], tiled: bool = True) -> Ru
 
 
 def guessed_shape(config: Any, length: int) -> RunShape:
-    """Square tiles of the size that the configuration speaks of, or one square; else one token a row."""
+    """Guess square tiles of the size that the configuration speaks of, or one square; else one token a row."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size if isinstance(getattr(vision, "image_size", None), int) else 0
     for tile in (getattr(config, "image_seq_length", 0), side * side, length):

@@ -1,4 +1,4 @@
-"""What a call asks of the decoder beside the model's inputs, and how it reaches each pass of `generate`.
+"""A call's request to the decoder beside the model's inputs, and its way to each pass of `generate`.
 
 Shapes: B rows, S tokens of a pass, D hidden size.
 """
@@ -20,7 +20,7 @@ IGNORED_LABEL = -100
 
 @dataclass
 class Request:
-    """What the model hands its decoder for one pass, and what it gets back."""
+    """The model's request to its decoder for one pass, and the decoder's results."""
 
     router: Any  # Router
     settings: RouterSettings
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RouterInputs:
-    """What `Router.forward` takes, in its order: `router(*inputs)`."""
+    """The arguments of `Router.forward`, in its order: `router(*inputs)`."""
 
     states: Tensor  # [B, S, D]
     visual: Tensor  # [B, S]
@@ -66,7 +66,7 @@ class Generation:
     route: Any = None  # of its first routed pass
 
     def arguments(self, num_rows: int) -> dict[str, Any]:
-        """What a pass is asked for: tensors with their rows repeated, as `generate` does for beams and samples."""
+        """Return the arguments of a pass: tensors with their rows repeated, as for beams and samples."""
         return {name: repeated(value, num_rows) for name, value in self.asked.items()}
 
 
@@ -85,7 +85,7 @@ def number_of_rows(named: dict[str, Any]) -> int:
 
 
 def hidden_tokens(visual: Tensor, labels: Tensor | None, prompt_length: int | None, past: int) -> Tensor | None:
-    """Tokens that are answers and not shown to the router: [B, S], or None."""
+    """Return the tokens that are answers and not shown to the router: [B, S], or None."""
     hidden = torch.zeros_like(visual)
     if prompt_length is not None:
         hidden |= torch.arange(past, past + visual.shape[1], device=visual.device) >= prompt_length
@@ -95,7 +95,7 @@ def hidden_tokens(visual: Tensor, labels: Tensor | None, prompt_length: int | No
 
 
 def prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int | None:
-    """Length of the text that `generate` is given to go on from: what a cache holds included, candidates not yet."""
+    """Return the length of the text that `generate` goes on from: with what a cache holds, without candidates."""
     tokens = next((t for t in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if t is not None), None)
     if tokens is None:
         return None

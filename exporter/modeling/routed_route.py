@@ -1,4 +1,4 @@
-"""What a routed model is asked for and what comes of it: budgets, the router's settings, routes.
+"""Budgets, the router's settings, and the routes that come of them.
 
 Shapes: B rows, S tokens of a pass, K <= S tokens that stay, L layers, N of them that may be skipped.
 """
@@ -16,7 +16,7 @@ ROUTER_FORMAT = 2  # of how the router computes: weights of another would run, a
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may run. None: all of it."""
+    """A limit to what runs. None: no limit."""
 
     keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
     keep_layers: int | None = None  # a count, of all decoder layers
@@ -48,7 +48,7 @@ class Budget:
                 )
 
     def tokens_of(self, available: Tensor) -> Tensor:
-        """How many visual tokens each row keeps, of those it has: [B] -> [B]."""
+        """Return how many visual tokens each row keeps, of those it has: [B] -> [B]."""
         if self.keep_visual_tokens is None:
             return available
         if isinstance(self.keep_visual_tokens, int):
@@ -133,7 +133,7 @@ class RouterSettings:
 
 
 def base_model(config: Any) -> dict[str, Any]:
-    """What tells one base model from another."""
+    """Return the facts that tell one base model from another."""
     text = config.get_text_config()
     return {
         "model_type": config.model_type,
@@ -144,7 +144,7 @@ def base_model(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """What runs, for one pass over a prompt. To impose one: `model.generate(**inputs, route=Route(keep, layers))`.
+    """The tokens and layers that run. To impose one: `model.generate(**inputs, route=Route(keep, layers))`.
 
     One made by hand needs `keep` or `layers` only; None keeps everything. It may let visual tokens leave before another
     layer than the router's: rules that read attention know what to keep only after the first layers have run.
@@ -159,24 +159,24 @@ class Route:
     drop_at: int | None = None  # visual tokens leave before this layer; None: where the settings say
 
     def kept_tokens(self) -> list[Tensor]:
-        """For each row, which of its visual tokens stay, counted among them: 0 is the first of the first image."""
+        """Return for each row which of its visual tokens are kept: 0 is the first of the first image."""
         return [keep[visual].nonzero()[:, 0] for keep, visual in zip(self.keep, self.visual, strict=True)]
 
     def kept_places(self) -> list[Tensor]:
-        """For each row, image number, row and column (0 to 1) of the visual tokens that stay: [K, 3] each."""
+        """Return for each row image number, row and column (0 to 1) of the visual tokens that stay: [K, 3] each."""
         return [p[k & v] for p, k, v in zip(self.places, self.keep, self.visual, strict=True)]
 
     def executed_layers(self) -> list[list[int]]:
         return [row.nonzero()[:, 0].tolist() for row in self.layers]
 
     def select(self, chosen: Tensor) -> Route:
-        """The route of a batch made of the chosen rows."""
+        """Return the route of a batch made of the chosen rows."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         parts = {k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()}
         return replace(self, **parts)
 
     def for_rows(self, num_rows: int) -> Route:
-        """The route for a batch in which each row was repeated, as for beams."""
+        """Return the route for a batch in which each row was repeated, as for beams."""
         own = next(len(part) for part in (self.keep, self.layers) if part is not None)
         if num_rows % own:
             raise ValueError(f"the route given is for {own} rows, the batch has {num_rows}.")

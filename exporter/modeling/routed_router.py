@@ -47,7 +47,7 @@ class Router(nn.Module):
     def forward(
         self, states: Tensor, visual: Tensor, visible: Tensor, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits, higher is more needed; those at text tokens mean nothing. Differentiable in the router's weights.
+        """Return logits, higher is more needed, without meaning at text tokens. Differentiable in the weights.
 
         Args:
             states: [B, S, D] what enters layer `read_at`.
@@ -72,13 +72,13 @@ class Router(nn.Module):
         return self.token_head(tokens)[..., 0].float(), self.layer_head(layers)[..., 0].float()
 
     def _here(self, tensor: Tensor) -> Tensor:
-        """On the router's device and, if floating, in its dtype. Weights on meta are offloaded: a hook moves inputs."""
+        """Move a tensor to the router's device and dtype. Weights on meta are offloaded: a hook moves inputs."""
         own = next(self.parameters())
         tensor = tensor if own.is_meta else tensor.to(own.device)
         return tensor.to(own.dtype) if tensor.is_floating_point() else tensor
 
     def _attend(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Everything sees every visible token and every layer: [B, S + N, R] -> [B, S + N, R]."""
+        """Attend from everything to every visible token and every layer: [B, S + N, R] -> [B, S + N, R]."""
         order = visible.long().cumsum(1)  # counts what is visible, so that padding shifts nothing
         order = F.pad(order, (0, self.num_candidates))  # layers have no place in the text: 0
         seen = F.pad(visible, (0, self.num_candidates), value=True)
@@ -90,7 +90,7 @@ class Router(nn.Module):
 
 
 def question_features(x: Tensor, visible: Tensor, visual: Tensor) -> Tensor:
-    """What a question says: its last token, which has seen all others, and the mean of its text, [B, R]."""
+    """Sum a question's last token, which has seen all others, and the mean of its text: [B, R]."""
     order = visible.long().cumsum(1)
     last = visible & (order == order[:, -1:])
     text = (visible & ~visual).to(x.dtype)
@@ -99,7 +99,7 @@ def question_features(x: Tensor, visible: Tensor, visual: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, order: Tensor) -> Tensor:
-    """Rotary position embedding: x [B, H, S, C], order [B, S]."""
+    """Apply rotary position embedding: x [B, H, S, C], order [B, S]."""
     half = x.shape[-1] // 2
     frequency = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = order[:, None, :, None] * frequency  # [B, 1, S, C / 2]
@@ -109,7 +109,7 @@ def rotated(x: Tensor, order: Tensor) -> Tensor:
 
 
 def sinusoidal_features(coordinates: Tensor, octaves: int) -> Tensor:
-    """Sines and cosines of rising frequency: [..., 2] in 0 to 1 -> [..., 4 * octaves]."""
+    """Compute sines and cosines of rising frequency: [..., 2] in 0 to 1 -> [..., 4 * octaves]."""
     angle = coordinates[..., None] * math.pi * 2.0 ** torch.arange(octaves, device=coordinates.device)
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 

@@ -1,4 +1,4 @@
-"""How far a changed model departs from the original, on answers that the original gives itself.
+"""The divergence of a changed model from the original, on answers that the original gives itself.
 
 No labels are needed: the original answers every calibration question greedily, and a variant is judged by the
 likelihood that it gives to those tokens, all of them, since first tokens hide damage.

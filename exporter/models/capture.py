@@ -1,4 +1,4 @@
-"""What a forward pass over the calibration data is asked to remember: sums and per-token numbers, no activations.
+"""Statistics of a forward pass over the calibration data: sums and per-token numbers, no activations.
 
 Everything is streamed: at any time there are the activations of the layer that runs and [B, S] numbers for each layer
 of the current batch.
@@ -137,13 +137,13 @@ class AttentionReducer:
         return output, None
 
     def take(self) -> AttentionMeans:
-        """The means of the layer that ran last, which has attention."""
+        """Return the means of the layer that ran last, which has attention."""
         means = self.take_any()
         assert means is not None, "a decoder layer whose attention does not go through transformers' interface"
         return means
 
     def take_any(self) -> AttentionMeans | None:
-        """The means of the layer that ran last; None where it has no attention."""
+        """Return the means of the layer that ran last; None where it has no attention."""
         means, self.means = self.means, None
         return means
 
@@ -190,23 +190,23 @@ def layer_statistics(model: Any, batches: Iterable[Batch], *, attention: bool = 
 
 
 def attention_is_seen(model: Any, batch: Batch) -> bool:
-    """Whether reduced attention computes what the model's own does, for types that no table names.
+    """Tell whether reduced attention computes what the model's own does, for types that no table names.
 
     An attention with learned sinks, a bias of its own, or one beside transformers' interface does not: its scores of
     tokens would be those of another model.
     """
     layers = text_decoder(model).layers
-    own = last_output(walk(layers, given := trace(model, batch)), given.entry)
+    whole = last_output(walk(layers, traced := trace(model, batch)), traced.entry)
     try:
         with attention_means(model) as reducer:
             reducer.is_visual, reducer.is_text = batch.is_visual, batch.is_text
-            reduced = last_output(walk(layers, given := trace(model, batch)), given.entry)
+            reduced = last_output(walk(layers, traced := trace(model, batch)), traced.entry)
             seen = reducer.take_any() is not None
     except Exception as error:  # an attention that takes what this one does not
         logger.warning("scores of tokens can't be read from this model's attention: %s", error)
         return False
-    difference = float((reduced - own).abs().max() / own.abs().max())
-    if seen and difference <= CLOSE[own.dtype]:
+    difference = float((reduced - whole).abs().max() / whole.abs().max())
+    if seen and difference <= CLOSE[whole.dtype]:
         return True
     logger.warning("scores of tokens can't be read from this model's attention: reduced, it is %.1e off", difference)
     return False
@@ -242,7 +242,7 @@ def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None
 
 
 def _alike(visual: Tensor, text: Tensor) -> AttentionMeans:
-    """Every token alike [B, S], for layers of linear attention or state spaces before the first attention."""
+    """Return equal means for all tokens [B, S], for linear layers and state spaces before the first attention."""
     ones = torch.ones_like(visual, dtype=torch.float32)
     return AttentionMeans(ones, ones, ones, ones, ones)
 

@@ -1,4 +1,4 @@
-"""How far a variant departs from the original on held-out questions, and how sure that is. Pure.
+"""The divergence of a variant from the original on held-out questions, and its standard error. Pure.
 
 Questions about one picture say much the same: the picture is what varies independently, so that standard errors are
 taken over pictures (a ratio of sums, clustered; W. G. Cochran, Sampling Techniques, 1977, section 6.4).
@@ -26,17 +26,17 @@ class Divergence:
 
     @property
     def mean(self) -> float:
-        """Per answer token."""
+        """Return the mean per answer token."""
         return sum(self.kl) / max(1, sum(self.tokens))
 
     @property
     def error(self) -> float:
-        """Standard error of the mean."""
+        """Return the standard error of the mean."""
         return self._error(self.kl)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %; a divergence is never below 0."""
+        """Return the 95 % interval; a divergence is never below 0."""
         return (max(0.0, self.mean - Z * self.error), self.mean + Z * self.error)
 
     def more_than(self, other: Divergence) -> tuple[float, float]:
@@ -45,7 +45,7 @@ class Divergence:
         return self.mean - other.mean, self._error(differences)
 
     def _error(self, sums: Sequence[float]) -> float:
-        """Of the ratio of the sums' total to the tokens', over pictures."""
+        """Return the standard error of the ratio of the sums' total to the tokens', over pictures."""
         total = max(1, sum(self.tokens))
         ratio = sum(sums) / total
         residuals: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""What a model costs, by its configuration."""
+"""The cost of a model, by its configuration."""
 
 from __future__ import annotations
 

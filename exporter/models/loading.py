@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def load_model(
     source: Source, device: str, dtype: torch.dtype, memory: str | None = None, cls: Any = None
 ) -> tuple[Any, list[str]]:
-    """The stock model, in evaluation mode, frozen, checked for missing weights and NaN; and what it has no use for.
+    """Load the stock model, frozen, checked for missing weights and NaN; name the tensors that it has no use for.
 
     Args:
         device: 'cpu', 'cuda', 'cuda:1', or 'auto' to spread over what there is (accelerate).
@@ -60,7 +60,7 @@ def text_decoder(model: Any) -> Any:
 
 
 def compute_dtype(name: str, config: Any, device: str) -> torch.dtype:
-    """'auto' is the checkpoint's own dtype on a GPU and float32 on the CPU, where half precision is slow or inexact."""
+    """Choose the dtype: 'auto' is the checkpoint's on a GPU, float32 on the CPU, where half precision is slow."""
     import torch
 
     if name == "auto":

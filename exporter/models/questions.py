@@ -49,7 +49,7 @@ def portion(name: str, questions: int) -> int:
 
 @dataclass(frozen=True)
 class JobSize:
-    """How much a job has to do, for the estimate of what its methods cost.
+    """The size of a job, for the estimate of what its methods cost.
 
     A method's `passes` in `exporter/methods.py` may be a function of a JobSize and the method's options. It returns
     the cost in forward passes of all questions through all layers, and the share of the questions that it needs answers
@@ -89,7 +89,7 @@ class Questions:
 
     @functools.cached_property
     def _half(self) -> dict[int, bool]:
-        """Whose pictures have an odd number, by the sample's identity."""
+        """Return whose pictures have an odd number, by the sample's identity."""
         return {id(sample): picture % 2 == 1 for sample, picture in zip(self.samples, self.split.pictures, strict=True)}
 
     def half_of(self, sample: Sample) -> bool:
@@ -97,14 +97,14 @@ class Questions:
         return self._half[id(sample)]
 
     def indices(self, part: Part = "all", number: int | None = None) -> list[int]:
-        """The first `number` questions that are drawn of a part, ordered by size: batches hold little padding."""
+        """Draw the first `number` questions of a part, ordered by size, so that batches hold little padding."""
         drawn = {"all": self.split.drawn, "fit": self.split.fit, "held_out": self.split.held_out}[part]
         if part == "fit":
             number = self.portion("fit") if number is None else number
         return sorted(drawn[:number], key=lambda index: (self.samples[index].pixels, index))
 
     def batches(self, what: str, share: float = 1.0, part: Part = "all", number: int | None = None) -> Iterator[Batch]:
-        """Prompt and answer of a part of the questions, the same in the same order every time.
+        """Yield prompts and answers of a part of the questions, the same in the same order every time.
 
         Args:
             what: is done with them, for the progress bar.

@@ -30,7 +30,7 @@ LENGTHS: dict[type, int] = {}  # of the tuple that layers of a class return; 0: 
 
 @dataclass(frozen=True)
 class Trace:
-    """What the layers of a model are given for one batch."""
+    """The inputs of a model's layers for one batch."""
 
     entry: Tensor  # [B, S, D] input of layer 0
     keywords: tuple[dict[str, Any], ...]  # per layer, without the hidden state
@@ -56,14 +56,14 @@ def switched_off(layers: Sequence[Any], record: list[tuple[Tensor, dict[str, Any
         names = [name for name in inspect.signature(type(layer).forward).parameters if name != "self"]
 
         def identity(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(names, args, strict=False)) | kwargs
+            keywords = dict(zip(names, args, strict=False)) | kwargs
             if type(layer) not in LENGTHS:  # annotations don't tell: Gemma 3's are those of years ago
                 with torch.no_grad():
-                    output = real(**given)
+                    output = real(**keywords)
                 LENGTHS[type(layer)] = len(output) if isinstance(output, tuple) else 0
-            hidden_states = given.pop(names[0])
+            hidden_states = keywords.pop(names[0])
             if record is not None:
-                record.append((hidden_states, given))
+                record.append((hidden_states, keywords))
             length = LENGTHS[type(layer)]
             return (hidden_states, *[None] * (length - 1)) if length else hidden_states
 
@@ -163,7 +163,7 @@ def logits(model: Any, output: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def replaced(model: Any, folded: Folded) -> Iterator[None]:
-    """The model with new tensors in place of its own."""
+    """Put new tensors into the model in place of its own, until the block ends."""
     layers = text_decoder(model).layers
     with contextlib.ExitStack() as stack:
         for (layer, full_name), tensor in folded.items():

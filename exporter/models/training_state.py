@@ -1,4 +1,4 @@
-"""What a training run needs to go on after it was broken off, and its curve."""
+"""The state that a training run goes on from after it was broken off, and its curve."""
 
 from __future__ import annotations
 

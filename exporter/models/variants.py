@@ -40,7 +40,7 @@ class Variant:
 
 @dataclass
 class AnswerAgreement:
-    """How one variant does on answers given to it: sums over answer tokens, and per sample."""
+    """One variant's agreement with answers given to it: sums over answer tokens, and per sample."""
 
     nll: float = 0.0  # of the answers
     kl: float = 0.0  # KL(original || variant) at the answers' tokens
@@ -55,7 +55,7 @@ class AnswerAgreement:
 
 @contextlib.contextmanager
 def assembled(model: Any, variant: Variant) -> Iterator[None]:
-    """The loaded model as the variant's checkpoint would be: for `generate`, which wants a cache without gaps."""
+    """Give the loaded model as the variant's checkpoint would be: for `generate`, which wants a cache without gaps."""
     decoder, config = text_decoder(model), model.config.get_text_config()
     indexed = [module for layer in decoder.layers for module in layer.modules() if hasattr(module, "layer_idx")]
     before = decoder.layers
@@ -85,16 +85,16 @@ def assembled(model: Any, variant: Variant) -> Iterator[None]:
 @contextlib.contextmanager
 def _of_kept_layers(decoder: Any, plan: PruningPlan) -> Iterator[None]:
     """Leave out the dropped layers' parts of tensors that hold one for every layer, as the writer does."""
-    found = [(p, axis) for name, p in decoder.named_parameters() for end, axis in PER_LAYER_TENSORS.items()
+    per_layer = [(p, axis) for name, p in decoder.named_parameters() for end, axis in PER_LAYER_TENSORS.items()
              if name.endswith(end)]  # fmt: skip
-    whole = [parameter.data for parameter, _ in found]
+    whole = [parameter.data for parameter, _ in per_layer]
     try:
-        for parameter, axis in found:
+        for parameter, axis in per_layer:
             parts = parameter.data.chunk(plan.num_layers, axis)
             parameter.data = torch.cat([parts[layer] for layer in plan.keep], axis)
         yield
     finally:
-        for (parameter, _), data in zip(found, whole, strict=True):
+        for (parameter, _), data in zip(per_layer, whole, strict=True):
             parameter.data = data
 
 
@@ -131,7 +131,7 @@ def judge(
 
 
 def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> float:
-    """Relative squared error of what the head reads, summed over visual and text tokens; outputs are [B, S, D]."""
+    """Return the relative squared error of the states that the head reads, summed over tokens; outputs [B, S, D]."""
     counted = (batch.is_visual | batch.is_text).to(original.device)
     with torch.inference_mode():
         before, after = (text_decoder(model).norm(output[counted]).float() for output in (original, changed))  # [N, D]

@@ -98,7 +98,7 @@ class OnnxRecord:
 
     @property
     def outcome(self) -> ComparisonPart:
-        """Return what the folder's graphs came to: the quantised ones where there are."""
+        """Return the comparison with torch of the folder's graphs, the quantised ones if there are any."""
         return self.quantized or self.validation
 
 
@@ -149,7 +149,7 @@ def differing_facts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def model_facts(config: Any, support: Support) -> dict[str, Any]:
-    """What the runner goes by and a configuration says."""
+    """Return the facts of a configuration that the runner goes by."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     return {
         "model_type": config.model_type,
@@ -164,7 +164,7 @@ def model_facts(config: Any, support: Support) -> dict[str, Any]:
 
 
 def describe(model: Any, source: Source, support: Support, settings: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
+    """Return the manifest of an export; `settings` are device, dtype, opset, quantize and cache."""
     layers, heads, head_size = cache_shape(model)
     base_model = base_model_of(source.name, source.folder, None)
     return {
@@ -206,7 +206,7 @@ def vision_settings(config: Any, kind: str) -> dict[str, Any]:
 
 
 def onnxruntime_version() -> str:
-    """Of its two distributions, the one that is imported."""
+    """Return the version of onnxruntime, of its two distributions the one that is imported."""
     import onnxruntime
 
     return str(onnxruntime.__version__)
@@ -231,7 +231,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any], hashed: bool = False)
 
 
 def write_record(folder: Path, manifest: dict[str, Any]) -> None:
-    """As it is: what was measured on graphs that stay the same may have been added."""
+    """Write the manifest as it is: what was measured on graphs that stay the same may have been added."""
     replace_json(folder / MANIFEST, manifest)
 
 

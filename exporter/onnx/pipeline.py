@@ -39,7 +39,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export."""
+    """Settings of an export."""
 
     device: str = "cpu"
     dtype: str = "auto"  # float32 on the CPU, float16 on CUDA
@@ -82,7 +82,7 @@ def export(model: str | Path, out: str | Path, options: ExportOptions | None = N
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What is exported and how, all of it checked."""
+    """An export with everything that it names opened and checked."""
 
     source: Source
     options: ExportOptions
@@ -96,7 +96,7 @@ class ExportJob:
         return self.options.opset or DEFAULT_OPSET
 
     def settings(self) -> dict[str, Any]:
-        """As they stand in the manifest."""
+        """Return the settings as they stand in the manifest."""
         options = self.options
         return {
             "device": options.device,
@@ -156,7 +156,7 @@ def chosen_dtype(options: ExportOptions) -> str:
 
 
 def needed_bytes(source: Source, dtype: str, quantize: str | None) -> int:
-    """Graphs hold every weight once, a tied head twice; while quantising the decoder is there in both forms."""
+    """Estimate the size: every weight once, a tied head twice, and the decoder in both forms while quantising."""
     text = source.config.get_text_config()
     parameters = source.weights.num_parameters + text.vocab_size * text.hidden_size
     return int(parameters * (4 if dtype == "float32" else 2) * (1.5 if quantize else 1))
@@ -187,7 +187,7 @@ def write_graphs(model: Any, job: ExportJob, folder: Path) -> None:
 
 
 def carry(source: Source, folder: Path) -> None:
-    """Processor, tokenizer, generation settings, licence texts, and config.json, which processors are found by."""
+    """Copy processor, tokenizer, generation settings, licence texts, and config.json, which processors are found by."""
     # Without the mention of a modeling file, which stays behind: AutoProcessor would ask whether it may be trusted.
     (folder / "config.json").write_text(json.dumps(without_auto_map(source.raw_config), indent=2) + "\n")
     carry_companions(source, folder)

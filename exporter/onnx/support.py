@@ -18,7 +18,7 @@ SHARED, GROWING = "shared", "growing"
 
 @dataclass(frozen=True)
 class Support:
-    """How a family is exported."""
+    """The export of a family."""
 
     kind: str  # of its images: a row of VISION in vision.py, and of PREPARE in runtime/prepare.py
     blocks: str | None = None  # tokens that see each other both ways: "prompt", "images"; None: none do

@@ -44,7 +44,8 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        layers = f"{self.drop} layer{'s' * (self.drop > 1)} gone" if self.drop else "all layers"
+        plural = "s" if self.drop > 1 else ""
+        layers = f"{self.drop} layer{plural} gone" if self.drop else "all layers"
         return f"{layers}, {self.mix.label}" if self.mix.label else layers
 
     @property

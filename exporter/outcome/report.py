@@ -73,7 +73,7 @@ def notes(result: SearchResult) -> list[str]:
 
 
 def text(result: SearchResult) -> str:
-    """For the terminal."""
+    """Return the report as text for the terminal."""
     return "\n".join([table(HEADER, rows(result)), "", *notes(result), "", result.verdict])
 
 
@@ -98,7 +98,7 @@ def expected_rows(
 
 
 def plot(result: SearchResult, path: Path) -> None:
-    """Exact match against the goal's figure: a colour a mix, numbers of layers gone, the Pareto front as a line."""
+    """Draw exact match against the goal's figure: a colour a mix, numbers of layers gone, the front as a line."""
     drawn, axes = figure(8.5, 4.6)
     goal = result.goal
     shown = [one for one in result.found if one.figures.get(goal.kind.measure) is not None]

@@ -1,4 +1,4 @@
-"""What the tables of families don't say of a type, read from a small model of the same structure."""
+"""Facts of a type that the tables of families lack, read from a small model of the same structure."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def written_by(model: Any) -> Decoder:
         writes = [layer_writes(layer, step, state) for layer, step, state in layers_at_work(model)]
     except Exception as error:  # a layer that hands on more than a hidden state, or takes what is not there alone
         return Decoder(unfoldable=f"its layers can't be run one at a time ({_first_line(error)})")
-    maps = tuple((one.attention, one.mlp) for one in writes)
-    factors = {one.factor for one in writes if one.attention or one.mlp}
+    maps = tuple((write.attention, write.mlp) for write in writes)
+    factors = {write.factor for write in writes if write.attention or write.mlp}
     return Decoder(maps=maps, factor=next(iter(factors), 1.0), unfoldable=_why_not(writes, factors))
 
 
 def _why_not(writes: list[LayerWrites], factors: set[float]) -> str | None:
-    """Why no fold is exact: a clause; None where one is."""
-    if norm := next((one.follows for one in writes if one.follows), ""):
+    """Return why no fold is exact: a clause; None where one is."""
+    if norm := next((write.follows for write in writes if write.follows), ""):
         return f"a norm ({norm}) follows the MLP inside each layer"
-    without = [index for index, one in enumerate(writes) if one.mlp is None]
+    without = [index for index, write in enumerate(writes) if write.mlp is None]
     if without:
         return (
             f"in {len(without)} of {len(writes)} layers no single matrix writes the MLP's output (experts, or a gate)"

@@ -1,4 +1,4 @@
-"""Where a model keeps its decoder layers, found by asking it; and a run of it on text alone."""
+"""A search for a model's decoder layers; and a run of it on text alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find_decoder(model: Any) -> Any:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether text is written by a decoder that attends to an encoder."""
+    """Tell whether text is written by a decoder that attends to an encoder."""
     text = model.config.get_text_config()
     return bool(getattr(model.config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False))
 
@@ -76,7 +76,7 @@ def build(config: Any, seed: int = 0) -> Any:
 
 
 def token_inputs(config: Any, length: int = 14, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Token ids without any that a configuration names: plain text."""
+    """Return token ids without any that a configuration names: plain text."""
     text = config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
     most = int(getattr(text, "vocab_size", 0) or 300)
@@ -101,7 +101,7 @@ def run_text(model: Any, inputs: dict[str, Tensor], **more: Any) -> Tensor:
 
 
 def takes_text_alone(model: Any) -> bool:
-    """Whether the model's own pass runs without pixels, as far as is known: a run that fails says that it does not."""
+    """Tell whether the model runs without pixels, as far as is known: a run that fails shows that it does not."""
     parameter = inspect.signature(model.forward).parameters.get("pixel_values")
     optional = parameter is None or parameter.default is not inspect.Parameter.empty
     return optional and type(model) not in WANT_PICTURES

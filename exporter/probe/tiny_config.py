@@ -183,7 +183,7 @@ def shrink(part: dict[str, Any], sizes: dict[str, Any]) -> None:
 
 
 def _of_layers(text: dict[str, Any], layers: int) -> None:
-    """Another number of layers, and nothing that was derived from the old one."""
+    """Set another number of layers, and nothing that was derived from the old one."""
     depth = next((name for name in DEPTHS if type(text.get(name)) is int), "num_hidden_layers")
     before = text.get(depth)
     for name, value in list(text.items()):
@@ -202,7 +202,7 @@ def _of_layers(text: dict[str, Any], layers: int) -> None:
 
 
 def shrink_rotary(text: dict[str, Any]) -> None:
-    """Sections of multimodal rotary embeddings share out half of what is rotated of a head."""
+    """Shrink the sections of multimodal rotary embeddings to half of what is rotated of a head."""
     if text.get("model_type") in WITH_SECTIONS and isinstance(rope := text.get("rope_parameters"), dict):
         rope.setdefault("mrope_section", [16, 24, 24])
     for name in ("rope_parameters", "rope_scaling"):

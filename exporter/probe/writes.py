@@ -24,7 +24,7 @@ CLOSE = 1e-3  # of two changes, relative to the larger
 
 @dataclass(frozen=True)
 class LayerWrites:
-    """What one decoder layer adds to the residual stream, and by which maps."""
+    """The maps by which one decoder layer adds to the residual stream."""
 
     attention: str | None  # name inside the layer of the map that mixes tokens, if it can be folded into
     mlp: str | None  # the last map of the feed-forward part, if it can be folded into
@@ -140,7 +140,7 @@ def _sorted_out(layer: nn.Module, direct: list[tuple[str, float]], last: set[str
 
 
 def is_mixer(name: str) -> bool:
-    """Whether a part of a layer, by its name, mixes tokens: attention, convolution, a state space."""
+    """Tell whether a part of a layer, by its name, mixes tokens: attention, convolution, a state space."""
     return any(word in name for word in ("attn", "attention", "conv", "mamba", "ssm", "mixer", "linear_attn"))
 
 

@@ -29,7 +29,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was published, or would be."""
+    """The result of a publication, or of its dry run."""
 
     repo_id: str
     revision: str  # branch that it went to, or that the pull request is for
@@ -113,7 +113,7 @@ def push(
 
 
 def repository_name(repo_id: str) -> str:
-    """USER/NAME, checked as far as that goes without the hub."""
+    """Return USER/NAME, checked as far as that goes without the hub."""
     from huggingface_hub import hf_hub_url
 
     name = repo_id.removeprefix("hub:")
@@ -173,7 +173,7 @@ def check_request(repo_id: str, seen: ModelInfo | None, existed: bool | None, pr
 
 
 def check_kind(repo_id: str, seen: ModelInfo | None, kind: FolderKind) -> None:
-    """Graphs beside a checkpoint would take its card and its configuration."""
+    """Refuse graphs beside a checkpoint: they would take its card and its configuration."""
     other, what = (CHECKPOINT, "a checkpoint") if kind is GRAPHS else (GRAPHS, "ONNX graphs")
     if seen is not None and other.record in names_in(seen):
         raise InputError(
@@ -189,10 +189,10 @@ def check_kind(repo_id: str, seen: ModelInfo | None, kind: FolderKind) -> None:
 def contents(
     folder: Path, repo_id: str, kind: FolderKind, names: Iterable[str]
 ) -> Iterator[tuple[dict[str, Path], bool]]:
-    """Files to publish by their name in the repository, and whether the card is somebody's own."""
-    with temporary_folder("push", folder) as made:
-        own_card = write_card(folder, repo_id, kind, made)
-        yield {name: folder / name for name in names} | listed(made), own_card
+    """Give the files to publish by their name in the repository, and whether the card is somebody's own."""
+    with temporary_folder("push", folder) as card_folder:
+        own_card = write_card(folder, repo_id, kind, card_folder)
+        yield {name: folder / name for name in names} | listed(card_folder), own_card
 
 
 def published(folder: Path, kind: FolderKind) -> list[str]:
@@ -202,7 +202,7 @@ def published(folder: Path, kind: FolderKind) -> list[str]:
 
 
 def write_card(folder: Path, repo_id: str, kind: FolderKind, into: Path) -> bool:
-    """The card under the repository's name, with its pictures. True: somebody wrote into README.md, and that stays."""
+    """Write the card under the repository's name, with its pictures. Return True where a person's README.md stays."""
     shutil.copyfile(folder / kind.record, into / kind.record)
     pure = kind.card(into, repo_id).read_bytes()
     if not (folder / CARD).exists():

@@ -23,7 +23,7 @@ COUNTED_SAMPLES = 8  # questions whose prompts are counted
 
 @dataclass(frozen=True)
 class Flops:
-    """Of prompts, by torch's counter: all of the model, and its decoder with the router alone."""
+    """The FLOPs of prompts, by torch's counter: of the model, and of its decoder with the router alone."""
 
     total: int = 0
     decoder: int = 0
@@ -34,7 +34,7 @@ class Flops:
 
 @contextlib.contextmanager
 def counted() -> Iterator[FlopCounterMode]:
-    """torch's counter; attention is made of matrix products meanwhile, since not every kernel of it is counted."""
+    """Give torch's counter; attention is made of matrix products meanwhile, since not every kernel of it is counted."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
@@ -56,7 +56,7 @@ def few_prompts(samples: Sequence[Sample], processor: Any, config: Any, number: 
 
 
 def flops_of(model: Any, prompts: Sequence[Batch], ask: BudgetRequest | None, **rule_options: Any) -> Flops:
-    """Under a budget, or of the unrouted model (None). What it takes a rule to choose is not counted, the router is.
+    """Count FLOPs under a budget, or of the unrouted model (None): the router counts, a rule's own cost does not.
 
     Args:
         given: what `make_route` needs more.

@@ -1,4 +1,4 @@
-"""Puts a router into a checkpoint: its weights, its settings, and the modeling file that runs the model with it.
+"""Put a router into a checkpoint: its weights, its settings, and the modeling file that runs the model with it.
 
 The folder stays what it was for everybody who does not trust remote code: config.json keeps its model_type, and the
 router's weights lie in a folder of their own, which neither transformers nor serving engines look into.
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.config_file import first_lines
-from ..checkpoints.files import replace_bytes
+from ..checkpoints.files import replace_bytes, replace_text
+from ..checkpoints.json_file import read_json
+from ..checkpoints.record import RECORD, read_record
 from ..checkpoints.router_entry import read_settings
 from ..checkpoints.source import Source
 from ..checkpoints.temporary import temporary_folder
@@ -41,7 +43,6 @@ MODELING_FILES = (  # what travels with a routed checkpoint; config.json names t
     "routed_router.py",
 )
 MODELING_FOLDER = Path(__file__).parent.parent / "modeling"
-RECORD = "compression.json"
 AUTO_CLASS = "AutoModelForImageTextToText"
 
 
@@ -76,7 +77,7 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
 
 
 def routable(model: Any, settings: Mapping[str, Any] | None = None) -> Any:
-    """A loaded stock model made able to follow routes, in place; it has no router, so that budgets alone won't do."""
+    """Make a loaded stock model able to follow routes, in place; it has no router, so that budgets alone won't do."""
     from ..modeling.modeling_routed import routed
     from ..modeling.routed_pass import make_routable
     from ..modeling.routed_route import OFF
@@ -107,11 +108,11 @@ def add_router(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, 
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
     for name in MODELING_FILES:
         shutil.copyfile(MODELING_FOLDER / name, folder / name)
-    raw = json.loads((folder / "config.json").read_text())
+    raw = read_json(folder / "config.json")
     module = MODELING_FILES[0].removesuffix(".py")
     raw["auto_map"] = {**raw.get("auto_map", {}), AUTO_CLASS: f"{module}.{class_name(config.model_type)}"}
     raw["router"] = dict(settings)
-    _replace_text(folder / "config.json", _as_json(raw))
+    replace_text(folder / "config.json", _as_json(raw))
 
 
 def set_default(folder: Path | str, preset: str) -> None:
@@ -127,7 +128,7 @@ def set_default(folder: Path | str, preset: str) -> None:
         InputError: the folder has no router, the preset is not one of its, or config.json is not the recorded file.
     """
     folder = Path(folder)
-    raw = _read_json(folder, "config.json")
+    raw = _config_of(folder)
     router = raw.get("router")
     if not isinstance(router, dict) or not isinstance(router.get("presets"), dict):
         raise InputError(f"{folder} has no router, and therefore no presets.")
@@ -136,7 +137,7 @@ def set_default(folder: Path | str, preset: str) -> None:
         raise InputError(f"preset {preset!r} is not known: {folder} has {names}.")
     before = router.get("default", "off")
     text = _as_json({**raw, "router": {**router, "default": preset}})
-    record = _read_json(folder, RECORD) if (folder / RECORD).exists() else {}
+    record = _record_of(folder)
     routed_record = record.get("router")
     if isinstance(routed_record, dict):
         if isinstance(reference := routed_record.get("reference"), dict):
@@ -144,7 +145,7 @@ def set_default(folder: Path | str, preset: str) -> None:
         if isinstance(settings := routed_record.get("settings"), dict):
             settings["default"] = preset
     _replace(folder, {"config.json": text.encode()}, record)
-    if "recipe" in record:
+    if record:
         from ..cards.model_card import card
 
         card(folder)  # it names the default
@@ -163,7 +164,7 @@ def update_modeling_files(folder: Path | str) -> list[str]:
         InputError: the folder has no router, or a modeling file that no release shipped.
     """
     folder = Path(folder)
-    if "router" not in _read_json(folder, "config.json"):
+    if "router" not in _config_of(folder):
         raise InputError(f"{folder} has no router, and therefore no modeling files.")
     foreign = [name for name in MODELING_FILES if (folder / name).exists() and not is_released(folder / name)]
     if foreign:
@@ -171,7 +172,7 @@ def update_modeling_files(folder: Path | str) -> list[str]:
     files = {name: (MODELING_FOLDER / name).read_bytes() for name in MODELING_FILES}
     files = {n: data for n, data in files.items() if not (folder / n).exists() or (folder / n).read_bytes() != data}
     if files:
-        _replace(folder, files, _read_json(folder, RECORD) if (folder / RECORD).exists() else {})
+        _replace(folder, files, _record_of(folder))
     return list(files)
 
 
@@ -217,7 +218,7 @@ def _replace(folder: Path, files: Mapping[str, bytes], record: dict[str, Any]) -
     for name, data in files.items():
         replace_bytes(folder / name, data)
     if record:
-        _replace_text(folder / RECORD, _as_json(record))
+        replace_text(folder / RECORD, _as_json(record))
 
 
 def _hashes(data: Any) -> Iterator[dict[str, Any]]:
@@ -231,23 +232,16 @@ def _hashes(data: Any) -> Iterator[dict[str, Any]]:
             yield from _hashes(item)
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _config_of(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}.")
-    try:
-        data = json.loads((folder / name).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no {name}: it is no checkpoint.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / name} can't be read ({error}).") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{folder / name} is no JSON object.")
-    return data
+    return read_json(folder / "config.json")
+
+
+def _record_of(folder: Path) -> dict[str, Any]:
+    """Return the record's JSON, to be changed and written; {} for a folder without one."""
+    return read_record(folder).to_data() if (folder / RECORD).exists() else {}
 
 
 def _as_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=2) + "\n"
-
-
-def _replace_text(path: Path, text: str) -> None:
-    replace_bytes(path, text.encode())

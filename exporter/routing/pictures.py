@@ -25,7 +25,7 @@ from ..data.samples import Sample
 from ..modeling.routed_route import Budget, Route
 from .rules import Rule, make_route
 
-FADED, GRAY = 0.25, 0.6  # what was left out: that much of the picture, the rest gray, which neither night nor snow is
+FADED, GRAY = 0.25, 0.6  # a dropped patch shows a quarter of its colour on gray, which images hold little of
 PICTURES = 4  # of a checkpoint, in its card
 ANSWER_TOKENS = 32  # of the answer over a picture
 
@@ -37,7 +37,7 @@ class PatchGrid:
     kept: Tensor  # [rows, columns] bool
 
     def mask(self, height: int, width: int) -> np.ndarray[Any, Any]:
-        """True at the pixels of kept tokens, [height, width]."""
+        """Return True at the pixels of kept tokens, [height, width]."""
         rows = np.arange(height) * self.kept.shape[0] // height
         columns = np.arange(width) * self.kept.shape[1] // width
         return np.asarray(self.kept.numpy()[rows[:, None], columns[None]])
@@ -53,18 +53,18 @@ def grids(places: Tensor, kept: Tensor) -> list[PatchGrid]:
     inside = places[:, 1] < 1
     places, kept = places[inside], kept[inside]
     starts = [0, *(torch.nonzero(places[1:, 0] < places[:-1, 0])[:, 0] + 1).tolist(), len(places)]
-    found = []
+    grids = []
     for begin, end in itertools.pairwise(starts):
         part = places[begin:end]
         (rows, row), (columns, column) = (torch.unique(part[:, axis], return_inverse=True) for axis in (0, 1))
         cells = torch.zeros(len(rows), len(columns), dtype=torch.bool)
         cells[row, column] = kept[begin:end]
-        found.append(PatchGrid(cells))
-    return found
+        grids.append(PatchGrid(cells))
+    return grids
 
 
 def image_grids(route: Route, row: int) -> list[list[PatchGrid]]:
-    """For each image of a row of the batch its grids."""
+    """Return for each image of a row of the batch its grids."""
     visual = route.visual[row].cpu()
     places, kept = route.places[row].cpu()[visual], route.keep[row].cpu()[visual]
     numbers = places[:, 0].long()
@@ -72,7 +72,7 @@ def image_grids(route: Route, row: int) -> list[list[PatchGrid]]:
 
 
 def draw_route(images: Sequence[Any], route: Route, row: int, question: str, answer: str, path: Path) -> None:
-    """One picture: each grid of each image with what was left out faded, and the layers below."""
+    """Draw one picture: each grid of each image with what was left out faded, and the layers below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,13 +115,13 @@ def show_routes(folder: Path, model: Any, processor: Any, samples: Sequence[Samp
 def draw_examples(
     model: Any, processor: Any, samples: Sequence[Sample], budget: Budget, folder: Path, rule: Rule | None = None
 ) -> list[dict[str, str]]:
-    """Pictures of a few questions in `folder`/assets; what the record says of them.
+    """Draw a few questions into `folder`/assets; return what the record says of them.
 
     Args:
         model: a routed one, whose router chooses unless there is a rule.
     """
     (folder / "assets").mkdir(exist_ok=True)
-    made = []
+    pictures = []
     for number, sample in enumerate(samples[:PICTURES]):
         batch = make_batch([sample], processor, model.config).to(model.device)
         route = make_route(model, batch, budget, rule or Rule("router", "router"))
@@ -131,8 +131,8 @@ def draw_examples(
         file = Path("assets") / f"route_{number}.png"
         question = question_of(sample)
         draw_route(images, route, row=0, question=question, answer=answer.strip(), path=folder / file)
-        made.append({"file": str(file), "question": question})
-    return made
+        pictures.append({"file": str(file), "question": question})
+    return pictures
 
 
 def question_of(sample: Sample) -> str:
@@ -142,7 +142,7 @@ def question_of(sample: Sample) -> str:
 
 
 def as_seen(image: Any, processor: Any) -> Any:
-    """The part of an image that the model sees: processors that crop (CLIP's for LLaVA 1.5) take the middle square."""
+    """Cut the part that the model sees: processors that crop (CLIP's for LLaVA 1.5) take the middle square."""
     image_processor = processor.image_processor
     if not getattr(image_processor, "do_center_crop", False) or hasattr(image_processor, "image_grid_pinpoints"):
         return image

@@ -1,4 +1,4 @@
-"""What `evaluate` and `compare` are asked of a routed model: budgets, who chooses under them, and what a prompt costs.
+"""Requests of `evaluate` and `compare` to a routed model: budgets, who chooses under them, and a prompt's cost.
 
 Shapes: B rows, S tokens of a pass.
 """
@@ -32,7 +32,7 @@ class BudgetRequest:
         return describe(self.to_data())
 
     def to_data(self) -> dict[str, Any]:
-        """As it stands in JSON and in compression.json."""
+        """Return the request as it stands in JSON and in compression.json."""
         who = {"rule": str(Rule(self.rule.tokens, self.rule.layers)), "drop_at": self.rule.drop_at}
         return {"preset": self.preset, **vars(self.budget), **who}
 
@@ -90,7 +90,7 @@ class BudgetGrid:
 
 
 def router_settings(source: Source, rule: Rule = ROUTER) -> RouterSettings:
-    """Settings of a folder's router; without one, for rules that need none, what a router of it would have."""
+    """Return a folder's router settings; without a router, for rules that need none, the default ones."""
     if "router" not in source.raw_config:
         if "router" in (rule.tokens, rule.layers):
             raise InputError(

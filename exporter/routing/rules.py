@@ -51,7 +51,7 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str, drop_at: int | None = None) -> Rule:
-        """'fastv+shortgpt', tokens first; 'router', 'random', 'fastv' and 'shortgpt' alone have the obvious meaning."""
+        """Read 'fastv+shortgpt', tokens first; 'router', 'random', 'fastv' and 'shortgpt' may stand alone."""
         parts = SHORT_NAMES.get(text, text).split("+")
         if len(parts) != 2 or parts[0] not in TOKEN_RULES or parts[1] not in LAYER_RULES:
             raise InputError(
@@ -94,7 +94,7 @@ def _number(sample: Sample, seed: object) -> int:
 
 
 def drawn(visual: Tensor, rows: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal numbers at the visual tokens of each row, [B, S]; 0 elsewhere. Padding moves nothing."""
+    """Return standard normal numbers at the visual tokens of each row, [B, S]; 0 elsewhere. Padding moves nothing."""
     numbers = torch.zeros(visual.shape)
     for row, generator in enumerate(rows):
         of_row = visual[row].cpu()
@@ -115,7 +115,7 @@ def fastv_scores(
     rows: Sequence[torch.Generator] | None = None,
     asked_by: str = "last",
 ) -> Tensor:
-    """Logarithm of the attention that each visual token receives, the mean over heads: [B, S]; -inf at other tokens.
+    """Return the logarithm of the attention that visual tokens receive, mean over heads: [B, S]; -inf at others.
 
     Runs the vision tower and the first `layer` layers, the last of them with its attention reduced block by block to
     one number a token. On the logarithm a number added is one added to attention's logits, for all heads alike.
@@ -159,7 +159,7 @@ def _asking(batch: Batch, asked_by: str) -> Tensor:
 
 
 def block_influences(model: Any, batches: Iterable[Batch]) -> Tensor:
-    """ShortGPT's block influence of every layer, [L]: one minus the mean cosine of its input and output."""
+    """Measure ShortGPT's block influence of every layer, [L]: one minus the mean cosine of its input and output."""
     scores = block_influence(layer_statistics(model, batches, attention=False), 0)
     return 1 - torch.tensor(scores.values, dtype=torch.float64)
 
@@ -242,14 +242,14 @@ def _layer_scores(
 
 
 def random_layers(num_candidates: int, rows: Sequence[torch.Generator]) -> Tensor:
-    """Scores that order the candidates at random, row by row: [B, N]."""
+    """Draw scores that order the candidates at random, row by row: [B, N]."""
     return torch.stack([torch.rand(num_candidates, generator=generator) for generator in rows])
 
 
 def par_actions(
     model: Any, batch: Batch, budget: Budget, number: int = 5, *, noise: float = 1.0, seed: object = 0
 ) -> Iterator[Route]:
-    """PAR's pruning actions of each question: tokens by FastV with noise, layers at random; one pass for all of them.
+    """Draw PAR's pruning actions of each question in one pass: tokens by FastV with noise, layers at random.
 
     They drop before the router's own layer, which is what it is trained for.
     """

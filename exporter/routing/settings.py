@@ -18,7 +18,7 @@ def check_routable(config: Any) -> None:
 
 
 def default_settings(config: Any, drop_at: int | None = None, candidates: int | None = None) -> dict[str, Any]:
-    """Router settings that fit a model, as they stand in config.json.
+    """Return router settings that fit a model, as they stand in config.json.
 
     Args:
         config: transformers' configuration of the model as it is now, pruned or not.

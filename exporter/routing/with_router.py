@@ -174,7 +174,7 @@ def unlabelled(data: CalibrationData, seed: int) -> Calibration:
 
 
 def fingerprint(router: RouterRecipe, files: dict[str, str], questions: Calibration, dtype: str) -> str:
-    """Of everything that a training run depends on."""
+    """Hash everything that a training run depends on."""
     parts = [json.dumps(router.to_data(), sort_keys=True), json.dumps(files, sort_keys=True), questions.fingerprint]
     return hashlib.sha256("".join([*parts, dtype]).encode()).hexdigest()
 

@@ -59,31 +59,31 @@ def listed_findings() -> list[TypeFindings]:
 
 def as_data(findings: Iterable[TypeFindings]) -> dict[str, Any]:
     """Return the table as JSON holds it: for each capability null where it works, else the reason."""
-    return {"versions": versions(), "types": [dataclasses.asdict(one) for one in findings]}
+    return {"versions": versions(), "types": [dataclasses.asdict(finding) for finding in findings]}
 
 
 def markdown(findings: Sequence[TypeFindings]) -> str:
     """Return the table: a row for each type, then why not what does not."""
     lines = ["| type | model | compress | layers scored | fold | route | ONNX |", "|---|---|---|---|---|---|---|"]
-    for one in findings:
-        title = FAMILIES[one.model_type].title if one.model_type in FAMILIES else ""
-        marks = ["no" if getattr(one, name) else "yes" for name in CAPABILITIES]
-        lines.append(f"| {one.model_type} | {title} | {' | '.join(marks)} |")
+    for finding in findings:
+        title = FAMILIES[finding.model_type].title if finding.model_type in FAMILIES else ""
+        marks = ["no" if getattr(finding, name) else "yes" for name in CAPABILITIES]
+        lines.append(f"| {finding.model_type} | {title} | {' | '.join(marks)} |")
     lines += ["", "Why not:"]
-    for one in findings:
-        lines += [f"- `{one.model_type}`: {reason}" for reason in reasons(one)]
-        if one.protected and not one.compress:
+    for finding in findings:
+        lines += [f"- `{finding.model_type}`: {reason}" for reason in reasons(finding)]
+        if finding.protected and not finding.compress:
             lines.append(
-                f"- `{one.model_type}`: layers {', '.join(map(str, one.protected))} stay unless told otherwise"
+                f"- `{finding.model_type}`: layers {', '.join(map(str, finding.protected))} stay unless told otherwise"
             )
     return "\n".join(lines) + "\n"
 
 
-def reasons(one: TypeFindings) -> list[str]:
+def reasons(finding: TypeFindings) -> list[str]:
     """Return why what does not work does not: each reason once, with what it concerns."""
     told: dict[str, list[str]] = {}
     for name in CAPABILITIES:
-        if reason := getattr(one, name):
+        if reason := getattr(finding, name):
             told.setdefault(reason, []).append(name)
     return [f"{', '.join(names) if len(names) < len(CAPABILITIES) else 'nothing works'}: {reason}"
             for reason, names in told.items()]  # fmt: skip
@@ -95,7 +95,7 @@ def write(findings: Sequence[TypeFindings], document: Path) -> None:
     version = versions()
     head = HEAD.format(
         date=datetime.date.today().isoformat(), transformers=version["transformers"], torch=version["torch"],
-        works=sum(one.compress is None for one in findings), all=len(findings),
+        works=sum(finding.compress is None for finding in findings), all=len(findings),
     )  # fmt: skip
     document.write_text(head + markdown(findings), encoding="utf-8")
 

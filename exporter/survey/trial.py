@@ -1,4 +1,4 @@
-"""What works for a model type, tried out on a small random model: a folder as on the hub, cut, loaded, compared.
+"""A trial of a model type on a small random model: a folder as on the hub, cut, loaded, compared.
 
 Every statement is the outcome of a run. What does not hold is a sentence that says what was tried.
 """
@@ -38,7 +38,7 @@ class Failed(Exception):  # noqa: N818 - what was found
 
 @dataclass
 class TypeFindings:
-    """What works for one model type: None, or the reason why it does not."""
+    """The findings for one model type: None where a thing works, or the reason why it does not."""
 
     model_type: str
     layers: tuple[str, ...] = ()  # the kinds of layers: classes, and layer_types where they differ
@@ -52,7 +52,7 @@ class TypeFindings:
     details: dict[str, Any] = field(default_factory=dict)
 
     def off(self, reason: str) -> TypeFindings:
-        """Nothing works, for one reason."""
+        """Note that nothing works, for one reason."""
         self.compress = self.localize = self.fold = self.route = self.onnx = reason
         return self
 
@@ -61,32 +61,32 @@ def try_type(model_type: str, layers: int = LAYERS) -> TypeFindings:
     """Build a small model of a type and try everything on it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    found = TypeFindings(model_type)
+    findings = TypeFindings(model_type)
     try:
         config = tiny_config(CONFIG_MAPPING[model_type](), layers)
         model = build(config)
     except Exception as error:  # settings that no default goes with, a package that is missing
-        return found.off(f"no small model of its default configuration is built: {first_line(error)}")
-    return try_model(model, found)
+        return findings.off(f"no small model of its default configuration is built: {first_line(error)}")
+    return try_model(model, findings)
 
 
-def try_model(model: Any, found: TypeFindings) -> TypeFindings:
+def try_model(model: Any, findings: TypeFindings) -> TypeFindings:
     """Try everything on a small model."""
     try:
         check_stack(model)
     except NoStack as error:
-        return found.off(str(error))
-    found.layers, found.listed = kinds(model), is_listed(model.config)
-    found.compress = outcome(lambda: try_compress(model, found))
-    found.localize = found.compress or outcome(lambda: try_replay(model))
-    found.fold = found.localize or why_no_fold(model)
-    found.route = found.compress or (
-        None if found.listed else "a router's modeling file has no class for this type yet"
+        return findings.off(str(error))
+    findings.layers, findings.listed = kinds(model), is_listed(model.config)
+    findings.compress = outcome(lambda: try_compress(model, findings))
+    findings.localize = findings.compress or outcome(lambda: try_replay(model))
+    findings.fold = findings.localize or why_no_fold(model)
+    findings.route = findings.compress or (
+        None if findings.listed else "a router's modeling file has no class for this type yet"
     )
-    found.onnx = found.compress or REFUSED.get(model.config.model_type)
-    if found.onnx is None and model.config.model_type not in SUPPORTED:
-        found.onnx = "its graphs are not written yet"
-    return found
+    findings.onnx = findings.compress or REFUSED.get(model.config.model_type)
+    if findings.onnx is None and model.config.model_type not in SUPPORTED:
+        findings.onnx = "its graphs are not written yet"
+    return findings
 
 
 def why_no_fold(model: Any) -> str | None:
@@ -123,14 +123,14 @@ def kinds(model: Any) -> tuple[str, ...]:
 # --- compress ---------------------------------------------------------------------------------------------------------
 
 
-def try_compress(model: Any, found: TypeFindings) -> None:
+def try_compress(model: Any, findings: TypeFindings) -> None:
     """Write the model as on the hub, cut it by nothing and by some layers, and compare what transformers loads."""
     with tempfile.TemporaryDirectory(prefix="lvlm-exporter-trial-") as name:
         folder = Path(name)
         model.config.architectures = [type(model).__name__]
         model.save_pretrained(folder / "whole")
         source = open_weights_only(folder / "whole")
-        found.protected = protected_layers(source.config)
+        findings.protected = protected_layers(source.config)
         uncut = written(source, make_plan(source.num_layers, ()), folder / "uncut")
         for before, after in zip(source.weights.shards, sorted(uncut.glob("*.safetensors")), strict=True):
             if sorted(tensors(before.path)) != sorted(tensors(after)):
@@ -139,7 +139,7 @@ def try_compress(model: Any, found: TypeFindings) -> None:
         whole = run_text(load(folder / "whole"), inputs, use_cache=False)
         if not torch.equal(run_text(load(uncut), inputs, use_cache=False), whole):
             raise Failed("cut by nothing, it gives other logits")
-        plan = plan_for(source, found.protected)
+        plan = plan_for(source, findings.protected)
         smaller = load(written(source, plan, folder / "cut"))
         with assembled(model, Variant(plan)):
             expected = run_text(model, inputs, use_cache=False)
@@ -155,7 +155,7 @@ def try_compress(model: Any, found: TypeFindings) -> None:
 
 
 def plan_for(source: Source, protected: tuple[int, ...]) -> PruningPlan:
-    """Two layers that may go, not side by side: one of every kind where there are two kinds."""
+    """Choose two layers that may go, not side by side: one of every kind where there are two kinds."""
     free = [layer for layer in range(source.num_layers) if layer not in protected]
     types = getattr(source.config.get_text_config(), "layer_types", None) or [""] * source.num_layers
     if len(free) < 3:
@@ -174,12 +174,12 @@ def written(source: Source, plan: PruningPlan, folder: Path) -> Path:
 
 
 def tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], bytes]]:
-    """Every tensor of a safetensors file with its bytes."""
+    """Read every tensor of a safetensors file with its bytes."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        found = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118 - no mapping
-    return [(n, str(t.dtype), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in found]
+        stored = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118 - no mapping
+    return [(n, str(t.dtype), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in stored]
 
 
 def load(folder: Path) -> Any:
@@ -195,8 +195,8 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-def same(found: Tensor, expected: Tensor, what: str) -> None:
-    difference = float((found - expected).abs().max() / expected.abs().max())
+def same(actual: Tensor, expected: Tensor, what: str) -> None:
+    difference = float((actual - expected).abs().max() / expected.abs().max())
     if not difference <= CLOSE:
         raise Failed(
             f"{what}, its logits differ by {difference:.1e} from those of the model that the layers were cut from"
@@ -237,9 +237,9 @@ def try_replay(model: Any) -> None:
     with torch.no_grad(), on_output(layers[-1], outputs.append):
         run_text(model, inputs, use_cache=False)
     last = [output[0] if isinstance(output, tuple) else output for output in outputs]
-    given = Trace(calls[0][0], tuple(keywords for _, keywords in calls))
+    traced = Trace(calls[0][0], tuple(keywords for _, keywords in calls))
     try:
-        replayed = last_output(walk(layers, given), given.entry)
+        replayed = last_output(walk(layers, traced), traced.entry)
     except Exception as error:  # a layer that misses what the one before hands on
         raise Failed(f"its layers can't be run one at a time: {first_line(error)}") from error
     difference = float((replayed - last[0]).abs().max() / last[0].abs().max())

@@ -59,7 +59,7 @@ def test_a_subject_says_what_generate_says(family, budget, tiny, routed_folder, 
     )[:, prompt.inputs["input_ids"].shape[1] :]
     prompt = ready(prompt, "cpu")
     assert "attention_mask" in prompt.inputs
-    state = subject.prefill(prompt, subject.see(prompt))
+    state = subject.prefill(prompt, subject.encode_images(prompt))
     said = [state.token]
     for _ in range(3):
         state = subject.decode(state)

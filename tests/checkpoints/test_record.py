@@ -188,10 +188,10 @@ def test_a_record_that_is_a_folder(tmp_path):
         read_record(tmp_path)
 
 
-@pytest.mark.parametrize("verb", [["verify"], ["card"], ["push", "a/b", "--dry-run"], ["reproduce", "--out", "again"]])
-def test_every_subcommand_refuses_a_damaged_record(verb, record, tmp_path, capsys):
+@pytest.mark.parametrize("words", [["verify"], ["card"], ["push", "a/b", "--dry-run"], ["reproduce", "--out", "again"]])
+def test_every_subcommand_refuses_a_damaged_record(words, record, tmp_path, capsys):
     (tmp_path / "compression.json").write_text(json.dumps(changed(record, ("protect",))))
-    assert main([verb[0], str(tmp_path), *verb[1:]]) == 2
+    assert main([words[0], str(tmp_path), *words[1:]]) == 2
     assert "compression.json is damaged (it has no 'protect')" in capsys.readouterr().err
 
 

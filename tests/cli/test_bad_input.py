@@ -236,8 +236,8 @@ def test_recipe_mistakes(capsys, model, questions, tmp_path):
 
 
 def test_folders_that_are_not_ours(capsys, model, tmp_path):
-    for verb in ("verify", "card"):
-        assert "no compression.json" in refused(capsys, verb, model)
+    for name in ("verify", "card"):
+        assert "no compression.json" in refused(capsys, name, model)
     assert "neither a folder nor a hub id" in refused(capsys, "verify", tmp_path / "none")
     assert "there is no folder" in refused(capsys, "card", tmp_path / "none")
     assert "no compression.json" in refused(capsys, "reproduce", model, "--out", tmp_path / "again")

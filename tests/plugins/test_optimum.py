@@ -1,4 +1,4 @@
-"""Our verbs in optimum-cli."""
+"""Our subcommands in optimum-cli."""
 
 from __future__ import annotations
 

@@ -198,6 +198,29 @@ def test_documents_show_the_floors(document):
     assert rows == list(FLOORS)
 
 
+NO_VERBS = frozenset(
+    "A All An Another As At Both By Each Equal Every Everything Exact Exactly For From How If In It Its Kept Known "
+    "Last Left No None Not Nothing Of On One Only Plain Real Right So Some That The These They This Those To Under "
+    "What When Where Whether Which Who Whole Why With Without Wrong".split()
+)
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    """'Return the route', not 'The route' and not 'Returns the route'; properties may be named by a noun."""
+    wrong = []
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or not (text := ast.get_docstring(node)):
+                continue
+            if any(ast.unparse(mark).endswith("property") for mark in node.decorator_list):
+                continue
+            first = text.split()[0].rstrip(",:.")
+            is_verb = re.fullmatch(r"[A-Z][a-z]+", first) and first not in NO_VERBS
+            if not is_verb or (first.endswith("s") and not first.endswith("ss")):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.name}: {text.splitlines()[0]}")
+    assert not wrong
+
+
 def test_the_clean_room_needs_nothing_of_ours():
     for path in (PACKAGE / "clean_room").glob("*.py"):
         used = {name for name in foreign_imports(path) if not name.startswith("exporter.clean_room")}

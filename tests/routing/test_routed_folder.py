@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fixtures.routed import Case, copied, make_case
+from published import PUBLISHED
 from transformers import AutoModelForImageTextToText
 
 import exporter
@@ -42,12 +43,11 @@ def sha256(path: Path) -> str:
 
 
 def write_record(folder: Path, **files: str) -> None:
-    """As much of a record as names files, settings and the routed answer."""
-    record = {
-        "source": {"files": {"config.json": "0" * 64}},
-        "measured": {"files": {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} | files},
-        "router": {"settings": {"default": "off"}, "reference": {"tokens": [1], "margins": [0.5]}},
-    }
+    """Write the record of another routed checkpoint, with the files of this one."""
+    record = json.loads((PUBLISHED / "0.1.0" / "llava-routed" / "compression.json").read_text())
+    record["source"]["files"] = {"config.json": "0" * 64}
+    record["measured"]["files"] = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} | files
+    record["router"]["settings"]["default"] = "off"
     (folder / "compression.json").write_text(json.dumps(record))
 
 
@@ -119,10 +119,10 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"has no config\.json"):
         exporter.set_default(tmp_path, "fast")
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match="is no JSON object"):
+    with pytest.raises(InputError, match="holds a list, not a JSON object"):
         exporter.set_default(tmp_path, "fast")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="can't be read"):
+    with pytest.raises(InputError, match="is no JSON"):
         exporter.set_default(tmp_path, "fast")
 
 

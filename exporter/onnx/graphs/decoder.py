@@ -41,7 +41,7 @@ class Embeddings(nn.Module):
         self.hidden_size = model.config.get_text_config().hidden_size
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> dict[str, Tensor]:
-        """[B, S], [F, D] -> [B, S, D]"""
+        """Run the layers: [B, S], [F, D] -> [B, S, D]."""
         visual = input_ids == self.image_token_id
         states = self.embed(input_ids.masked_fill(visual, 0))  # its id may lie beyond the vocabulary
         spare = torch.zeros_like(image_features[:0].sum(0))[None]  # so that a prompt without images has a row to read
@@ -60,7 +60,7 @@ class Embeddings(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """What both kinds share: the language model on embeddings, logits of each row's last token, keys and values."""
+    """The code that both kinds share: a language model on embeddings, the last token's logits, keys and values."""
 
     def __init__(self, model: Any, support: Support) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class DecoderGraph(nn.Module):
         return {"logits": self.logits(last), **named_cache(present)}
 
     def logits(self, last: Tensor) -> Tensor:
-        """last [B, 1, D]: of three dimensions, so that the head is a MatMul, which can be quantised."""
+        """Return the logits of last [B, 1, D]: three dimensions make the head a MatMul, which can be quantised."""
         logits = self.head(last).float()[:, 0]
         capped: Tensor = self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
         return capped
@@ -117,7 +117,8 @@ class SharedDecoder(DecoderGraph):
         total_length: Tensor,
         past_key_values: list[Tensor],
     ) -> dict[str, Tensor]:
-        """
+        """Run a prompt or a step on a cache that is shared with its caller.
+
         Args:
             inputs_embeds: [B, S, D], rows padded on the right.
             position_ids: [B, S], or [3, B, S].
@@ -152,7 +153,8 @@ class GrowingDecoder(DecoderGraph):
         block_ids: Tensor,
         past_key_values: list[Tensor],
     ) -> dict[str, Tensor]:
-        """
+        """Run a prompt or a step on a cache that grows.
+
         Args:
             inputs_embeds: [B, S, D], rows padded on the left.
             position_ids: [B, S], or [3, B, S].
@@ -166,7 +168,7 @@ class GrowingDecoder(DecoderGraph):
         return self.outputs(states[:, -1:], step.present)
 
     def masks(self, real: Tensor, block_ids: Tensor) -> Any:
-        """Additive masks [B, 1, S, T], by layer type where there are several."""
+        """Make additive masks [B, 1, S, T], by layer type where there are several."""
         config = self.language_model.config
         total, length = real.shape[1], block_ids.shape[1]
         keys, queries = torch.arange(total), torch.arange(length) + (total - length)
@@ -240,7 +242,7 @@ class SharedStep(GrowingStep):
 
 
 def group_query(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-    """Attention as transformers calls it, query [B, Q, S, E]: one GroupQueryAttention node, which stores too."""
+    """Attend as transformers calls it, query [B, Q, S, E], by one GroupQueryAttention node, which stores too."""
     step = SharedStep.current
     assert step is not None and mask is None
     batch, heads, length, size = query.shape
@@ -265,7 +267,7 @@ def group_query(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
 
 @contextmanager
 def group_query_attention(module: DecoderGraph) -> Iterator[None]:
-    """The language model attends with `group_query` inside the block."""
+    """Let the language model attend with `group_query` inside the block."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, group_query)
@@ -279,7 +281,7 @@ def group_query_attention(module: DecoderGraph) -> Iterator[None]:
 
 
 def last_tokens(states: Tensor, row_lengths: Tensor) -> Tensor:
-    """The states of each row's last token, in a prompt padded on the right or in a pass of one token: [B, 1, D]"""
+    """Return the states of each row's last token, of a prompt padded on the right or of one token: [B, 1, D]."""
     last = (row_lengths - 1).clamp(max=states.shape[1] - 1)
     return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2]))
 

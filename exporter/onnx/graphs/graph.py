@@ -42,7 +42,7 @@ def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
 
 
 def name_inputs(program: Any, first_layer: int) -> None:
-    """past_key_values.0 .. 2L-1 become past_key_values.LAYER.key and .value, as the outputs are called."""
+    """Rename past_key_values.0 .. 2L-1 to past_key_values.LAYER.key and .value, as the outputs are called."""
     for value in program.graph.inputs:
         if match := re.fullmatch(r"past_key_values[._](\d+)", value.name):
             layer, part = divmod(int(match[1]), 2)
@@ -98,10 +98,10 @@ def split_mixed_norms(program: Any) -> None:
         total = onnx_ir.Node("", "Add", [added, skipped])
         attributes = [onnx_ir.AttrInt64("axis", -1), onnx_ir.AttrInt64("stash_type", 1), *node.attributes.values()]
         norm = onnx_ir.Node("", "SimplifiedLayerNormalization", [total.outputs[0], scale], attributes)
-        for name, made, old in (("sum", total, added), ("norm", norm, node.outputs[0])):
-            made.name = f"{node.name}/{name}"
-            made.outputs[0].name, made.outputs[0].shape = made.name, node.outputs[0].shape
-            made.outputs[0].dtype = old.dtype
+        for name, new, old in (("sum", total, added), ("norm", norm, node.outputs[0])):
+            new.name = f"{node.name}/{name}"
+            new.outputs[0].name, new.outputs[0].shape = new.name, node.outputs[0].shape
+            new.outputs[0].dtype = old.dtype
         program.graph.insert_before(node, [total, norm])
         node.outputs[0].replace_all_uses_with(norm.outputs[0])
         if len(node.outputs) > 3:
@@ -109,9 +109,9 @@ def split_mixed_norms(program: Any) -> None:
         program.graph.remove(node, safe=True)
 
 
-def same_shape(one: Any, other: Any) -> bool:
-    """Known to have the same shape, sizes that change from run to run by their names."""
-    shapes = one.shape, other.shape
+def same_shape(first: Any, other: Any) -> bool:
+    """Tell whether two values are known to have the same shape, changing sizes by their names."""
+    shapes = first.shape, other.shape
     return (
         None not in shapes and shapes[0] == shapes[1] and not any(map(shapes[0].is_unknown_dim, range(len(shapes[0]))))
     )
@@ -119,7 +119,7 @@ def same_shape(one: Any, other: Any) -> bool:
 
 @contextlib.contextmanager
 def unsupported(component: str) -> Iterator[None]:
-    """An operator that can't be written is the model's, not a bug of ours: one sentence."""
+    """Turn an operator that can't be written into one sentence: it is the model's, not a bug of ours."""
     import torch
 
     try:
@@ -135,7 +135,7 @@ def unsupported(component: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporters log and print their progress; none of it is for users."""
+    """Silence the exporters' logs and progress: none of it is for users."""
     names = ("torch.onnx", "torch.__trace", "transformers", "onnxscript", "onnx_ir", "onnxruntime")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

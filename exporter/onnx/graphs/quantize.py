@@ -46,7 +46,7 @@ def quantize_graph(path: Path, name: str, device: str) -> None:
 
 
 def weight_files(path: Path) -> set[Path]:
-    """Files beside a graph that hold its weights: a joined graph has those of its parts."""
+    """Return the files beside a graph that hold its weights: a joined graph has those of its parts."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph

@@ -44,7 +44,7 @@ class Part:
 
     @property
     def may_be_skipped(self) -> int | None:
-        """Return the layer, if it is one."""
+        """Return the layer, if it may be skipped."""
         return None if self.candidate is None else self.layers[0]
 
 
@@ -102,7 +102,8 @@ class RouterGraph(nn.Module):
         skip_count: Tensor,
         slots: Tensor,
     ) -> dict[str, Tensor]:
-        """
+        """Score visual tokens and layers, and choose what stays.
+
         Args:
             states: [B, S, D] what enters the layer where tokens leave.
             position_ids: [B, S], or [3, B, S].
@@ -210,7 +211,7 @@ class PartGraph(SharedDecoder):
         past_key_values: list[Tensor],
         runs: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """As SharedDecoder's; states [B, S, D]; runs [B] False: the row skips the layer, its states stay."""
+        """Run as SharedDecoder does; states [B, S, D]; runs [B] False: the row skips the layer, its states stay."""
         step = SharedStep(past_key_values, (row_lengths - 1).to(torch.int32), total_length, self.first_layer)
         before, positions = states, self.language_model.rotary_emb(states, position_ids)
         with step:
@@ -267,7 +268,7 @@ class FrontGraph(PartGraph):
         total_length: Tensor,
         past_key_values: list[Tensor],
     ) -> dict[str, Tensor]:
-        """As PartGraph's and Embeddings'. What enters the first layer is an output too, for those who compare."""
+        """Run as PartGraph and Embeddings do. What enters the first layer is an output too, for those who compare."""
         entered = self.embeddings(input_ids, image_features)
         outputs: dict[str, Tensor] = super().forward(
             entered["inputs_embeds"], position_ids, row_lengths, total_length, past_key_values
@@ -320,7 +321,7 @@ def load_router(folder: Path, config: Any, settings: RouterSettings, dtype: torc
 def write_routed(
     model: Any, router: Router, settings: RouterSettings, support: Support, folder: Path, target: str, opset: int
 ) -> None:
-    """The router's graph, that of the embeddings and layers before it, and that of all behind it."""
+    """Write the router's graph, that of the embeddings and layers before it, and that of all behind it."""
     hidden = model.config.get_text_config().hidden_size
     trace(RouterGraph(router, hidden, support, settings.image_floor).eval(), folder / "router.onnx", target, opset)
     if not settings.drop_at:

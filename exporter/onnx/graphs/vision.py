@@ -30,11 +30,11 @@ class Tiles(nn.Module):
         self.model, self.config = model.model, model.config
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """[T, C, H, W] -> [F, D]"""
+        """Compute [T, C, H, W] -> [F, D]."""
         return named(self.features(pixel_values).flatten(0, 1))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """[T, C, H, W] -> [T, N, D]"""
+        """Compute [T, C, H, W] -> [T, N, D]."""
         if self.config.model_type in ("internvl", "paligemma", "gemma3"):
             features: Tensor = self.model.get_image_features(pixels).pooler_output
         else:
@@ -72,7 +72,7 @@ class AnyResolution(Tiles):
     def forward(  # type: ignore[override]
         self, pixel_values: Tensor, feature_index: Tensor, feature_weight: Tensor
     ) -> dict[str, Tensor]:
-        """[T, C, H, W], [F, 4], [F, 4] -> [F, D]"""
+        """Compute [T, C, H, W], [F, 4], [F, 4] -> [F, D]."""
         features = self.features(pixel_values).flatten(0, 1)  # [T * N, D]
         table = torch.cat([features, self.model.image_newline[None].to(features.dtype)])
         chosen = F.embedding(feature_index, table).float()  # [F, 4, D]
@@ -91,7 +91,7 @@ class Sized(Tiles):
     """Pixtral towers: one image of any size at a time, a whole number of merged patches high and wide."""
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """[1, C, H, W] -> [F, D]"""
+        """Compute [1, C, H, W] -> [F, D]."""
         tower, config = self.model.vision_tower, self.config
         grid = tower.patch_conv(pixel_values)  # [1, D, rows, columns]
         rows, columns = grid.shape[-2:]
@@ -109,7 +109,7 @@ class Sized(Tiles):
         return named(self.projected(torch.cat(chosen, -1)[0], rows, columns))
 
     def projected(self, states: Tensor, rows: Any, columns: Any) -> Tensor:
-        """[P, D] -> [F, D]"""
+        """Project [P, D] -> [F, D]."""
         projector = self.model.multi_modal_projector
         if not hasattr(projector, "patch_merger"):
             features: Tensor = projector(states[None])[0]
@@ -147,7 +147,7 @@ class Patches(Tiles):
     def forward(  # type: ignore[override]
         self, pixel_values: Tensor, patch_positions: Tensor, patch_window: Tensor
     ) -> dict[str, Tensor]:
-        """[P, C * pixels of a patch], [P, 2] row and column, [P] -> [F, D]"""
+        """Compute [P, C * pixels of a patch], [P, 2] row and column, [P] -> [F, D]."""
         tower = self.tower
         states = tower.patch_embed(pixel_values)  # [P, D]
         positions = tower.rotary_pos_emb(states, patch_positions)

@@ -28,7 +28,7 @@ def located(folder: Path | str) -> Path:
 
 
 def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
-    """onnx.json. `whole`: InputError where a file that it lists is missing or of another size."""
+    """Read onnx.json. `whole`: InputError where a file that it lists is missing or of another size."""
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST}: it is no folder that `lvlm-exporter onnx` wrote.")

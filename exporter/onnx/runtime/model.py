@@ -44,7 +44,7 @@ def open_session(path: Path, device: str, threads: int | None = None) -> Any:
 
 @dataclass
 class DecodingState:
-    """Where a batch of answers stands."""
+    """The state of a batch of answers between two tokens."""
 
     prompt: Prompt
     cache: dict[str, Any]  # key and value of each layer on the device
@@ -165,7 +165,7 @@ class OnnxModel:
         return runs[0] if len(runs) == 1 else self._value(np.concatenate([run.numpy() for run in runs]))
 
     def embed(self, ids: Array, features: Any) -> Any:
-        """Token ids [B, S] to what enters the decoder [B, S, D], on the device."""
+        """Turn token ids [B, S] into what enters the decoder [B, S, D], on the device."""
         feed = {"input_ids": self._value(ids), "image_features": features}
         return self._bound(self.embeddings, feed, {"inputs_embeds": self.device})[0]
 

@@ -14,7 +14,7 @@ from .prepare import Array, best_grid, images_of, shrunk, unpadded
 
 @dataclass(frozen=True)
 class ImageShape:
-    """How consecutive visual tokens lie in an image: tiles of rows and columns one after the other."""
+    """The layout of consecutive visual tokens in an image: tiles of rows and columns one after the other."""
 
     height: int
     width: int
@@ -49,7 +49,7 @@ def product(rows: Array, columns: Array) -> Array:
 
 
 def places(manifest: Mapping[str, Any], rows: list[Array], inputs: Mapping[str, Any]) -> list[Array]:
-    """For each row, image number, row and column of each visual token, [S, 3]; zero at text. As at training."""
+    """Return each row's image number, row and column of visual tokens, [S, 3]; zero at text. As at training."""
     spans = [(row, *span) for row, visual in enumerate(rows) for span in spans_of(visual)]
     shapes = run_shapes(manifest, [end - start for _, start, end in spans], inputs)
     out = [np.zeros((len(row), 3)) for row in rows]
@@ -64,13 +64,13 @@ def places(manifest: Mapping[str, Any], rows: list[Array], inputs: Mapping[str, 
 
 
 def spans_of(visual: Array) -> list[tuple[int, int]]:
-    """Start and end of each run of True."""
+    """Return the start and end of each run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], visual.astype(np.int8), [0]]))).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def run_shapes(manifest: Mapping[str, Any], lengths: list[int], inputs: Mapping[str, Any]) -> list[ImageShape]:
-    """The shape of each run, by what the inputs say of the images, and by the run's length where they say nothing."""
+    """Return the shape of each run, as the inputs tell it, or guessed from its length where they do not."""
     vision, known = manifest["vision"], []
     if vision["kind"] == "patches" and inputs.get("image_grid_thw") is not None:
         grids = np.asarray(inputs["image_grid_thw"]).tolist()
@@ -106,7 +106,7 @@ def any_resolution(vision: Mapping[str, Any], size: list[int], in_tiles: bool) -
 
 
 def guessed(tile_lengths: list[int], length: int) -> ImageShape:
-    """Square tiles of a size that the configuration speaks of, or one square; else one token a row."""
+    """Return square tiles of a size that the configuration speaks of, or one square; else one token a row."""
     for tile in (*tile_lengths, length):
         side = math.isqrt(tile)
         if 1 < tile <= length and side * side == tile:

@@ -28,7 +28,7 @@ KNOWN = PIXELS | {"input_ids", "attention_mask", "token_type_ids", "mm_token_typ
 
 @dataclass(frozen=True)
 class Prompt:
-    """What enters the graphs for one batch of questions. Rows are padded on the side that the decoder's cache wants."""
+    """The inputs of the graphs for one batch of questions. Rows are padded on the side that the cache wants."""
 
     input_ids: Array  # [B, S]
     real: Array  # [B, S] False: padding
@@ -88,7 +88,7 @@ def padded(rows: Sequence[Array], left: bool, fill: Any) -> Array:
 
 
 def row_positions(manifest: Mapping[str, Any], rows: Sequence[Array], grids: Array | None) -> list[Array]:
-    """For each row, the position of each token: [S], or [3, S] of time, row and column."""
+    """Return for each row the position of each token: [S], or [3, S] of time, row and column."""
     if not manifest["mrope"]:
         return [np.arange(len(row)) + manifest["first_position"] for row in rows]
     merge = manifest["vision"]["merge"]
@@ -97,7 +97,7 @@ def row_positions(manifest: Mapping[str, Any], rows: Sequence[Array], grids: Arr
 
 
 def _three_positions(visual: Array, grids: list[list[int]], merge: int) -> Array:
-    """Text counts on in all three; an image spans its rows and columns, and the text after it goes on behind both."""
+    """Return positions: text counts on in all three; an image spans its rows and columns, text goes on after both."""
     parts, start, index = [], 0, 0
     while index < len(visual):
         if not visual[index]:
@@ -117,7 +117,7 @@ def _three_positions(visual: Array, grids: list[list[int]], merge: int) -> Array
 
 
 def row_blocks(blocks: str | None, visual: Array) -> Array:
-    """The number of the block that each token is in: all of them in one, each run of visual tokens in one, or none."""
+    """Return the block that each token is in: all of them in one, each run of visual tokens in one, or none."""
     if blocks == "prompt":
         return np.zeros(len(visual), np.int64)
     if blocks == "images":
@@ -135,7 +135,7 @@ def tiles(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
 
 
 def real_tiles(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
-    """Without the tiles that fill up a batch, which are all zero."""
+    """Leave out the tiles that fill up a batch, which are all zero."""
     pixels = arrays["pixel_values"].reshape(-1, *arrays["pixel_values"].shape[-3:])
     used = pixels.any((1, 2, 3))
     mask = arrays.get("pixel_attention_mask")
@@ -182,7 +182,7 @@ def patches(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed
 
 
 def anyres(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
-    """Real tiles, and for each feature of the prompt which four features of tiles make it, with their weights."""
+    """Return real tiles, and for each feature of the prompt the four tile features that make it, and their weights."""
     side, pixels = vision["grid"], arrays["pixel_values"]
     kept, indices, weights = [], [], []
     first = 0
@@ -205,7 +205,7 @@ def anyres(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]
 
 
 def images_of(arrays: Mapping[str, Any]) -> list[tuple[list[int], bool]]:
-    """Height and width of each image, and whether it was cut into tiles: several of one question are not."""
+    """Return the height and width of each image, and whether it was cut into tiles: several of one question are not."""
     sizes, counts = np.asarray(arrays["image_sizes"]).tolist(), arrays.get("batch_num_images")
     if counts is None:
         return [(size, True) for size in sizes]
@@ -275,7 +275,7 @@ def shrunk(grid: Array, side: int, max_tiles: int | None) -> Weighted:
 
 
 def _between(length: int, wanted: int) -> tuple[Array, Array, Array]:
-    """For each of `wanted` samples of a line, the two places beside it and the share of the second."""
+    """Return for each of `wanted` samples of a line the two places beside it and the share of the second."""
     place = np.maximum((np.arange(wanted) + 0.5) * (length / wanted) - 0.5, 0)
     before = place.astype(np.int64)
     return before, np.minimum(before + 1, length - 1), place - before

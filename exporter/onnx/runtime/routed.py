@@ -23,7 +23,7 @@ FRONT = "decoder_front"  # the graph of the embeddings and of the layers before 
 
 @dataclass(frozen=True)
 class OnnxRouteBudget:
-    """How much may run. None: all of it."""
+    """A limit to what runs. None: no limit."""
 
     keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
     keep_layers: int | None = None
@@ -67,7 +67,7 @@ def is_share(value: Any) -> bool:
 
 @dataclass
 class RoutedState(DecodingState):
-    """Where a batch of answers stands, and the route that holds for it."""
+    """The state of a batch of answers between two tokens, and its route."""
 
     kept: Array = None  # [B] tokens in the caches behind the router
     runs: Array = None  # [B, N] False: the row skips that layer
@@ -94,7 +94,7 @@ class RoutedOnnxModel(OnnxModel):
     def set_budget(
         self, preset: str | None = None, *, keep_visual_tokens: float | None = None, keep_layers: int | None = None
     ) -> None:
-        """The budget of all calls that name none."""
+        """Set the budget of all calls that name none."""
         self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers)
 
     def budget_for(
@@ -224,13 +224,13 @@ class RoutedOnnxModel(OnnxModel):
         return found[0], found[1]
 
     def _make_room(self, layers: Iterable[int], state: RoutedState, lengths: Array) -> None:
-        """Caches of layers that run: none for those that all rows skip."""
+        """Allocate caches of layers that run: none for those that all rows skip."""
         shape = (len(lengths), self.manifest["heads"], int(lengths.max()) + state.room, self.manifest["head_size"])
         for layer in layers:
             state.cache |= {f"{layer}.{kind}": self._empty(shape, self.dtype) for kind in ("key", "value")}
 
     def _run(self, state: RoutedState, name: str, feed: dict[str, Any], output: str, buffer: Any) -> None:
-        """One of the decoder's two graphs, an output of it into a buffer."""
+        """Run one of the decoder's two graphs, an output of it into a buffer."""
         graph = self.front if name == FRONT else self.decoder
         if name not in state.bindings:  # caches and routes stay what they are for the whole answer
             state.bindings[name] = graph.io_binding()
@@ -242,7 +242,7 @@ class RoutedOnnxModel(OnnxModel):
         graph.run_with_iobinding(binding)
 
     def _bind_layers(self, binding: Any, state: RoutedState, behind: bool) -> None:
-        """Keys and values, written where they are read, and which rows run what."""
+        """Bind keys and values, written where they are read, and which rows run what."""
         if behind:
             self._make_room(self.running(state), state, state.kept)
         else:

@@ -30,7 +30,7 @@ NOT_DONE = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are picked. Greedy unless do_sample."""
+    """Settings of sampling. Greedy unless do_sample."""
 
     max_new_tokens: int = 128
     do_sample: bool = False
@@ -58,7 +58,7 @@ class Sampling:
         return cls(**{name: value for name, value in settings.items() if name in known})
 
     def pick(self, logits: Array, seen: Array, random: np.random.Generator) -> Array:
-        """logits [B, V], the tokens so far [B, S] -> tokens [B]"""
+        """Choose the next tokens [B] from logits [B, V] and the tokens so far [B, S]."""
         if self.repetition_penalty != 1.0:
             logits = logits.copy()
             scores = np.take_along_axis(logits, seen, 1)
@@ -69,7 +69,7 @@ class Sampling:
         return np.array([random.choice(len(p), p=p) for p in self._probabilities(logits.astype(np.float64))])
 
     def _probabilities(self, logits: Array) -> Array:
-        """[B, V] -> [B, V]; temperature, then the top_k tokens, then those that hold top_p of the mass."""
+        """Return probabilities [B, V] of logits: temperature, then the top_k tokens, then top_p of the mass."""
         logits = logits / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = np.partition(logits, -self.top_k, -1)[:, [-self.top_k]]

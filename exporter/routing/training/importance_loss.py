@@ -65,7 +65,7 @@ def importance_loss(
 
 
 def layer_risk(batch: TrainingBatch, generator: torch.Generator, sets: int) -> Tensor:
-    """What skipping layers costs where the router chooses among a few sets (minimum risk training, arXiv 1512.02433).
+    """Compute the cost of skipping layers where the router chooses among a few sets (minimum risk, arXiv 1512.02433).
 
     For each question some sets of the same size are drawn, one candidate to half of them, by the router's logits and
     Gumbel noise, and the divergence of each is measured. The risk is the mean of its logarithm, weighed by
@@ -90,7 +90,7 @@ def layer_risk(batch: TrainingBatch, generator: torch.Generator, sets: int) -> T
 
 
 def ranking_loss(logits: Tensor, importance: Tensor, there: Tensor, power: float) -> Tensor:
-    """Cross entropy of softmax(logits) against the shares of importance, over the items that are `there`: [B, S] each.
+    """Compute the cross entropy of softmax(logits) and shares of importance over items that are `there`: [B, S] each.
 
     Rows where nothing has any importance say nothing.
     """

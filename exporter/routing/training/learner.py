@@ -36,7 +36,7 @@ PROBES = ((0.5, 0.0), (0.25, 0.0), (0.25, 1 / 3))  # budgets of the learning cur
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What the original answers to one question, and the states behind it."""
+    """The original's answer to one question, and the states behind it."""
 
     tokens: Tensor  # [A] up to and with the end token
     states: Tensor  # [A, D] last hidden states at the positions that predict them
@@ -72,7 +72,7 @@ class Teacher:
                 self.outputs[index] = TeacherOutputs(tokens.cpu(), state.cpu())
 
     def question(self, indices: Sequence[int]) -> tuple[Batch, AnsweredBatch, Tensor]:
-        """Questions, the same with their answers appended, and the original's log-probabilities [A of all rows, V]."""
+        """Return questions, the same with their answers appended, and the original's log-probabilities [A, V]."""
         outputs = [self.outputs[i] for i in indices]
         tokens = pad_sequence([output.tokens for output in outputs], batch_first=True).to(self.model.device)  # [B, A]
         lengths = torch.tensor([len(output.tokens) for output in outputs])
@@ -109,18 +109,18 @@ class TrainingBatch:
         return self.one.batch.is_visual
 
     def gates(self, tokens: Tensor, candidates: Tensor) -> Gates:
-        """From gates of visual tokens [B, S] and of candidate layers [B, N]."""
+        """Make gates from those of visual tokens [B, S] and of candidate layers [B, N]."""
         layers = torch.ones(len(tokens), self.learner.num_layers, device=tokens.device)
         places = torch.tensor(self.learner.settings.candidates, device=tokens.device, dtype=torch.long)
         layers = layers.scatter(1, places.expand(len(tokens), -1), candidates.to(layers.dtype))
         return Gates(torch.where(self.visual, tokens, torch.ones_like(tokens)), layers)
 
     def kl(self, gates: Gates) -> Tensor:
-        """KL(original || routed) at each answer token, [A of all rows], differentiable in the gates."""
+        """Compute KL(original || routed) at each answer token, [A of all rows], differentiable in the gates."""
         return self._divergence(self.log_q(gates))
 
     def log_q(self, gates: Gates) -> Tensor:
-        """Log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
+        """Return log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
         model, start = self.learner.teacher.model, self.learner.settings.drop_at
         return self._said(
             gated_states(
@@ -130,7 +130,7 @@ class TrainingBatch:
 
     @torch.no_grad()
     def kl_of_layers(self, tried: Sequence[Tensor]) -> Tensor:
-        """KL(original || routed) of each row's answer under several choices of candidate layers, [choices, B].
+        """Compute KL(original || routed) of each row's answer under several choices of layers, [choices, B].
 
         All tokens stay. What comes before the first candidate is run once for all choices.
 
@@ -152,11 +152,11 @@ class TrainingBatch:
         return torch.stack(costs)
 
     def _divergence(self, log_q: Tensor) -> Tensor:
-        """KL(original || q) at each answer token, [A of all rows, V] -> [A of all rows]."""
+        """Compute KL(original || q) at each answer token, [A of all rows, V] -> [A of all rows]."""
         return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
 
     def _said(self, output: Tensor) -> Tensor:
-        """Log-probabilities at each answer token, [A of all rows, V], from the last layer's output [B, S, D]."""
+        """Return log-probabilities at each answer token, [A of all rows, V], from the last layer's output [B, S, D]."""
         model = self.learner.teacher.model
         hidden = text_decoder(model).norm(output[self.one.predicts])
         log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
@@ -164,13 +164,13 @@ class TrainingBatch:
 
     @property
     def fastv(self) -> Tensor:
-        """FastV's scores of the visual tokens, on a logarithmic scale, [B, S]."""
+        """Return FastV's scores of the visual tokens, on a logarithmic scale, [B, S]."""
         scores = fastv_scores(self.learner.teacher.model, self.prompt)
         answers = self.visual.shape[1] - scores.shape[1]
         return F.pad(scores, (0, answers), value=-math.inf).clone()  # no inference tensor: gradients go past it
 
     def per_sample(self, kl: Tensor) -> Tensor:
-        """Sums over each row's answer: [A of all rows] -> [B]."""
+        """Sum over each row's answer: [A of all rows] -> [B]."""
         return torch.stack([part.sum() for part in torch.split(kl, self.one.predicts.sum(1).tolist())])
 
 
@@ -243,5 +243,5 @@ def probe_name(probe: tuple[float, float]) -> str:
 
 
 def answer_tokens(answered_batch: AnsweredBatch) -> Tensor:
-    """[B, S] True at the tokens of the answers, which no question comes with."""
+    """Return [B, S] True at the tokens of the answers, which no question comes with."""
     return F.pad(answered_batch.predicts[:, :-1], (1, 0))

@@ -34,7 +34,7 @@ SAVE_EVERY = 50  # steps
 
 @dataclass(frozen=True)
 class Training:
-    """How a router is trained; what a recipe's `router` says."""
+    """Settings of a router's training, from a recipe's `router`."""
 
     steps: int = 300
     batch_size: int = 16
@@ -55,7 +55,7 @@ class Trained:
     held_out: int
 
 
-# --- the verb's core --------------------------------------------------------------------------------------------------
+# --- the training itself ----------------------------------------------------------------------------------------------
 
 
 def train_router(
@@ -72,7 +72,7 @@ def train_router(
 
     Args:
         state_file: where the state is kept, so that a broken-off run goes on; removed by the caller.
-        fingerprint: of everything that the result depends on; a state of another one is not gone on from.
+        fingerprint: of everything that the result depends on; a state with another fingerprint is not used.
     """
     teacher = Teacher(model, processor, tuple(samples))
     trained_on, held_out = parted(samples, training.seed)
@@ -106,7 +106,7 @@ def train_router(
 
 
 def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:
-    """Questions to train on and questions to judge by, about other pictures; none of these where there are too few."""
+    """Split into questions to train on and to judge by, about other pictures; none of these where there are too few."""
     if len(samples) < 2 * HELD_OUT:
         return list(range(len(samples))), []
     split = split_by_picture(samples, min(MOST_HELD_OUT, len(samples) // HELD_OUT), seed)

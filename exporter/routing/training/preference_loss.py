@@ -25,7 +25,7 @@ def preference_loss(
     noise: float = 1.0,
     beta: float = 1.0,
 ) -> Tensor:
-    """PAR's: -log sigmoid(beta log pi(better) - beta log pi(worse)), over the better and the worse half of the actions.
+    """Compute PAR's loss: -log sigmoid(beta log pi(better) - beta log pi(worse)), over the two halves of the actions.
 
     pi is the product of the router's probabilities of all that an action keeps and drops (equation 4).
 
@@ -58,7 +58,7 @@ def preference_loss(
 
 
 def log_probability(batch: TrainingBatch, tokens: Tensor, layers: Tensor) -> Tensor:
-    """Logarithm of the router's probability of an action: gates of tokens [B, S] and of candidates [B, N] -> [B]."""
+    """Return the logarithm of an action's probability: gates of tokens [B, S] and of candidates [B, N] -> [B]."""
     token_part = F.logsigmoid(torch.where(tokens > 0.5, batch.token_logits, -batch.token_logits))
     layer_part = F.logsigmoid(torch.where(layers > 0.5, batch.layer_logits, -batch.layer_logits))
     return (token_part * batch.visual).sum(1) + layer_part.sum(1)

@@ -30,7 +30,7 @@ KEPT_BYTES = 2 << 30  # of attention probabilities that a pass may keep for its 
 
 @dataclass(frozen=True)
 class Gates:
-    """What stays, from 0 to 1."""
+    """The share of each token and layer that stays, from 0 to 1."""
 
     tokens: Tensor  # [B, S]; 1 at text
     layers: Tensor  # [B, L]
@@ -108,7 +108,7 @@ def _kept_bytes(model: Any, state: Tensor, start: int) -> int:
 
 
 def straight_through(logits: Tensor, candidates: Tensor, count: Tensor, temperature: float = 1.0) -> Tensor:
-    """1 at each row's `count` highest candidates and 0 at the others, with the gradient of a sigmoid.
+    """Return 1 at each row's `count` highest candidates and 0 at the others, with the gradient of a sigmoid.
 
     The sigmoid is centred half way between the last that stays and the first that goes, so that the gradient is the
     largest where the choice is close.

@@ -26,7 +26,7 @@ def relaxed_loss(
     noise: float = 0.3,
     temperature: float = 1.0,
 ) -> Tensor:
-    """KL to the original under the router's own choice, at budgets drawn for each question.
+    """Compute KL to the original under the router's own choice, at budgets drawn for each question.
 
     Args:
         least, most: share of the visual tokens that is kept, drawn log-uniformly between them.

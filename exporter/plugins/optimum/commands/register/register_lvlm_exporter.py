@@ -1,6 +1,6 @@
-"""Our verbs in optimum-cli, found by its plugin namespace (no folder above this file has an __init__.py, by its rules).
+"""Our subcommands in optimum-cli, found by its plugin namespace: no folder above this file has an __init__.py.
 
-optimum-cli lvlm VERB ...                  every verb of lvlm-exporter
+optimum-cli lvlm SUBCOMMAND ...            every subcommand of lvlm-exporter
 optimum-cli export lvlm-onnx DIR --out D2  lvlm-exporter onnx, where optimum's users look for an export
 """
 
@@ -15,7 +15,7 @@ from optimum.commands.export.base import ExportCommand
 
 class LvlmCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo("lvlm", "Make large vision-language models smaller and faster (lvlm-exporter).")
-    VERB: tuple[str, ...] = ()  # what the command line of ours begins with
+    SUBCOMMAND: tuple[str, ...] = ()  # what the command line of ours begins with
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -24,12 +24,12 @@ class LvlmCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         from exporter.cli import main
 
-        sys.exit(main([*self.VERB, *self.args.arguments]))
+        sys.exit(main([*self.SUBCOMMAND, *self.args.arguments]))
 
 
 class LvlmOnnxCommand(LvlmCommand):
     COMMAND = CommandInfo("lvlm-onnx", "Export a vision-language model to ONNX, validated against torch.")
-    VERB = ("onnx",)
+    SUBCOMMAND = ("onnx",)
 
 
 REGISTER_COMMANDS = [LvlmCommand, (LvlmOnnxCommand, ExportCommand)]
