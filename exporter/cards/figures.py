@@ -13,6 +13,10 @@ def describe(budget: dict[str, Any]) -> str:
         parts.append(f"{tokens} of the visual tokens" if isinstance(tokens, float) else f"{tokens} visual tokens")
     if layers:
         parts.append(f"{layers} layers")
+    if budget.get("flops"):
+        parts.append(f"{100 * budget['flops']:g} % of the decoder's FLOPs")
+    if budget.get("quality"):
+        parts.append(f"{100 * budget['quality']:g} % of the answers kept")
     if parts and budget["rule"] != "router":
         at = "" if budget["drop_at"] is None else f" at {budget['drop_at']}"
         parts.append(f"by {budget['rule']}{at}")

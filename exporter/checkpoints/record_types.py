@@ -143,6 +143,8 @@ class BudgetUsed:
     keep_layers: Count | None
     rule: Text
     drop_at: Count | None
+    flops: Annotated[Number | None, OR_MISSING] = None
+    quality: Annotated[Number | None, OR_MISSING] = None
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,8 @@ class PresetBudget:
 
     keep_visual_tokens: Number = 1.0  # all
     keep_layers: Count = 0  # not given: all
+    flops: Number = 1.0  # not given: as many as those take
+    quality: Number = 1.0  # not given: no promise
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,23 @@ ROUTER_ENTRY = {
     "bottleneck": POSITIVE,
     "num_heads": POSITIVE,
     "read_at?": COUNT,
-    "presets?": MapOf({"keep_visual_tokens?": Maybe(NUMBER), "keep_layers?": Maybe(COUNT)}),
+    "presets?": MapOf(
+        {
+            "keep_visual_tokens?": Maybe(NUMBER),
+            "keep_layers?": Maybe(COUNT),
+            "flops?": Maybe(NUMBER),
+            "quality?": Maybe(NUMBER),
+        }
+    ),
     "default?": TEXT,
     "trained_for?": MapOf(ANYTHING),
     "format?": COUNT,
     "image_floor?": NUMBER,
+    "budgets?": {
+        "cost?": {"layers": ListOf(COUNT), "width": COUNT, "router_token": COUNT, "router_layer": COUNT},
+        "front?": ListOf(ListOf(NUMBER, 2)),
+        "quality?": {"score": TEXT, "answers": COUNT, "at": ListOf(ListOf(NUMBER, 3))},
+    },
 }
 
 

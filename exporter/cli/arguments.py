@@ -79,6 +79,7 @@ def bench_arguments(subcommand: argparse.ArgumentParser) -> None:
     budget.add_argument("--keep-visual-tokens", type=token_counts, default=(), metavar="T", help="144 or 0.5,0.25")
     budget.add_argument("--keep-layers", type=layer_counts, default=(), metavar="L", help="28,24")
     budget.add_argument("--preset", type=names, default=(), metavar="NAME", help="of the checkpoint; off: all of it")
+    outcome_arguments(budget)
     prompt = subcommand.add_argument_group("prompts", "random images and words, or those of a task")
     prompt.add_argument(
         "--visual-tokens", type=positive_count, metavar="N", help="visual tokens of a prompt (one image's)"
@@ -111,6 +112,7 @@ def route_budget_arguments(subcommand: argparse.ArgumentParser) -> None:
     )
     budget.add_argument("--keep-layers", type=layer_counts, default=(), metavar="L", help="how many layers run: 28,24")
     budget.add_argument("--preset", type=names, default=(), metavar="NAME", help="presets of the checkpoint, or off")
+    outcome_arguments(budget)
     budget.add_argument(
         "--rule", default="router", help="who chooses: router, random, fastv, shortgpt, fastv+shortgpt ... (router)"
     )
@@ -118,6 +120,16 @@ def route_budget_arguments(subcommand: argparse.ArgumentParser) -> None:
         "--drop-at", type=whole_number, metavar="D", help="layer before which tokens leave (the router's; 2 for fastv)"
     )
     budget.add_argument("--calibration", metavar="FILE", help="images with questions, for the rule shortgpt")
+
+
+def outcome_arguments(budget: Any) -> None:
+    """Add the budgets that say what is to come of them."""
+    budget.add_argument(
+        "--flops", type=shares, default=(), metavar="F", help="shares of the decoder's FLOPs for a prompt: 0.6,0.4"
+    )
+    budget.add_argument(
+        "--quality", type=shares, default=(), metavar="Q", help="shares of answers that stay as they are: 0.99"
+    )
 
 
 def run_arguments(subcommand: argparse.ArgumentParser, batch_size: int = 8) -> None:
@@ -239,6 +251,13 @@ def token_counts(text: str) -> tuple[int | float | None, ...]:
         return tuple(None if p == "all" else float(p) if "." in p else int(p) for p in names(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of counts or shares like 144 or 0.5,0.25") from error
+
+
+def shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of shares like 0.6,0.4") from error
 
 
 def layer_counts(text: str) -> tuple[int | None, ...]:

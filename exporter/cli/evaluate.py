@@ -56,6 +56,8 @@ def run(options: argparse.Namespace) -> None:
         keep_visual_tokens=options.keep_visual_tokens,
         keep_layers=options.keep_layers,
         presets=options.preset,
+        flops=options.flops,
+        quality=options.quality,
         rule=options.rule,
         drop_at=options.drop_at,
     )

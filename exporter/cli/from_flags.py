@@ -144,4 +144,5 @@ def budgets_from_flags(options: argparse.Namespace) -> list[dict[str, Any]]:
         for tokens in options.keep_visual_tokens or (None,):
             for layers in options.keep_layers or (None,):
                 budgets.append({"keep_visual_tokens": tokens, "keep_layers": layers})
+    budgets += [{"flops": share} for share in options.flops] + [{"quality": share} for share in options.quality]
     return budgets

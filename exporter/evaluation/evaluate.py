@@ -24,7 +24,7 @@ from .loaded import load
 from .metrics.judged import JudgeClient, rate_all, ratings_file
 from .metrics.table import METRICS
 from .metrics.task import Measure, measured_task
-from .results import Evaluation, ModelResult, Shown, record_evaluation
+from .results import Evaluation, ModelResult, Shown, record_evaluation, with_answers_kept
 from .scoring import paired_tests
 
 
@@ -82,7 +82,10 @@ def evaluate(
         open_source(names[0])
         asked[names[0]].append(None)
     for name in map(str, paths):  # all that is wrong with any of them, before hours are spent on the first
-        asked[name] += [ask for ask in budgets.of(open_source(name)) if ask not in asked[name]]
+        asks = [ask for ask in budgets.of(open_source(name)) if ask not in asked[name]]
+        if any(ask is not None and ask.budget.quality is not None for ask in asks) and None not in asked[name] + asks:
+            asks.insert(0, None)  # answers are kept that it gives without a budget
+        asked[name] += asks
         if update_cards:
             check_updatable(Path(name))
     says: Reference | None = None
@@ -104,6 +107,7 @@ def evaluate(
                 said = rate_all(rated_by, questions.samples, result.answers, ratings, progress)
                 result = result.rated(said, questions)
             results.append(result)
+        results[-len(asks) :] = with_answers_kept(results[-len(asks) :])
         if update_cards and (budget := tightest(asks, results[-len(asks) :])):
             with results_first(loaded.source.folder):
                 show_routes(

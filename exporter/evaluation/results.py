@@ -42,6 +42,7 @@ class ModelResult:
     trials: tuple[float, ...] = field(default=(), repr=False)  # what accuracy is the mean of: questions, or groups
     no_figures_because: str | None = None  # why a judge's ratings are missing
     kept: dict[int, list[str]] = field(default_factory=dict, repr=False)  # tokens of questions that a report shows
+    answers_kept: float | None = None  # under a quality asked for: share of the answers that are those without a budget
 
     def rated(self, ratings: Ratings, task: Task) -> ModelResult:
         """Return the same with what a judge said of the answers."""
@@ -62,6 +63,20 @@ class ModelResult:
     @property
     def label(self) -> str:
         return self.path if self.budget is None else f"{self.path} ({describe(self.budget)})"
+
+
+def with_answers_kept(results: Sequence[ModelResult]) -> list[ModelResult]:
+    """Return one folder's results with the share of answers that each quality asked for has kept."""
+    whole = next((result for result in results if result.budget is None), None)
+    if whole is None:
+        return list(results)
+    kept = []
+    for result in results:
+        if result.budget is not None and result.budget.get("quality"):
+            same = [mine == its for mine, its in zip(result.answers, whole.answers, strict=True)]
+            result = replace(result, answers_kept=sum(same) / len(same))
+        kept.append(result)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,6 @@ def figures(result: ModelResult) -> dict[str, Any]:
     """Return what a card tells of a result: not the path, not the answers."""
     data = asdict(result)
     keys = ("budget", "n", "accuracy", "interval", "by_type", "kl", "agreement", "tokens", "flops_share",
-            "decoder_flops_share")  # fmt: skip
+            "decoder_flops_share", "answers_kept")  # fmt: skip
     told = {key: data[key] for key in keys}
     return told if result.metric == DEFAULT_METRIC else told | {"metric": result.metric, "figures": result.figures}

@@ -66,6 +66,11 @@ def evaluation_table(done: Any) -> str:
     if len(shown) < len(done.pairs):
         text += f"\nAll {len(done.pairs)} paired tests are in what --json writes."
     for model in done.models:
+        if model.answers_kept is not None:
+            text += (
+                f"\n{model.path}: {100 * model.answers_kept:.1f} % of its {model.n} answers kept, "
+                f"{100 * model.budget['quality']:g} % were asked for"
+            )
         if model.no_kl_because:
             text += f"\n{model.path}: no KL, {model.no_kl_because}"
     return text

@@ -2,6 +2,8 @@
 
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(**inputs, keep_visual_tokens=144, keep_layers=28)
+    model.generate(**inputs, flops=0.5)  # a share of the cost: the mix of tokens and layers is the router's affair
+    model.generate(**inputs, quality=0.99)  # as many tokens as this question needs
     model.generate(**inputs, preset="fast")  # or once for all: model.set_budget("fast")
 
 The classes that this file makes are those of transformers with three additions, each in a file of its own: a router
@@ -18,7 +20,8 @@ A question's way from `generate` to the next token:
     prepared_cache -> RoutedCache.take_over     routed_cache      a cache that can hold a route
     _RoutedLayer.forward -> RoutedForward.layer routed_pass       for each decoder layer; at layer `read_at`:
     RoutedForward._decide -> Router.forward     routed_router     scores of visual tokens and layers
-    best_tokens, best_layers -> Route           routed_router     what the budget keeps
+    amounts                                     routed_cost       how much the budget keeps of each row
+    best_tokens, best_layers -> Route           routed_router     what is kept
     RoutedForward._keywords -> narrowed_mask    routed_cache      positions and masks of what is left
     RoutedForward.finish -> RoutedCache.extend  routed_pass       states spread out again; what the cache holds now
     the stock head, the stock generate loop     transformers      the next token; its pass follows the cache's route
@@ -45,6 +48,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -66,6 +70,7 @@ from .routed_api import (
     with_cache_as,
 )
 from .routed_cache import RoutedCache, RoutedStaticCache  # all siblings: older loaders copy what this file names
+from .routed_cost import DecoderCost
 from .routed_pass import make_routable
 from .routed_places import GRIDS, any_resolution_shape, part_of, places_of
 from .routed_request import (
@@ -80,7 +85,7 @@ from .routed_request import (
     warn_of_excess,
 )
 from .routed_route import OFF, ROUTER_FORMAT, Budget, Route, RouterSettings
-from .routed_router import Router, best_layers, best_tokens
+from .routed_router import Router, best_layers, best_tokens, load_weights
 
 __all__ = [
     "CACHE_NAMES",
@@ -90,6 +95,7 @@ __all__ = [
     "ROUTER_FORMAT",
     "STOCK",
     "Budget",
+    "DecoderCost",
     "Route",
     "RoutedCache",
     "RoutedModel",
@@ -118,6 +124,8 @@ class RoutedModel:
     `forward` and `generate` take these arguments more:
         keep_visual_tokens: a count (144; rows with fewer keep all) or a share (0.25) of each row's visual tokens.
         keep_layers: how many decoder layers run.
+        flops: a share (0.5) of the decoder's operations for this prompt, in place of the two above; see `routed_cost`.
+        quality: the share (0.99) of answers that are to stay what they were, in place of all of them.
         preset: a name of `config.router["presets"]`, or "off", the plain model bit for bit.
         route: a `Route` to follow in place of the router's.
         visual_mask: [B, S] True at visual tokens; needed with `inputs_embeds` only.
@@ -159,19 +167,23 @@ class RoutedModel:
         *,
         keep_visual_tokens: int | float | None = None,
         keep_layers: int | None = None,
+        flops: float | None = None,
+        quality: float | None = None,
     ) -> None:
-        """Set the budget of all calls that name none: `set_budget("fast")`, `set_budget(keep_layers=28)`."""
-        self.budget = self._budget(preset, keep_visual_tokens, keep_layers)
+        """Set the budget of all calls that name none: `set_budget("fast")`, `set_budget(flops=0.5)`."""
+        self.budget = self._budget(preset, Budget(keep_visual_tokens, keep_layers, flops, quality))
         self._budget_is_default = False
 
-    def _budget(self, preset: str | None, keep_visual_tokens: int | float | None, keep_layers: int | None) -> Budget:
-        if preset is not None and not (keep_visual_tokens is None and keep_layers is None):
-            raise ValueError(f"give either preset={preset!r} or keep_visual_tokens and keep_layers, not both.")
+    def _budget(self, preset: str | None, budget: Budget) -> Budget:
+        """Return what a call names, checked: a preset or a budget; what was set before, if neither."""
+        if preset is not None and budget != OFF:
+            raise ValueError(
+                f"give either preset={preset!r} or keep_visual_tokens and keep_layers, flops or quality, not both."
+            )
         if preset is not None:
             return self.router_settings.preset(preset)
-        if keep_visual_tokens is None and keep_layers is None:
+        if budget == OFF:
             return self.budget
-        budget = Budget(keep_visual_tokens, keep_layers)
         budget.check(self.router_settings, self.num_layers)
         return budget
 
@@ -183,6 +195,8 @@ class RoutedModel:
         *,
         keep_visual_tokens: int | float | None = None,
         keep_layers: int | None = None,
+        flops: float | None = None,
+        quality: float | None = None,
         preset: str | None = None,
         route: Route | None = None,
         visual_mask: Tensor | None = None,
@@ -191,7 +205,7 @@ class RoutedModel:
         run: bool = True,
     ) -> Request | None:
         """Return what a pass with these inputs asks of the decoder; None: nothing, the plain model runs."""
-        budget = self._budget(preset, keep_visual_tokens, keep_layers)
+        budget = self._budget(preset, Budget(keep_visual_tokens, keep_layers, flops, quality))
         cache = cache_in(named)
         held = getattr(cache, "route", None)
         if held is not None and preset == "off":
@@ -243,9 +257,7 @@ class RoutedModel:
             route: Route = request.route
             return route
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
-        everything = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
-        layers = everything.new_ones(len(tokens), self.num_layers)
-        return Route(everything, layers, ~everything, places=torch.zeros(*tokens.shape, 3, device=tokens.device))
+        return Route.of_text(tokens, self.num_layers)
 
     def router_inputs(self, **inputs: Any) -> RouterInputs:
         """Return the router's inputs, to train it: `model.router(*model.router_inputs(**inputs))`."""
@@ -278,9 +290,9 @@ class RoutedModel:
             )
         kwargs = with_cache_as(cache_name(self._stock.forward), kwargs)
         asked = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
-        limits = [asked.get(name) for name in ("preset", "keep_visual_tokens", "keep_layers")]
-        self._budget(*limits)
-        if self._budget_is_default and limits == [None] * 3 and asked.get("route") is None:
+        limits = Budget(**{one.name: asked.get(one.name) for one in fields(Budget)})
+        self._budget(asked.get("preset"), limits)
+        if self._budget_is_default and limits == OFF and asked.get("preset") is None and asked.get("route") is None:
             tell_of_default(self.router_settings)
         asked.setdefault("prompt_length", prompt_length(inputs, kwargs))
         if asked.get("places") is None:
@@ -345,15 +357,7 @@ class RoutedModel:
         return path
 
     def _load_router(self, weights: dict[str, Tensor]) -> None:
-        expected = {name: tuple(tensor.shape) for name, tensor in self.router.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if expected != found:
-            name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
-            raise ValueError(
-                f"{ROUTER_FILE} is not the router that config.json describes: {name} has the shape "
-                f"{found.get(name)}, not {expected.get(name)}."
-            )
-        self.router.load_state_dict(weights)
+        load_weights(self.router, weights, ROUTER_FILE)
         embedding = self.get_input_embeddings()
         device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
         self.router.to(embedding.weight.device if device is None else device, self.dtype).eval()

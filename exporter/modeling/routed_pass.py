@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .routed_api import PACKED, cache_name, check_transformers, logger, unsupported, uses_flash_attention, with_cache_as
 from .routed_cache import Entries, Group, RoutedStaticCache, masked_value, narrowed_mask, prepared_cache
+from .routed_cost import amounts
 from .routed_request import IGNORED_LABEL, Request, RouterInputs
 from .routed_route import Route
 from .routed_router import best_layers, best_tokens
@@ -69,10 +70,14 @@ class RoutedForward:
                 request.router_inputs = inputs
             tokens, layers = (logits.to(states.device) for logits in request.router(*inputs))
             shown = visual & self.real
-            keep = best_tokens(tokens, shown, request.budget, request.places, request.settings.image_floor)
+            held = self.cache.route.layers if self.cache is not None and self.cache.route is not None else None
+            counts, kept_layers = amounts(
+                request.budget, request.settings, self.num_layers, shown, visible, tokens, self.past, held
+            )
+            keep = best_tokens(tokens, shown, counts, request.places, request.settings.image_floor)
             if request.run and not request.budget.is_off:
                 warn_of_no_question(visible, shown)
-            run = best_layers(layers, request.settings, request.budget.keep_layers, self.num_layers)
+            run = best_layers(layers, request.settings, kept_layers, self.num_layers)
             run |= ~visual.any(1)[:, None]  # a row of text alone runs whole
             route = Route(keep, run, visual, request.places, tokens, layers)
         self._prepare(replace(route, drop_at=self.drop_at))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FEWEST_JUDGED = 128  # questions to train on, of which one in eight is held out, for budgets by outcome
 ROUTER_FORMAT = 2  # of how the router computes: weights of another would run, and choose badly
 
 
@@ -20,6 +21,8 @@ class Budget:
 
     keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
     keep_layers: int | None = None  # a count, of all decoder layers
+    flops: float | None = None  # a share of the decoder's operations for this prompt; tokens and layers follow from it
+    quality: float | None = None  # the share of answers that are to stay what they were; tokens follow from it
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -27,10 +30,12 @@ class Budget:
 
     @property
     def is_off(self) -> bool:
-        return self.keep_visual_tokens is None and self.keep_layers is None
+        counts = self.keep_visual_tokens is None and self.keep_layers is None
+        return counts and self.quality is None and (self.flops is None or self.flops == 1)
 
     def check(self, settings: RouterSettings, num_layers: int) -> None:
         tokens, layers = self.keep_visual_tokens, self.keep_layers
+        self._check_outcomes(settings)
         if tokens is not None:
             if isinstance(tokens, bool) or not isinstance(tokens, (int, float)):
                 raise ValueError(f"keep_visual_tokens={tokens!r} is neither a count (144) nor a share (0.25).")
@@ -47,6 +52,36 @@ class Budget:
                     f"give a number from {least} to {num_layers}."
                 )
 
+    def _check_outcomes(self, settings: RouterSettings) -> None:
+        """Check the shares of cost and of answers, which stand alone, and what they are computed from."""
+        flops, quality = self.flops, self.quality
+        counts = self.keep_visual_tokens is not None or self.keep_layers is not None
+        if counts + (flops is not None) + (quality is not None) > 1:
+            raise ValueError("give keep_visual_tokens and keep_layers, or flops, or quality: each of them is a budget.")
+        if flops is not None and not (is_number(flops) and 0 < flops <= 1):
+            raise ValueError(
+                f"flops={flops!r} is no share of the decoder's operations: give a number above 0 and up to 1, 0.5 for "
+                "half of them."
+            )
+        if quality is not None and not (is_number(quality) and 0 < quality < 1):
+            raise ValueError(
+                f"quality={quality!r} is no share of answers to keep: give a number between 0 and 1, such as 0.99."
+            )
+        name = "flops" if flops is not None else "quality"
+        if (flops, quality) == (None, None) or flops == 1:
+            return
+        if {"flops": "front", "quality": "quality"}[name] not in settings.budgets:
+            raise ValueError(
+                f"{name}={getattr(self, name)} is computed from what was measured after training, and this router has "
+                f"no such measurement: route it again with `lvlm-exporter route` and {FEWEST_JUDGED} questions or "
+                "more, or give keep_visual_tokens and keep_layers."
+            )
+        if quality is not None and quality > (most := settings.budgets["quality"]["at"][-1][0]):
+            raise ValueError(
+                f"quality={quality} is above {most}, the most that {settings.budgets['quality']['answers']} held-out "
+                "answers can tell of: route it again with more questions, or ask for less."
+            )
+
     def tokens_of(self, available: Tensor) -> Tensor:
         """Return how many visual tokens each row keeps, of those it has: [B] -> [B]."""
         if self.keep_visual_tokens is None:
@@ -55,6 +90,10 @@ class Budget:
             return available.clamp(max=self.keep_visual_tokens)
         share = (available * self.keep_visual_tokens).round().long()
         return torch.minimum(share.clamp(min=1), available)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def plain_number(value: Any) -> Any:
@@ -79,6 +118,7 @@ class RouterSettings:
     trained_for: dict[str, Any] = field(default_factory=dict)  # what the base model must be
     format: int = 1  # ROUTER_FORMAT of the file that it was trained with; settings of format 1 did not say so
     image_floor: float = 0.0  # no image keeps less than this share of an even one, nor nothing; 0: no floor
+    budgets: dict[str, Any] = field(default_factory=dict)  # measured: "cost" and "front" for flops, "quality"
 
     @classmethod
     def of(cls, config: Any) -> RouterSettings:
@@ -115,6 +155,11 @@ class RouterSettings:
             raise ValueError(
                 f"router: candidates {list(self.candidates)} must lie from layer read_at={self.read_at} to "
                 f"{num_layers - 1}: a layer that has run cannot be skipped any more."
+            )
+        if self.budgets and len(self.budgets["cost"]["layers"]) != num_layers:
+            raise ValueError(
+                f"router: budgets.cost tells of {len(self.budgets['cost']['layers'])} layers, the model has "
+                f"{num_layers}."
             )
         if not 0 <= self.image_floor <= 1:
             raise ValueError(f"router: image_floor={self.image_floor} is no share: give a number from 0 to 1.")
@@ -157,6 +202,13 @@ class Route:
     token_logits: Tensor | None = None  # [B, S]
     layer_logits: Tensor | None = None  # [B, N]
     drop_at: int | None = None  # visual tokens leave before this layer; None: where the settings say
+
+    @classmethod
+    def of_text(cls, tokens: Tensor, num_layers: int) -> Route:
+        """Make the route of text alone [B, S]: all of it."""
+        everything = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+        layers = everything.new_ones(len(tokens), num_layers)
+        return cls(everything, layers, ~everything, places=torch.zeros(*tokens.shape, 3, device=tokens.device))
 
     def kept_tokens(self) -> list[Tensor]:
         """Return for each row which of its visual tokens are kept: 0 is the first of the first image."""

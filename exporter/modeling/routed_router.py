@@ -89,6 +89,19 @@ class Router(nn.Module):
         return mixed
 
 
+def load_weights(router: Router, weights: dict[str, Tensor], file: str) -> None:
+    """Give a router the weights of a file. Raises ValueError where they are those of another one."""
+    expected = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
+        raise ValueError(
+            f"{file} is not the router that config.json describes: {name} has the shape {found.get(name)}, not "
+            f"{expected.get(name)}."
+        )
+    router.load_state_dict(weights)
+
+
 def question_features(x: Tensor, visible: Tensor, visual: Tensor) -> Tensor:
     """Sum a question's last token, which has seen all others, and the mean of its text: [B, R]."""
     order = visible.long().cumsum(1)
@@ -118,18 +131,19 @@ def sinusoidal_features(coordinates: Tensor, octaves: int) -> Tensor:
 
 
 def best_tokens(
-    logits: Tensor, visual: Tensor, budget: Budget, patches: Tensor | None = None, image_floor: float = 0.0
+    logits: Tensor, visual: Tensor, budget: Budget | Tensor, patches: Tensor | None = None, image_floor: float = 0.0
 ) -> Tensor:
     """Keep each row's highest visual tokens, as many as the budget says, and all text: [B, S] bool.
 
     By logits, not by their sigmoids, which saturate to ties.
 
     Args:
+        budget: of a count or a share; or how many each row keeps, [B].
         patches: [B, S, 3] image number, row and column of the visual tokens; needed for a floor only.
         image_floor: `RouterSettings.image_floor`.
     """
     ranked = logits.masked_fill(~visual, -math.inf).argsort(dim=1, descending=True, stable=True)
-    count = budget.tokens_of(visual.sum(1))  # [B]
+    count = budget if isinstance(budget, Tensor) else budget.tokens_of(visual.sum(1))  # [B]
     if image_floor and patches is not None:
         ranked = floors_first(ranked, visual, patches[..., 0].to(visual.device), count, image_floor)
     first = torch.arange(logits.shape[1], device=logits.device) < count[:, None]
@@ -159,12 +173,16 @@ def floors_first(ranked: Tensor, visual: Tensor, images: Tensor, count: Tensor, 
     return ranked.gather(1, (~floor).byte().argsort(dim=1, stable=True))
 
 
-def best_layers(logits: Tensor, settings: RouterSettings, keep_layers: int | None, num_layers: int) -> Tensor:
-    """Skip each row's lowest candidates until `keep_layers` are left: [B, N] -> [B, L] bool."""
+def best_layers(logits: Tensor, settings: RouterSettings, keep_layers: int | Tensor | None, num_layers: int) -> Tensor:
+    """Skip each row's lowest candidates until `keep_layers` are left: [B, N] -> [B, L] bool.
+
+    Args:
+        keep_layers: of all rows, or of each, [B].
+    """
     layers = torch.ones(len(logits), num_layers, dtype=torch.bool, device=logits.device)
-    skipped = 0 if keep_layers is None else num_layers - keep_layers
-    if skipped:
-        lowest = logits.argsort(dim=1, stable=True)[:, :skipped]
-        candidates = torch.tensor(settings.candidates, device=logits.device)
-        layers.scatter_(1, candidates[lowest], False)
-    return layers
+    if keep_layers is None or not settings.candidates:
+        return layers
+    skipped = torch.as_tensor(num_layers - keep_layers, device=logits.device).expand(len(logits))
+    rank = logits.argsort(dim=1, stable=True).argsort(dim=1)  # the lowest is 0
+    candidates = torch.tensor(settings.candidates, device=logits.device).expand(len(logits), -1)
+    return layers.scatter_(1, candidates, rank >= skipped[:, None])

@@ -49,6 +49,26 @@ def prefill_flops(model: Any, batch: Batch, **options: Any) -> Flops:
     return Flops(counter.get_total_flops(), sum(of_decoder.values()))
 
 
+def cost_facts(model: Any, router: Any) -> dict[str, Any]:
+    """Return what `modeling.routed_cost.DecoderCost` is told of a model and its router: numbers of weights."""
+    text, width = model.config.get_text_config(), router.out.in_features
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    block = _linear_weights(router.qkv, router.out, router.mlp)
+    question = width  # a sum over the tokens, which is a product too
+    return {
+        "layers": [_linear_weights(layer) for layer in text_decoder(model).layers],
+        "width": text.num_attention_heads * size,
+        "router_token": block + _linear_weights(router.down, router.place, router.token_head) + question,
+        "router_layer": block + _linear_weights(router.layer_head),
+    }
+
+
+def _linear_weights(*modules: Any) -> int:
+    """Return the weights that a token is multiplied with, also where they are packed or lie elsewhere."""
+    inside = (part for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear))
+    return sum(part.in_features * part.out_features for part in inside)
+
+
 def few_prompts(samples: Sequence[Sample], processor: Any, config: Any, number: int = COUNTED_SAMPLES) -> list[Batch]:
     """Return a few questions, evenly spread, one a batch, so that no padding is counted."""
     chosen = itertools.islice(spread(samples, number / len(samples)), number)

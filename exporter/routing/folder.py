@@ -36,6 +36,7 @@ MODELING_FILES = (  # what travels with a routed checkpoint; config.json names t
     "modeling_routed.py",
     "routed_api.py",
     "routed_cache.py",
+    "routed_cost.py",
     "routed_pass.py",
     "routed_places.py",
     "routed_request.py",

@@ -13,11 +13,12 @@ from ..cards.figures import describe
 from ..checkpoints.router_entry import read_settings
 from ..checkpoints.source import Source
 from ..errors import InputError
-from ..modeling.routed_route import OFF, Budget, RouterSettings
+from ..modeling.routed_route import Budget, RouterSettings
 from .rules import Rule
 from .settings import default_settings
 
 ROUTER = Rule("router", "router")
+OUTCOMES = ("flops", "quality")  # fields of a budget that say what is to come of it
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class BudgetRequest:
     def to_data(self) -> dict[str, Any]:
         """Return the request as it stands in JSON and in compression.json."""
         who = {"rule": str(Rule(self.rule.tokens, self.rule.layers)), "drop_at": self.rule.drop_at}
-        return {"preset": self.preset, **vars(self.budget), **who}
+        counts = {"keep_visual_tokens": self.budget.keep_visual_tokens, "keep_layers": self.budget.keep_layers}
+        outcome = {name: value for name in OUTCOMES if (value := getattr(self.budget, name)) is not None}
+        return {"preset": self.preset, **counts, **outcome, **who}
 
     @property
     def natural(self) -> bool:
@@ -55,12 +58,14 @@ class BudgetGrid:
     keep_visual_tokens: tuple[int | float | None, ...] = ()
     keep_layers: tuple[int | None, ...] = ()
     presets: tuple[str, ...] = ()
+    flops: tuple[float, ...] = ()
+    quality: tuple[float, ...] = ()
     rule: str = "router"
     drop_at: int | None = None
 
     @property
     def any(self) -> bool:
-        return bool(self.keep_visual_tokens or self.keep_layers or self.presets)
+        return bool(self.keep_visual_tokens or self.keep_layers or self.presets or self.flops or self.quality)
 
     def of(self, source: Source) -> list[BudgetRequest | None]:
         """Return the asks for one folder, checked against it; None is the model as it is. Raises InputError."""
@@ -76,17 +81,23 @@ class BudgetGrid:
             Budget(*pair) for pair in itertools.product(self.keep_visual_tokens or (None,), self.keep_layers or (None,))
         ]
         asked = [] if not (self.keep_visual_tokens or self.keep_layers) else asked
+        asked += [Budget(flops=share) for share in self.flops] + [Budget(quality=share) for share in self.quality]
         asks = [BudgetRequest(budget, rule) for budget in asked]
         try:
             asks += [BudgetRequest(settings.preset(name), rule, name) for name in self.presets]
             for ask in asks:
                 ask.budget.check(settings, source.num_layers)
                 ask.rule.check(ask.budget)
+                if rule != ROUTER and any(getattr(ask.budget, name) is not None for name in OUTCOMES):
+                    raise ValueError(
+                        f"a share of FLOPs or of answers ({ask}) is for the router to keep: leave out --rule and "
+                        "--drop-at. `compare` sets rules beside it at equal FLOPs."
+                    )
         except ValueError as error:
             raise InputError(f"{source.name}: {error}") from error
         if rule.drop_at is not None and not 0 <= rule.drop_at <= source.num_layers:
             raise InputError(f"--drop-at {rule.drop_at}: give a number from 0 to {source.num_layers}.")
-        return [ask if ask.budget != OFF else None for ask in asks]
+        return [ask if not ask.budget.is_off else None for ask in asks]
 
 
 def router_settings(source: Source, rule: Rule = ROUTER) -> RouterSettings:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,8 @@ def make_route(
         if not has_router(model):
             raise InputError(f"rule '{rule}' needs a router, and this model has none: train one, or use another rule.")
         routed = model.route(**batch.inputs, **vars(budget)) if not budget.is_off else None
+        if routed is not None and (budget.flops is not None or budget.quality is not None):
+            return replace(routed, visual=visual)  # how much of each row is the router's affair too
     tokens = _token_scores(model, batch, rule, routed, seed)
     layers = _layer_scores(model, batch, rule, routed, seed, influence)
     return assemble(

@@ -57,12 +57,13 @@ def with_router(
     state_file = out.absolute().parent / f".{out.name}.training"
     trained = train_job(job, state_file, progress)
     record["recipe"]["router"] = {**router.to_data(), "calibration": data.to_data()}
-    record["router"] = describe_router(job, trained, time.monotonic() - begin)
+    settings = with_budgets(job.settings, trained.budgets)
+    record["router"] = describe_router(job, settings, trained, time.monotonic() - begin)
     forget_router(record)
     with staged(out) as stage:
         write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
         carry_adapter(plain, stage)
-        add_router(stage, job.settings, trained.weights)
+        add_router(stage, settings, trained.weights)
         record["measured"]["files"] = hashes(stage)
         record["router"]["reference"] = routed_reference(stage, job.device, job.dtype)
         write_record(stage, record)
@@ -138,10 +139,21 @@ def train_job(job: RouterJob, state_file: Path, progress: Progress) -> Trained:
     )
 
 
-def describe_router(job: RouterJob, trained: Trained, seconds: float) -> dict[str, Any]:
+def with_budgets(settings: dict[str, Any], budgets: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with what was measured of budgets, and with presets that are shares of cost."""
+    if not budgets:
+        return settings
+    from .training.outcomes import PRESETS
+
+    run_by = {name: value for name, value in budgets.items() if name != "measured"}
+    return {**settings, "presets": settings["presets"] | PRESETS, "budgets": run_by}
+
+
+def describe_router(job: RouterJob, settings: dict[str, Any], trained: Trained, seconds: float) -> dict[str, Any]:
     """Return what the record says of a router."""
     return {
-        "settings": job.settings,
+        "settings": settings,
+        "measured": trained.budgets.get("measured", []),
         "parameters": sum(tensor.numel() for tensor in trained.weights.values()),
         "questions": trained.questions,
         "held_out": trained.held_out,

@@ -74,6 +74,11 @@ def read_settings(config: Any, name: str, cache: str) -> RouterSettings:
             f"this router reads at layer {settings.read_at} and tokens leave at layer {settings.drop_at}: in routed "
             "graphs the two must be one."
         )
+    if "quality" in settings.presets.get(settings.default, {}):
+        raise InputError(
+            f"the default preset of {name}, '{settings.default}', keeps a share of the answers, for which routed "
+            "graphs have no input: choose another one first (`exporter.set_default`)."
+        )
     kinds = getattr(text, "layer_types", None) or []
     if getattr(text, "sliding_window", None) and (not kinds or "sliding_attention" in kinds):
         raise InputError(
@@ -111,7 +116,7 @@ class RouterGraph(nn.Module):
             is_visual: [B, S] True at visual tokens.
             places: [B, S, 3] image number, row and column of visual tokens.
             keep_counts: [B] how many visual tokens stay.
-            skip_count: [] how many layers are skipped.
+            skip_count: [B] how many layers are skipped.
             slots: [K] 0, 1 .. K - 1, K the most tokens that stay in a row.
         """
         place = torch.arange(states.shape[1])
@@ -130,9 +135,7 @@ class RouterGraph(nn.Module):
         index = order[:, slots]  # [B, K]
         lowest = argsort_descending(-layers)  # [B, N]
         numbers = torch.arange(layers.shape[1])
-        skipped = torch.zeros_like(layers, dtype=torch.bool).scatter(
-            1, lowest, (numbers < skip_count)[None].expand_as(lowest)
-        )
+        skipped = torch.zeros_like(layers, dtype=torch.bool).scatter(1, lowest, numbers[None] < skip_count[:, None])
         chosen = index if position_ids.ndim == 2 else index[None].expand(3, -1, -1)
         return {
             "kept_states": states.gather(1, index[..., None].expand(-1, -1, states.shape[2])),
@@ -152,7 +155,7 @@ class RouterGraph(nn.Module):
             "is_visual": visual,
             "places": torch.rand(2, 6, 3),
             "keep_counts": torch.tensor([2, 2]),
-            "skip_count": torch.tensor(1),
+            "skip_count": torch.tensor([1, 1]),
             "slots": torch.arange(5),
         }
 
@@ -167,7 +170,7 @@ class RouterGraph(nn.Module):
             "is_visual": grid,
             "places": grid,
             "keep_counts": {0: batch},
-            "skip_count": {},
+            "skip_count": {0: batch},
             "slots": {0: torch.export.Dim("kept")},
         }
 
@@ -348,7 +351,14 @@ def describe_router(config: Any, settings: RouterSettings) -> dict[str, Any]:
     return {
         "drop_at": settings.drop_at,
         "candidates": list(settings.candidates),
-        "presets": settings.presets,
+        "presets": {name: budget for name, budget in settings.presets.items() if "quality" not in budget},
         "default": settings.default,
+        **({} if not settings.budgets else {"budgets": _budgets(settings)}),
         "tile_lengths": [getattr(config, "image_seq_length", 0) or 0, side * side],
     }
+
+
+def _budgets(settings: RouterSettings) -> dict[str, Any]:
+    """Return what the runner computes shares of FLOPs from."""
+    cost = settings.budgets["cost"] | {"router_width": settings.bottleneck}
+    return {"cost": cost, "front": settings.budgets["front"]}

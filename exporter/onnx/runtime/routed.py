@@ -1,6 +1,7 @@
 """A routed folder: the router chooses for each question which visual tokens and layers run, within a budget.
 
     model.generate(**inputs, keep_visual_tokens=144, keep_layers=28)
+    model.generate(**inputs, flops=0.5)  # a share of the cost
     model.generate(**inputs, preset="fast")  # or once for all: model.set_budget("fast")
 
 Shapes: B rows, S tokens, K that stay, N layers that may be skipped, V vocabulary.
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .cost import PromptCost
 from .model import DecodingState, OnnxModel
 from .places import places
 from .prepare import Array, InputError, Prompt, padded, prepare
@@ -27,6 +29,7 @@ class OnnxRouteBudget:
 
     keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
     keep_layers: int | None = None
+    flops: float | None = None  # a share of the decoder's operations for this prompt
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -42,7 +45,14 @@ class OnnxRouteBudget:
         return np.minimum(np.maximum(share, 1), available)
 
     def check(self, num_layers: int, free: int) -> None:
-        tokens, layers = self.keep_visual_tokens, self.keep_layers
+        tokens, layers, flops = self.keep_visual_tokens, self.keep_layers, self.flops
+        if flops is not None and (tokens is not None or layers is not None):
+            raise InputError("give keep_visual_tokens and keep_layers, or flops: each of them is a budget.")
+        if flops is not None and not (is_share(flops) or (is_count(flops) and flops == 1)):
+            raise InputError(
+                f"flops={flops!r} is no share of the decoder's operations: give a number above 0 and up to 1, 0.5 for "
+                "half of them."
+            )
         if tokens is not None and not ((is_count(tokens) and tokens >= 1) or is_share(tokens)):
             raise InputError(f"keep_visual_tokens={tokens!r} is neither a count from 1 (144) nor a share (0.25).")
         if layers is not None and not (is_count(layers) and num_layers - free <= layers <= num_layers):
@@ -87,23 +97,43 @@ class RoutedOnnxModel(OnnxModel):
         else:
             self.front, self.embeddings = None, self._open("embeddings")
         self.router, self.decoder = self._open("router"), self._open("decoder")
+        taken = {given.name: given.shape for given in self.router.get_inputs()}
+        self.skips_by_row = bool(taken["skip_count"])  # folders of before have one number for all rows
         self.set_budget(self.router_facts["default"])
 
     # --- budgets ---
 
     def set_budget(
-        self, preset: str | None = None, *, keep_visual_tokens: float | None = None, keep_layers: int | None = None
+        self,
+        preset: str | None = None,
+        *,
+        keep_visual_tokens: float | None = None,
+        keep_layers: int | None = None,
+        flops: float | None = None,
+        quality: float | None = None,
     ) -> None:
         """Set the budget of all calls that name none."""
-        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers)
+        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers, flops, quality)
 
     def budget_for(
-        self, preset: str | None = None, keep_visual_tokens: float | None = None, keep_layers: int | None = None
+        self,
+        preset: str | None = None,
+        keep_visual_tokens: float | None = None,
+        keep_layers: int | None = None,
+        flops: float | None = None,
+        quality: float | None = None,
     ) -> OnnxRouteBudget:
         """Return what is asked for, checked; where nothing is, the budget that is set. Raises InputError."""
-        named = keep_visual_tokens is not None or keep_layers is not None
+        if quality is not None:
+            raise InputError(
+                f"quality={quality} can't be asked of graphs, which take numbers of tokens before they score them: "
+                "give flops, a preset, or keep_visual_tokens, or run the checkpoint with torch."
+            )
+        named = any(value is not None for value in (keep_visual_tokens, keep_layers, flops))
         if preset is not None and named:
-            raise InputError(f"give either preset={preset!r} or keep_visual_tokens and keep_layers, not both.")
+            raise InputError(
+                f"give either preset={preset!r} or keep_visual_tokens and keep_layers, or flops, not both."
+            )
         if preset is None and not named:
             return self.budget
         presets = {"off": {}, **self.router_facts["presets"]}
@@ -112,10 +142,26 @@ class RoutedOnnxModel(OnnxModel):
         budget = (
             OnnxRouteBudget(**presets[preset])
             if preset is not None
-            else OnnxRouteBudget(keep_visual_tokens, keep_layers)
+            else OnnxRouteBudget(keep_visual_tokens, keep_layers, flops)
         )
         budget.check(self.manifest["layers"], len(self.router_facts["candidates"]))
-        return budget
+        if budget.flops is not None and "budgets" not in self.router_facts:
+            raise InputError(
+                f"flops={budget.flops} is computed from what was measured after the router's training, and this folder "
+                "has no such measurement: route the checkpoint again and export it, or give keep_visual_tokens."
+            )
+        return OnnxRouteBudget() if budget.flops == 1 else budget
+
+    def amounts(self, lengths: Array, available: Array) -> tuple[Array, Array]:
+        """Return how many visual tokens each row keeps and how many layers it skips: [B] each."""
+        layers, budget = self.manifest["layers"], self.budget
+        if budget.flops is None:
+            skipped = layers - (budget.keep_layers or layers)
+            return budget.tokens_of(available), np.full(len(available), skipped)
+        cost, front = PromptCost.of(self.router_facts), self.router_facts["budgets"]["front"]
+        rows = zip(lengths.tolist(), available.tolist(), strict=True)
+        mixes = np.array([cost.mix(budget.flops, front, *row) for row in rows])
+        return mixes[:, 0], layers - mixes[:, 1]
 
     def generate(
         self,
@@ -123,10 +169,12 @@ class RoutedOnnxModel(OnnxModel):
         preset: str | None = None,
         keep_visual_tokens: float | None = None,
         keep_layers: int | None = None,
+        flops: float | None = None,
+        quality: float | None = None,
         **options: Any,
     ) -> Array:
         before = self.budget
-        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers)
+        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers, flops, quality)
         try:
             return super().generate(seed, **options)
         finally:
@@ -144,16 +192,15 @@ class RoutedOnnxModel(OnnxModel):
         features = self._matching(prompt, features)
         visual = (prompt.input_ids == self.manifest["image_token_id"]) & prompt.real
         available = visual.sum(1)
-        counts = self.budget.tokens_of(available)
+        counts, skipped = self.amounts(prompt.lengths, available)
         state = self._begin(prompt, prompt.lengths - available + counts, new_tokens)
-        skipped = self.manifest["layers"] - (self.budget.keep_layers or self.manifest["layers"])
         router = None
-        if visual.any() and (skipped or (counts < available).any()):
+        if visual.any() and (skipped.any() or (counts < available).any()):
             router = {
                 "is_visual": visual,
                 "places": prompt.places.astype(self.dtype),
                 "keep_counts": counts,
-                "skip_count": np.array(skipped),
+                "skip_count": skipped if self.skips_by_row else skipped[0],
                 "slots": np.arange(int(state.kept.max())),
             }
         return self._through(state, prompt.input_ids, features, prompt.positions, router), state

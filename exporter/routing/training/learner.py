@@ -117,7 +117,7 @@ class TrainingBatch:
 
     def kl(self, gates: Gates) -> Tensor:
         """Compute KL(original || routed) at each answer token, [A of all rows], differentiable in the gates."""
-        return self._divergence(self.log_q(gates))
+        return self.divergence(self.log_q(gates))
 
     def log_q(self, gates: Gates) -> Tensor:
         """Return log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
@@ -148,10 +148,10 @@ class TrainingBatch:
             log_q = self._said(
                 gated_states(model, self.given, attention=self.learner.attention, state=state, start=first, gates=gates)
             )
-            costs.append(self.per_sample(self._divergence(log_q)))
+            costs.append(self.per_sample(self.divergence(log_q)))
         return torch.stack(costs)
 
-    def _divergence(self, log_q: Tensor) -> Tensor:
+    def divergence(self, log_q: Tensor) -> Tensor:
         """Compute KL(original || q) at each answer token, [A of all rows, V] -> [A of all rows]."""
         return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
 

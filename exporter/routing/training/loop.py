@@ -26,9 +26,11 @@ from ...models.answers import ANSWER_TOKENS
 from ...models.training_state import TrainingState
 from ...progress import Progress
 from .learner import Learner, Teacher
+from .outcomes import fitted_budgets
 from .relaxation import gated_attention
 
-HELD_OUT, MOST_HELD_OUT = 8, 128  # one in so many questions is not trained on but judged by, so many at most
+HELD_OUT, MOST_HELD_OUT = 8, 512  # one in so many questions is not trained on but judged by, so many at most
+PROBED = 128  # of them, during training
 SAVE_EVERY = 50  # steps
 
 
@@ -53,6 +55,7 @@ class Trained:
     curve: list[dict[str, float]]  # by step: training loss, and KL of held-out questions under each probe
     questions: int
     held_out: int
+    budgets: dict[str, Any] = field(default_factory=dict)  # `outcomes.fitted_budgets`
 
 
 # --- the training itself ----------------------------------------------------------------------------------------------
@@ -98,11 +101,12 @@ def train_router(
             schedule.step()
             state.note(step, loss.item(), "the router's loss")
             if held_out and ((step + 1) % max(1, training.steps // 10) == 0 or step == 0):
-                state.curve[-1] |= learner.probe(held_out, training.batch_size)
+                state.curve[-1] |= learner.probe(held_out[:PROBED], training.batch_size)
             if state_file is not None and (step + 1) % SAVE_EVERY == 0:
                 state.save(state_file, step + 1)
+        budgets = fitted_budgets(learner, held_out, training.batch_size, progress)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in router.state_dict().items()}
-    return Trained(weights, state.curve, len(trained_on), len(held_out))
+    return Trained(weights, state.curve, len(trained_on), len(held_out), budgets)
 
 
 def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:
@@ -110,4 +114,4 @@ def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:
     if len(samples) < 2 * HELD_OUT:
         return list(range(len(samples))), []
     split = split_by_picture(samples, min(MOST_HELD_OUT, len(samples) // HELD_OUT), seed)
-    return sorted(split.fit), sorted(split.held_out)
+    return sorted(split.fit), list(split.held_out)  # any first part of these is a sample of them
