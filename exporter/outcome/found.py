@@ -34,18 +34,9 @@ class Found:
         """Compare a measured candidate with the original, question by question."""
         before, after = (list(map(bool, answers)) for answers in (original, step["correct"]))
         only_original, only_it, p_value = mcnemar(before, after)
-        n = len(before)
-        difference = (only_original - only_it) / n
-        spread = (only_original + only_it) / n - difference**2
-        return cls(
-            candidate,
-            step["figures"],
-            Rate.of(after),
-            100 * difference,
-            100 * math.sqrt(max(0.0, spread) / n),
-            p_value,
-            step["held_out"],
-        )
+        loss = 100 * (only_original - only_it) / len(before)
+        error = 100 * paired_error(only_original, only_it, len(before))
+        return cls(candidate, step["figures"], Rate.of(after), loss, error, p_value, step["held_out"])
 
     def to_data(self) -> dict[str, Any]:
         return {
@@ -60,6 +51,15 @@ class Found:
             "p_value": self.p_value,
             "held_out": None if self.held_out is None else dict(self.held_out),
         }
+
+
+def paired_error(only_first: int, only_second: int, n: int) -> float:
+    """Return the standard error of the difference of two shares on the same n questions.
+
+    Half a question is added to each kind (A. Agresti and Y. Min, 2005), so that it is not 0 where none differs.
+    """
+    spread = only_first + only_second + 1 - (only_first - only_second) ** 2 / (n + 2)
+    return math.sqrt(spread) / (n + 2)
 
 
 def front(found: Sequence[Found], goal: SearchGoal, original: Mapping[str, Any], accuracy: float) -> list[Found]:
