@@ -76,7 +76,8 @@ def front(found: Sequence[Found], goal: SearchGoal, original: Mapping[str, Any],
 
 
 def _cost(goal: SearchGoal, figures: Mapping[str, Any]) -> int:
-    return -round(goal.better(figures) * 10**DIGITS)
+    better: float = goal.better(figures)
+    return -round(better * 10.0**DIGITS)
 
 
 def choice(found: Sequence[Found], goal: SearchGoal, max_loss: float) -> Found | None:

@@ -193,7 +193,8 @@ def make_route(
             raise InputError(f"rule '{rule}' needs a router, and this model has none: train one, or use another rule.")
         routed = model.route(**batch.inputs, **vars(budget)) if not budget.is_off else None
         if routed is not None and (budget.flops is not None or budget.quality is not None):
-            return replace(routed, visual=visual)  # how much of each row is the router's affair too
+            limited: Route = replace(routed, visual=visual)
+            return limited  # how much of each row is the router's affair too
     tokens = _token_scores(model, batch, rule, routed, seed)
     layers = _layer_scores(model, batch, rule, routed, seed, influence)
     return assemble(

@@ -70,11 +70,10 @@ def clip_features(weights: Weights, pixels: Tensor) -> Tensor:
 def llava_logits(weights: Weights, tower: Weights, ids: Tensor, image_id: int, pixels: Tensor) -> Tensor:
     """Logits [S, V] of one prompt [S] whose runs of `image_id` stand for the pictures' patches."""
     features = clip_features(tower, pixels)
-    for at in (0, 2):
-        features = F.linear(
-            features, weights[f"model.mm_projector.{at}.weight"], weights[f"model.mm_projector.{at}.bias"]
-        )
-        features = F.gelu(features) if at == 0 else features
+    for map_idx in (0, 2):
+        projector = f"model.mm_projector.{map_idx}"
+        features = F.linear(features, weights[f"{projector}.weight"], weights[f"{projector}.bias"])
+        features = F.gelu(features) if map_idx == 0 else features
     is_image = ids == image_id
     x = F.embedding(ids.masked_fill(is_image, 0), weights["model.embed_tokens.weight"])
     x[is_image] = features.flatten(0, 1)
@@ -93,8 +92,8 @@ def llava_logits(weights: Weights, tower: Weights, ids: Tensor, image_id: int, p
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
         y = norm(x, f"{at}.input_layernorm")
-        q, k, v = (F.linear(y, weights[f"{at}.self_attn.{n}_proj.weight"]).unflatten(-1, (-1, size)).transpose(0, 1)
-                   for n in "qkv")  # fmt: skip
+        q, k, v = (F.linear(y, weights[f"{at}.self_attn.{which}_proj.weight"]).unflatten(-1, (-1, size)).transpose(0, 1)
+                   for which in "qkv")  # fmt: skip
         q, k = rotate(q), rotate(k)
         k, v = (t.repeat_interleave(HEADS // len(t), 0) for t in (k, v))
         scores = (q @ k.transpose(1, 2) / math.sqrt(size)).masked_fill(future, -math.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 from fixtures.checkpoints import verify_in_this_process
@@ -77,7 +78,8 @@ def test_a_search_writes_what_it_chose_and_the_others_as_recipes(asked, tmp_path
 
 
 def test_a_search_that_was_interrupted_goes_on(asked, tmp_path, monkeypatch):
-    out, measured = tmp_path / "found", []
+    out = tmp_path / "found"
+    measured: list[Any] = []
     wanted = asked(goal=SearchGoal())
     real = Workshop.measure
 

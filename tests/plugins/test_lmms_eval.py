@@ -14,6 +14,7 @@ import sys
 import tomllib
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -40,9 +41,12 @@ class Base:
 def model_class(monkeypatch):
     """Return the class of the plug-in."""
     if importlib.util.find_spec("lmms_eval") is None:
-        modules = {name: types.ModuleType(name) for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models")}
+        modules: dict[str, Any] = {
+            name: types.ModuleType(name) for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models")
+        }
         modules |= {f"lmms_eval.{name}": types.ModuleType(name) for name in ("api.instance", "api.model")}
-        modules["lmms_eval.models.registry_v2"] = registry = types.ModuleType("registry")
+        modules["lmms_eval.models.registry_v2"] = types.ModuleType("registry")
+        registry: Any = modules["lmms_eval.models.registry_v2"]
         instance, model = modules["lmms_eval.api.instance"], modules["lmms_eval.api.model"]
         instance.GenerationResult, instance.TokenCounts, model.lmms = Result, lambda **counts: counts, Base
         registry.ModelManifest = lambda **parts: types.SimpleNamespace(**parts)

@@ -13,6 +13,7 @@ import pytest
 from fixtures.checkpoints import not_verified
 
 from exporter.cli.entry import main
+from exporter.modeling.routed_route import FEWEST_JUDGED
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SKIPPED = {  # and why
@@ -26,7 +27,7 @@ FEW = {  # what makes a command quick
     "compress": "--samples 4 --localizer block_influence --fold none",
     "evaluate": "--samples 4",
     "heal": "--samples 16 --steps 1 --exchanges 0",
-    "route": "--samples 8 --steps 1 --batch-size 2",
+    "route": f"--samples {FEWEST_JUDGED} --steps 1 --batch-size 2",
     "bench": "--rounds 2 --new-tokens 1 --batch 1",
     "search": "--dry-run",
     "push": "--dry-run",  # nothing is published
@@ -53,10 +54,11 @@ def place(digits, tmp_path, monkeypatch) -> Path:
     for module in ("pipeline", "routing.with_router", "healing.healed"):
         monkeypatch.setattr(f"exporter.{module}.require", not_verified)
     monkeypatch.setattr("exporter.checkpoints.verification.require", lambda *_: None)
-    lines = [json.loads(line) for line in (digits / "data" / "test.jsonl").read_text().splitlines()[:64:4]]
+    lines = [json.loads(line) for line in (digits / "data" / "test.jsonl").read_text().splitlines()[::4]]
     lines = [line | {"image": str(digits / "data" / line["image"])} for line in lines]
-    for name, keys in (("questions.jsonl", ("image", "question")), ("labelled.jsonl", lines[0])):
-        (tmp_path / name).write_text("".join(json.dumps({k: x[k] for k in keys}) + "\n" for x in lines))
+    few = (("questions.jsonl", FEWEST_JUDGED, ("image", "question")), ("labelled.jsonl", 16, lines[0]))
+    for name, number, keys in few:
+        (tmp_path / name).write_text("".join(json.dumps({k: x[k] for k in keys}) + "\n" for x in lines[:number]))
     recipe = yaml_block(digits)
     (tmp_path / "my.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
