@@ -109,7 +109,7 @@ def test_the_shell_and_python_blocks_run(place, digits, capsys):
         api, ('device="cuda"', 'device="cpu"'), ("visual_tokens=576, text_tokens=64", 'task="labelled.jsonl"')
     )
     exec(api.replace(", workload=", f", options={QUICK}, workload="), {})
-    router = replaced(router, ("keep_layers=20", "keep_layers=8"))
+    router = replaced(router, ("keep_layers=20", "keep_layers=8"), ("quality=0.98", "quality=0.9"))
     names["inputs"]["max_new_tokens"] = 4
     exec(router, names)
 
