@@ -50,7 +50,7 @@ families: $(VENV)/ready-dev
 	$(BIN)/python -m exporter.survey.table docs/families.md
 
 fuzz: $(VENV)/ready-dev
-	PYTHONPATH=tests $(BIN)/python -m faults.fuzz --cases $(CASES) --seed $(SEED) --write docs/faults.md
+	PYTHONPATH=tests $(BIN)/python -m faults.fuzz --cases $(CASES) --seed $(SEED) --repeat --write docs/faults.md
 
 kills: $(VENV)/ready-dev
 	PYTHONPATH=tests $(BIN)/python -m faults.kills --runs $(RUNS) --seed $(SEED) --write docs/kills.md
