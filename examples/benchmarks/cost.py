@@ -52,12 +52,12 @@ IMAGE_TOKEN = 0
 COPIES = """
 import sys
 from pathlib import Path
-from exporter.weight_files import open_weights
-from exporter.weights import Piece, write_shard
+from exporter.checkpoints.weight_files import open_weights
+from exporter.checkpoints.safetensors_ranges import TensorRange, write_shard
 weights, out = open_weights(Path(sys.argv[1])), Path(sys.argv[2])
 out.mkdir()
 for number, shard in enumerate(weights.shards):
-    pieces = [Piece(name, entry) for name, entry in shard.entries.items()]
+    pieces = [TensorRange(name, entry) for name, entry in shard.entries.items()]
     write_shard(out / f"{number}.safetensors", pieces, {}, lambda done: None)
 # not getrusage: its maximum is inherited from the process that started this one
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

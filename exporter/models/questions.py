@@ -26,7 +26,7 @@ from ..plan import PruningPlan
 from ..progress import Progress
 from .answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
 
-PORTIONS = {  # of the questions, and how many at least: together they cost under four forward passes over all of them
+PORTIONS = {  # of the questions, and how many at least: what they cost together, `--dry-run` says
     "held_out": (1 / 5, 16),  # that nothing is fitted on
     "fit": (9 / 16, 64),  # that folds are fitted on
     "rank": (1 / 32, 12),  # that rankings of layers are read from

@@ -35,6 +35,8 @@ class TrainingState:
         """Return the step to begin at: 0 where there is no state, where it is another run's, or where it is damaged."""
         if path is None or not path.exists():
             return 0
+        if not path.is_file():
+            raise InputError(f"{path} is no file, and a run keeps its state there: move it away.")
         before = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}
         try:
             saved = torch.load(path, weights_only=True)

@@ -438,7 +438,7 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     of_commits = ", ".join(f"{count:,} at {commit}" for commit, count in commits.most_common())
     meanings = "".join(f"- **{name}**: {meaning}\n" for name, meaning in MEANING.items())
     listed = "".join(
-        f"- case {row['number']}: {row['class']}, {row['file']}, {row['damage'][:120]}\n" for row in faults
+        f"- case {row['number']}: {row['class']}, {row.get('file')}, {row['damage'][:120]}\n" for row in faults
     )
     command = f"make fuzz CASES={options.cases} SEED={options.seed}"
     return (
