@@ -79,7 +79,9 @@ def recipe_from_flags(options: argparse.Namespace, budget_needed: bool = True) -
 
 
 def calibration_from_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags say of the questions."""
+    """Return what the flags say of the questions. Raises: InputError for an empty name, which is no absent one."""
+    if options.calibration == "":
+        raise InputError("there is no file or folder '' to read questions from.")
     flags = {
         "data": options.calibration,
         "samples": options.samples,
