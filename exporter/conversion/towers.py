@@ -16,7 +16,8 @@ IMAGES = "preprocessor_config.json"
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 KEPT = (*NEEDED, "hidden_act", "layer_norm_eps", "projection_dim", "num_channels", "attention_dropout")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# Settings of OpenAI's ViT-L/14 towers, as their repositories state them (openai/clip-vit-large-patch14-336).
+# Settings of OpenAI's ViT-L/14 towers (openai/clip-vit-large-patch14 and -336), written down from memory: compare them
+# with the config.json there. `--vision-tower FOLDER` reads a tower's own settings instead.
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
           "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768}  # fmt: skip
 KNOWN = {
