@@ -151,9 +151,13 @@ def healed(small: Path, model: str, data: CalibrationData, setting: Row | None, 
         training = HealTraining(job.schedule.steps, heal.batch_size, heal.learning_rate, heal.loss, job.seed)
         before = judged(student, questions, heal.batch_size)
         forward = peak(student, lambda: judged(student, replace(questions, held_out=questions.held_out[:BATCH]), BATCH))
+        untouched = {name: learnt.detach().clone() for name, learnt in student.parameters.items()}
         result: list[Any] = []
         peak_of_training = peak(student, lambda: result.extend(train(student, questions, training, before, silent)))
         best, curve = result
+        if not best.step:  # nothing that was learnt is kept: `heal` writes the weights as they were
+            for name, learnt in student.parameters.items():
+                learnt.data.copy_(untouched[name])
         held_out = [round(value, 4) for point in curve for name, value in point.items() if name.startswith("KL")]
         told = {
             "steps": best.step,

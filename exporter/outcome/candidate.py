@@ -26,8 +26,17 @@ class Mix:
 
     @property
     def label(self) -> str:
-        parts = ["healed"] * self.healed + ([] if self.tokens is None else [f"{self.tokens:g} of the visual tokens"])
-        return ", ".join(parts + ["int8 (ONNX)"] * self.int8)
+        parts = [
+            "healed" if self.healed else "",
+            "" if self.tokens is None else f"{self.tokens:g} of the visual tokens",
+            "int8 (ONNX)" if self.int8 else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+    @property
+    def unhealed(self) -> Mix:
+        """Return the mix that costs as much: healing changes weights alone."""
+        return dataclasses.replace(self, healed=False)
 
     @property
     def number(self) -> int:
@@ -51,8 +60,13 @@ class Candidate:
     @property
     def slug(self) -> str:
         """Return its name as a file."""
-        tokens = [] if self.mix.tokens is None else [f"tokens{self.mix.tokens:g}"]
-        return "-".join([f"drop{self.drop}", *["healed"] * self.mix.healed, *tokens, *["int8"] * self.mix.int8])
+        parts = [
+            f"drop{self.drop}",
+            "healed" if self.mix.healed else "",
+            "" if self.mix.tokens is None else f"tokens{self.mix.tokens:g}",
+            "int8" if self.mix.int8 else "",
+        ]
+        return "-".join(filter(None, parts))
 
     @property
     def is_original(self) -> bool:

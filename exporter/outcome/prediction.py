@@ -49,7 +49,7 @@ class Predictor:
     def expect(self, candidate: Candidate) -> dict[str, Any]:
         """Return the figures that goals are about: speedup, total_ms, parameters, flops_share, memory_bytes."""
         plain = self._plain(candidate)
-        return {name: value * self.factors.get((candidate.mix, name), 1.0) for name, value in plain.items()}
+        return {name: value * self.factors.get((candidate.mix.unhealed, name), 1.0) for name, value in plain.items()}
 
     def _plain(self, candidate: Candidate) -> dict[str, float]:
         gone, mix = candidate.drop, candidate.mix
@@ -68,7 +68,7 @@ class Predictor:
         """Take the last measured candidate of a mix as the measure for the others of it."""
         for name, value in self._plain(candidate).items():
             if measured.get(name) and name != "parameters":
-                self.factors[candidate.mix, name] = measured[name] / value
+                self.factors[candidate.mix.unhealed, name] = measured[name] / value
 
     def least(self, mix: Mix, goal: SearchGoal, above: int = -1) -> Candidate | None:
         """Return the candidate of a mix with the fewest layers gone that is expected to reach the goal.
@@ -103,7 +103,7 @@ def wanted_candidates(
         return [candidate for candidate in both if candidate.drop <= predictor.sizes.free]
     found: list[Candidate] = []
     for mix in mixes:
-        above = max((one.drop for one in missed if one.mix == mix), default=-1)
+        above = max((one.drop for one in missed if one.mix.unhealed == mix.unhealed), default=-1)
         candidate = predictor.least(mix, goal, above)
         if candidate is None or any(_as_good(other, candidate) for other in found):
             continue

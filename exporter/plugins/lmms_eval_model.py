@@ -7,7 +7,6 @@ Only answers that are generated greedily are to be had: nothing else is what a r
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -141,17 +140,15 @@ def budget_asked(
     """Return the budget that the arguments name, checked against the folder; None for the model as it is."""
     from ..checkpoints.source import open_source
 
-    lists: dict[str, Any] = {
-        "keep_visual_tokens": () if keep_visual_tokens is None else (keep_visual_tokens,),
-        "keep_layers": () if keep_layers is None else (keep_layers,),
-        "presets": () if preset is None else (preset,),
-    }
-    if flops is not None:
-        if "flops" not in {field.name for field in dataclasses.fields(BudgetGrid)}:
-            raise InputError("flops: this release has no such budget: give preset, keep_visual_tokens or keep_layers.")
-        lists["flops"] = (flops,)
-    source = open_source(pretrained)
-    asked = BudgetGrid(**lists, rule=rule, drop_at=drop_at).of(source)
+    grid = BudgetGrid(
+        keep_visual_tokens=() if keep_visual_tokens is None else (keep_visual_tokens,),
+        keep_layers=() if keep_layers is None else (keep_layers,),
+        presets=() if preset is None else (preset,),
+        flops=() if flops is None else (flops,),
+        rule=rule,
+        drop_at=drop_at,
+    )
+    asked = grid.of(open_source(pretrained))
     if len(asked) != 1:
         raise InputError(
             f"lvlm_exporter runs under one budget, and {len(asked)} are named: leave out preset, or the rest."

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..cards.model_card import loading_name
 from ..checkpoints.files import CARD, is_published_document, listed, refuse_links_out
 from ..checkpoints.hub_access import hub_errors
+from ..checkpoints.shapes import require_file
 from ..checkpoints.temporary import temporary_folder
 from ..errors import InputError
 from .folder_kinds import CHECKPOINT, GRAPHS, FolderKind, kind_of, recorded
@@ -84,6 +85,8 @@ def push(
     kind = kind_of(folder)
     names = published(folder, kind)
     refuse_links_out(folder, names)
+    for name in names:
+        require_file(folder / name, "a file to publish")
     api = client(token_needed=not dry_run)
     existed, seen = look(api, repo_id, may_fail=dry_run)
     check_request(repo_id, seen, existed=existed, private=private, create_pr=create_pr)

@@ -90,6 +90,11 @@ def test_answers_are_those_of_evaluate(model_class, requests, routed_folder, tas
     assert any("under fast: 0.25 of the visual tokens, 5 layers" in message for message in caplog.messages)
 
 
+def test_a_share_of_the_cost_is_handed_on(model_class, routed_folder):
+    with pytest.raises(InputError, match=r"flops=0\.5 is computed from what was measured after training"):
+        model_class(str(routed_folder), device="cpu", flops=0.5)
+
+
 def test_answers_end_where_a_task_says(model_class, requests, routed_folder, task):
     model = model_class(str(routed_folder), device="cpu")
     whole = model.generate_until(requests(model)[:2])

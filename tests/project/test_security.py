@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -263,6 +264,16 @@ def test_push_follows_no_link(name, here, made, tmp_path):
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match=f"small/{name} is a link that leads out of the folder"):
+        push(folder, f"{OWNER}/name")
+    assert here.repos == {}
+
+
+@pytest.mark.parametrize("name", ["README.md", "NOTICE", "assets/mine.png"])
+def test_push_waits_for_no_pipe(name, here, made, tmp_path):
+    folder = Path(shutil.copytree(made, tmp_path / "small"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"small/{name} is no regular file, not a file to publish"):
         push(folder, f"{OWNER}/name")
     assert here.repos == {}
 

@@ -41,7 +41,7 @@ class Embeddings(nn.Module):
         self.hidden_size = model.config.get_text_config().hidden_size
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> dict[str, Tensor]:
-        """Run the layers: [B, S], [F, D] -> [B, S, D]."""
+        """Embed token ids [B, S] with image features [F, D] at their places: [B, S, D]."""
         visual = input_ids == self.image_token_id
         states = self.embed(input_ids.masked_fill(visual, 0))  # its id may lie beyond the vocabulary
         spare = torch.zeros_like(image_features[:0].sum(0))[None]  # so that a prompt without images has a row to read
