@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..cards.plots import MARKERS, PALETTE, figure, save
 from ..cards.tables import table
+from ..evaluation.scoring import pareto_front
 from .grid import Comparison
 from .saved import write_all
 
 
 def comparison_rows(done: Any) -> list[tuple[Any, ...]]:
-    """Sort the cells by number of dropped layers, the best first."""
+    """Return a row of each cell, by number of dropped layers, the best first."""
     rows = []
     corrected = dict(zip(map(id, done.cells), done.p_corrected, strict=True))
     for cell in sorted(done.cells, key=lambda c: (len(c.drop), -c.accuracy, c.kl)):
@@ -91,15 +91,6 @@ def plot_comparison(done: Any, path: Path) -> None:
     names = [*(name for name, *_ in shown), "Pareto front"]
     axes.legend(handles, names, frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     save(drawn, path)
-
-
-def pareto_front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return those of (parameters, accuracy) that no other beats in both."""
-    front: list[tuple[int, float]] = []
-    for parameters, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or accuracy > front[-1][1]:
-            front.append((parameters, accuracy))
-    return front
 
 
 def write_results(done: Comparison) -> None:

@@ -88,7 +88,7 @@ def convert_llava(original: Original) -> Converted:
     }
     space, differs = image_prompt(tokenizer)
     held = stored.pieces[VOCABULARY[0]].entry.shape[0]
-    grown = f"Embeddings and head have {rows} rows in place of {held}: for `<image>`, and filled up." * (rows > held)
+    grown = f"Embeddings and head have {rows} rows in place of {held}: for `<image>`, and filled up."
     return Converted(
         title="the original LLaVA format",
         config=config,
@@ -96,7 +96,7 @@ def convert_llava(original: Original) -> Converted:
         json_files={**_processor_files(raw, tower, select), "generation_config.json": _generation(raw)},
         texts={"chat_template.jinja": chat_template(space, _start(tokenizer))},
         tokenizer=tokenizer,
-        notes=tuple(note for note in (grown, differs) if note),
+        notes=((grown,) if rows > held else ()) + ((differs,) if differs else ()),
     )
 
 

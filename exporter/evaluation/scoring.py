@@ -96,3 +96,12 @@ def is_right(said: str, answers: Sequence[str], choices: Sequence[str] = ()) -> 
     wanted = {normalise(answer) for answer in answers}
     letters = {chr(ord("a") + index) for index, choice in enumerate(choices) if normalise(choice) in wanted}
     return normalise(said) in wanted | letters
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return those of (cost, score) that no other is at most as dear and at least as good as, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((cost, score))
+    return front

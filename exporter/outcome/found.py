@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..comparison.grid_table import pareto_front
-from ..evaluation.scoring import Rate, mcnemar
+from ..evaluation.scoring import Rate, mcnemar, pareto_front
 from .candidate import Candidate
 from .goal import SearchGoal
 from .steps_file import candidate_data
-
-DIGITS = 9  # of a goal's figure, when values are compared as whole numbers
 
 
 @dataclass(frozen=True)
@@ -69,15 +66,10 @@ def front(found: Sequence[Found], goal: SearchGoal, original: Mapping[str, Any],
         original: its figures, as far as they are known; accuracy: its exact match.
     """
     known = [one for one in found if goal.better(one.figures) > -math.inf]
-    points = [(_cost(goal, one.figures), one.rate.accuracy) for one in known]
-    as_it_is = [(_cost(goal, original), accuracy)] if goal.better(original) > -math.inf else []
+    points = [(-goal.better(one.figures), one.rate.accuracy) for one in known]
+    as_it_is = [(-goal.better(original), accuracy)] if goal.better(original) > -math.inf else []
     best = pareto_front([*points, *as_it_is])
     return [one for point in best for one, at in zip(known, points, strict=True) if at == point]
-
-
-def _cost(goal: SearchGoal, figures: Mapping[str, Any]) -> int:
-    better: float = goal.better(figures)
-    return -round(better * 10.0**DIGITS)
 
 
 def choice(found: Sequence[Found], goal: SearchGoal, max_loss: float) -> Found | None:

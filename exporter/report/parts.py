@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..evaluation.scoring import pareto_front
+
 WIDTH, HEIGHT = 720, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44  # margins of a scatter
 BAR, BAR_LEFT, BAR_RIGHT = 26, 250, 150  # height of a bar's line; room for its name and its figure
@@ -99,11 +101,8 @@ class Scatter:
     @property
     def front(self) -> list[Point]:
         """Return the points that no other one beats: at most as dear and at least as good, and better in one."""
-        beaten = [
-            any(o.cost <= p.cost and o.score >= p.score and (o.cost, o.score) != (p.cost, p.score) for o in self.points)
-            for p in self.points
-        ]
-        return sorted((p for p, is_beaten in zip(self.points, beaten, strict=True) if not is_beaten), key=_cost)
+        best = pareto_front((p.cost, p.score) for p in self.points)
+        return sorted((p for p in self.points if (p.cost, p.score) in best), key=lambda p: p.cost)
 
     def x(self, cost: float) -> float:
         low, high = _padded([p.cost for p in self.points])
@@ -129,10 +128,6 @@ class Scatter:
     def line(self) -> str:
         """Return the front as the points of an SVG polyline."""
         return " ".join(f"{self.x(p.cost)},{self.y(p.score)}" for p in self.front)
-
-
-def _cost(point: Point) -> float:
-    return point.cost
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

@@ -10,14 +10,13 @@ from PIL import Image
 
 from exporter.comparison.cells_file import CellsFile
 from exporter.comparison.grid import Cell, Comparison, grid_from_data, load_grid
-from exporter.comparison.grid_table import pareto_front
 from exporter.comparison.layers import compare
 from exporter.comparison.routes import tables_from_data
 from exporter.comparison.zoo import compare_zoo, zoo_from_data, zoo_in_folder
 from exporter.data.task import load_task
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
-from exporter.evaluation.scoring import Rate
+from exporter.evaluation.scoring import Rate, pareto_front
 from exporter.pipeline import compress
 from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData, Method, Recipe, RunOptions
