@@ -127,27 +127,11 @@ def plot(result: SearchResult, path: Path) -> None:
             axes.plot(*at, "o", markersize=15, markerfacecolor="none", markeredgecolor="black")
     front = [(one.figures[goal.kind.measure], 100 * one.rate.accuracy) for one in result.front]
     front += _lines(axes, result)
-    if front:
+    if len(front) > 1:
         axes.plot(*zip(*sorted(front), strict=True), color="black", linewidth=1, zorder=0)
     axes.set_xlabel(AXES[goal.kind.measure])
     axes.set_ylabel("exact match (%)")
-    labels = [mix.label or "layers gone alone" for mix in found_mixes]
-    handles = [
-        axes.plot([], [], MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], linestyle="")[0]
-        for i in range(len(labels))
-    ]
-    handles.append(axes.plot([], [], color="black", linewidth=1)[0])
-    handles.append(axes.plot([], [], color="#888888", linestyle=":")[0])
-    axes.legend(
-        handles,
-        [*labels, "Pareto front", "goal, and the original less the loss"],
-        frameon=False,
-        fontsize="small",
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-        title="numbers: layers gone",
-        title_fontsize="small",
-    )
+    _legend(axes, found_mixes, with_front=len(front) > 1)
     save(drawn, path)
 
 
@@ -158,6 +142,31 @@ AXES = {
     "flops_share": "share of the original's operations",
     "memory_bytes": "bytes of memory",
 }
+
+
+def _legend(axes: Any, found_mixes: Sequence[Mix], with_front: bool) -> None:
+    """Say beside the picture what its marks stand for."""
+    styles: dict[str, dict[str, Any]] = {
+        mix.label or "layers gone alone": {"marker": MARKERS[i % len(MARKERS)], "color": PALETTE[i % len(PALETTE)]}
+        for i, mix in enumerate(found_mixes)
+    }
+    styles["the original"] = {"marker": "*", "color": "black", "markersize": 11}
+    handles = [axes.plot([], [], linestyle="", **style)[0] for style in styles.values()]
+    names = list(styles)
+    if with_front:
+        handles.append(axes.plot([], [], color="black", linewidth=1)[0])
+        names.append("Pareto front")
+    handles.append(axes.plot([], [], color="#888888", linestyle=":")[0])
+    axes.legend(
+        handles,
+        [*names, "goal, and the original less the loss"],
+        frameon=False,
+        fontsize="small",
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        title="numbers: layers gone; circle: chosen",
+        title_fontsize="small",
+    )
 
 
 def _lines(axes: Any, result: SearchResult) -> list[tuple[float, float]]:
