@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
+import importlib.metadata
 import json
 import logging
 import sys
@@ -40,7 +40,7 @@ class Base:
 @pytest.fixture
 def model_class(monkeypatch):
     """Return the class of the plug-in."""
-    if importlib.util.find_spec("lmms_eval") is None:
+    if not list(importlib.metadata.distributions(name="lmms_eval")):  # a folder of that name can be a namespace package
         modules: dict[str, Any] = {
             name: types.ModuleType(name) for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models")
         }
