@@ -5,7 +5,7 @@
 # make matrix the compatibility matrix, which writes docs/compatibility.md: minutes, and some 100 MB from the package index
 # make families  tries every model type of transformers out, which writes docs/families.md: some ten minutes
 # make fuzz   damages CASES=5000 files of every kind and runs what reads them, which writes docs/faults.md: an hour
-# make kills  ends RUNS=50 runs of four subcommands at random moments, which writes docs/kills.md: an hour
+# make kills  ends RUNS=50 runs of five subcommands at random moments, which writes docs/kills.md: two hours
 # make lmms-eval-test  lmms-eval with this package's model, in an environment of its own, against `evaluate`: minutes
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
 # make heal   heals the reference model and those of ZOO, and prints what each keeps and costs: hours, goes on when started again

@@ -25,6 +25,14 @@ def shown(message: object) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """Return a text of one line that a terminal shows as it is: what is no character to print is written as its escape.
+
+    Names come out of files: they may hold line ends, colours, or marks that turn the direction of writing.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
+
+
 class InputError(ValueError):
     """Wrong input or an environment that can't do what was asked. The message says what, the numbers and the fix."""
 

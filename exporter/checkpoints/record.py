@@ -12,15 +12,14 @@ from typing import Annotated, Any
 from ..clean_room import REFERENCE_QUESTION
 from ..errors import InputError
 from .files import check_written, replace_text
+from .measurement_types import BenchmarkEntry, EvaluationEntry
 from .record_types import (
-    BenchmarkEntry,
-    CalibrationPart,
     ConversionPart,
-    EvaluationEntry,
     FoldPart,
     HealPart,
     MeasuredPart,
     PlanPart,
+    QuestionsPart,
     ReferenceAnswer,
     ReferencePart,
     RoutePicture,
@@ -31,11 +30,36 @@ from .record_types import (
     VerificationPart,
     VersionsPart,
 )
-from .shapes import POSITIVE, Misfit, check, read_json, require_file
+from .shapes import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    ListOf,
+    Maybe,
+    Misfit,
+    TextOr,
+    check,
+    read_json,
+    require_file,
+)
 from .typed import OR_MISSING, Count, Text, from_data, named
 
 RECORD = "compression.json"
 FORMAT = 1
+PLACE = TextOr(
+    {"data": TEXT, "samples?": Maybe(COUNT), "split?": TEXT, "prompt?": TEXT, "config?": Maybe(TEXT),
+     "answer_tokens?": POSITIVE, "allow_urls?": FLAG}
+)  # fmt: skip
+METHOD = TextOr({"name": TEXT})
+# Laxer than a recipe that is run: a later version's has other keys and methods, and `reproduce` reads it strictly.
+RECIPE = {
+    "model": TEXT, "revision?": Maybe(TEXT), "calibration?": PLACE, "localizer?": METHOD, "fold?": METHOD,
+    "drop_layers?": COUNT, "drop_ratio?": NUMBER, "target_params?": COUNT, "layers?": ListOf(COUNT),
+    "protect?": ListOf(COUNT), "keep_period?": FLAG, "seed?": COUNT, "base_model?": Maybe(TEXT),
+    "heal?": {"calibration?": PLACE, "teacher?": Maybe(TEXT)}, "router?": {"calibration?": PLACE, "loss?": METHOD},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,7 @@ class CheckpointRecord:
     recipe: dict[Text, Any]
     run: RunPart
     source: SourcePart
-    calibration: CalibrationPart
+    calibration: QuestionsPart
     protect: tuple[Count, ...]
     scores: ScoresPart
     plan: PlanPart
@@ -114,8 +138,7 @@ def check_format(data: dict[str, Any], path: Path) -> None:
 def _check_together(record: CheckpointRecord) -> None:
     """Check what one part says against another."""
     plan = record.plan
-    if not isinstance(record.recipe.get("model"), str):
-        raise Misfit("'recipe' has no 'model'")
+    check(record.recipe, RECIPE, "recipe")
     if sorted([*plan.drop, *plan.keep]) != list(range(plan.num_layers)) or not plan.keep:
         raise Misfit(f"'plan' does not keep or drop each of its {plan.num_layers} layers once")
     if len(record.scores.values) != plan.num_layers:

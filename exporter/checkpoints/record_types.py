@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from .shapes import INNER_PATH, SHA256, Kind, one_of
-from .typed import OR_MISSING, Count, Flag, Length, Number, Positive, Text, named
+from .typed import OR_MISSING, Count, Divergence, Flag, Length, Number, Positive, Share, Size, Text, named
 
 DTYPES = ("float32", "bfloat16", "float16")
+OUTPUT_NAME = re.compile(
+    r"vision: image_features|embeddings: inputs_embeds|decoder \((prompt|step)\): logits"
+    r"|decoder: present\.\d+\.(key|value)"
+)
 TENSOR = Kind('"layer N\'s NAME"', lambda value: isinstance(value, str) and value.count("'s ") == 1)
+OUTPUT = Kind(
+    '"PART: OUTPUT" of the graphs',
+    lambda value: isinstance(value, str) and bool(OUTPUT_NAME.fullmatch(value)),
+)
 Dtype = Annotated[str, one_of(*DTYPES)]
 InnerPath = Annotated[str, INNER_PATH]
 Sha256 = Annotated[str, SHA256]
@@ -52,6 +61,16 @@ class CalibrationPart:
 
 
 @dataclass(frozen=True)
+class QuestionsPart(CalibrationPart):
+    """The questions of a checkpoint's record, and how they were used."""
+
+    of: Count = 0  # that there were to choose from
+    answer_tokens: Count = 0  # of the model's own answers, where a method reads them
+    pictures: Count = 0
+    held_out: Count = 0  # that sets of layers were judged on
+
+
+@dataclass(frozen=True)
 class ScoresPart:
     """The localizer's value of each layer."""
 
@@ -69,6 +88,7 @@ class PlanPart:
     num_layers: Positive
     drop: tuple[Count, ...]
     keep: tuple[Count, ...]
+    broken_period: Text | None = None  # a warning
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,7 @@ class FoldPart:
     name: Text
     reason: Text
     tensors: tuple[Annotated[str, TENSOR], ...]
+    options: dict[Text, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,14 +106,15 @@ class ReferenceAnswer:
     """A model's greedy answer to the reference question, and how sure it was of each token."""
 
     tokens: tuple[Count, ...]
-    margins: tuple[Number, ...]
+    margins: tuple[Size, ...]
+    question: Text = ""
 
 
 @dataclass(frozen=True)
 class ReferencePart(ReferenceAnswer):
     """The answer that `verify` compares with, and the precision that it was given in."""
 
-    dtype: Dtype
+    dtype: Dtype = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -109,7 +131,7 @@ class MeasuredPart:
 
     parameters: Count
     bytes: Count
-    seconds: Number
+    seconds: Size
     kv_bytes_per_token: Count
     files: dict[InnerPath, Sha256]
 
@@ -121,147 +143,8 @@ class VersionsPart:
     exporter: Text
     transformers: Text
     torch: Text
-
-
-# --- measurements -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TypeFigures:
-    """Exact match on the questions of one type."""
-
-    n: Count
-    accuracy: Number
-
-
-@dataclass(frozen=True)
-class BudgetUsed:
-    """The budget that a routed model was evaluated under."""
-
-    preset: Text | None
-    keep_visual_tokens: Number | None
-    keep_layers: Count | None
-    rule: Text
-    drop_at: Count | None
-    flops: Annotated[Number | None, OR_MISSING] = None
-    quality: Annotated[Number | None, OR_MISSING] = None
-
-
-@dataclass(frozen=True)
-class ReferenceFigures:
-    """The reference's figures on the same task."""
-
-    n: Count
-    accuracy: Number
-    interval: Annotated[tuple[Number, ...], Length(2)]
-    by_type: dict[Text, TypeFigures]
-    kl: Number | None = None
-    agreement: Number | None = None
-
-
-@dataclass(frozen=True)
-class EvaluationEntry:
-    """The checkpoint's figures on a task."""
-
-    task: Text
-    fingerprint: Text
-    n: Count
-    accuracy: Number
-    interval: Annotated[tuple[Number, ...], Length(2)]
-    by_type: dict[Text, TypeFigures]
-    kl: Number | None
-    agreement: Number | None
-    reference: ReferenceFigures | None
-    budget: BudgetUsed | None = None
-    flops_share: Number | None = None
-    decoder_flops_share: Number | None = None
-    reference_name: Text | None = None
-    metric: Text | None = None  # None: exact match
-    figures: dict[Text, Number] = field(default_factory=dict)  # what the metric tells beside its mean
-
-
-@dataclass(frozen=True)
-class CostRatios:
-    """Figures as shares of the reference's, and how much of the possible speed-up was reached."""
-
-    achieved: dict[Text, Number | None]
-    prefill_ms: Number | None = None
-    first_token_ms: Number | None = None
-    decode_ms: Number | None = None
-    flops: Number | None = None
-    kv_bytes: Number | None = None
-    peak_bytes: Number | None = None
-
-
-@dataclass(frozen=True)
-class BatchTimes:
-    """The times of a batch."""
-
-    batch: Positive
-    visual_tokens: Count
-    text_tokens: Count
-    prefill_ms: Number
-    decode_ms: Number
-
-
-@dataclass(frozen=True)
-class BatchFigures(BatchTimes):
-    """The times of a batch, and their ratios to the reference's."""
-
-    ratio_to_reference: CostRatios
-
-
-@dataclass(frozen=True)
-class HardwarePart:
-    """The hardware of a benchmark."""
-
-    device: Text
-    threads: Count | None = None
-
-
-@dataclass(frozen=True)
-class WorkloadPart:
-    """The prompts of a benchmark."""
-
-    task: Text | None
-
-
-@dataclass(frozen=True)
-class BenchOptionsPart:
-    """The settings of a benchmark."""
-
-    new_tokens: Count
-    rounds: Count
-
-
-@dataclass(frozen=True)
-class BenchmarkVersions:
-    """The software of a benchmark."""
-
-    transformers: Text
-    torch: Text
-
-
-@dataclass(frozen=True)
-class BenchmarkHead:
-    """The conditions of a benchmark."""
-
-    budget: dict[Text, Any] | None
-    runtime: Text
-    hardware: HardwarePart
-    workload: WorkloadPart
-    options: BenchOptionsPart
-    date: Text
-    versions: BenchmarkVersions
-
-
-@dataclass(frozen=True)
-class BenchmarkEntry(BenchmarkHead):
-    """A checkpoint's times beside its reference's."""
-
-    batches: tuple[BatchFigures, ...]
-    reference: tuple[BatchTimes, ...]
-    reference_is_this_model: Flag
+    python: Text = ""
+    safetensors: Text = ""
 
 
 # --- a router ---------------------------------------------------------------------------------------------------------
@@ -271,10 +154,10 @@ class BenchmarkEntry(BenchmarkHead):
 class PresetBudget:
     """The budget behind a preset's name."""
 
-    keep_visual_tokens: Number = 1.0  # all
+    keep_visual_tokens: Size = 1.0  # all
     keep_layers: Count = 0  # not given: all
-    flops: Number = 1.0  # not given: as many as those take
-    quality: Number = 1.0  # not given: no promise
+    flops: Size = 1.0  # not given: as many as those take
+    quality: Share = 1.0  # not given: no promise
 
 
 @dataclass(frozen=True)
@@ -285,6 +168,12 @@ class RouterSettingsPart:
     candidates: tuple[Count, ...]
     presets: dict[Text, PresetBudget]
     default: Text
+    read_at: Count = 2
+    bottleneck: Positive = 1
+    num_heads: Positive = 1
+    image_floor: Share = 0.0
+    format: Positive = 1
+    trained_for: dict[Text, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -297,7 +186,9 @@ class RouterPart:
     held_out: Count
     curve: tuple[dict[Text, Number], ...]
     reference: ReferenceAnswer
-    seconds: Number = 0.0  # of training
+    measured: tuple[dict[Text, Any], ...] = ()  # of budgets, on held-out questions
+    fingerprint: Text = ""  # of the questions
+    seconds: Size = 0.0  # of training
     replaces_another: Flag = False  # the source had one
 
 
@@ -305,11 +196,11 @@ class RouterPart:
 class HealedHeldOut:
     """The divergence of a model from its original on held-out questions."""
 
-    kl: Number
+    kl: Divergence
     interval: Annotated[tuple[Number, ...], Length(2)]
     questions: Count
     pictures: Count
-    same_answers: Number
+    same_answers: Share
 
 
 @dataclass(frozen=True)
@@ -373,15 +264,16 @@ class RoutePicture:
 class OutputDifference:
     """The difference of an output from torch's."""
 
-    max: Number
-    mean: Number
+    max: Size
+    mean: Size
+    scale: Size = 0.0  # the largest magnitude
 
 
 @dataclass(frozen=True)
 class ComparisonPart:
     """The differences of the graphs from torch."""
 
-    outputs: dict[Text, OutputDifference]
+    outputs: dict[Annotated[str, OUTPUT], OutputDifference]
     tokens: Count
     equal_tokens: Count
     left_out: Count = 0
@@ -405,6 +297,8 @@ class OnnxVersions:
     torch: Text
     transformers: Text
     onnxruntime: Text
+    onnx: Text = ""
+    onnxscript: Text = ""
 
 
 @dataclass(frozen=True)
@@ -420,29 +314,3 @@ class OnnxRouterPart:
 
     presets: dict[Text, Any]
     default: Text
-
-
-@dataclass(frozen=True)
-class OnnxBatchFigures(BatchTimes):
-    """The times of a batch, and their ratios to the table's first model."""
-
-    vision_ms: Number
-    kv_bytes: Count
-    ratio_to_reference: CostRatios | None
-
-
-@dataclass(frozen=True)
-class OnnxModelFigures:
-    """One model of an ONNX folder's benchmark."""
-
-    path: Text
-    budget: dict[Text, Any] | None
-    runtime: Text
-    batches: tuple[OnnxBatchFigures, ...]
-
-
-@dataclass(frozen=True)
-class OnnxBenchmark(BenchmarkHead):
-    """An ONNX folder's times beside those of all that it was compared with."""
-
-    models: tuple[OnnxModelFigures, ...]

@@ -1,7 +1,7 @@
 """Checks the shape of data that was read from JSON, and reads JSON files of ours without surprises.
 
 A shape is written as data: a `Kind` for a value, a dict for an object (a key that ends in '?' may be missing),
-`ListOf`, `MapOf` and `Maybe` (null is fine) for the rest. Whatever does not fit is named by its path.
+`ListOf`, `MapOf`, `TextOr` and `Maybe` (null is fine) for the rest. Whatever does not fit is named by its path.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ class Maybe:
     shape: Any
 
 
+@dataclass(frozen=True)
+class TextOr:
+    """A text, or an object of a shape."""
+
+    shape: Any
+
+
 class Misfit(ValueError):  # noqa: N818 - a message in the making, which becomes an InputError
     """A value that is not of its shape. The message names its path and what is needed."""
 
@@ -74,6 +81,10 @@ TEXT = Kind("a text", lambda value: isinstance(value, str))
 COUNT = Kind("a whole number from 0 up", _is_count)
 POSITIVE = Kind("a whole number from 1 up", lambda value: _is_count(value) and value > 0)
 NUMBER = Kind("a finite number", _is_number)
+SIZE = Kind("a number from 0 up", lambda value: _is_number(value) and value >= 0)
+SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+# Of float32 sums of many terms: one that is 0 may come out a little below.
+DIVERGENCE = Kind("a number from 0 up", lambda value: _is_number(value) and value > -1e-3)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 SHA256 = Kind("a SHA-256", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-fA-F]{64}", value)))
 INNER_PATH = Kind("a file below the folder", _is_inner_path)
@@ -92,6 +103,11 @@ def check(value: Any, shape: Any, where: str = "") -> None:
                 raise Misfit(f"{_named(where)} is not {shape.name}")
         case Maybe():
             if value is not None:
+                check(value, shape.shape, where)
+        case TextOr():
+            if not isinstance(value, str | dict):
+                raise Misfit(f"{_named(where)} is neither a text nor a JSON object")
+            if isinstance(value, dict):
                 check(value, shape.shape, where)
         case ListOf():
             if not isinstance(value, list) or len(value) != (len(value) if shape.length is None else shape.length):

@@ -13,13 +13,31 @@ from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .shapes import ANYTHING, COUNT, FLAG, NUMBER, POSITIVE, TEXT, Kind, ListOf, MapOf, Maybe, check
+from .shapes import (
+    ANYTHING,
+    COUNT,
+    DIVERGENCE,
+    FLAG,
+    NUMBER,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    TEXT,
+    Kind,
+    ListOf,
+    MapOf,
+    Maybe,
+    check,
+)
 
 T = TypeVar("T")
 Text = Annotated[str, TEXT]
 Count = Annotated[int, COUNT]
 Positive = Annotated[int, POSITIVE]
 Number = Annotated[float, NUMBER]
+Size = Annotated[float, SIZE]  # a time, or a quotient of two amounts
+Share = Annotated[float, SHARE]
+Divergence = Annotated[float, DIVERGENCE]
 Flag = Annotated[bool, FLAG]
 OR_MISSING = "may be missing, but not null"
 

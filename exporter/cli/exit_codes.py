@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..errors import shown
+from ..errors import printable, shown
 
 LONGEST = 1200  # characters of a message
 
@@ -15,7 +15,7 @@ def interrupted(*_: Any) -> None:
 
 
 def complain(message: str, code: int) -> int:
-    text = shown(message)
+    text = printable(shown(message))
     text = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."  # of a file that says things of any length
     print(f"lvlm-exporter: {text}", file=sys.stderr)
     return code

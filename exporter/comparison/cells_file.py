@@ -39,9 +39,10 @@ class CellsFile:
             raise InputError(f"{path.parent} holds another {what}: name another folder, or remove it.")
         known = self.lines.rows(self.fingerprint)
         self.cells: list[dict[str, Any]] = [known[number]["cell"] for number in sorted(known)]
+        self.next = max(known, default=-1) + 1  # not len(known): a line may have been taken out
 
     def _lines(self) -> ResumableLines:
-        return ResumableLines(self.path, {"cell": dict}, f"cell of a {self.what}")
+        return ResumableLines(self.path, {"cell": dict}, f"cell of a {self.what}", checked=True)
 
     def read(self, parse: Callable[[Any], T]) -> Iterator[T]:
         """Yield what `parse` makes of each cell. Raises InputError where it takes one for damaged, as a Misfit says."""
@@ -63,6 +64,6 @@ class CellsFile:
                 self.lines = self._lines()
             except OSError as error:  # the run goes on all the same
                 logger.warning("%s can't be written (%s): cells are not kept.", self.path, error.strerror)
-        first = len(self.cells)
         self.cells += cells
-        self.lines.add(self.fingerprint, {first + number: {"cell": cell} for number, cell in enumerate(cells)})
+        self.lines.add(self.fingerprint, {self.next + number: {"cell": cell} for number, cell in enumerate(cells)})
+        self.next += len(cells)

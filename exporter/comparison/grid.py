@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.shapes import COUNT, NUMBER, TEXT, ListOf, MapOf, check
+from ..checkpoints.shapes import COUNT, DIVERGENCE, SHARE, SIZE, TEXT, ListOf, MapOf, Misfit, check
 from ..errors import InputError
 from ..evaluation.scoring import Rate, holm, mcnemar
 from ..methods import FOLDS, LOCALIZERS
@@ -134,12 +134,12 @@ CELL = {
     "drop": ListOf(COUNT),
     "parameters": COUNT,
     "n": COUNT,
-    "accuracy": NUMBER,
-    "interval": ListOf(NUMBER, 2),
-    "kept": NUMBER,
-    "by_type": MapOf(NUMBER),
-    "kl": NUMBER,
-    "agreement": NUMBER,
+    "accuracy": SHARE,
+    "interval": ListOf(SHARE, 2),
+    "kept": SIZE,
+    "by_type": MapOf(SHARE),
+    "kl": DIVERGENCE,
+    "agreement": SHARE,
     "wrong": ListOf(COUNT),
 }
 
@@ -152,15 +152,15 @@ def cell_from_data(data: Any) -> Cell:
 
 
 RESULTS = {
-    "original": {"n": COUNT, "accuracy": NUMBER, "interval": ListOf(NUMBER, 2)},
+    "original": {"n": COUNT, "accuracy": SHARE, "interval": ListOf(SHARE, 2)},
     "parameters": COUNT,
     "cells": ListOf(CELL),
-    "seconds": NUMBER,
-    "naive_seconds": NUMBER,
+    "seconds": SIZE,
+    "naive_seconds": SIZE,
     "best": MapOf(CELL),
     "num_layers": COUNT,
     "counts": ListOf(COUNT),
-    "ratios": ListOf(NUMBER),
+    "ratios": ListOf(SHARE),
     "refused": MapOf(TEXT),
 }
 
@@ -205,6 +205,8 @@ class Comparison:
         check(data, RESULTS)
         cells = tuple(cell_from_data(cell) for cell in data["cells"])
         best = {int(count): cell_from_data(cell) for count, cell in data["best"].items()}
+        if strange := [count for count, cell in best.items() if cell not in cells or len(cell.drop) != count]:
+            raise Misfit(f"'best.{strange[0]}' is none of its cells")
         rate = data["original"]
         original = Rate(rate["n"], rate["accuracy"], tuple(rate["interval"]))
         same = {"out": out, "original": original, "cells": cells, "best": best}

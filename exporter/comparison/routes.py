@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.shapes import COUNT, NUMBER, TEXT, ListOf, MapOf, Maybe, check
+from ..checkpoints.shapes import COUNT, DIVERGENCE, SHARE, SIZE, TEXT, ListOf, MapOf, Maybe, check
 from ..errors import InputError
 from ..evaluation.scoring import Rate
 from ..modeling.routed_route import Budget
@@ -109,7 +109,7 @@ class RouteCell:
 
 BUDGET = {
     "preset": Maybe(TEXT),
-    "keep_visual_tokens": Maybe(NUMBER),
+    "keep_visual_tokens": Maybe(SIZE),
     "keep_layers": Maybe(COUNT),
     "rule": TEXT,
     "drop_at": Maybe(COUNT),
@@ -119,14 +119,14 @@ ROUTE_CELL = {
     "column": COUNT,
     "budget": BUDGET,
     "n": COUNT,
-    "accuracy": NUMBER,
-    "interval": ListOf(NUMBER, 2),
-    "kept": NUMBER,
-    "by_type": MapOf(NUMBER),
-    "kl": NUMBER,
-    "agreement": NUMBER,
-    "flops_share": NUMBER,
-    "decoder_flops_share": NUMBER,
+    "accuracy": SHARE,
+    "interval": ListOf(SHARE, 2),
+    "kept": SIZE,
+    "by_type": MapOf(SHARE),
+    "kl": DIVERGENCE,
+    "agreement": SHARE,
+    "flops_share": SIZE,
+    "decoder_flops_share": SIZE,
     "searched": Maybe(TEXT),
 }
 

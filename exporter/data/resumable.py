@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,29 @@ from ..modeling.modeling_routed import ROUTER_FILE
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+CHECKSUM = "checksum"
+CHECKSUM_AT_END = re.compile(rb', "checksum": "([0-9a-f]{16})"}\s*$')
 
 
 class ResumableLines:
     """A JSONL file of numbered rows, each under the fingerprint of the run that it belongs to.
 
     The fingerprint covers everything that a row depends on: rows of another one are left alone and not used. A last
-    line that was cut off in the middle of writing is taken away.
+    line that was cut off in the middle of writing is taken away. A row ends with the checksum of its line, where asked
+    for: one that says something else than what was written is refused.
 
     Args:
         path: None keeps nothing.
         fields: what every row must hold, and of which type; a file with other lines is somebody else's.
         what: 'answer of an evaluation', for messages.
+        checked: write and compare checksums; lines without one, of earlier versions, are taken as they are.
     Raises: InputError for a file that can't be read or written, or that holds something else.
     """
 
-    def __init__(self, path: Path | None, fields: dict[str, type] | None = None, what: str = "row") -> None:
-        self.path, self.fields, self.what = path, fields or {}, what
+    def __init__(
+        self, path: Path | None, fields: dict[str, type] | None = None, what: str = "row", checked: bool = False
+    ) -> None:
+        self.path, self.fields, self.what, self.checked = path, fields or {}, what, checked
         self._known: dict[str, dict[int, Row]] = {}
         if path is None:
             return
@@ -57,6 +64,12 @@ class ResumableLines:
                 raise InputError(f"{path} line {number} is no {self.what}: name another file.") from error
             if not good:
                 raise InputError(f"{path} line {number} is no {self.what}: name another file.")
+            if self.checked and not _as_written(line):
+                raise InputError(
+                    f"{path} line {number} is not what was written, its checksum is another: take the line out, and "
+                    "it is done again."
+                )
+            row.pop(CHECKSUM, None)
             self._known.setdefault(str(row.pop("run", "")), {})[index] = row
         if rest:
             os.truncate(path, len(content) - len(rest))
@@ -74,13 +87,28 @@ class ResumableLines:
         """Append rows of a run."""
         if self.path is None:
             return
-        text = "".join(json.dumps({"run": fingerprint, "index": index} | row) + "\n" for index, row in rows.items())
+        lines = [json.dumps({"run": fingerprint, "index": index} | row) for index, row in rows.items()]
+        text = "".join((_with_checksum(line) if self.checked else line) + "\n" for line in lines)
         try:
             with self.path.open("a") as file:
                 file.write(text)
         except OSError as error:  # the run goes on all the same
             logger.warning("%s can't be written (%s): rows are no longer kept.", self.path, error.strerror)
             self.path = None
+
+
+def _with_checksum(line: str) -> str:
+    return f'{line[:-1]}, "{CHECKSUM}": "{_checksum(line.encode())}"}}'
+
+
+def _as_written(line: bytes) -> bool:
+    """Tell whether a line's checksum is that of the rest of it; True where it ends without one."""
+    end = CHECKSUM_AT_END.search(line)
+    return end is None or _checksum(line[: end.start()] + b"}") == end[1].decode()
+
+
+def _checksum(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:16]
 
 
 def files_key(source: Source) -> str:

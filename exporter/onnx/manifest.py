@@ -12,11 +12,11 @@ from typing import Annotated, Any
 from ..cards.licence import inherited_licence
 from ..cards.model_card import base_model_of
 from ..checkpoints.files import hashes
+from ..checkpoints.measurement_types import OnnxBenchmark
 from ..checkpoints.record import replace_json
 from ..checkpoints.record_types import (
     ComparisonPart,
     InnerPath,
-    OnnxBenchmark,
     OnnxRouterPart,
     OnnxSourcePart,
     OnnxVersions,
@@ -29,6 +29,7 @@ from ..checkpoints.typed import OR_MISSING, Count, Text, from_data, named
 from ..errors import InputError
 from ..version import __version__
 from .graphs.decoder import cache_shape
+from .graphs.quantize import BITS
 from .runtime import folder as runner
 from .runtime.folder import FORMAT, MANIFEST
 from .support import Support, cache_kind, support_of
@@ -57,7 +58,7 @@ class OnnxRecord:
     device: Annotated[str, one_of("cpu", "cuda")]
     dtype: Annotated[str, one_of("float32", "float16")]
     opset: Count
-    quantize: Text | None
+    quantize: Annotated[str, one_of(*BITS)] | None
     layers: Count
     heads: Count
     head_size: Count

@@ -29,6 +29,7 @@ class Reproduction:
     identical: bool
     differing: tuple[str, ...]  # files that differ; only weights where the record is of a version that hashed no others
     largest_difference: float  # over all tensors, absolute
+    misrecorded: tuple[str, ...] = ()  # of those, files that were made again as they are: the record's hash is wrong
 
 
 def reproduce(
@@ -74,7 +75,9 @@ def _compared(folder: Path, made: Path, record: CheckpointRecord) -> Reproductio
     fresh = read_record(made).measured.files
     before = {name: digest.lower() for name, digest in record.measured.files.items()}
     differing = tuple(name for name, digest in before.items() if fresh.get(name) != digest)
-    return Reproduction(made, not differing, differing, _largest_difference(folder, made) if differing else 0.0)
+    misrecorded = tuple(name for name in differing if name in fresh and fresh[name] == _hash_of(folder / name))
+    largest = _largest_difference(folder, made) if differing else 0.0
+    return Reproduction(made, not differing, differing, largest, misrecorded)
 
 
 def _convert_again(

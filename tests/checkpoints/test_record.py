@@ -6,30 +6,41 @@ import copy
 import functools
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures.checkpoints import not_verified, recipe
 
+from exporter.benchmark.figures import BenchOptions, Figures
+from exporter.benchmark.workload import Workload
 from exporter.cards import model_card
 from exporter.cards.model_card import body, metadata, template
-from exporter.checkpoints.record import read_record
+from exporter.checkpoints.measurement_types import BatchFigures, BenchOptionsPart, EvaluationEntry, WorkloadPart
+from exporter.checkpoints.record import CheckpointRecord, read_record
 from exporter.checkpoints.shapes import (
     COUNT,
+    DIVERGENCE,
     HASHES,
     INNER_PATH,
     LARGEST,
     NUMBER,
+    SHARE,
+    SIZE,
+    TEXT,
     ListOf,
     MapOf,
     Maybe,
     Misfit,
+    TextOr,
     check,
     one_of,
 )
+from exporter.checkpoints.typed import shape_of
 from exporter.cli.entry import main
 from exporter.errors import InputError
+from exporter.evaluation.results import ModelResult, figures
 from exporter.pipeline import compress
 
 WRONG_VALUES: tuple[Any, ...] = (None, -1, 3, float("nan"), 10**400, "x", [], [None], {"x": None})
@@ -145,6 +156,22 @@ def test_damage_anywhere_is_a_sentence_or_does_no_harm(made, record, tmp_path, m
         (("measured", "files"), {"config.json": "abc"}, "'measured.files.config.json' is not a SHA-256"),
         (("source", "files"), {"a\\b": "0" * 64}, "which is not a file below the folder"),
         (("measured", "parameters"), 10**400, "'measured.parameters' is not a whole number"),
+        (("reference", "margins", 0), -0.5, "'reference.margins[0]' is not a number from 0 up"),
+        (("recipe", "calibration"), 1.5, "'recipe.calibration' is neither a text nor a JSON object"),
+        (("recipe", "localizer"), {"k": 3}, "'recipe.localizer' has no 'name'"),
+        (("recipe", "seed"), "0", "'recipe.seed' is not a whole number"),
+        (("calibration", "held_out"), 0.0, "'calibration.held_out' is not a whole number"),
+        (("evaluations", 0, "agreement"), -0.125, "'evaluations[0].agreement' is not a number from 0 to 1"),
+        (("evaluations", 0, "kl"), -0.5, "'evaluations[0].kl' is not a number from 0 up"),
+        (("evaluations", 0, "reference", "budget"), "x", "'evaluations[0].reference.budget' is no JSON object"),
+        (
+            ("evaluations", 0, "by_type", "a", "interval"),
+            [[0, 1]],
+            "'evaluations[0].by_type.a.interval' is not a list of",
+        ),
+        (("evaluations", 1, "flops_share"), -0.9, "'evaluations[1].flops_share' is not a number from 0 up"),
+        (("evaluations", 1, "answers_kept"), "x", "'evaluations[1].answers_kept' is not a number from 0 to 1"),
+        (("benchmarks", 0, "workload", "seed"), [[]], "'benchmarks[0].workload.seed' is not a whole number"),
         (("format",), 2, "has format 2, this version of lvlm-exporter reads 1: upgrade"),
         (("router", "curve"), [], "'router.curve' has a point without"),
         (("evaluations", 1, "flops_share"), None, "'evaluations[1]' is under a budget"),
@@ -156,6 +183,30 @@ def test_what_is_wrong_is_named(path, value, message, record, tmp_path):
     (tmp_path / "compression.json").write_text(json.dumps(changed(record, path, value)))
     with pytest.raises(InputError, match=re.escape(message)):
         read_record(tmp_path)
+
+
+def unnamed(data: Any, shape: Any, where: str = "") -> list[str]:
+    """Every part of a record that no annotation names, and that is checked by nobody therefore."""
+    if isinstance(shape, Maybe):
+        return [] if data is None else unnamed(data, shape.shape, where)
+    if isinstance(shape, ListOf):
+        return [place for item in data for place in unnamed(item, shape.shape, f"{where}[]")]
+    if isinstance(shape, MapOf):
+        return [place for item in data.values() for place in unnamed(item, shape.shape, f"{where}.*")]
+    if not isinstance(shape, dict):
+        return []
+    known = {key.removesuffix("?"): inner for key, inner in shape.items()}
+    found = [f"{where}.{key}" for key in data if key not in known]
+    return found + [p for key, v in data.items() if key in known for p in unnamed(v, known[key], f"{where}.{key}")]
+
+
+def test_every_part_that_is_written_has_a_type(record):
+    assert unnamed(record, shape_of(CheckpointRecord)) == [".format"]  # which is read before all else
+    assert {f.name for f in fields(Figures)} <= {f.name for f in fields(BatchFigures)}
+    assert {f.name for f in fields(Workload)} <= {f.name for f in fields(WorkloadPart)}
+    assert {f.name for f in fields(BenchOptions)} <= {f.name for f in fields(BenchOptionsPart)}
+    told = figures(ModelResult("m", None, 2, 0.5, (0.1, 0.9), {}, 0.1, 0.9, 8, None, 1, 1, 0.1, 1.0, 1.0, (), ()))
+    assert told.keys() <= {f.name for f in fields(EvaluationEntry)}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +267,8 @@ def test_a_damaged_record_is_refused_before_the_work(
 
 @pytest.mark.parametrize(
     ("value", "shape"),
-    [(3, COUNT), (0.5, NUMBER), (None, Maybe(COUNT)), ([1, 2], ListOf(COUNT, 2)), ({"a": 1}, {"a": COUNT, "b?": COUNT}),
+    [(3, COUNT), (0.5, NUMBER), ("x", TextOr({"data": TEXT})), (1, SHARE), (2.5, SIZE), (-1e-9, DIVERGENCE),
+     (None, Maybe(COUNT)), ([1, 2], ListOf(COUNT, 2)), ({"a": 1}, {"a": COUNT, "b?": COUNT}),
      ("router/model.safetensors", INNER_PATH), ({"a": 1}, MapOf(COUNT)), ("a", one_of("a", "b"))],
 )  # fmt: skip
 def test_what_fits(value, shape):
@@ -238,6 +290,11 @@ def test_what_fits(value, shape):
         ({"a//b": "0" * 64}, HASHES, "names 'a//b'"),
         ({"C:/x": "0" * 64}, HASHES, "names 'C:/x'"),
         (["a"], one_of("a", "b"), "it is not 'a' or 'b'"),
+        (1.5, TextOr({"data": TEXT}), "it is neither a text nor a JSON object"),
+        ({"data": 3}, TextOr({"data": TEXT}), "'data' is not a text"),
+        (1.01, SHARE, "it is not a number from 0 to 1"),
+        (-0.01, SIZE, "it is not a number from 0 up"),
+        (-0.01, DIVERGENCE, "it is not a number from 0 up"),
     ],
 )
 def test_what_does_not_fit_is_named(value, shape, message):

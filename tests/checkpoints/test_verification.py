@@ -256,6 +256,22 @@ def test_an_onnx_folder_needs_a_processor_that_loads(graphs, monkeypatch):
         ("validation", {"outputs": {}, "tokens": 1, "equal_tokens": 1}, "'validation.outputs' is empty"),
         ("sha256", {"../x": "0" * 64}, "'sha256' names '../x', which is not a file below the folder"),
         ("source", None, "'source' is no JSON object"),
+        ("quantize", "x", "'quantize' is not 'int8' or 'int4'"),
+        ("quantize", float("inf"), "it holds Infinity, which is no number of JSON"),
+        (
+            "validation",
+            {"outputs": {"decoder: present.1.valuex": {"max": 0, "mean": 0}}, "tokens": 1, "equal_tokens": 1},
+            "'validation.outputs' names 'decoder: present.1.valuex', which is not \"PART: OUTPUT\" of the graphs",
+        ),
+        (
+            "validation",
+            {
+                "outputs": {"vision: image_features": {"max": 0, "mean": 0, "scale": "0"}},
+                "tokens": 1,
+                "equal_tokens": 1,
+            },
+            "'validation.outputs.vision: image_features.scale' is not a number from 0 up",
+        ),
         ("versions", {}, "'versions' has no 'lvlm-exporter'"),
         ("benchmarks", [{}], "'benchmarks[0]' has no 'budget'"),
         ("layers", 10**400, "'layers' is not a whole number"),

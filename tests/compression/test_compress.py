@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from fixtures.checkpoints import FAMILIES, recipe, snapshot, verify_in_this_process
+from fixtures.made_folders import edit
 from transformers import AutoModelForImageTextToText
 
 from exporter.checkpoints.source import open_source
@@ -15,6 +16,7 @@ from exporter.checkpoints.staging import staged
 from exporter.checkpoints.weight_files import open_weights
 from exporter.checkpoints.writer import write_checkpoint
 from exporter.clean_room import load_processor
+from exporter.cli.entry import main
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
 from exporter.methods import FOLDS, LOCALIZERS
@@ -102,6 +104,22 @@ def test_reproduce_is_bit_for_bit(tiny, questions, tmp_path):
     assert again.identical
     weights = [hashlib.sha256((tmp_path / n / "model.safetensors").read_bytes()).digest() for n in ("one", "two")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.usefixtures("unverified")
+def test_reproduce_says_whether_the_record_is_wrong_or_the_result(tiny, questions, tmp_path, capsys):
+    out = compress(recipe(tiny("llava"), questions), tmp_path / "one")
+
+    def reproduced(name: str, *files: str) -> str:
+        edit(out / "compression.json", lambda r: r["measured"]["files"].update(dict.fromkeys(files, "0" * 64)))
+        assert main(["reproduce", str(out), "--out", str(tmp_path / name), "--quiet"]) == 1
+        return capsys.readouterr().err
+
+    told = reproduced("two", "config.json")
+    assert "the record of" in told and "has another SHA-256 of config.json: the record is damaged" in told
+    (out / "chat_template.json").write_text("{}")
+    told = reproduced("three", "chat_template.json")
+    assert "chat_template.json" in told and "all weights are equal: another version" in told
 
 
 @pytest.mark.usefixtures("unverified")

@@ -5,8 +5,9 @@
     python -m faults.fuzz --replay 1234            # one case again, its output shown and its folder kept
 
 Case N of a seed is always the same. Every case is a fork of a process that has everything imported, and is classed by
-what it does within 20 seconds of processor time. Results are kept in a file in --work, each with the commit that it is
-of: the same command goes on where it was broken off, and with --repeat it runs the faults of earlier commits again.
+what it does within 20 seconds of processor time. Results are kept in a file in --work, each with the tree of the
+package that it is of: the same command goes on where it was broken off, and with --repeat it runs the faults that were
+found in other trees again.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ VOLATILE = re.compile(
     r"seconds|_ms$|date|path|out$|peak|per_s$|versions|interval|achieved|memory|total_ms|ratio|fingerprint"
 )
 TEMPORARY = re.compile(r"lvlm-exporter-(?:source|push|view|modules|offload|images)-|\.partial-|/tmp/lvlm")
+RECORDS = ("compression.json", "onnx.json")
+MODULES = ".modules"  # where a case that is not run as root keeps what transformers copies
 PASSES = re.compile(r"Warning|warn\(")  # lines of other packages that are no message of ours
 
 
@@ -123,11 +126,13 @@ def outcome_of(home: Path, command: Command, may_read_all: bool = True) -> Outco
     seconds = time.monotonic() - begin
     said = (home / "stderr").read_text(errors="replace") if (home / "stderr").exists() else ""
     printed = (home / "stdout").read_text(errors="replace") if (home / "stdout").exists() else ""
-    expected = {"tmp", "stdout", "stderr", "result.json", "said.jsonl", *before}
+    expected = {"tmp", "stdout", "stderr", "result.json", "said.jsonl", MODULES, *before}
     left = [path.name for path in temporary.iterdir() if path.name != ".ses"]  # ONNX Runtime's
     left += [path.name for path in home.rglob("*.partial*") if not path.is_symlink()]
     if code != 0:
         made = {path.name for path in home.iterdir()} - expected
+        if (command[0], code) == ("reproduce", 1):
+            made -= {"out"}  # whole, and verified: it differs from what the record says
         left += [name for name in made if not _resumable(home / name)]
     return Outcome(code, said, result_of(home, command, printed), tuple(sorted(left)), seconds)
 
@@ -174,7 +179,13 @@ def _child(home: Path, command: Command, temporary: Path, may_read_all: bool) ->
 
 
 def _as_nobody(home: Path) -> None:
-    """Give up the rights of root, for whom every file is readable."""
+    """Give up the rights of root, for whom every file is readable, and root's cache of modules."""
+    from transformers import dynamic_module_utils
+
+    sys.path = [path for path in sys.path if path != dynamic_module_utils.HF_MODULES_CACHE]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]  # of the baseline's run
+    dynamic_module_utils.HF_MODULES_CACHE = str(home / MODULES)
     for path in [home, *home.rglob("*")]:
         os.chown(path, 65534, 65534, follow_symlinks=False)
     os.setgid(65534)
@@ -209,8 +220,10 @@ def result_of(home: Path, command: Command, printed: str) -> str:
     parts: list[Any] = []
     if (home / "result.json").is_file():
         told = json.loads((home / "result.json").read_text())
-        unsaid = ("bytes",) if command[0] == "push" else ()  # the damaged file's own size
-        parts.append(without_times({key: value for key, value in told.items() if key not in unsaid}))
+        if command[0] == "push":  # the damaged file's own size is in both
+            del told["bytes"]
+            told["files"] = {name: size for name, size in told["files"].items() if name not in RECORDS}
+        parts.append(without_times(told))
     else:
         parts.append(printed)
     if (home / "said.jsonl").is_file():
@@ -355,9 +368,9 @@ def fuzz(options: argparse.Namespace) -> list[dict[str, Any]]:
     results = Results(
         options.work / f"results-{options.seed}-{(options.kind or 'all').replace(' ', '_')}.jsonl", options.again
     )
-    commit = commit_here()
+    tree = tree_here()
     if options.repeat:
-        results.forget(lambda row: row["class"] not in GOOD and row.get("commit") != commit)
+        results.forget(lambda row: row["class"] not in GOOD and row.get("tree") != tree)
     todo = [number for number in range(options.cases) if number not in results.done]
     if todo:
         baselines = baselines_for(kinds_of(options), source, options.work)
@@ -373,7 +386,7 @@ def fuzz(options: argparse.Namespace) -> list[dict[str, Any]]:
             if row is None:
                 ended += 1
                 continue
-            results.add(row | {"commit": commit})
+            results.add(row | {"tree": tree})
             if row["class"] not in GOOD:
                 print(f"case {row['number']}: {row['class']}: {row.get('file')} {row['damage']}", flush=True)
         for process in running:
@@ -381,11 +394,14 @@ def fuzz(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [row for number, row in sorted(results.done.items()) if number < options.cases]
 
 
-def commit_here() -> str:
-    """Return the short name of the commit that is checked out, with a + where files differ from it."""
+def tree_here() -> str:
+    """Return git's short name of the package's files, which no other change touches, with a + where they differ."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", "-C", str(ROOT), *words), capture_output=True, text=True, check=True).stdout
+
     try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*", "--dirty=+"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return git("rev-parse", "--short=10", "HEAD:exporter").strip() + "+" * bool(git("status", "-s", "exporter"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -434,8 +450,8 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     from exporter.version import __version__
 
     faults = [row for row in rows if row["class"] not in GOOD]
-    commits = Counter(row.get("commit", "?") for row in rows)
-    of_commits = ", ".join(f"{count:,} at {commit}" for commit, count in commits.most_common())
+    trees = Counter(row.get("tree", "unknown") for row in rows)
+    of_trees = ", ".join(f"{count:,} at {tree}" for tree, count in trees.most_common())
     meanings = "".join(f"- **{name}**: {meaning}\n" for name, meaning in MEANING.items())
     listed = "".join(
         f"- case {row['number']}: {row['class']}, {row.get('file')}, {row['damage'][:120]}\n" for row in faults
@@ -447,7 +463,8 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "that reads it. A case is classed by what comes of it. This file is written by that command.\n\n"
         f"{time.strftime('%d %B %Y')}; lvlm-exporter {__version__}, transformers {transformers.__version__}, Python "
         f"{sys.version.split()[0]}. Seed {options.seed}, {len(rows):,} cases, of which **{len(faults)}** are faults. "
-        f"Cases by the commit that they were run at: {of_commits}.\n\n{table(rows)}\n{meanings}\n"
+        f"Cases by the tree of the package that they were run at (`git rev-parse HEAD:exporter`): {of_trees}.\n\n"
+        f"{table(rows)}\n{meanings}\n"
         "The clean process that verifies a checkpoint is run in the case's own process here, for speed. What a "
         "flipped bit makes of the weights or pictures of a source can't be told from other weights or another "
         "picture; a folder that lvlm-exporter wrote has the SHA-256 of every file, and there no change may pass.\n"
@@ -484,7 +501,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "faults", help="material, cases, results")
     parser.add_argument("--keep-material", action="store_true", help="made by an earlier version of this package")
     parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
-    parser.add_argument("--repeat", action="store_true", help="run the faults that earlier commits gave again")
+    parser.add_argument("--repeat", action="store_true", help="run the faults that other trees gave again")
     parser.add_argument("--replay", type=int, metavar="N", help="this case only")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="document with the figures")
     options = parser.parse_args()

@@ -3,9 +3,10 @@
     python -m faults.kills --runs 50 --write docs/kills.md
     python -m faults.kills --subcommand push --runs 10
 
-compress, route, onnx and push (to a hub on loopback) run in forks of this process and are ended by SIGKILL, some by
-SIGTERM and SIGINT: half of them at a random moment of the time that a run takes, half at a random one of its file
-operations. Then the same command is run again. Everything is seeded but the moments in time.
+compress, route, onnx, push (to a hub on loopback) and heal run in forks of this process and are ended by SIGKILL, some
+by SIGTERM and SIGINT: half of them after a random part of the processor time that a run takes, half at a random one of
+its file operations. A run that had ended before its signal came says nothing: another moment is drawn for it. Then the
+same command is run again. Everything is seeded but the moments in time.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from . import material
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300.0
+DRAWS = 8  # moments that are drawn for a kill, at most, until one comes before the run's end
+POLL_S = 0.02
 SIGNALS = (signal.SIGKILL,) * 8 + (signal.SIGTERM, signal.SIGINT)
 OTHERS = (".ses", f"torchinductor_{getpass.getuser()}")  # ONNX Runtime's and torch's own, which they keep there
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.link", "shutil.rmtree", "subprocess.Popen")
@@ -43,6 +46,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "route": (*material.ROUTE, "--out", "made"),
     "onnx": ("onnx", "ours", "--out", "made"),
     "push": ("push", "ours", "user/{name}"),
+    "heal": ("heal", "ours", "--teacher", "source", "--out", "made", "--steps", "2", *QUESTIONS),
+}
+NEEDS = {
+    "compress": ("source", "task"),
+    "route": ("ours", "task"),
+    "onnx": ("ours",),
+    "push": ("ours",),
+    "heal": ("ours", "source", "task"),
 }
 
 
@@ -51,7 +62,7 @@ class Ended:
     """How a run ended."""
 
     code: int  # negative: by this signal
-    seconds: float
+    seconds: float  # of processor time, of the run and all that it started
     operations: int  # on files, counted where the run was not disturbed
     said: str
 
@@ -61,31 +72,35 @@ def run(
     command: tuple[str, ...],
     *,
     number: int = 0,
-    after_s: float | None = None,
+    after_cpu_s: float | None = None,
     at_operation: int | None = None,
     clean: bool = True,
 ) -> Ended:
-    """Run a command in a fork, in the folder `home`, and send it a signal after some time or at a file operation.
+    """Run a command in a fork, in the folder `home`, and send it a signal after some processor time or at a file
+    operation.
 
     Args:
         clean: whether checkpoints are verified in a process of their own; else in the fork.
     """
-    begin = time.monotonic()
     child = os.fork()
     if child == 0:
         _child(home, command, number, at_operation, clean)
     handle = os.pidfd_open(child)
-    if after_s is not None and not select.select([handle], [], [], after_s)[0]:
-        signal.pidfd_send_signal(handle, number)
-    if not select.select([handle], [], [], LIMIT_S)[0]:
-        os.killpg(child, signal.SIGKILL)
+    until, used = time.monotonic() + LIMIT_S, 0.0
+    while not select.select([handle], [], [], POLL_S)[0]:
+        used = max(used, _processor_seconds(child))
+        if after_cpu_s is not None and used >= after_cpu_s:
+            signal.pidfd_send_signal(handle, number)
+            after_cpu_s = None
+        if time.monotonic() > until:
+            os.killpg(child, signal.SIGKILL)
     os.close(handle)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     _none_left(child)
     counted = home / "operations"
     operations = int(counted.read_text()) if counted.exists() else 0
     counted.unlink(missing_ok=True)
-    return Ended(code, time.monotonic() - begin, operations, (home / "stderr").read_text(errors="replace"))
+    return Ended(code, used, operations, (home / "stderr").read_text(errors="replace"))
 
 
 def _child(home: Path, command: tuple[str, ...], number: int, at_operation: int | None, clean: bool) -> None:
@@ -123,20 +138,32 @@ def _child(home: Path, command: tuple[str, ...], number: int, at_operation: int 
         os._exit(code)
 
 
-def _session(process: Path) -> int:
-    """The session that a process of /proc belongs to; 0 for one that has ended."""
+def _stat(process: Path) -> list[str]:
+    """Return the fields of a process in /proc behind its name, from its state on; none for one that has ended."""
     try:
         fields = (process / "stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] == "Z" else int(fields[3])
+        return []
+    return fields if fields and fields[0] != "Z" else []
+
+
+def _of_session(session: int) -> list[list[str]]:
+    """Return the fields of all processes of a session."""
+    running = (_stat(path) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return [fields for fields in running if fields and int(fields[3]) == session]
+
+
+def _processor_seconds(session: int) -> float:
+    """Return the processor time of a session's processes and of their ended children."""
+    ticks = sum(int(ticks) for fields in _of_session(session) for ticks in fields[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _none_left(session: int) -> None:
     """Wait until no process of a run is there any more. Raises AssertionError where one stays."""
     until = time.monotonic() + 20
     while time.monotonic() < until:
-        if not any(_session(path) == session for path in Path("/proc").iterdir() if path.name.isdigit()):
+        if not _of_session(session):
             return
         time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
@@ -153,20 +180,23 @@ def killed(
     """Kill a run, look at what it leaves, and run it again."""
     generator = random.Random(f"{seed}:{name}:{index}")
     number = generator.choice(SIGNALS)
-    home = work / f"{name}-{index}"
-    repository = f"name-{index}"
-    command = tuple(part.format(name=repository) for part in COMMANDS[name])
-    needs = {"compress": ("source", "task"), "route": ("ours", "task"), "onnx": ("ours",), "push": ("ours",)}[name]
-    shutil.rmtree(home, ignore_errors=True)
-    (home / "tmp").mkdir(parents=True)
-    material.copied(source, needs, home)
-    if generator.random() < 0.5:
-        when: dict[str, Any] = {"after_s": generator.uniform(0, whole.seconds)}
-    else:
-        when = {"at_operation": generator.randint(1, whole.operations)}
-    row = {"subcommand": name, "index": index, "signal": number.name, **when}
+    home, needs = work / f"{name}-{index}", NEEDS[name]
+    row: dict[str, Any] = {"subcommand": name, "index": index, "signal": number.name}
     try:
-        first = run(home, command, number=number, **when)
+        for draw in range(DRAWS):
+            repository = f"name-{index}-{draw}"
+            command = tuple(part.format(name=repository) for part in COMMANDS[name])
+            shutil.rmtree(home, ignore_errors=True)
+            (home / "tmp").mkdir(parents=True)
+            material.copied(source, needs, home)
+            if generator.random() < 0.5:
+                when: dict[str, Any] = {"after_cpu_s": generator.uniform(0, whole.seconds)}
+            else:
+                when = {"at_operation": generator.randint(1, whole.operations)}
+            first = run(home, command, number=number, **when)
+            row |= {**when, "draws": draw + 1}
+            if first.code != 0:
+                break
         row |= {"code": first.code, "left": sorted(_left(home, needs))}
         wanted = {-number, 0, 130} if number != signal.SIGKILL else {-number, 0}
         assert first.code in wanted, f"exit code {first.code}: {first.said[-300:]}"
@@ -274,13 +304,13 @@ def _undisturbed(name: str, source: Path, work: Path) -> Ended:
 
 
 def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """docs/kills.md."""
+    """Return docs/kills.md."""
     import transformers
 
     from exporter.version import __version__
 
-    lines = ["| subcommand | runs | SIGKILL | SIGTERM | SIGINT | left something | came to its end | faults |"]
-    lines.append("|---|" + "---:|" * 7)
+    lines = ["| subcommand | runs | SIGKILL | SIGTERM | SIGINT | left something | broken off | had ended | faults |"]
+    lines.append("|---|" + "---:|" * 8)
     for name in COMMANDS:
         of_name = [row for row in rows if row["subcommand"] == name]
         signals = Counter(row["signal"] for row in of_name)
@@ -288,20 +318,21 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
             len(of_name),
             *(signals[number] for number in ("SIGKILL", "SIGTERM", "SIGINT")),
             sum(bool(row.get("left")) for row in of_name),
-            sum(row.get("code") == 0 for row in of_name),
+            sum(row.get("code") not in (0, None) for row in of_name),
+            sum(row.get("draws", 1) - (row.get("code") != 0) for row in of_name),
             sum(bool(row["fault"]) for row in of_name),
         )
         lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
     listed = "".join(f"- {r['subcommand']} {r['index']}, {r['signal']}: {r['fault']}\n" for r in rows if r["fault"])
     return (
         "# Killed runs\n\n"
-        "`make kills` ends runs of tiny models at random: half at a moment of the time that a run takes, half at one "
-        "of its file operations. What stands under the target's name then is whole or not there, no process of the run "
-        "is left, and the same command succeeds and sweeps what was left: nothing lies beside the target or in the "
-        "folder for temporary files afterwards. This file is written by that command.\n\n"
+        "`make kills` ends runs of tiny models at random: half after a part of the processor time that a run takes, "
+        "half at one of its file operations. What stands under the target's name then is whole or not there, no "
+        "process of the run is left, and the same command succeeds and sweeps what was left: nothing lies beside the "
+        "target or in the folder for temporary files afterwards. This file is written by that command.\n\n"
         f"{time.strftime('%d %B %Y')}; lvlm-exporter {__version__}, transformers {transformers.__version__}, Python "
         f"{sys.version.split()[0]}; seed {options.seed}, one thread.\n\n" + "\n".join(lines) + "\n\n"
-        "Runs that 'came to their end' had ended before the signal and say nothing. "
+        "'Had ended' counts moments that came after the end of a run and say nothing: another one was drawn. "
         "'Left something' counts what was there after the kill and gone after the next run. The runs are forks of one "
         "process that has everything imported; their clean processes are real ones. Nine of ten next runs verify in "
         "their own process, for speed.\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import Any
 
@@ -184,7 +185,11 @@ def test_a_damaged_file_of_steps_is_a_sentence(asked, tmp_path):
     out = tmp_path / "found"
     search(asked(), out, OPTIONS, minutes=1e-6)
     path = out / "steps.jsonl"
-    path.write_text(path.read_text().replace('"answer_tokens"', '"tokens"'))
+    damaged = path.read_text().replace('"answer_tokens"', '"tokens"')
+    path.write_text(damaged)
+    with pytest.raises(InputError, match="line 2 is not what was written, its checksum is another: take the line out"):
+        search(asked(), out, OPTIONS, minutes=1e-6)
+    path.write_text(re.sub(', "checksum": "[0-9a-f]+"', "", damaged))  # as an earlier version wrote it
     with pytest.raises(InputError, match=r"damaged in its cell 2 \(it has no 'answer_tokens'\)"):
         search(asked(), out, OPTIONS)
 

@@ -22,7 +22,7 @@ from exporter.checkpoints.source import open_source
 from exporter.clean_room import PromptError, processing
 from exporter.cli.exit_codes import complain
 from exporter.comparison.cells_file import CellsFile
-from exporter.comparison.grid import cell_from_data, grid_from_data
+from exporter.comparison.grid import Comparison, cell_from_data, grid_from_data
 from exporter.comparison.routes import row_from_data, tables_from_data
 from exporter.comparison.saved import write_all
 from exporter.comparison.zoo import zoo_from_data
@@ -128,7 +128,7 @@ def test_a_model_of_the_zoo_has_the_name_of_a_folder(name):
     [
         ({"localizer": 3}, "cell 1 \\('localizer' is not a text\\)"),
         ({"wrong": [None]}, "'wrong\\[0\\]' is not a whole number"),
-        ({"kl": float("nan")}, "'kl' is not a finite number"),
+        ({"kl": float("nan")}, "'kl' is not a number from 0 up"),
     ],
 )
 def test_a_damaged_cell_is_named(change, expected, tmp_path):
@@ -141,6 +141,41 @@ def test_a_damaged_cell_is_named(change, expected, tmp_path):
         list(CellsFile(path, "asked").read(cell_from_data))
     with pytest.raises(Misfit, match=r"'cells\[0\].budget' is no JSON object"):
         row_from_data({"row": "a", "cells": [{"row": "a", "column": 0, "budget": 3}]})
+
+
+def test_a_cell_that_says_something_else_than_what_was_written_is_refused(tmp_path):
+    """Whatever the change: of a legal value into another one as well."""
+    path = tmp_path / "out" / "cells.jsonl"
+    CellsFile(path, "asked").add([CELL, CELL | {"fold": "scp"}])
+    first, second = path.read_text().splitlines()
+    for change in (("0.1,", "0.2,"), ('"all"', '"allx"'), ('"index": 0', '"index": 5'), ('"none"', '"scp"')):
+        path.write_text(first.replace(*change, 1) + f"\n{second}\n")
+        assert change[0] in first
+        with pytest.raises(InputError, match="line 1 is not what was written, its checksum is another: take the line"):
+            CellsFile(path, "asked")
+    path.write_text(second + "\n")  # as the message says: that cell alone is done again, and none is lost by it
+    kept = CellsFile(path, "asked")
+    kept.add([CELL])
+    assert [cell["fold"] for cell in CellsFile(path, "asked").cells] == ["scp", "none"]
+
+
+def test_cells_of_an_earlier_version_have_no_checksum(tmp_path):
+    path = tmp_path / "out" / "cells.jsonl"
+    CellsFile(path, "asked").add([CELL])
+    path.write_text(path.read_text().partition(', "checksum"')[0] + "}\n")
+    assert CellsFile(path, "asked").cells == [CELL]
+
+
+def test_results_whose_best_cell_is_none_of_the_cells_are_made_again(tmp_path):
+    data = {
+        "original": {"n": 2, "accuracy": 0.5, "interval": [0.1, 0.9]}, "parameters": 20, "cells": [CELL],
+        "seconds": 1.0, "naive_seconds": 1.0, "best": {"1": CELL}, "num_layers": 2, "counts": [1], "ratios": [],
+        "refused": {},
+    }  # fmt: skip
+    assert Comparison.from_data(data, tmp_path).best[1].wrong == (0,)
+    for best in ({"1": CELL | {"wrong": [1]}}, {"2": CELL}):
+        with pytest.raises(Misfit, match="is none of its cells"):
+            Comparison.from_data(data | {"best": best}, tmp_path)
 
 
 def test_results_that_cannot_be_written_are_said_and_cost_nothing(tmp_path, caplog):
@@ -240,6 +275,12 @@ def test_a_card_whose_metadata_hold_themselves(tmp_path):
 def test_a_message_has_an_end(capsys):
     assert complain("x" * 10_000, 2) == 2
     assert len(capsys.readouterr().err) < 1300
+
+
+def test_a_message_is_one_line_that_a_terminal_shows_as_it_is(capsys):
+    """Names come out of files: with line ends, colours, or marks that turn the direction of writing."""
+    assert complain("'a\u202e\u2028b\x1b[31m\nc\ud800é\t' is no name.", 2) == 2
+    assert capsys.readouterr().err == "lvlm-exporter: 'a\\u202e b\\x1b[31m c\\ud800é\\t' is no name.\n"
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

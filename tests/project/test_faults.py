@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+
+from faults import damages
+from PIL import Image
+
+from exporter.data.images import open_image
 
 TESTS = Path(__file__).parents[1]
 CASES = 40
@@ -21,3 +27,27 @@ def test_damaged_files_give_the_right_result_or_one_sentence(tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
     assert f"| **all** | {CASES} |" in ran.stdout
+
+
+def test_every_kind_of_picture_can_be_made(tmp_path):
+    """A damage that fails is a case that was never tried."""
+    made = set()
+    for seed in range(200):
+        path = tmp_path / "x.png"
+        Image.new("RGB", (8, 8), (128, 128, 128)).save(path)
+        made.add(said := damages.image_changed(random.Random(seed), path))
+        if said in ("mode I;16", "mode I", "mode F"):
+            assert abs(open_image(path, "x").getpixel((0, 0))[0] - 128) <= 1, said
+    assert {f"mode {mode}" for mode in ("L", "1", "P", "LA", "RGBA", "I;16", "I", "F")} <= made
+
+
+def test_numbers_are_alike_whichever_type_json_reads_them_as():
+    assert damages.same_form(b'{"a": 1.5}', b'{"a": 2}', "x.json")
+    assert not damages.same_form(b'{"a": 1}', b'{"a": 1.5}', "x.json")
+    assert not damages.same_form(b'{"a": 1.5}', b'{"a": true}', "x.json")
+
+
+def test_what_nobody_reads_of_a_question_may_be_anything():
+    before = b'{"image": "a.png", "question": "q", "answer": "a", "type": "t"}\n'
+    for change, alike in (((b"type", b"tipe"), True), ((b'"t"', b"[1]"), True), ((b'"a"', b"3"), False)):
+        assert damages.same_form(before, before.replace(*change), "x.jsonl") is alike

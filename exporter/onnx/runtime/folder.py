@@ -33,7 +33,7 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST}: it is no folder that `lvlm-exporter onnx` wrote.")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): export again.") from error
     if not isinstance(manifest, dict):
@@ -48,6 +48,10 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
             actual = f"{file.stat().st_size} bytes" if file.is_file() else "not there"
             raise InputError(f"{file} is {actual} instead of {size} bytes: the folder is incomplete, copy it again.")
     return manifest
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
 def check_provider(device: str) -> None:
