@@ -74,6 +74,9 @@ class CalibrationData:
 NO_QUESTIONS = CalibrationData("")  # of a recipe that needs none: its layers are named or scored, nothing is folded
 
 
+ASKED_ONCE_READ = ("metric", "suffix", "types")  # what becomes of a task's questions once they are read
+
+
 @dataclass(frozen=True)
 class TaskData:
     """Questions with answers, of a comparison: where they are, as `evaluate` takes them."""
@@ -85,6 +88,7 @@ class TaskData:
     allow_urls: bool = False
     metric: str | None = None  # None: what its columns clearly ask for, else exact match
     suffix: str | None = None  # put behind every question
+    types: tuple[str, ...] | None = None  # of questions that are put, by the column 'type'; None: all
 
     def __post_init__(self) -> None:
         paths_as_text(self, "data")
@@ -92,11 +96,11 @@ class TaskData:
     @property
     def options(self) -> dict[str, Any]:
         """Return the arguments that read a task beside the place."""
-        return {name: v for name, v in vars(self).items() if name not in ("data", "metric", "suffix")}
+        return {name: v for name, v in vars(self).items() if name not in ("data", *ASKED_ONCE_READ)}
 
     def to_data(self) -> Any:
         """Return the place alone, where everything else is left to defaults."""
-        rest = {name: v for name, v in vars(self).items() if name not in ("metric", "suffix") or v is not None}
+        rest = {name: v for name, v in vars(self).items() if name not in ASKED_ONCE_READ or v is not None}
         return rest if self != TaskData(self.data) else self.data
 
 
@@ -325,6 +329,10 @@ def task_from_data(data: Any) -> TaskData:
     data = _named(TaskData, data, "task", "a JSONL file or datasets:ID")
     _check_kinds(data, {name: str for name in ("split", "metric", "suffix") if data.get(name) is not None}, "task")
     _check_kinds(data, {"data": str, "columns": Mapping, "allow_urls": bool}, "task")
+    if (types := data.get("types")) is not None:
+        if not isinstance(types, list) or not types or not all(isinstance(name, str) for name in types):
+            raise InputError(f"task: types must be a list of texts, not {types!r:.80}.")
+        data = {**data, "types": tuple(types)}
     return TaskData(**data)
 
 

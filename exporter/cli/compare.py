@@ -41,15 +41,20 @@ def run(options: argparse.Namespace) -> None:
     from ..comparison.routers import compare_routes
     from ..comparison.routes import RouteTables, tables_from_data
     from ..comparison.routes_table import table_rows, table_text
+    from ..comparison.tasks import by_table, compare_tasks, tasks_text
+    from ..comparison.tasks import header as task_header
+    from ..comparison.tasks_recipe import TasksRecipe, tasks_from_data
     from ..comparison.zoo import HEADER, compare_zoo, zoo_cells, zoo_from_data, zoo_in_folder, zoo_text
     from ..recipe import from_yaml
-    from ..report.of_comparison import report_of_grid, report_of_routes, report_of_zoo
+    from ..report.of_comparison import report_of_grid, report_of_routes, report_of_tasks, report_of_zoo
 
     def parse(data: Any) -> Any:
         if options.zoo is not None:
             data = zoo_in_folder(data, options.zoo, options.zoo_calibration, options.zoo_task)
         if isinstance(data, dict) and "models" in data:
             return zoo_from_data(data)
+        if isinstance(data, dict) and "tasks" in data:
+            return tasks_from_data(data)
         return tables_from_data(data) if isinstance(data, dict) and "rows" in data else grid_from_data(data)
 
     wanted = from_yaml(options.recipe, parse)
@@ -61,6 +66,13 @@ def run(options: argparse.Namespace) -> None:
         write_json(options, {name: [asdict(row) for row in rows] for name, rows in tables.items()})
         write_report(options, lambda commands: report_of_zoo(tables, HEADER, zoo_cells, commands))
         _say_where(options, "table.md", "results.json")
+        return
+    if isinstance(wanted, TasksRecipe):
+        done = compare_tasks(wanted, options.out, run, progress_bar(options))
+        print(tasks_text(done))
+        write_json(options, done.to_data())
+        write_report(options, lambda commands: report_of_tasks(done, task_header(done), by_table(done), commands))
+        _say_where(options, "table.md", "accuracy.png", "results.json")
         return
     if isinstance(wanted, RouteTables):
         done = compare_routes(wanted, options.out, run, progress_bar(options))

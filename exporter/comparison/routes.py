@@ -27,6 +27,7 @@ class Row:
     rule: str = "router"
     folder: str | None = None  # a routed checkpoint; None: the comparison's model, for rules and the oracle
     drop_at: int | None = None
+    columns: tuple[int, ...] | None = None  # numbers of the budgets that it runs under, from 0; None: all
 
     @property
     def searches(self) -> bool:
@@ -87,7 +88,7 @@ def _part(cls: Any, data: Any, what: str) -> Any:
     if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in data]:
         raise InputError(f"{what} needs '{missing[0]}'.")
     check_types(cls, data, data)
-    return cls(**data)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,9 @@ class RoutesRunner:
             first = self.tables.rows[0]
             model = self.model_of(first)
             self.targets = [self._share(model, self._plain(first, model, budget)) for budget in self.tables.budgets]
-        return [self.fitted(row, loaded, *pair) for pair in zip(self.tables.budgets, self.targets, strict=True)]
+        columns = enumerate(zip(self.tables.budgets, self.targets, strict=True))
+        wanted = range(len(self.targets)) if row.columns is None else row.columns
+        return [self.fitted(row, loaded, *pair) if number in wanted else None for number, pair in columns]
 
     def _plain(self, row: Row, loaded: Loaded, budget: Budget) -> BudgetRequest:
         """Return the column's counts, as far as the row uses them."""

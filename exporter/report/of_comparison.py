@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .page import facts
@@ -68,6 +68,28 @@ def report_of_routes(
         _types({f"{cell.row}, {done.columns[cell.column]}": cell.by_type for cell in done.cells[:8]}),
     ]
     return Report("Routers side by side", tuple(commands), tuple(found), facts())
+
+
+def report_of_tasks(done: Any, header: Sequence[str], by_table: Mapping[str, Any], commands: Sequence[str]) -> Report:
+    """Return the page of a comparison on several tasks.
+
+    Args:
+        done: a `TasksComparison`.
+        header, by_table: of its tables, their rows by their titles.
+    """
+    shown = [row for row in done.rows if row.accuracy]
+    counted = any(row.flops_share is not None for row in shown)
+    cost = "decoder FLOPs of the prompt (% of the original's)" if counted else "parameters (millions)"
+    points = {
+        (row.method, 100 * (row.flops_share or 0) if counted else (row.parameters or 0) / 1e6, 100 * row.mean)
+        for row in shown
+    }
+    found: list[Part] = [
+        Scatter("What it costs and what it scores", cost, "mean over the tasks (%)",
+                tuple(Point(name, x, y, None) for name, x, y in sorted(points))),
+        *(Table(title, tuple(header), tuple(rows)) for title, rows in by_table.items()),
+    ]  # fmt: skip
+    return Report("Methods on several tasks", tuple(commands), tuple(found), facts())
 
 
 def report_of_zoo(tables: dict[str, Any], header: Sequence[str], cells: Any, commands: Sequence[str]) -> Report:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from ...data.calibration import Calibration
 from ...data.samples import TextOnlyError
@@ -63,7 +65,11 @@ def compared_task(data: TaskData, samples: int | None, seed: int) -> Task:
 
     Raises: InputError as `measured_task` does, and for a metric that counts groups or asks a judge.
     """
-    task = measured_task(data.data, samples, seed, Measure(data.metric, data.suffix), **data.options)
+    task = measured_task(
+        data.data, samples if data.types is None else None, seed, Measure(data.metric, data.suffix), **data.options
+    )
+    if data.types is not None:
+        task = of_types(task, data.types, samples, seed)
     metric = METRICS[task.metric]
     if metric.as_one or metric.judged:
         raise InputError(
@@ -71,3 +77,18 @@ def compared_task(data: TaskData, samples: int | None, seed: int) -> Task:
             "or run `lvlm-exporter evaluate`."
         )
     return task
+
+
+def of_types(task: Task, types: Sequence[str], samples: int | None, seed: int) -> Task:
+    """Return a task's questions of some types: all of them, or `samples` of a seeded order.
+
+    Raises: InputError for a type that no question has.
+    """
+    there = sorted({sample.type for sample in task.samples if sample.type})
+    if unknown := [name for name in types if name not in there]:
+        raise InputError(f"task: no question is of type '{unknown[0]}'; there are {', '.join(there) or 'no types'}.")
+    chosen = [sample for sample in task.samples if sample.type in types]
+    if samples is not None and samples < len(chosen):
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:samples]
+        chosen = [chosen[index] for index in sorted(order.tolist())]
+    return Task(tuple(chosen), Calibration(tuple(chosen), "", len(chosen), seed).fingerprint, task.metric)
