@@ -76,6 +76,14 @@ FAMILIES: dict[str, Family] = {
     "glm4v": Family("GLM-4.1V", "zai-org/GLM-4.1V-9B-Thinking"),
 }
 
+OWN_FAMILIES: dict[str, Family] = {  # types that transformers lacks, which run by a modeling file of this package
+    "qwen": Family(
+        "Qwen-VL",
+        "Qwen/Qwen-VL-Chat",
+        unroutable="it runs by a modeling file of its own that has no routed class yet",
+    ),
+}
+
 DECODERS: dict[str, Decoder] = {
     "llama": Decoder(),
     "mistral": Decoder(),
@@ -88,6 +96,7 @@ DECODERS: dict[str, Decoder] = {
     "gemma2": Decoder("post_attention_layernorm", "post_feedforward_layernorm"),
     "gemma3_text": Decoder("post_attention_layernorm", "post_feedforward_layernorm"),
     "glm4v_text": Decoder("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "qwen": Decoder(down_proj="mlp.c_proj", o_proj="attn.c_proj"),
     "granite": Decoder(residual_multiplier="residual_multiplier"),
 }
 
@@ -134,7 +143,9 @@ def is_listed(config: Any) -> bool:
 
 
 def family_of(config: Any) -> Family:
-    """Return the family of a loaded transformers configuration: its row, or one that says what a probe can't know."""
+    """Return the family of a loaded configuration: its row, or one that says what a probe can't know."""
+    if config.model_type in OWN_FAMILIES:
+        return OWN_FAMILIES[config.model_type]
     if not is_listed(config):
         row = FAMILIES.get(config.model_type)
         example = row.example if row else ""

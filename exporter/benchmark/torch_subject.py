@@ -17,6 +17,7 @@ from ..data.batches import Batch
 from ..errors import InputError
 from ..modeling.routed_api import cache_name, cache_of
 from ..models.loading import compute_dtype, load_model, text_decoder
+from ..probe.writes import is_mixer
 from ..routing.cost import counted
 from .subject import ATTENTIONS, Cost, GenerateKwargs, Setup
 from .torch_counting import PIXELS, cache_bytes, kv_bytes, weights_read
@@ -174,7 +175,7 @@ def compile_dense(model: Any) -> None:
     """Compile what is dense in each decoder layer, norms and MLP, in place; attention and routing stay as they are."""
     for layer in text_decoder(model).layers:
         for name, part in layer.named_children():
-            if name != "self_attn":
+            if not is_mixer(name):
                 part.compile(dynamic=True)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.json_file import read_json
+from ..checkpoints.own_types import OWN_TYPES
 from ..checkpoints.record import RECORD, CheckpointRecord, read_record
 from ..checkpoints.record_types import HealPart, RouterPart
 from ..errors import InputError
+from ..families import OWN_FAMILIES
 from ..localize.scores import LayerScores
 from ..methods import fold_row, localizer_row
 from .card_file import CARD, write_card
@@ -123,6 +125,8 @@ def body(record: CheckpointRecord, name: str) -> str:
         ratio=ratio_cell,
         budget_name=budget_name,
         model_type=record.source.model_type,
+        family_example=one.example if (one := OWN_FAMILIES.get(record.source.model_type)) else "",
+        own_code=f"{own.module}.py" if (own := OWN_TYPES.get(record.source.model_type)) else "",
         recipe_yaml=yaml.safe_dump(record.recipe, sort_keys=False),
         base_sentence=_base_sentence(record),
         licence_sentence=licence_sentence(data["source"]),
@@ -219,8 +223,9 @@ def hub_metadata(
 def _tags(record: CheckpointRecord) -> list[str]:
     pruned = ["layer-pruning", "compressed", record.scores.method] if record.plan.drop else []
     routed = ["token-pruning", "layer-skipping", "custom_code"] if record.router is not None else []
+    own = ["custom_code"] if record.source.model_type in OWN_TYPES else []
     healed = ["distillation"] if is_healed(record) else []
-    return ["lvlm-exporter", *pruned, *healed, *routed]
+    return ["lvlm-exporter", *pruned, *healed, *routed, *own]
 
 
 def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..families import FAMILIES
 from .json_file import read_json
+from .own_types import own_type, register
 
 __all__ = [
     "ATTENTION_KEYS",
@@ -42,8 +43,8 @@ PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 ORIGINAL_LLAVA = re.compile(r"^Llava(?:Llama|Qwen|Mistral|Gemma|MPT|Mpt)\w*ForCausalLM$")
 OWN_CODE = {  # model types of models that exist in their authors' code only
-    "qwen": "Qwen-VL runs with code of its own that transformers 5 can't run, and there is no version in transformers' "
-    "format; its successors are supported, Qwen/Qwen2-VL-7B-Instruct for one",
+    "qwen": "Qwen-VL runs with code of its own that transformers 5 can't run. `lvlm-exporter convert {folder} "
+    "--out DIR` writes it with code that can",
     "mplug_owl2": "mPLUG-Owl2 runs with a package of its own for transformers 4.31, and there is no version in "
     "transformers' format",
 }
@@ -113,7 +114,9 @@ def load_config(folder: Path, raw_config: dict[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = raw_config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
+    if (own := own_type(raw_config)) is not None:
+        register(own)
+    elif not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         raise InputError(_unknown_type(folder, model_type, "auto_map" in raw_config))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -140,7 +143,7 @@ def _unknown_type(folder: Path, model_type: Any, has_code: bool) -> str:
     if model_type is None:
         return f"{folder}/config.json has no model_type: it is no configuration of transformers."
     if isinstance(model_type, str) and model_type in OWN_CODE:
-        return f"{folder} has the model_type '{model_type}': {OWN_CODE[model_type]}."
+        return f"{folder} has the model_type '{model_type}': {OWN_CODE[model_type].format(folder=folder)}."
     hint = " It needs remote code; look for a version that transformers loads natively ('...-hf')." if has_code else ""
     return f"transformers {__version__} has no model_type {_shown(model_type)} ({folder}/config.json).{hint}"
 

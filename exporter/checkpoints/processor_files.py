@@ -170,7 +170,7 @@ def setting_repairs(name: str, folder: Path, processor: Any, config: Any) -> Rep
     existing = parse_json(folder / PROCESSOR) if (folder / PROCESSOR).exists() else {}
     repairs: Repairs = {}
     for agreement in AGREEMENTS:
-        if not agreement.tells(config):
+        if getattr(config, "vision_config", None) is None or not agreement.tells(config):
             continue
         has, value = _attribute(processor, agreement.attribute)
         expected = agreement.expected(config)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..families import PER_LAYER_TENSORS
 from ..plan import PruningPlan
 from .files import copy_companions, left_behind, without_auto_map
+from .own_types import carry_modeling_files, own_type
 from .pruned_config import pruned_config
 from .safetensors_ranges import INDEX, SINGLE, TensorRange, same_bytes, write_shard
 from .source import Source
@@ -81,7 +82,11 @@ def write_checkpoint(
     """Write weights, configuration and all that goes along into an existing folder; log what stays behind."""
     write_weights(source, plan, folded=folded, folder=folder, advance=advance)
     # Without the mention of code, which stays behind: the plain class is what the checkpoint is verified with.
-    config = without_auto_map(pruned_config(source.raw_config, source.config, plan))
+    config = pruned_config(source.raw_config, source.config, plan)
+    if (own := own_type(source.raw_config)) is not None:
+        carry_modeling_files(own, folder)
+    else:
+        config = without_auto_map(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     carry_companions(source, folder)
 
@@ -90,7 +95,8 @@ def carry_companions(source: Source, folder: Path) -> None:
     """Copy processor, tokenizer, templates, generation settings and licence texts; say what stays behind."""
     beside = source.beside_weights
     copy_companions(source.folder, beside.kept, folder)
-    ours = "router" in source.raw_config  # then its modeling file is the package's, which a new router brings along
+    # Then its modeling file is the package's, which is written with the weights or with a new router.
+    ours = "router" in source.raw_config or own_type(source.raw_config) is not None
     if line := left_behind(name for name in beside.left if not (ours and name.endswith(".py"))):
         logger.warning("%s: %s", source.original.name, line)
 

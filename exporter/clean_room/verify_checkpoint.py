@@ -20,7 +20,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
     _quiet()
     record = json.loads((folder / "compression.json").read_text(encoding="utf-8-sig"))
     # A checkpoint that was written without its model has no answer recorded yet: the first one is returned.
-    report = verify_once(folder, device, record, record["reference"] or {}, trust=False)
+    report = verify_once(folder, device, record, record["reference"] or {}, trust=needs_code(folder))
     if "router" in record and not report["problems"]:
         routed = verify_once(folder, device, record, record["router"]["reference"], trust=True)
         report["problems"] = [f"routed: {problem}" for problem in routed["problems"]]
@@ -45,7 +45,7 @@ def verify_once(
     if problems := key_problems(report, record):
         return {"problems": problems}
     processor = load_processor(folder)
-    tolerance = TOLERANCE[dtype]
+    tolerance, routed = TOLERANCE[dtype], trust and "router" in record
     try:
         answer = reference_answer(model, processor)
     except PromptError as error:
@@ -54,7 +54,7 @@ def verify_once(
     margins = reference.get("margins", answer["margins"])
     if (at := first_difference(tokens, expected, margins, tolerance)) is not None:
         problems.append(f"token {at + 1} of the reference answer is {tokens[at]}, not {expected[at]} as at export")
-    routing = {"prompt_length": reference_inputs(processor)["input_ids"].shape[1]} if trust else {}
+    routing = {"prompt_length": reference_inputs(processor)["input_ids"].shape[1]} if routed else {}
     difference = cache_difference(model, processor, **routing)
     if not difference <= tolerance:
         problems.append(f"logits with and without the cache differ by {difference:.1e} (at most {tolerance:.0e})")
@@ -80,7 +80,7 @@ def structure(folder: Path) -> dict[str, Any]:
         device_map="meta",
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        trust_remote_code=False,
+        trust_remote_code=needs_code(folder),
     )
     problems = key_problems(report, record)
     load_processor(folder)
@@ -88,6 +88,12 @@ def structure(folder: Path) -> dict[str, Any]:
     if layers != len(record["plan"]["keep"]):
         problems.append(f"config.json says {layers} decoder layers, the record {len(record['plan']['keep'])}")
     return {"problems": problems, "class": type(model).__name__, "layers": layers}
+
+
+def needs_code(folder: Path) -> bool:
+    """Tell whether the type runs by a modeling file of the folder only: then one is named without a router."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    return "router" not in config and "auto_map" in config
 
 
 def key_problems(report: dict[str, Any], record: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from ..checkpoints.config_file import ORIGINAL_LLAVA
 from ..checkpoints.files import companions, hashes, is_licence
 from ..checkpoints.hub_access import download, resolve
 from ..checkpoints.json_file import read_json
+from ..checkpoints.own_types import carry_modeling_files, own_type
 from ..checkpoints.pickled import PICKLE_FILES, StoredTensors, open_stored
 from ..checkpoints.record import write_record
 from ..checkpoints.safetensors_ranges import INDEX, SINGLE, TensorRange, write_shard
@@ -26,6 +27,7 @@ from ..models.loading import compute_dtype, load_model, pick_device
 from ..progress import Progress, silent
 from .llava import convert_llava
 from .parts import Converted, Original
+from .qwen_vl import convert_qwen_vl
 from .record import describe_conversion
 
 
@@ -40,7 +42,7 @@ def convert(
     dtype: str = "auto",
     progress: Progress = silent,
 ) -> Path:
-    """Convert a checkpoint of the original LLaVA format; describe and verify the result as any other.
+    """Convert a checkpoint of the original LLaVA format or of Qwen-VL; describe and verify the result as any other.
 
     Args:
         model: folder or hub id.
@@ -84,9 +86,11 @@ def format_of(name: str, raw: dict[str, Any]) -> Callable[[Original], Converted]
     classes = [entry for entry in written if isinstance(entry, str)] if isinstance(written, list) else []
     if any(ORIGINAL_LLAVA.match(entry) for entry in classes) or "mm_vision_tower" in raw:
         return convert_llava
+    if raw.get("model_type") == "qwen" and own_type(raw) is None:
+        return convert_qwen_vl
     raise InputError(
         f"{name} (model_type {raw.get('model_type')!r:.60}) is in no format that is converted: the original LLaVA's "
-        "is. What transformers loads needs no conversion."
+        "and Qwen-VL's are. What transformers loads needs no conversion."
     )
 
 
@@ -120,6 +124,8 @@ def write_converted(converted: Converted, source: Path, folder: Path, progress: 
         converted.tokenizer.save_pretrained(folder)
     for name, text in converted.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+    if converted.own is not None:
+        carry_modeling_files(converted.own, folder)
     licences = [path for path in source.iterdir() if path.is_file() and is_licence(path.name)]
     for path in (*converted.copied, *licences):
         if not (folder / path.name).exists():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.own_types import OwnType
 from ..checkpoints.pickled import StoredTensors
 from ..checkpoints.safetensors_ranges import TensorRange
 
@@ -33,4 +34,5 @@ class Converted:
     texts: dict[str, str]
     tokenizer: Any  # None: its files are among the others
     copied: tuple[Path, ...] = ()  # files that go along as they are
+    own: OwnType | None = None  # our modeling file, which goes along
     notes: tuple[str, ...] = field(default=())  # what a user should know of it, a sentence each

@@ -66,6 +66,7 @@ def make_batch(samples: Sequence[Sample], processor: Any, config: Any) -> Batch:
         raise InputError(
             f"{samples[0].origin} (or a line of its batch) is refused by the processor: {reason}"
         ) from error
+    _refuse_long(samples, inputs, config)
     batch = Batch(inputs, *token_kinds(inputs, processor, config), tuple(samples))
     for sample, sees in zip(samples, batch.is_visual.any(1).tolist(), strict=True):
         if sample.images and not sees:
@@ -74,6 +75,19 @@ def make_batch(samples: Sequence[Sample], processor: Any, config: Any) -> Batch:
                 "config.json, belongs to another model."
             )
     return batch
+
+
+def _refuse_long(samples: Sequence[Sample], inputs: dict[str, torch.Tensor], config: Any) -> None:
+    """Raise InputError for a prompt with more tokens than a model takes whose code says how many that are."""
+    limit = getattr(config, "longest_prompt", None)
+    if limit is None:
+        return
+    for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
+        if length > limit:
+            raise InputError(
+                f"{sample.origin} makes a prompt of {length} tokens, and the model takes {limit}: shorten the "
+                "question, or leave the line out."
+            )
 
 
 def check_prompt(samples: Sequence[Sample], processor: Any, config: Any) -> None:

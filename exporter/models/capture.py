@@ -205,11 +205,17 @@ def attention_is_seen(model: Any, batch: Batch) -> bool:
     except Exception as error:  # an attention that takes what this one does not
         logger.warning("scores of tokens can't be read from this model's attention: %s", error)
         return False
-    difference = float((reduced - whole).abs().max() / whole.abs().max())
+    real = _no_padding(batch).to(whole.device)  # [B, S]; what padding attends to, each kernel decides for itself
+    difference = float((reduced[real] - whole[real]).abs().max() / whole[real].abs().max())
     if seen and difference <= CLOSE[whole.dtype]:
         return True
     logger.warning("scores of tokens can't be read from this model's attention: reduced, it is %.1e off", difference)
     return False
+
+
+def _no_padding(batch: Batch) -> Tensor:
+    mask = batch.inputs.get("attention_mask")
+    return torch.ones_like(batch.is_visual) if mask is None else mask.bool()
 
 
 def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None) -> BatchStatistics:

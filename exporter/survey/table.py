@@ -29,6 +29,10 @@ logits) and by some layers (the same logits as the model that the layers were cu
 what dropped layers did is put into those that stay: exactly, or by reconstruction where the decoder's row names a norm
 behind the matrices.
 
+Two formats of the authors' own code are no types of transformers; `lvlm-exporter convert` writes them as checkpoints
+that every subcommand reads: the original LLaVA as `llava`, and Qwen-VL with Qwen-VL-Chat as `qwen`, whose layers are
+scored, dropped and folded, without a router or ONNX.
+
 """
 
 

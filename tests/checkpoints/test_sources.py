@@ -189,7 +189,7 @@ CONFIG_ROWS: dict[str, tuple[Change, str | None]] = {
         config(model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"]),
         "llava-hf/llava-1.5-13b-hf",
     ),
-    "Qwen-VL": (config(model_type="qwen"), "Qwen-VL runs with code of its own .* there is no version"),
+    "Qwen-VL": (config(model_type="qwen"), "lvlm-exporter convert"),
     "mPLUG-Owl2": (config(model_type="mplug_owl2"), "mPLUG-Owl2 runs with a package of its own"),
     "flash attention": (config(attn_implementation="flash_attention_2"), None),
     "flash attention inside": (config(text_config___attn_implementation="flash_attention_3"), None),

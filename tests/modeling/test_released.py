@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from exporter.checkpoints.own_types import OWN_TYPES
 from exporter.modeling import released
 from exporter.modeling.released import COMING, HERE, RELEASED, is_released, sha256_of, shipped_files, with_present_files
 from exporter.routing.folder import MODELING_FILES
@@ -51,5 +52,9 @@ def test_the_command_records_and_names_the_release(tmp_path, monkeypatch):
 def test_the_main_file_names_all_its_siblings():
     """transformers 4 copies only what the main file itself imports, and then fails at a file that is not there."""
     main = (HERE / MODELING_FILES[0]).read_text()
-    assert {path.name for path in shipped_files()} == set(MODELING_FILES)
+    own = {f"{module}.py" for own in OWN_TYPES.values() for module in (own.module, *own.siblings)}
+    assert {path.name for path in shipped_files()} == {*MODELING_FILES, *own}
+    for own_type in OWN_TYPES.values():
+        text = (HERE / f"{own_type.module}.py").read_text()
+        assert all(f"\nfrom .{module} import" in text for module in own_type.siblings)
     assert all(f"\nfrom .{name.removesuffix('.py')} import" in main for name in MODELING_FILES[1:])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from exporter.cli import parser
-from exporter.routing.folder import MODELING_FILES
+from exporter.modeling.released import shipped_files
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "exporter"
@@ -236,7 +236,7 @@ def test_the_onnx_runner_needs_neither_torch_nor_the_rest_of_the_package():
 
 
 def test_what_travels_with_a_checkpoint_needs_nothing_of_ours():
-    for path in (PACKAGE / "modeling" / name for name in MODELING_FILES):
+    for path in shipped_files():
         used = {name for name in foreign_imports(path) if not name.startswith("exporter.modeling")}
         assert used <= {"torch", "transformers", "safetensors"}, path  # transformers cannot do without safetensors
 

@@ -23,7 +23,6 @@ from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
 from exporter.data.epochs import questions_of_step
 from exporter.errors import InputError
-from exporter.modeling.released import shipped_files
 from exporter.modeling.routed_route import Route, RouterSettings
 from exporter.models.answers import answered
 from exporter.models.loading import load_model
@@ -31,7 +30,7 @@ from exporter.models.replay import logits, trace
 from exporter.pipeline import route
 from exporter.publishing.push import push
 from exporter.recipe import CalibrationData, RouterRecipe, RunOptions, router_from_data
-from exporter.routing.folder import routable
+from exporter.routing.folder import MODELING_FILES, routable
 from exporter.routing.settings import default_settings
 from exporter.routing.training.importance_loss import layer_risk, ranking_loss
 from exporter.routing.training.learner import Learner, TrainingBatch
@@ -276,7 +275,7 @@ def test_a_routed_folder_verifies_by_its_name_on_the_hub(routed_folder, here):
     push(routed_folder / "routed", f"{OWNER}/routed")
     by_name = verify(f"{OWNER}/routed")
     assert by_name.problems == () and by_name.details["routed"]["class"] == "RoutedLlavaForConditionalGeneration"
-    assert {path.name for path in shipped_files()} <= {path.name for path in by_name.folder.iterdir()}
+    assert set(MODELING_FILES) <= {path.name for path in by_name.folder.iterdir()}
     assert not by_name.folder.is_relative_to(routed_folder)
 
 
