@@ -25,12 +25,13 @@ from ..cards.model_card import model_name
 from ..checkpoints import record as compression_record
 from ..checkpoints.record import RECORD, check_updatable, read_record
 from ..data.batches import Batch
-from ..models.loading import pick_device
+from ..models.loading import compute_dtype, pick_device
 from ..onnx.card import card
 from ..onnx.manifest import is_onnx, read_manifest, write_record
 from ..version import versions
 from .figures import COUNTED, TIMED, Benchmark, BenchOptions, Figures, ModelBenchmark, plain_data
 from .open_targets import Runtimes, onnx_device, onnx_versions, open_subjects
+from .roofline import measure_roofline
 from .subject import Cost, GenerateKwargs, Setup, Subject
 from .timing import Spread, interleaved, paired, peak_bytes
 from .workload import Workload
@@ -46,6 +47,7 @@ def bench(
     workload: Workload = Workload(),
     options: BenchOptions = BenchOptions(),
     update_cards: bool = True,
+    roofline: bool | None = None,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> Benchmark:
     """Time and weigh checkpoints and ONNX folders against a reference, in turn in one process.
@@ -55,11 +57,13 @@ def bench(
         budgets: what routed checkpoints run under, {"keep_visual_tokens": 144, "keep_layers": 28} or {"preset": "fast"}
             and so on; without any, their own default. Plain ones run whole in any case.
         update_cards: put the figures into the record and the card of checkpoints that are ours.
+        roofline: measure what the device can do, and say how near each model comes; None: on a GPU.
     Raises: InputError for a budget without a routed checkpoint, or one that a router can't keep to.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
     names = [str(path) for path in (*paths, *([reference] if reference else []))]
     device = pick_device(options.device or onnx_device(names))
+    roofline = device.startswith("cuda") if roofline is None else roofline
     for path in paths if update_cards else ():
         check_updatable(Path(path))
     runtimes = Runtimes.of(Setup(device, options.dtype, options.attention, options.compile), options.new_tokens)
@@ -72,6 +76,9 @@ def bench(
         versions=versions() | onnx_versions(subjects),
         date=datetime.date.today().isoformat(),
         models=measure(subjects, prompts, options, device, runtimes.torch.compile, progress),
+        roofline=measure_roofline(device, compute_dtype(options.dtype, subjects[0].config, device))
+        if roofline
+        else None,
     )
     if update_cards:
         for model in done.models:

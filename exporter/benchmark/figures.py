@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import CheckFailed, InputError
+from .roofline import Roofline
 from .subject import GenerateKwargs
 from .workload import Workload
 
@@ -97,6 +98,7 @@ class Benchmark:
     versions: dict[str, str]
     date: str
     models: tuple[ModelBenchmark, ...]  # the reference first
+    roofline: Roofline | None = None  # None: it was not measured
 
     def check_caches(self) -> None:
         """Raise CheckFailed where a cache is not as large as configuration, prompt and route say."""
@@ -117,6 +119,7 @@ class Benchmark:
             "date": self.date,
             "reference": self.models[0].path,
             "models": [model.to_data() for model in self.models],
+            "roofline": None if self.roofline is None else self.roofline.to_data(),
         }
 
 

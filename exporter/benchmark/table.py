@@ -40,6 +40,8 @@ def benchmark_table(done: Any) -> str:
     runtimes = {model.runtime for model in done.models}
     where = ", ".join(f"{value}" if key == "device" else f"{key} {value}" for key, value in done.hardware.items())
     text = table(BENCHMARK_HEADER, rows) + ("\n\n" + table(RATIO_HEADER, ratios) if ratios else "")
+    if done.roofline is not None:
+        text += "\n\n" + roofline_table(done)
     figures, options = done.models[0].batches[0], done.options
     return (
         f"{text}\n\n{where}; {'; '.join(sorted(runtimes))}; "
@@ -47,6 +49,24 @@ def benchmark_table(done: Any) -> str:
         f"{figures.text_tokens // figures.batch} other tokens,\n{options.new_tokens} decoding steps, medians of "
         f"{options.rounds} rounds in turn. First token: image (tower, projector) and prefill (router, decoder, head);\n"
         "the processor's work is in none."
+    )
+
+
+ROOFLINE_HEADER = ("model", "batch", "prefill, of the ideal", "decode, of the ideal")
+
+
+def roofline_table(done: Any) -> str:
+    """Return which share of the ideal speed each model reaches, and what the ideal is computed from."""
+    rows = []
+    for model in done.models:
+        for figures in model.batches:
+            shares = [_in(1, share, 2) for share in done.roofline.shares(figures)]
+            rows.append((benchmark_name(model), figures.batch, *shares))
+    roofline = done.roofline
+    return (
+        f"{table(ROOFLINE_HEADER, rows)}\n"
+        f"ideal: the FLOPs at {roofline.flops_per_s / 1e12:.3g} TFLOP/s (the best matrix product in {roofline.dtype})\n"
+        f"or the bytes at {roofline.bytes_per_s / 1e9:.3g} GB/s (the best copy), whichever takes longer"
     )
 
 

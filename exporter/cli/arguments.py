@@ -98,6 +98,9 @@ def bench_arguments(subcommand: argparse.ArgumentParser) -> None:
     )
     subcommand.add_argument("--attention", metavar="NAME", help="eager, sdpa, flash_attention_2 (the checkpoint's own)")
     subcommand.add_argument("--compile", action="store_true", help="torch.compile of the layers' norms and MLPs")
+    subcommand.add_argument(
+        "--roofline", action="store_true", default=None, help="say how near the ideal each comes (always on a GPU)"
+    )
     subcommand.add_argument("--device", help="cpu, cuda, cuda:1 (the first GPU, else the CPU)")
     subcommand.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
     subcommand.add_argument("--seed", type=seed_number, default=0)

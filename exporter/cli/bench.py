@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
         workload=Workload(options.task, options.visual_tokens, options.text_tokens, options.seed, **data_of(options)),
         options=BenchOptions(batches=options.batch, **{name: getattr(options, name) for name in how}),
         update_cards=not options.no_card,
+        roofline=options.roofline,
         progress=progress_bar(options),
     )
     write_json(options, done.to_data())

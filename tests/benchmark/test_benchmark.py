@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fixtures.routed import make_case
 from exporter import bench
 from exporter.benchmark.bench import ready
 from exporter.benchmark.figures import BenchOptions
+from exporter.benchmark.roofline import Roofline, measure_roofline
 from exporter.benchmark.subject import Setup
 from exporter.benchmark.timing import Spread, interleaved, paired, peak_bytes, skipped_ranks
 from exporter.benchmark.torch_counting import kv_bytes
@@ -71,8 +73,6 @@ def test_a_subject_says_what_generate_says(family, budget, tiny, routed_folder, 
 
 def test_cache_formula():
     """Layers that rows skip, tokens that leave, padding that goes with them, windows."""
-    from types import SimpleNamespace
-
     text = SimpleNamespace(
         num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=16, hidden_size=128,
         sliding_window=6, layer_types=["full_attention"] * 3 + ["sliding_attention"],
@@ -151,6 +151,30 @@ def test_peak_memory_is_that_of_the_run():
     peak = peak_bytes(lambda: torch.ones(64 << 20, dtype=torch.uint8), "cpu")
     assert peak is None or 60e6 < peak < 90e6
     assert held[0] == 1
+
+
+def test_the_ideal_is_the_slower_of_operations_and_bytes():
+    roofline = Roofline(flops_per_s=2e12, bytes_per_s=1e11, dtype="bfloat16")
+    assert roofline.ideal_ms(4e12, 1e11) == 2000.0 and roofline.ideal_ms(1e12, 3e11) == 3000.0
+    assert roofline.ideal_ms(None, 1) is None
+    figures = SimpleNamespace(flops=4e12, decode_flops=2e9, step_bytes=1e10, prefill_ms=4000.0, decode_ms=125.0)
+    assert roofline.shares(figures) == (0.5, 0.8)
+
+
+def test_rates_are_measured(monkeypatch):
+    monkeypatch.setattr("exporter.benchmark.roofline.SIDES", {"cpu": (64, 128)})
+    monkeypatch.setattr("exporter.benchmark.roofline.COPIED", {"cpu": 2**20})
+    found = measure_roofline("cpu", torch.bfloat16)
+    assert found.flops_per_s > 0 and found.bytes_per_s > 0 and found.dtype == "bfloat16"
+
+
+def test_the_table_says_how_near_the_ideal_each_comes(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("exporter.benchmark.bench.measure_roofline", lambda *_: Roofline(1e9, 1e9, "float32"))
+    common = ["--visual-tokens", "25", "--text-tokens", "24", "--new-tokens", "2", "--rounds", "2", "--device", "cpu"]
+    assert main(["bench", str(tiny("llava")), *common, "--quiet"]) == 0
+    assert "of the ideal" not in capsys.readouterr().out  # on a CPU nobody is told unless they ask
+    assert main(["bench", str(tiny("llava")), *common, "--roofline", "--quiet"]) == 0
+    assert "ideal: the FLOPs at 0.001 TFLOP/s" in capsys.readouterr().out
 
 
 def test_bench(tiny, routed_folder, capsys, tmp_path):
