@@ -35,6 +35,7 @@ class Localizer:
     link: str = ""  # where it was published
     value_name: str = "redundancy"  # of its scores, as a plot's axis names them
     passes: float | Function = 1.0  # forward passes over all questions; or a function of (JobSize, options), see there
+    sweeps: int | Function = 1  # times that the weights are read with --memory; or a function as of `passes`
     from_statistics: bool = False  # its function takes the statistics of one pass instead of the job: several share it
     attention: bool = False  # these include the attention's
     nested: bool = False  # what it drops of fewer layers is the beginning of what it drops of more
@@ -50,6 +51,7 @@ class Fold:
     title: str
     link: str = ""
     passes: float | Function = 1.0  # as a localizer's
+    sweeps: int | Function = 1  # as a localizer's
     holds_states: bool = False  # keeps the states of all questions that it is fitted on in memory
 
 
@@ -71,6 +73,7 @@ LOCALIZERS: dict[str, Localizer] = {
         title="the divergence at the model's own answers, from what Short-LVLM, ShortGPT and UIDL propose",
         link=SHORT_LVLM,
         passes="exporter.localize.best_of:passes",
+        sweeps="exporter.localize.best_of:sweeps",
     ),
     "tis": Localizer(
         run="exporter.localize.tis:tis",
@@ -109,24 +112,28 @@ LOCALIZERS: dict[str, Localizer] = {
         link="https://arxiv.org/abs/2402.09025",
         value_name="- loss when this layer alone is removed",
         passes="exporter.localize.greedy:passes",
+        sweeps="exporter.localize.greedy:sweeps",
         nested=True,
     ),
     "random": Localizer(
         run="exporter.localize.controls:by_random",
         title="They were drawn at random, as a control.",
         passes=0.0,
+        sweeps=0,
         control=True,
     ),
     "first": Localizer(
         run="exporter.localize.controls:by_first",
         title="They are the first ones, taken as a control.",
         passes=0.0,
+        sweeps=0,
         control=True,
     ),
     "last": Localizer(
         run="exporter.localize.controls:by_last",
         title="They are the last ones, taken as a control.",
         passes=0.0,
+        sweeps=0,
         control=True,
     ),
 }
@@ -140,6 +147,7 @@ FOLDS: dict[str, Fold] = {
         run="exporter.fold.auto:fold_auto",
         title="the fold that departs least from the model on held-out questions",
         passes="exporter.fold.auto:passes",
+        sweeps=4,  # sums at gaps, a reconstruction, two rounds of judging
         holds_states=True,
     ),
     "reconstruction": Fold(
@@ -160,7 +168,7 @@ FOLDS: dict[str, Fold] = {
         title="ReplaceMe's least squares",
         link="https://arxiv.org/abs/2505.02819",
     ),
-    "none": Fold(run="exporter.fold.none:fold_none", title="nothing: weights stay as they are", passes=0.0),
+    "none": Fold(run="exporter.fold.none:fold_none", title="nothing: weights stay as they are", passes=0.0, sweeps=0),
 }
 
 LOSSES: dict[str, RouterLoss] = {

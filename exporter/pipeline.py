@@ -193,7 +193,7 @@ def _compress(
     with staged(out) as stage:
         kept = sum(piece.entry.num_bytes for shard in kept_pieces(job.source, plan, folded) for piece in shard)
         write_with_progress(job.source, plan, folded=folded, stage=stage, progress=progress, num_bytes=kept)
-        record["measured"] = measure(stage, record, time.monotonic() - begin)
+        record["measured"] = measure(stage, record, time.monotonic() - begin, changes.bytes_read)
         write_record(stage, record)
         card(stage, out.name)
         write_verified(stage, record, require(stage, job.device, memory=options.memory))

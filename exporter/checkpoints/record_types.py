@@ -134,6 +134,7 @@ class MeasuredPart:
     seconds: Size
     kv_bytes_per_token: Count
     files: dict[InnerPath, Sha256]
+    bytes_read: Count | None = None  # of the source's weights, where layers were left on disk (--memory)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ DTYPE_BITS = {
     "F4": 4,
 }
 
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+TORCH_NAMES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -88,6 +91,21 @@ class Weights:
         with safe_open(self.entries[name].path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """Return a tensor in the checkpoint's own dtype, read from its byte range into memory of its own."""
+    import torch
+
+    buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    with entry.path.open("rb", buffering=0) as file:
+        view, position = buffer.numpy().data, entry.begin
+        while view:
+            done = os.preadv(file.fileno(), [view], position)
+            if not done:
+                raise InputError(f"{entry.path} is shorter than it was: it changes while it is read.")
+            view, position = view[done:], position + done
+    return buffer.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
 
 
 def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:

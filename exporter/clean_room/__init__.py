@@ -12,7 +12,9 @@ from .processing import PromptError, encode, extend, load_processor, render
 from .reference import (
     GENERATION_TOKENS,
     REFERENCE_QUESTION,
+    REFERENCE_TOKENS,
     generate,
+    greedy,
     greedy_answers,
     reference_answer,
     reference_inputs,
@@ -21,10 +23,12 @@ from .reference import (
 __all__ = [
     "GENERATION_TOKENS",
     "REFERENCE_QUESTION",
+    "REFERENCE_TOKENS",
     "PromptError",
     "encode",
     "extend",
     "generate",
+    "greedy",
     "greedy_answers",
     "load_processor",
     "reference_answer",

@@ -139,7 +139,7 @@ def run_arguments(subcommand: argparse.ArgumentParser, batch_size: int = 8) -> N
     subcommand.add_argument("--device", help="cpu, cuda, cuda:1, auto (the first GPU, else the CPU)")
     subcommand.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
     subcommand.add_argument(
-        "--memory", type=_memory, metavar="12GB", help="most that the device may hold; the rest is streamed from disk"
+        "--memory", type=_memory, metavar="12GB", help="most that the model may take; layers beyond are read from disk"
     )
     subcommand.add_argument("--batch-size", type=positive_count, default=batch_size, metavar="B")
     json_argument(subcommand)

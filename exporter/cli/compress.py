@@ -65,6 +65,9 @@ def run(options: argparse.Namespace) -> None:
         f"{source.parameters:,} -> {measured.parameters:,} parameters, "
         f"{source.bytes / 1e6:,.1f} -> {measured.bytes / 1e6:,.1f} MB, {measured.seconds:.0f} s"
     )
+    if measured.bytes_read is not None:
+        times = measured.bytes_read / source.bytes
+        print(f"weights were read {times:.1f} times over, {measured.bytes_read / 1e9:,.2f} GB")
     if record.heal is not None:
         print("\n".join(result_lines(record.data["heal"])))
     verified = record.verification
@@ -76,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
 
 def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> None:
     from ..checkpoints.staging import check_space, check_target
-    from ..compression.estimate import estimate
+    from ..compression.estimate import ANSWER_GUESS, estimate
     from ..compression.job import prepare
     from ..localize.stored import load_scores
     from ..pipeline import healing_of
@@ -104,5 +107,11 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
         f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
         f", as much as {guess.forward_passes:.1f} forward passes over them"
     )
+    if guess.bytes_to_read is not None:
+        print(
+            f"layers on disk are read {guess.sweeps} times, once for each token of the longest answer among these "
+            f"(taken for {ANSWER_GUESS}): {guess.bytes_to_read / 1e9:,.2f} GB, {guess.bytes_to_read / guess.bytes:.1f} "
+            "times the weights"
+        )
     if healing:
         print("\n".join(cost_lines(healing)))

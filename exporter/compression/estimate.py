@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from ..checkpoints.memory import parse_size
 from ..checkpoints.safetensors_ranges import COPY_CHUNK_BYTES
+from ..clean_room import REFERENCE_TOKENS
 from ..data.batches import by_size, make_batches, spread
 from ..methods import FOLDS, LOCALIZERS, Function, resolve
 from ..models.flops import kv_bytes_per_token
+from ..models.loading import PartSizes
 from ..models.questions import JobSize, portion
 from ..plan import make_plan
 from ..recipe import Method
@@ -32,6 +35,8 @@ class Estimate:
     forward_passes: float
     seconds: float
     memory_bytes: int
+    sweeps: int  # times that layers on disk are read
+    bytes_to_read: int | None  # of weights; None where all of them are in memory
 
 
 def estimate(job: CompressionJob) -> Estimate:
@@ -39,12 +44,9 @@ def estimate(job: CompressionJob) -> Estimate:
     per_layer = job.source.parameters_per_layer
     weights = job.source.weights
     gone = round(job.count * sum(per_layer) / len(per_layer))
-    gone_bytes = round(
-        job.count
-        * sum(entry.num_bytes for name, entry in weights.entries.items() if job.source.layer_of(name) is not None)
-        / len(per_layer)
-    )
+    gone_bytes = round(job.count * layer_bytes(job) / len(per_layer))
     tokens, passes, seconds, memory = _running(job) if job.needs_model else (0, 0.0, 0.0, COPY_CHUNK_BYTES)
+    sweeps, bytes_to_read = _reading(job) if job.needs_model and job.options.memory else (0, None)
     return Estimate(
         layers=len(per_layer),
         drop=job.count,
@@ -56,7 +58,9 @@ def estimate(job: CompressionJob) -> Estimate:
         tokens=tokens,
         forward_passes=passes,
         seconds=seconds + 2 * weights.num_bytes / 1e9,
-        memory_bytes=memory,
+        memory_bytes=memory if bytes_to_read is None else parse_size(job.options.memory or ""),
+        sweeps=sweeps,
+        bytes_to_read=bytes_to_read,
     )
 
 
@@ -75,21 +79,54 @@ def _running(job: CompressionJob) -> tuple[int, float, float, int]:
     return tokens, passes, seconds, round(memory)
 
 
+def _reading(job: CompressionJob) -> tuple[int, int | None]:
+    """Return how often layers on disk are read at most, and the bytes of weights that are read in all.
+
+    Raises: InputError where --memory allows less than streaming needs.
+    """
+    sizes = PartSizes.of(job.source, job.dtype.itemsize)
+    stay, _ = sizes.share_out(parse_size(job.options.memory or ""), job.source.name)
+    if stay == len(sizes.layers):
+        return 0, None
+    size = _likely(job)
+    sweeps = 0
+    if job.reads_questions:
+        sweeps += _sweeps(LOCALIZERS[job.recipe.localizer.name].sweeps, size, job.recipe.localizer)
+    if job.count:
+        sweeps += _sweeps(FOLDS[job.fold.name].sweeps, size, job.fold)
+    answers = min(ANSWER_GUESS, job.recipe.calibration.answer_tokens) if sweeps else 0
+    on_disk = sum(sizes.layers[stay:]) / sum(sizes.layers) * layer_bytes(job)
+    left = 1 - job.count / len(sizes.layers)
+    read = job.source.weights.num_bytes + (sweeps + answers - 1 + left * REFERENCE_TOKENS) * on_disk
+    return sweeps + answers + REFERENCE_TOKENS, round(read)
+
+
+def layer_bytes(job: CompressionJob) -> int:
+    """Return the bytes of all decoder layers on disk."""
+    entries = job.source.weights.entries.items()
+    return sum(entry.num_bytes for name, entry in entries if job.source.layer_of(name) is not None)
+
+
+def _likely(job: CompressionJob) -> JobSize:
+    """Return the size of a job, with a plan where most choices lie."""
+    layers, count = job.source.num_layers, job.count
+    plan = make_plan(layers, range(layers - max(count, 1) - 1, layers - 1)[-layers + 1 :])
+    return JobSize(len(job.calibration.samples), plan, count)
+
+
 def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
     """Return what localizing and folding cost, in passes of all prompts through all decoder layers, answering included.
 
     Args:
         prompt_tokens: of a question, on average.
     """
-    layers, count = job.source.num_layers, job.count
-    plan = make_plan(layers, range(layers - max(count, 1) - 1, layers - 1)[-layers + 1 :])  # where most choices lie
-    size = JobSize(len(job.calibration.samples), plan, count)
+    size = _likely(job)
     longer = 1 + min(ANSWER_GUESS, job.recipe.calibration.answer_tokens) / prompt_tokens  # with its answer
     localizing, ranked, folding, fitted = 0.0, 0.0, 0.0, 0.0
     if job.recipe.budget.layers is None:
         method = job.recipe.localizer
         localizing, ranked = _cost(LOCALIZERS[method.name].passes, size, method)
-    if count:
+    if job.count:
         folding, fitted = _cost(FOLDS[job.fold.name].passes, size, job.fold)
     return longer * (max(ranked, fitted) + localizing + folding)
 
@@ -108,6 +145,10 @@ def _cost(passes: float | Function, size: JobSize, method: Method) -> tuple[floa
         cost: tuple[float, float] = resolve(passes)(size, method.options)
         return cost
     return passes, 1.0 if passes else 0.0
+
+
+def _sweeps(sweeps: int | Function, size: JobSize, method: Method) -> int:
+    return sweeps if isinstance(sweeps, int) else int(resolve(sweeps)(size, method.options))
 
 
 def _tokens(job: CompressionJob) -> tuple[int, int]:

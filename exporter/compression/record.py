@@ -129,8 +129,8 @@ def write_verified(folder: Path, record: dict[str, Any], found: Verification) ->
     write_record(folder, record)
 
 
-def measure(folder: Path, record: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Return what the written checkpoint weighs."""
+def measure(folder: Path, record: dict[str, Any], seconds: float, bytes_read: int | None) -> dict[str, Any]:
+    """Return what the written checkpoint weighs, and the bytes of weights that were read for it by --memory."""
     import torch
 
     weights = open_weights(folder)
@@ -141,4 +141,4 @@ def measure(folder: Path, record: dict[str, Any], seconds: float) -> dict[str, A
         "seconds": round(seconds, 2),
         "kv_bytes_per_token": kv_bytes_per_token(config, getattr(torch, record["run"]["dtype"])),
         "files": hashes(folder),
-    }
+    } | ({} if bytes_read is None else {"bytes_read": bytes_read})

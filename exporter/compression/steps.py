@@ -18,11 +18,14 @@ from ..localize import LocalizeJob, explicit, run_localizer
 from ..localize.scores import LayerScores
 from ..methods import FOLDS, LOCALIZERS, resolve
 from ..models.questions import Questions
+from ..models.residency import ranges_of
 from ..models.variants import Variant, assembled
 from ..plan import Folded, PruningPlan, best_in_period, breaks_period, make_plan
 from ..progress import Progress
 from .job import CompressionJob
 from .record import describe
+
+LAST_READ = 4  # weights and biases of the two output matrices of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Changes:
     plan: PruningPlan
     folded: Folded
     record: dict[str, Any]
+    bytes_read: int | None = None  # of weights, where layers lie on disk
 
 
 def changes_of(job: CompressionJob) -> Changes:
@@ -45,10 +49,11 @@ def changes_of(job: CompressionJob) -> Changes:
     folded, fold = fold_gaps(job, model, questions, plan)
     with assembled(model, Variant(plan, folded)):
         reference = reference_answer(model, job.processor)
+    ranges = ranges_of(model)
     del model, questions.model  # verification loads the checkpoint again: there is memory for one
     record = describe(job, questions, scores, plan, fold, reference)
     record["source"]["unexpected_keys"] = ignored
-    return Changes(plan, folded, record)
+    return Changes(plan, folded, record, None if ranges is None else ranges.bytes_read)
 
 
 def _without_model(job: CompressionJob) -> Changes:
@@ -75,7 +80,7 @@ def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScor
     folded = FoldedSets(
         model=model,
         held_out=HeldOut(model, questions),
-        read=reader(job.source),
+        read=reader(job.source, model),
         decoder=job.source.decoder,
         multiplier=job.multiplier,
     )
@@ -123,7 +128,7 @@ def fold_job(
         model=model,
         batches=functools.partial(questions.batches, f"fold ({job.fold.name})"),
         plan=plan,
-        read=reader(job.source),
+        read=reader(job.source, model),
         decoder=job.source.decoder,
         multiplier=job.multiplier,
         memo={} if memo is None else memo,
@@ -132,14 +137,23 @@ def fold_job(
     )
 
 
-def reader(source: Source) -> Callable[[int, str], Any]:
-    """Return a function that reads a decoder layer's tensor by its name inside the layer; None where there is none."""
+def reader(source: Source, model: Any = None) -> Callable[[int, str], Any]:
+    """Return a function that reads a decoder layer's tensor by its name inside the layer; None where there is none.
+
+    Args:
+        model: where its layers are on disk, what is read for folds is counted too; the last few tensors stay.
+    """
+    ranges = None if model is None else ranges_of(model)
 
     def read(layer: int, name: str) -> Any:
         full = f"{source.layer_prefix}{layer}.{name}"
-        return source.weights.read(full) if full in source.weights.entries else None
+        if full not in source.weights.entries:
+            return None
+        if ranges is not None:
+            ranges.count(source.weights.entries[full].num_bytes)
+        return source.weights.read(full)
 
-    return read
+    return read if ranges is None else functools.lru_cache(LAST_READ)(read)
 
 
 def write_with_progress(

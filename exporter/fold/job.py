@@ -6,7 +6,7 @@ Shapes: B samples, S tokens, N counted tokens, D hidden size, I intermediate siz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +18,17 @@ from ..data.samples import Sample
 from ..errors import InputError
 from ..families import Decoder
 from ..localize.tis import important
-from ..models.capture import AttentionMeans, AttentionReducer, attention_means, on_module
+from ..models.boundary import Kept, StateStore
+from ..models.capture import AttentionMeans, AttentionReducer, aim, attention_means, on_module
 from ..models.loading import text_decoder
-from ..models.replay import Trace, trace, walk
+from ..models.residency import held
+from ..models.sweep import Lane, after, entered, stepped, store_for, sweep
 from ..plan import PruningPlan
 from .held_out import HeldOut
 from .moments import Moments
 
-ORIGINALS_BYTES = 2 << 30
+ORIGINALS_BYTES = 2 << 30  # of states that several folds share, in memory
+ON_DISK_BYTES = 1 << 62  # where they go to disk: its end is met there
 
 
 class FoldRefused(InputError):  # noqa: N818 - like CheckFailed, what was found and no fault
@@ -34,19 +37,43 @@ class FoldRefused(InputError):  # noqa: N818 - like CheckFailed, what was found 
 
 @dataclass
 class Originals:
-    """The original model's states between layers for the same few batches, computed once for many folds."""
+    """A few batches, and the original model's states between layers, computed once for all folds that share them."""
 
-    traces: dict[int, Trace] = field(default_factory=dict)  # by the batch's number
-    states: dict[tuple[int, int], Tensor] = field(
-        default_factory=dict
-    )  # [B, S, D] input of a layer, by batch and layer
-    room: int = ORIGINALS_BYTES  # bytes that may still be kept
+    store: StateStore
+    lanes: list[Lane]  # what the layers get for each batch
+    room: int = 0  # bytes of states that may still be kept
+    states: dict[tuple[int, int], Kept] = field(default_factory=dict)  # [B, S, D] input of a layer, by batch and layer
 
-    def keep(self, number: int, layer_idx: int, state: Tensor) -> None:
+    def keep(self, key: tuple[int, int], state: Tensor) -> None:
+        """Keep the state of a batch at the input of a layer, as long as there is room."""
         size = state.numel() * state.element_size()
-        if (number, layer_idx) not in self.states and size <= self.room:
-            self.states[number, layer_idx] = state
+        if key not in self.states and size <= self.room:
+            self.states[key] = self.store.keep(state)
             self.room -= size
+
+
+@contextlib.contextmanager
+def originals_of(model: Any, batches: Iterable[Batch], room: int = 0) -> Iterator[Originals]:
+    """Give batches at the input of the first layer.
+
+    Args:
+        room: bytes of the original's states that may be kept for other folds.
+    """
+    with store_for(model) as store:
+        yield Originals(store, entered(model, enumerate(batches), store), room)
+
+
+def with_all_states(model: Any, originals: Originals) -> None:
+    """Compute the original's states at all boundaries in one pass, as far as there is room."""
+    layers = text_decoder(model).layers
+    states = {lane.number: lane.branches[0].state for lane in originals.lanes}
+    for layer_idx, layer in enumerate(layers):
+        with held(layer, following=layers[layer_idx + 1] if layer_idx + 1 < len(layers) else None):
+            for lane in originals.lanes:
+                state = originals.store.look(states[lane.number])
+                output = stepped(layer, layer_idx, lane.given, state, originals.store)
+                originals.keep((lane.number, layer_idx + 1), after(layer_idx, lane.given, output, originals.store))
+                states[lane.number] = originals.states[lane.number, layer_idx + 1]
 
 
 @dataclass(frozen=True)
@@ -61,7 +88,6 @@ class FoldJob:
     multiplier: float = 1.0  # of what a block adds to the residual stream
     memo: dict[Any, GapMoments] = field(default_factory=dict)  # gaps measured before, for folds that share a model
     held_out: HeldOut | None = None  # questions to choose a fold by; None: there are none
-    originals: Originals | None = None  # states of the original model that several folds share
     half_of: Callable[[Sample], bool] = lambda sample: False  # which half of the pictures a question belongs to
     report: dict[str, Any] = field(default_factory=dict)  # what a fold has to say of itself, for the record
 
@@ -69,14 +95,6 @@ class FoldJob:
     def gaps(self) -> dict[int, tuple[int, ...]]:
         """Return the kept layer before each gap, and the gap. A gap that begins at layer 0 has none."""
         return {run[0] - 1: run for run in self.plan.gaps if run[0] > 0}
-
-    def trace(self, number: int, batch: Batch) -> Trace:
-        """Return what the layers are given for the batch of that number, with what is kept of it if anything is."""
-        if self.originals is None:
-            return trace(self.model, batch)
-        if number not in self.originals.traces:
-            self.originals.traces[number] = trace(self.model, batch)
-        return self.originals.traces[number]
 
     def refuse_unfoldable(self, fold: str) -> None:
         """Raise FoldRefused where no fold is exact."""
@@ -140,15 +158,14 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
     sums: dict[int, GapMoments] = {}
     if wanted:
         batches = job.batches()  # before attention is changed: the model may have to answer them first
+
+        def add(batch: Batch, kept: int, gap: Gap) -> None:
+            if kept not in sums:
+                sums[kept] = GapMoments.empty(gap)
+            sums[kept].add(gap, gap.counted(batch, tokens, p), job.multiplier)
+
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            for batch in batches:
-                batch = batch.to(job.model.device)
-                if reducer is not None:
-                    reducer.is_visual, reducer.is_text = batch.is_visual, batch.is_text
-                for kept, gap in _gaps_of(job, wanted, batch, reducer, each).items():
-                    if kept not in sums:
-                        sums[kept] = GapMoments.empty(gap)
-                    sums[kept].add(gap, gap.counted(batch, tokens, p), job.multiplier)
+            _cross(job, wanted, batches, reducer, each=each, add=add)
     job.memo.update({key(kept): moments for kept, moments in sums.items()})
     return {kept: job.memo[key(kept)] for kept in job.gaps}
 
@@ -169,35 +186,59 @@ class Gap:
         return visual | important(self.means.text_to_visual + self.means.text_to_text, batch.is_text, p)
 
 
-def _gaps_of(
-    job: FoldJob, wanted: dict[int, tuple[int, ...]], batch: Batch, reducer: AttentionReducer | None, each: bool
-) -> dict[int, Gap]:
-    """Run the batch up to the last dropped layer, keeping what each gap's moments are made of."""
+@dataclass
+class _Crossing:
+    """What is kept of one batch while a gap is crossed."""
+
+    mlp: Kept  # [B, S, D]
+    entered: Kept | None = None  # [B, S, D]
+    added: list[Kept] = field(default_factory=list)
+
+    def take(self, store: StateStore, means: AttentionMeans | None) -> Gap:
+        """Return the gap, and keep nothing of it."""
+        gap = Gap(store.look(self.mlp), tuple(map(store.look, self.added)), means)
+        for kept in (self.mlp, self.entered, *self.added):
+            if kept is not None:
+                store.drop(kept)
+        return gap
+
+
+def _cross(
+    job: FoldJob,
+    wanted: dict[int, tuple[int, ...]],
+    batches: Iterable[Batch],
+    reducer: AttentionReducer | None,
+    *,
+    each: bool,
+    add: Callable[[Batch, int, Gap], None],
+) -> None:
+    """Run the batches up to the last dropped layer; hand on what each gap's moments are made of, as it closes."""
     layers = text_decoder(job.model).layers
     before_run = {layer: kept for kept, run in wanted.items() for layer in run}
     tapped: list[Tensor] = []
-    mlps: dict[int, Tensor] = {}
-    entered: dict[int, Tensor] = {}
-    added: dict[int, list[Tensor]] = {kept: [] for kept in wanted}
-    gaps: dict[int, Gap] = {}
-    with contextlib.ExitStack() as taps:
-        for before_gap in wanted:
-            module = layers[before_gap].get_submodule(job.decoder.down_proj_of(before_gap) or "")
+    crossing: dict[tuple[int, int], _Crossing] = {}  # by batch and kept layer
+
+    def seen(lane: Lane, layer_idx: int, before: Tensor, after: Tensor) -> None:
+        means = reducer.take_any() if reducer is not None else None
+        if layer_idx - 1 in wanted:
+            crossing[lane.number, layer_idx - 1].entered = store.keep(before)
+        if layer_idx in wanted:
+            crossing[lane.number, layer_idx] = _Crossing(store.keep(tapped.pop()))
+        if layer_idx not in before_run:
+            return
+        kept = before_run[layer_idx]
+        is_last = layer_idx == wanted[kept][-1]
+        gap = crossing[lane.number, kept]
+        if each or is_last:
+            assert gap.entered is not None
+            gap.added.append(store.keep(after - store.look(gap.entered)))
+        if is_last:
+            add(lane.plain, kept, crossing.pop((lane.number, kept)).take(store, means))
+
+    with store_for(job.model) as store, contextlib.ExitStack() as taps:
+        for kept in wanted:
+            module = layers[kept].get_submodule(job.decoder.down_proj_of(kept) or "")
             taps.enter_context(on_module(module, lambda _, y: tapped.append(y)))
-        for layer_idx, before, after in walk(layers, trace(job.model, batch)):
-            means = reducer.take_any() if reducer is not None else None
-            if layer_idx - 1 in wanted:
-                entered[layer_idx - 1] = before
-            if layer_idx in wanted:
-                mlps[layer_idx] = tapped.pop()
-            if layer_idx not in before_run:
-                continue
-            kept = before_run[layer_idx]
-            is_last = layer_idx == wanted[kept][-1]
-            if each or is_last:
-                added[kept].append(after - entered[kept])
-            if is_last:
-                gaps[kept] = Gap(mlps.pop(kept), tuple(added.pop(kept)), means)
-                if len(gaps) == len(wanted):
-                    break
-    return gaps
+        last = max(run[-1] for run in wanted.values())
+        for _ in sweep(job.model, batches, before=lambda batch: aim(reducer, batch), seen=seen, stop=last + 1):
+            pass

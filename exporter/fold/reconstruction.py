@@ -13,20 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..models.boundary import Kept, StateStore
 from ..models.capture import on_module
 from ..models.loading import text_decoder
 from ..models.questions import SUFFIX, JobSize
-from ..models.replay import Trace, replaced, walk
+from ..models.replay import replaced
+from ..models.residency import held, ranges_of
+from ..models.sweep import Lane, after, stepped
 from ..plan import Folded, PruningPlan
-from .job import FoldJob, FoldRefused, counted_tokens
+from .job import FoldJob, FoldRefused, Originals, counted_tokens, originals_of
 from .moments import Moments
 from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
 from .outputs import Matrix
@@ -42,15 +45,33 @@ TOKENS_PER_INPUT = 1.0  # that a regression needs at least; with fewer tokens it
 class Stream:
     """One batch at the boundary between two layers, in the original and in the smaller model."""
 
-    number: int
-    given: Trace
+    lane: Lane
+    store: StateStore
     weights: Tensor  # [B, S] of the tokens in the regressions; 0 for those that don't count
     half: Tensor  # [B] bool: the half of the pictures that each question belongs to
-    original: Tensor  # [B, S, D]
-    smaller: Tensor  # [B, S, D]
-    of: int = 1  # batches that there are
-    output: Tensor | None = None  # [B, S, D] of the layer that is refitted, with its old down_proj
-    inner: Tensor | None = None  # [B, S, I] input of that down_proj
+    of: int  # batches that there are
+    kept: dict[str, Kept] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a state: 'original' and 'smaller' [B, S, D]; of the layer that is refitted, with its old down_proj,
+        the 'output' [B, S, D], and 'inner' [B, S, I], the input of that down_proj.
+        """
+        return self.store.look(self.kept[name])
+
+    def __setitem__(self, name: str, state: Tensor) -> None:
+        self.forget(name)
+        self.kept[name] = self.store.keep(state)
+
+    def forget(self, *names: str) -> None:
+        for name in names:
+            if name in self.kept:
+                self.store.drop(self.kept.pop(name))
+
+    def step(self, layer: Any, layer_idx: int, state: Tensor) -> Tensor:
+        return stepped(layer, layer_idx, self.lane.given, state, self.store)
+
+    def after(self, layer_idx: int, output: Tensor) -> Tensor:
+        return after(layer_idx, self.lane.given, output, self.store)
 
 
 @dataclass(frozen=True)
@@ -63,25 +84,61 @@ class Fit:
     tokens: str = "all"
 
 
+Steps = Generator[tuple[int, ...], None, Folded]  # asks for layers, that are in memory when it goes on
+
+
 def reconstruct(job: FoldJob, fit: Fit, batches: Iterable[Batch], kinds: Sequence[str]) -> Folded:
     """Walk both models through the calibration data together, refitting maps of each kept layer on the way.
 
     Args:
         kinds: of maps: 'o_proj', 'down_proj' or both, under the names that each layer has for them.
     """
+    with originals_of(job.model, batches) as originals:
+        return side_by_side(job.model, [steps(job, fit, originals, kinds)])[0]
+
+
+def side_by_side(model: Any, tasks: Sequence[Steps]) -> list[Folded]:
+    """Run several reconstructions through one loaded layer after the other; one by one where all layers are there."""
+    if ranges_of(model) is None and len(tasks) > 1:
+        return [side_by_side(model, [task])[0] for task in tasks]
+    layers, found = text_decoder(model).layers, dict[int, Folded]()
+    wanted = dict.fromkeys(range(len(tasks)), ())  # layers that each asks for
+    current: dict[int, contextlib.ExitStack] = {}
+    with contextlib.ExitStack() as whole:
+        while wanted:
+            needed: tuple[int, ...] = min(wanted.values(), key=lambda some: max(some, default=-1))
+            for layer_idx in [held_idx for held_idx in current if held_idx not in needed]:
+                current.pop(layer_idx).close()
+            for layer_idx in needed:
+                if layer_idx not in current:
+                    following = layers[layer_idx + 1] if layer_idx + 1 < len(layers) else None
+                    current[layer_idx] = whole.enter_context(contextlib.ExitStack())
+                    current[layer_idx].enter_context(held(layers[layer_idx], following=following))
+            for number in [number for number, some in wanted.items() if some == needed]:
+                try:
+                    wanted[number] = next(tasks[number])  # type: ignore[assignment]
+                except StopIteration as end:
+                    found[number] = end.value
+                    del wanted[number]
+    return [found[number] for number in range(len(tasks))]
+
+
+def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) -> Steps:
+    """Reconstruct, asking for each layer before it runs."""
     reached = max(0, min(job.plan.drop) - 1)  # the first layer that changes: up to its input both models are one
     refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
-    streams = [_stream(job, number, batch.to(job.model.device), reached, fit) for number, batch in enumerate(batches)]
+    streams = [_stream(job, lane, originals, fit) for lane in originals.lanes]
+    yield from _carry(job, streams, originals, 0, reached)
     for stream in streams:
-        stream.of = len(streams)
+        stream["smaller"] = stream["original"]
     kinds = affordable(job, refitted[0], kinds, sum(int((stream.weights > 0).sum()) for stream in streams))
     if not kinds:
         return {}
     folded: Folded = {}
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
-        for stream in streams:
-            stream.original = _run(job, stream, stream.original, reached, following)
+        yield from _carry(job, streams, originals, reached, following, beside=(kept,))
         reached = following
+        yield (kept,)
         modules = job.decoder.maps_of(kept, kinds)
         for number, module in enumerate(modules):  # fitted together with those after it, which then adapt to it
             key = (kept, f"{module}.weight")
@@ -90,6 +147,8 @@ def reconstruct(job: FoldJob, fit: Fit, batches: Iterable[Batch], kinds: Sequenc
             folded[kept, f"{norm}.weight"] = _refit_gain(job, kept, norm, streams, folded, fit.ridge)
         if following < job.plan.num_layers:  # something comes behind it
             _advance(job, kept, streams, folded)
+    for stream in streams:
+        stream.forget(*list(stream.kept))
     return folded
 
 
@@ -103,14 +162,15 @@ def _advance(job: FoldJob, kept: int, streams: Sequence[Stream], folded: Folded)
     module = job.decoder.down_proj_of(kept)
     with replaced(job.model, _of_layer(folded, kept)), torch.inference_mode():
         for stream in streams:
-            if stream.output is None or stream.inner is None:
-                output = stream.given.step(layer, kept, stream.smaller)
+            if "inner" not in stream.kept:
+                output = stream.step(layer, kept, stream["smaller"])
             else:
                 assert module is not None, "inputs are kept of down_proj only"
                 change = folded[kept, f"{module}.weight"].double() - _weight(job, kept, module).double()
-                output = stream.output + job.multiplier * (stream.inner @ change.T.to(stream.inner))
-            stream.smaller = stream.given.after(kept, output)
-            stream.output = stream.inner = None
+                inner = stream["inner"]
+                output = stream["output"] + job.multiplier * (inner @ change.T.to(inner))
+            stream["smaller"] = stream.after(kept, output)
+            stream.forget("output", "inner")
 
 
 def refitted_share(plan: PruningPlan) -> float:
@@ -140,34 +200,40 @@ def affordable(job: FoldJob, layer_idx: int, kinds: Sequence[str], tokens: int) 
     return some
 
 
-def _stream(job: FoldJob, number: int, batch: Batch, first: int, fit: Fit) -> Stream:
-    """Return a batch at the input of the first layer that changes."""
-    traced = job.trace(number, batch)
+def _stream(job: FoldJob, lane: Lane, originals: Originals, fit: Fit) -> Stream:
+    """Return a batch before the first layer."""
+    batch, store = lane.plain, originals.store
     half = torch.tensor([job.half_of(sample) for sample in batch.samples], device=job.model.device)
-    stream = Stream(
-        number=number,
-        given=traced,
-        weights=token_weights(batch, fit),
-        half=half,
-        original=traced.entry,
-        smaller=traced.entry,
-    )
-    stream.original = stream.smaller = _run(job, stream, traced.entry, 0, first)
+    stream = Stream(lane, store, token_weights(batch, fit), half, len(originals.lanes))
+    stream["original"] = store.look(lane.branches[0].state)
     return stream
 
 
-def _run(job: FoldJob, stream: Stream, state: Tensor, start: int, stop: int) -> Tensor:
-    """Return the original model's state at the input of layer `stop`, from that at the input of layer `start`."""
-    known = job.originals.states if job.originals is not None else {}
-    for layer_idx in range(stop, start, -1):  # the last one that is known
-        if (stream.number, layer_idx) in known:
-            state, start = known[stream.number, layer_idx], layer_idx
-            break
-    for layer_idx, _, output in walk(text_decoder(job.model).layers[:stop], stream.given, start=start, state=state):
-        state = stream.given.after(layer_idx, output)
-        if job.originals is not None:
-            job.originals.keep(stream.number, layer_idx + 1, state)
-    return state
+def _carry(
+    job: FoldJob,
+    streams: Sequence[Stream],
+    originals: Originals,
+    start: int,
+    stop: int,
+    beside: tuple[int, ...] = (),
+) -> Generator[tuple[int, ...], None, None]:
+    """Bring the original model's states from the input of layer `start` to that of layer `stop`.
+
+    Args:
+        beside: layers that are wanted again soon, and stay.
+    """
+    layers = text_decoder(job.model).layers
+    for layer_idx in range(start, stop):
+        if any((stream.lane.number, layer_idx + 1) not in originals.states for stream in streams):
+            yield tuple(sorted({*beside, layer_idx}))
+        for stream in streams:
+            key = (stream.lane.number, layer_idx + 1)
+            if key in originals.states:
+                stream["original"] = originals.store.look(originals.states[key])
+                continue
+            state = stream.after(layer_idx, stream.step(layers[layer_idx], layer_idx, stream["original"]))
+            stream["original"] = state
+            originals.keep(key, state)
 
 
 def token_weights(batch: Batch, fit: Fit) -> Tensor:
@@ -208,7 +274,7 @@ def _refit(
                 moments.add((inputs * weights)[rows], (wanted * weights)[rows])
         layer = text_decoder(job.model).layers[layer_idx]
         gains = [
-            gain_of(layer.get_submodule(norm), streams[0].smaller)
+            gain_of(layer.get_submodule(norm), streams[0]["smaller"])
             if (norm := job.decoder.norm_behind(module))
             else None
             for module in modules
@@ -228,17 +294,16 @@ def _refit_gain(
 ) -> Tensor:
     """Return the weight of the norm behind the last matrix, with its gain refitted. [D]"""
     module = text_decoder(job.model).layers[layer_idx].get_submodule(norm)
-    sums = GainMoments(streams[0].smaller.shape[-1])
+    sums = GainMoments(streams[0]["smaller"].shape[-1])
     layer = text_decoder(job.model).layers[layer_idx]
     seen: list[Tensor] = []  # what the norm puts out
     with replaced(job.model, _of_layer(folded, layer_idx)), on_module(module, lambda _, put: seen.append(put)):
         for stream in streams:
-            with torch.inference_mode():
-                output = stream.given.step(layer, layer_idx, stream.smaller)
+            output = stream.step(layer, layer_idx, stream["smaller"])
             counted = stream.weights > 0
-            missing = stream.original - stream.given.after(layer_idx, output)
+            missing = stream["original"] - stream.after(layer_idx, output)
             sums.add(seen.pop()[counted], missing[counted], stream.weights[counted][:, None])
-        gain = gain_of(module, streams[0].smaller)
+        gain = gain_of(module, streams[0]["smaller"])
         weight: Tensor = module.weight.detach()
     change = sums.change(ridge if isinstance(ridge, float) else RIDGES[-1])
     solved: Tensor = (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
@@ -258,7 +323,7 @@ def _regression(
             taps.enter_context(on_module(layer.get_submodule(module), lambda x, y: seen.append((x, y))))
             last = job.decoder.norm_behind(module) or module
             taps.enter_context(on_module(layer.get_submodule(last), lambda _, y: put.append(y)))
-        output = stream.given.step(layer, layer_idx, stream.smaller)
+        output = stream.step(layer, layer_idx, stream["smaller"])
     inner = seen[-1][0]
     post_norm = job.decoder.post_norm
     if (
@@ -266,9 +331,9 @@ def _regression(
         and list(modules) == [job.decoder.down_proj_of(layer_idx)]
         and inner.numel() * inner.element_size() * stream.of <= INNER_BYTES
     ):
-        stream.output, stream.inner = output, inner
+        stream["output"], stream["inner"] = output, inner
     counted = stream.weights > 0  # [B, S]
-    missing = (stream.original - stream.given.after(layer_idx, output)) / job.multiplier
+    missing = (stream["original"] - stream.after(layer_idx, output)) / job.multiplier
     wanted = sum(put, missing)
     half = stream.half[:, None].expand_as(counted)[counted]
     with torch.inference_mode():

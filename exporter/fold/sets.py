@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from ..data.batches import Batch
 from ..families import Decoder
 from ..models.divergence import Divergence
 from ..models.loading import text_decoder
+from ..models.residency import ranges_of
 from ..models.variants import Variant
-from ..plan import Folded, make_plan
+from ..plan import PruningPlan, make_plan
 from .held_out import HeldOut
-from .job import FoldJob, Originals
-from .reconstruction import Fit, reconstruct
+from .job import ON_DISK_BYTES, ORIGINALS_BYTES, FoldJob, Originals, originals_of, with_all_states
+from .reconstruction import Fit, Steps, side_by_side, steps
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,28 @@ class FoldedSets:
         if not sets:
             return
         number = self.held_out.questions.portion("fold_sets")
-        batches = list(self.held_out.fit("read for folds", number))
-        originals = Originals()
-        for drop in self.held_out.questions.progress(sets, "fold sets of layers", len(sets)):
-            plan = make_plan(len(text_decoder(self.model).layers), drop)
-            job = FoldJob(
-                model=self.model,
-                batches=lambda share=1.0: batches,
-                plan=plan,
-                read=self.read,
-                decoder=self.decoder,
-                multiplier=self.multiplier,
-                originals=originals,
-            )
-            self.known[drop] = Variant(plan, self._folded(job, batches))
+        batches = self.held_out.fit("read for folds", number)
+        streamed = ranges_of(self.model) is not None
+        with originals_of(self.model, batches, ON_DISK_BYTES if streamed else ORIGINALS_BYTES) as originals:
+            if streamed:  # one pass here, and one for all sets together
+                with_all_states(self.model, originals)
+            plans = [make_plan(len(text_decoder(self.model).layers), drop) for drop in sets]
+            tasks = [self._folded(plan, originals) for plan in plans]
+            progress = self.held_out.questions.progress
+            for drop, plan, folded in progress(
+                zip(sets, plans, side_by_side(self.model, tasks), strict=True), "fold sets of layers", len(sets)
+            ):
+                self.known[drop] = Variant(plan, folded)
 
-    def _folded(self, job: FoldJob, batches: Iterable[Batch]) -> Folded:
-        if self.decoder.unfoldable or not job.plan.drop:  # no fold is exact
+    def _folded(self, plan: PruningPlan, originals: Originals) -> Steps:
+        if self.decoder.unfoldable or not plan.drop:  # no fold is exact
             return {}
-        return reconstruct(job, Fit(), batches, ["down_proj"])
+        job = FoldJob(
+            model=self.model,
+            batches=lambda share=1.0: (),
+            plan=plan,
+            read=self.read,
+            decoder=self.decoder,
+            multiplier=self.multiplier,
+        )
+        return (yield from steps(job, Fit(), originals, ["down_proj"]))

@@ -192,3 +192,9 @@ def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
         cost += size.share("judge_sets") * (1 + first * SUFFIX)
         cost += size.share("judge_few_sets") * (1 + few * SUFFIX)
     return cost, used
+
+
+def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
+    """Return how often the weights are read: two passes of the original, one for each judgement, two for the folds."""
+    judged: int = 1 + 2 * options.get("exchanges", EXCHANGES)
+    return 2 + judged + (2 + len(ROUNDS) if options.get("folded", True) else 0)

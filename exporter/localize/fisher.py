@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..models.answers import AnsweredBatch
 from ..models.loading import text_decoder
 from ..models.questions import JobSize
 from ..models.replay import trace
+from ..models.residency import ranges_of
 from .job import LocalizeJob, with_question_count
 from .scores import LayerScores
 
@@ -123,6 +125,11 @@ def by_fisher(
         samples: questions that are read.
         draws: answers drawn at each token.
     """
+    if ranges_of(job.model) is not None:
+        raise InputError(
+            "fisher takes gradients through all layers at once, which have to be in memory: allow more --memory, or "
+            "take another localizer."
+        )
     batches = list(job.asked.answered("score layers", number=samples))
     return with_question_count(fisher(information(job.model, batches, draws, job.seed), count, protect), batches)
 

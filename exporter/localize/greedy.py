@@ -40,3 +40,8 @@ def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScor
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     """Return what it costs: half a pass for each layer that may go, as often as one goes."""
     return size.plan.num_layers / 2 * max(size.drop, 1), 1.0
+
+
+def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
+    """Return how often the weights are read: by the original, and for each layer that goes."""
+    return 1 + max(size.drop, 1)

@@ -19,7 +19,8 @@ from ..clean_room import extend, greedy_answers
 from ..data.batches import Batch
 from ..progress import Progress, silent
 from .loading import text_decoder
-from .replay import Trace, last_output, last_outputs, logits, trace, walk
+from .replay import logits
+from .sweep import Change, sweep
 
 ANSWER_TOKENS = 128  # that an answer may take: whole ones matter, since damage shows late in long ones
 
@@ -75,10 +76,7 @@ class AnswerDivergence:
 
     @classmethod
     def of(cls, model: Any, batches: Sequence[AnsweredBatch], progress: Progress = silent) -> AnswerDivergence:
-        layers, outputs = text_decoder(model).layers, []
-        for answered_batch in batches:
-            traced = trace(model, answered_batch.batch)
-            outputs.append(last_output(walk(layers, traced), traced.entry)[answered_batch.predicts])
+        outputs = [output[passed.batch.predicts] for passed in sweep(model, batches) for _, output in passed.outputs()]
         return cls(model, batches, outputs, progress)
 
     @property
@@ -87,12 +85,11 @@ class AnswerDivergence:
 
     def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
         """Return the divergence without each of the sets of layers, from one walk for all of them."""
-        layers = text_decoder(self.model).layers
         totals = [0.0] * len(sets)
-        pairs = zip(self.batches, self.outputs, strict=True)
-        for answered_batch, original in self.progress(pairs, "leave layers out", len(self.batches)):
-            for number, output in last_outputs(layers, trace(self.model, answered_batch.batch), sets):
-                totals[number] += self._kl(answered_batch, original, output)
+        pairs = zip(sweep(self.model, self.batches, without(sets)), self.outputs, strict=True)
+        for passed, original in self.progress(pairs, "leave layers out", len(self.batches)):
+            for number, output in passed.outputs():
+                totals[number] += self._kl(passed.batch, original, output)
         return [total / self._tokens for total in totals]
 
     @property
@@ -114,20 +111,19 @@ class StateError:
     """
 
     model: Any
-    batches: Sequence[tuple[Trace, Tensor, Tensor]]  # per batch: what layers get, counted tokens [B, S], states [N, D]
+    batches: Sequence[Batch]
+    states: Sequence[Tensor]  # [N, D] of the original's counted tokens in each batch, behind the last norm
     progress: Progress = silent
 
     @classmethod
     def of(cls, model: Any, batches: Iterable[Batch], progress: Progress = silent) -> StateError:
-        decoder, kept = text_decoder(model), []
-        for batch in batches:
-            traced = trace(model, batch.to(model.device))
-            counted = (batch.is_visual | batch.is_text).to(model.device)
-            with torch.inference_mode():
-                kept.append(
-                    (traced, counted, decoder.norm(last_output(walk(decoder.layers, traced), traced.entry)[counted]))
-                )
-        return cls(model, kept, progress)
+        batches = list(batches)
+        states = [
+            _normed(model, output, _counted(passed.batch))
+            for passed in sweep(model, batches)
+            for _, output in passed.outputs()
+        ]
+        return cls(model, batches, states, progress)
 
     @property
     def num_layers(self) -> int:
@@ -135,17 +131,34 @@ class StateError:
 
     def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
         """Return the mean error without each of the sets of layers, from one walk for all of them."""
-        decoder = text_decoder(self.model)
         totals, number = [0.0] * len(sets), 0
-        for traced, counted, states in self.progress(self.batches, "leave layers out", len(self.batches)):
-            original = states.float()
+        pairs = zip(sweep(self.model, self.batches, without(sets)), self.states, strict=True)
+        for passed, states in self.progress(pairs, "leave layers out", len(self.batches)):
+            original, counted = states.float(), _counted(passed.batch)
             number += len(original)
             sizes = original.square().sum(-1)
-            for which, output in last_outputs(decoder.layers, traced, sets):
+            for which, output in passed.outputs():
                 with torch.inference_mode():
-                    changed = decoder.norm(output[counted]).float()
+                    changed = _normed(self.model, output, counted).float()
                     totals[which] += float(((changed - original).square().sum(-1) / sizes).sum())
         return [total / max(1, number) for total in totals]
+
+
+def without(sets: Sequence[frozenset[int]]) -> list[Change]:
+    """Return the variants that leave sets of layers out."""
+    return [Change(frozenset(layers)) for layers in sets]
+
+
+def _counted(batch: Batch) -> Tensor:
+    """Return the tokens that count, [B, S]."""
+    return batch.is_visual | batch.is_text
+
+
+def _normed(model: Any, output: Tensor, counted: Tensor) -> Tensor:
+    """Return what the head reads of the counted tokens, [N, D]."""
+    with torch.inference_mode():
+        states: Tensor = text_decoder(model).norm(output[counted])
+        return states
 
 
 def answer_all(model: Any, batches: Iterable[Batch], max_new_tokens: int = ANSWER_TOKENS) -> list[AnsweredBatch]:

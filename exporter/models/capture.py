@@ -24,6 +24,7 @@ from ..families import is_listed
 from .attention import attention_inputs, attention_replaced, attention_scores
 from .loading import text_decoder
 from .replay import last_output, trace, walk
+from .sweep import sweep
 
 BLOCK_BYTES = 32 << 20  # of attention probabilities that may exist at a time
 IMPLEMENTATION = "lvlm_exporter_blockwise"
@@ -179,14 +180,26 @@ def layer_statistics(model: Any, batches: Iterable[Batch], *, attention: bool = 
     Args:
         attention: also the importance scores of tokens (only `tis` needs them).
     """
-    known = is_listed(model.config)
-    for batch in batches:
-        batch = batch.to(model.device)
-        if attention and not known:
-            attention, known = attention_is_seen(model, batch), True
-        with attention_means(model) if attention else contextlib.nullcontext() as reducer:
-            statistics = _batch_statistics(model, batch, reducer)
-        yield statistics
+    if attention and not is_listed(model.config):
+        batches = list(batches)
+        attention = not batches or attention_is_seen(model, batches[0].to(model.device))
+    taken: dict[int, _Statistics] = {}
+    with attention_means(model) if attention else contextlib.nullcontext() as reducer:
+        for passed in sweep(
+            model,
+            batches,
+            before=lambda batch: aim(reducer, batch),
+            seen=lambda lane, layer_idx, state, output: taken.setdefault(lane.number, _Statistics()).add(
+                lane.plain, layer_idx, state, output, reducer
+            ),
+        ):
+            yield taken.pop(passed.number).of(passed.batch)
+
+
+def aim(reducer: AttentionReducer | None, batch: Batch) -> None:
+    """Tell the reducer which tokens are which in the batch that runs next."""
+    if reducer is not None:
+        reducer.is_visual, reducer.is_text = batch.is_visual, batch.is_text
 
 
 def attention_is_seen(model: Any, batch: Batch) -> bool:
@@ -218,33 +231,43 @@ def _no_padding(batch: Batch) -> Tensor:
     return torch.ones_like(batch.is_visual) if mask is None else mask.bool()
 
 
-def _batch_statistics(model: Any, batch: Batch, reducer: AttentionReducer | None) -> BatchStatistics:
-    layers = text_decoder(model).layers
-    visual, text = batch.is_visual, batch.is_text
-    if reducer is not None:
-        reducer.is_visual, reducer.is_text = visual, text
-    traced = trace(model, batch)
-    last_states = [traced.entry[:, -1].float()]
-    cosines, visual_scores, text_rows, text_columns = [], [], [], []
-    means: AttentionMeans | None = None  # a layer without attention of its own is given what the last one looked at
-    for layer_idx, before, after in walk(layers, traced):
-        cosines.append(_cosine(before, after, visual | text, layer_idx))
-        last_states.append(after[:, -1].float())
+class _Statistics:
+    """Gathers one batch's numbers, layer after layer."""
+
+    def __init__(self) -> None:
+        self.last_states: list[Tensor] = []
+        self.cosines: list[Tensor] = []
+        self.visual: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self.columns: list[Tensor] = []
+        self.means: AttentionMeans | None = None  # a layer without attention is given what the last one looked at
+
+    def add(
+        self, batch: Batch, layer_idx: int, before: Tensor, after: Tensor, reducer: AttentionReducer | None
+    ) -> None:
+        visual, text = batch.is_visual, batch.is_text
+        if not layer_idx:
+            self.last_states.append(before[:, -1].float())
+        self.cosines.append(_cosine(before, after, visual | text, layer_idx))
+        self.last_states.append(after[:, -1].float())
         if reducer is not None:
-            means = reducer.take_any() or means or _alike(visual, text)
-            visual_scores.append((means.visual_from_visual + means.visual_from_text) * visual / 2)
-            text_rows.append((means.text_to_visual + means.text_to_text) * text / 2)
-            text_columns.append((means.text_to_visual + means.text_from_text) * text / 2)
-    return BatchStatistics(
-        cosine=torch.stack(cosines).cpu(),
-        visual_scores=torch.stack(visual_scores).cpu() if visual_scores else None,
-        text_scores={"rows": torch.stack(text_rows).cpu(), "columns": torch.stack(text_columns).cpu()}
-        if text_rows
-        else None,
-        last_states=torch.stack(last_states).cpu(),
-        is_visual=visual.cpu(),
-        is_text=text.cpu(),
-    )
+            means = self.means = reducer.take_any() or self.means or _alike(visual, text)
+            self.visual.append((means.visual_from_visual + means.visual_from_text) * visual / 2)
+            self.rows.append((means.text_to_visual + means.text_to_text) * text / 2)
+            self.columns.append((means.text_to_visual + means.text_from_text) * text / 2)
+
+    def of(self, batch: Batch) -> BatchStatistics:
+        text_scores = None
+        if self.rows:
+            text_scores = {"rows": torch.stack(self.rows).cpu(), "columns": torch.stack(self.columns).cpu()}
+        return BatchStatistics(
+            cosine=torch.stack(self.cosines).cpu(),
+            visual_scores=torch.stack(self.visual).cpu() if self.visual else None,
+            text_scores=text_scores,
+            last_states=torch.stack(self.last_states).cpu(),
+            is_visual=batch.is_visual.cpu(),
+            is_text=batch.is_text.cpu(),
+        )
 
 
 def _alike(visual: Tensor, text: Tensor) -> AttentionMeans:

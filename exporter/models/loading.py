@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.source import Source, refuse_report
+from ..checkpoints.memory import parse_size
+from ..checkpoints.source import Source, laid_out, refuse_report
 from ..checkpoints.temporary import folder_of_process
 from ..errors import InputError
-from ..probe.stack import find_decoder
+from ..probe.stack import find_decoder, stack_path
+from .residency import beside_layers, read_by_ranges
 
 if TYPE_CHECKING:
     import torch
 
+AT_ONCE = 3  # layers in memory: one that runs, one that is read meanwhile, one that a fold goes back to
 logger = logging.getLogger(__name__)
 
 
@@ -23,27 +28,82 @@ def load_model(
 
     Args:
         device: 'cpu', 'cuda', 'cuda:1', or 'auto' to spread over what there is (accelerate).
-        memory: most memory a device may hold, '12GB'; the rest is read from disk layer by layer (accelerate).
+        memory: most that the model and its states may take on the device, '12GB'; layers beyond are read from disk.
         cls: a class to load it with in place of the stock one.
     """
     from transformers import AutoModelForImageTextToText
 
     placement: dict[str, Any] = {"device_map": device}
+    states_bytes = 0
     if memory:
-        first = 0 if device != "cpu" else "cpu"
+        sizes = PartSizes.of(source, dtype.itemsize)
+        stay, states_bytes = sizes.share_out(parse_size(memory), source.name)
         placement = {
-            "device_map": "auto",
-            "max_memory": {first: memory},
+            "device_map": _placed(source, device, stay, cls),
             "offload_folder": str(folder_of_process("offload", "the folder for what --memory leaves on disk")),
         }
-    model, report = (cls or AutoModelForImageTextToText).from_pretrained(
-        source.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **placement
-    )
+    with warnings.catch_warnings():  # parameters that are no module are named one by one, which accelerate wonders at
+        warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
+        model, report = (cls or AutoModelForImageTextToText).from_pretrained(
+            source.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **placement
+        )
     refuse_report(source.name, report)
     if report["unexpected_keys"]:
         logger.warning("%s holds tensors that transformers ignores: %s", source.name, sorted(report["unexpected_keys"]))
     check_finite(model, source.name)
+    read_by_ranges(model, source.weights, source.name, states_bytes)
     return model.eval().requires_grad_(False), sorted(map(str, report["unexpected_keys"]))
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """What the parts of a model take in memory, in bytes."""
+
+    layers: tuple[int, ...]
+    beside: int  # vision tower, embeddings, head
+
+    @classmethod
+    def of(cls, source: Source, itemsize: int) -> PartSizes:
+        layers = tuple(itemsize * count for count in source.parameters_per_layer)
+        return cls(layers, itemsize * source.weights.num_parameters - sum(layers))
+
+    @property
+    def least(self) -> int:
+        """Return what streaming takes: all that is no layer, a layer, the one that is read meanwhile, and a fold's."""
+        return self.beside + AT_ONCE * max(self.layers)
+
+    def share_out(self, allowed: int, name: str) -> tuple[int, int]:
+        """Return how many layers stay in memory, and the bytes that are left for states between layers.
+
+        Raises: InputError where less is allowed than a single layer needs.
+        """
+        if sum(self.layers) + self.beside <= allowed:
+            return len(self.layers), 0
+        left = allowed - self.least
+        if left < 0:
+            raise InputError(
+                f"--memory allows {allowed / 1e9:.3f} GB, and {name} needs {self.least / 1e9:.3f} GB at least: "
+                f"{self.beside / 1e9:.3f} for what is no decoder layer, and {AT_ONCE} layers of "
+                f"{max(self.layers) / 1e9:.3f} GB. Allow more, or take --dtype bfloat16."
+            )
+        stay = min(int(left / 2 / max(self.layers)), len(self.layers) - 1)
+        return stay, left - stay * max(self.layers)
+
+
+def _placed(source: Source, device: str, stay: int, cls: Any) -> dict[str, Any]:
+    """Return where each part of the model is to lie: on the device, or on disk."""
+    import torch
+
+    if cls is None:
+        model = laid_out(source.config)
+    else:
+        with torch.device("meta"):
+            model = cls._from_config(source.config)
+    layers, path = text_decoder(model).layers, stack_path(model)
+    main = device if device != "auto" else 0
+    placed: dict[str, Any] = dict.fromkeys(beside_layers(model, layers), main)
+    placed |= {f"{path}.{index}": main if index < stay else "disk" for index in range(len(layers))}
+    return placed
 
 
 def check_finite(model: Any, name: str) -> None:

@@ -25,6 +25,8 @@ from ..data.samples import Sample
 from ..plan import PruningPlan
 from ..progress import Progress
 from .answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
+from .residency import ranges_of
+from .together import answered_together
 
 PORTIONS = {  # of the questions, and how many at least: what they cost together, `--dry-run` says
     "held_out": (1 / 5, 16),  # that nothing is fitted on
@@ -123,7 +125,10 @@ class Questions:
         by then.
         """
         chosen = self.indices(part, number)
-        self.answer(self.indices(part, max(len(chosen), self.portion("fit")) if part == "fit" else None))
+        wanted = [self.indices(part, max(len(chosen), self.portion("fit")) if part == "fit" else None)]
+        if self._streamed and part != "all":  # the other side will be read too, and weights are read once a token
+            wanted.append(self.indices("held_out" if part == "fit" else "fit"))
+        self.answer(*wanted)
         return self._answered(what, chosen)
 
     def _answered(self, what: str, chosen: list[int]) -> Iterator[AnsweredBatch]:
@@ -139,16 +144,31 @@ class Questions:
         if visual + text > sum(self.tokens.values()):
             self.tokens.update(visual=visual, text=text)
 
-    def answer(self, indices: Sequence[int]) -> None:
+    @property
+    def _streamed(self) -> bool:
+        """Tell whether layers lie on disk."""
+        return self.model is not None and ranges_of(self.model) is not None
+
+    def answer(self, *wanted: Sequence[int]) -> None:
         """Let the model answer those of the questions that it has not: like ones together, with answers as long."""
-        order = sorted((index for index in indices if index not in self.answers), key=self._kind)
-        starts = range(0, len(order), self.batch_size)
-        for start in self.progress(starts, "answer questions", len(starts)):
-            some = order[start : start + self.batch_size]
-            answered_batch = answered(self.model, self._batch(some), self.answer_tokens)
+        parts: list[list[int]] = []
+        for indices in wanted:
+            order = sorted((index for index in indices if index not in self.answers), key=self._kind)
+            parts += [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        for some, answered_batch in zip(
+            self.progress(parts, "answer questions", len(parts)), self._answers_to(parts), strict=True
+        ):
             lengths = answered_batch.predicts.sum(1).tolist()
             for index, tokens in zip(some, torch.split(answered_batch.targets, lengths), strict=True):
                 self.answers[index] = tokens.cpu()
+
+    def _answers_to(self, parts: Sequence[list[int]]) -> Iterator[AnsweredBatch]:
+        batches = (self._batch(some) for some in parts)
+        if self._streamed:
+            yield from answered_together(self.model, batches, self.answer_tokens)
+        else:
+            for batch in batches:
+                yield answered(self.model, batch, self.answer_tokens)
 
     def _kind(self, index: int) -> tuple[str, int, int]:
         sample = self.samples[index]

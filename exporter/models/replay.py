@@ -69,13 +69,20 @@ def switched_off(layers: Sequence[Any], record: list[tuple[Tensor, dict[str, Any
 
         return identity
 
-    replaced = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = identity_of(layer)
+    with forwards_replaced(layers, lambda layer_idx, _: identity_of(layers[layer_idx])):
+        yield
+
+
+@contextlib.contextmanager
+def forwards_replaced(layers: Sequence[Any], wrap: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Put `wrap(layer_idx, forward)` in place of each layer's forward until the block ends."""
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer_idx, layer in enumerate(layers):
+        layer.forward = wrap(layer_idx, layer.forward)
     try:
         yield
     finally:
-        for layer, forward in zip(layers, replaced, strict=True):
+        for layer, forward in zip(layers, before, strict=True):
             if forward is None:
                 del layer.forward
             else:  # accelerate's hooks put their own there

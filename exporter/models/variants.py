@@ -22,7 +22,8 @@ from ..families import PER_LAYER_TENSORS
 from ..plan import Folded, PruningPlan
 from .answers import AnsweredBatch
 from .loading import text_decoder
-from .replay import Trace, last_output, logits, replaced, trace, walk
+from .replay import logits, replaced
+from .sweep import ORIGINAL, Change, sweep
 
 UNSETTABLE = ("per_layer_config",)  # kept as objects of their own, and read when layers are built only
 
@@ -111,20 +112,21 @@ def judge(
         done: called with the number of variants after each batch of each.
     """
     results = [AnswerAgreement() for _ in variants]
-    for answered_batch in batches:
-        traced = trace(model, answered_batch.batch)
-        states, output = _original(model, traced, {variant.first_change for variant in variants})
+    changes = [ORIGINAL, *(Change(frozenset(variant.plan.drop), variant.folded) for variant in variants)]
+    for passed in sweep(model, batches, changes):
+        answered_batch, outputs = passed.batch, passed.outputs()
+        output = next(outputs)[1]
         log_p = logits(model, output[answered_batch.predicts]).float().log_softmax(-1)  # [N, vocabulary]
-        for variant, result in zip(variants, results, strict=True):
-            changed = _run(model, variant, traced, states)
+        for (_, changed), variant, result in zip(outputs, variants, results, strict=True):
+            same = variant.first_change == variant.plan.num_layers
             _add(
                 result,
                 answered_batch,
                 log_p,
-                log_p if changed is None else logits(model, changed[answered_batch.predicts]).float(),
+                log_p if same else logits(model, changed[answered_batch.predicts]).float(),
             )
             result.states += int((answered_batch.batch.is_visual | answered_batch.batch.is_text).sum())
-            if changed is not None:
+            if not same:
                 result.state_error += state_error(model, answered_batch.batch, output, changed)
             done(1)
     return results
@@ -136,28 +138,6 @@ def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> 
     with torch.inference_mode():
         before, after = (text_decoder(model).norm(output[counted]).float() for output in (original, changed))  # [N, D]
         return float(((after - before).square().sum(-1) / before.square().sum(-1)).sum())
-
-
-def _original(model: Any, traced: Trace, starts: set[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """Return the unchanged model's states at the layers where variants begin to differ, and its last output."""
-    states: dict[int, Tensor] = {}
-    last = traced.entry
-    for layer_idx, before, output in walk(text_decoder(model).layers, traced):
-        if layer_idx in starts:
-            states[layer_idx] = before
-        last = output
-    return states, last
-
-
-def _run(model: Any, variant: Variant, traced: Trace, states: dict[int, Tensor]) -> Tensor | None:
-    """Return the variant's last output [B, S, D]; None where nothing is changed."""
-    start = variant.first_change
-    if start == variant.plan.num_layers:
-        return None
-    with replaced(model, variant.folded):
-        layers = text_decoder(model).layers
-        steps = walk(layers, traced, start=start, state=states[start], leave_out=set(variant.plan.drop))
-        return last_output(steps, states[start])
 
 
 def _add(result: AnswerAgreement, answered_batch: AnsweredBatch, log_p: Tensor, own: Tensor) -> None:

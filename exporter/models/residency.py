@@ -1,0 +1,184 @@
+"""Parts of a model that lie on disk: read once for all batches that go through them, and then let go.
+
+accelerate reads a module's weights from disk each time that it runs. That stays so for whoever runs the model as a
+whole; who runs a layer for many batches holds it meanwhile. Weights come from their byte ranges in the checkpoint's own
+files, straight into memory, the next layer's while this one runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.safetensors_ranges import TensorEntry, Weights, read_tensor
+from ..errors import InputError
+
+Loaded = list[tuple[Any, Any, dict[str, Tensor]]]  # module, its hook, its weights by name
+
+
+@dataclass(eq=False)
+class Ranges(Mapping[str, Tensor]):
+    """The weights that were left on disk, by their names in memory."""
+
+    index: Any  # accelerate's: the file and the name there
+    weights: Weights
+    name: str  # of the checkpoint, for messages
+    states_bytes: int = 0  # of states between layers, that may be kept in memory
+    bytes_read: int = 0  # of weights, in all
+    _checked: set[str] = field(default_factory=set)
+    _counting: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, num_bytes: int) -> None:
+        """Count bytes that were read; a thread that reads ahead does so too."""
+        with self._counting:
+            self.bytes_read += num_bytes
+
+    def entry(self, name: str) -> TensorEntry | None:
+        """Return where a weight lies in the checkpoint; None where it was put together when it was loaded."""
+        place = self.index.index.get(name, {})
+        entry = self.weights.entries.get(place.get("weight_name", ""))
+        return entry if entry is not None and str(entry.path) == str(place.get("safetensors_file")) else None
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entry(name)
+        if entry is None:
+            tensor: Tensor = self.index[name]
+            self.count(tensor.numel() * tensor.element_size())
+        else:
+            tensor = read_tensor(entry).to(getattr(torch, self.index.index[name]["dtype"]))
+            self.count(entry.num_bytes)
+        if name not in self._checked:
+            if not tensor.isfinite().all():
+                raise InputError(f"{self.name}: tensor {name} holds NaN or infinite values. Download it again.")
+            self._checked.add(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def read_by_ranges(model: Any, weights: Weights, name: str, states_bytes: int) -> Ranges | None:
+    """Let all that was left on disk be read from the checkpoint's byte ranges; None where nothing was."""
+    ranges: Ranges | None = None
+    for _, hook in _offloaded(model):
+        if ranges is None:
+            ranges = Ranges(hook.weights_map.dataset, weights, name, states_bytes)
+            ranges.bytes_read = weights.num_bytes - sum(entry.num_bytes for entry in map(ranges.entry, ranges) if entry)
+        hook.weights_map.dataset = ranges
+    return ranges
+
+
+def ranges_of(model: Any) -> Ranges | None:
+    """Return what is read from disk for a model; None where all of it is in memory."""
+    found = next(iter(_offloaded(model, held_too=True)), None)
+    dataset = getattr(found[1].weights_map, "dataset", None) if found else None
+    return dataset if isinstance(dataset, Ranges) else None
+
+
+def _offloaded(part: Any, held_too: bool = False) -> Iterator[tuple[Any, Any]]:
+    """Yield the modules of a part whose weights are on disk, each with its hook."""
+    for module in part.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if not hasattr(getattr(one, "weights_map", None), "dataset"):
+                continue
+            if one is not None and (one.offload or (held_too and getattr(one, "held", False))):
+                yield module, one
+
+
+def _read(part: Any) -> Loaded:
+    loaded = []
+    for module, hook in _offloaded(part):
+        names = [name for name, tensor in module._parameters.items() if tensor is not None]
+        loaded.append((module, hook, {name: hook.weights_map[name] for name in names}))
+    return loaded
+
+
+class _Ahead:
+    """Reads at most one part while another one runs."""
+
+    def __init__(self) -> None:
+        self.pool: ThreadPoolExecutor | None = None
+        self.part: Any = None
+        self.future: Future[Loaded] | None = None
+
+    def begin(self, part: Any) -> None:
+        if part is self.part or next(_offloaded(part), None) is None:
+            return
+        self.forget()
+        self.pool = self.pool or ThreadPoolExecutor(1, "read-ahead")
+        self.part, self.future = part, self.pool.submit(_read, part)
+
+    def take(self, part: Any) -> Loaded:
+        if part is not self.part or self.future is None:
+            return _read(part)
+        future, self.part, self.future = self.future, None, None
+        return future.result()
+
+    def forget(self) -> None:
+        if self.future is not None:
+            self.future.cancel()
+        self.part = self.future = None
+
+
+_ahead = _Ahead()
+
+
+@contextlib.contextmanager
+def held(*parts: Any, following: Any = None) -> Iterator[None]:
+    """Keep the weights of some parts of a model in memory; what is there already, or held already, is left alone.
+
+    Args:
+        following: the part that is wanted next: it is read meanwhile.
+    """
+    before: list[tuple[Any, Any, dict[str, Any]]] = []
+    for part in parts:
+        for module, hook, tensors in _ahead.take(part):
+            before.append((module, hook, {name: module._parameters[name] for name in tensors}))
+            for name, tensor in tensors.items():
+                module._parameters[name] = nn.Parameter(tensor.to(hook.execution_device), requires_grad=False)
+            hook.offload, hook.held = False, True
+    if following is not None:
+        _ahead.begin(following)
+    try:
+        yield
+    except BaseException:
+        forget_ahead()
+        raise
+    finally:
+        for module, hook, parameters in before:
+            module._parameters.update(parameters)
+            hook.offload, hook.held = True, False
+
+
+def forget_ahead() -> None:
+    """Let go what was read ahead and is not wanted any more."""
+    _ahead.forget()
+
+
+def beside_layers(model: Any, layers: Any) -> dict[str, Any]:
+    """Return the parts of a model that are no decoder layers, by name: the largest ones that hold none."""
+    parts: dict[str, Any] = {}
+
+    def add(module: Any, prefix: str) -> None:
+        parts.update({f"{prefix}{name}": parameter for name, parameter in module._parameters.items()})
+        for name, child in module.named_children():
+            if child is layers:
+                continue
+            if any(inner is layers for inner in child.modules()):
+                add(child, f"{prefix}{name}.")
+            else:
+                parts[f"{prefix}{name}"] = child
+
+    add(model, "")
+    return parts
