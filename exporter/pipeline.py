@@ -13,10 +13,10 @@ from .checkpoints.record import is_compressed, write_record
 from .checkpoints.source import Source, open_source
 from .checkpoints.staging import check_space, check_target, staged, staging_directory
 from .checkpoints.verification import require
-from .checkpoints.writer import kept_pieces
+from .checkpoints.writer import kept_pieces, write_checkpoint
 from .compression.job import CompressionJob, prepare
 from .compression.record import measure, scores_to_keep, write_verified
-from .compression.steps import changes_of, localize, write_with_progress
+from .compression.steps import changes_of, localize
 from .data.calibration import Calibration
 from .errors import InputError
 from .healing.estimate import healing_cost
@@ -25,7 +25,7 @@ from .healing.schedule import Schedule
 from .localize.scores import LayerScores
 from .localize.stored import StoredScores, load_scores
 from .plan import LayerBudget, breaks_period
-from .progress import Progress, silent
+from .progress import Progress, counting_bytes, silent
 from .recipe import ROUTER_SAMPLES, CalibrationData, HealRecipe, Recipe, RouterRecipe, RunOptions
 from .routing.settings import check_routable, default_settings
 from .routing.with_router import unlabelled, with_router
@@ -38,14 +38,14 @@ def compress(
     out: Path | str,
     options: RunOptions = RunOptions(),
     progress: Progress = silent,
-    healed: Path | None = None,
+    healed: Path | str | None = None,
     scores: StoredScores | Path | str | None = None,
 ) -> Path:
-    """Localize, fold, heal, train a router, write, describe, verify: the recipe's checkpoint in the folder `out`.
+    """Make the checkpoint that a recipe describes, in the folder `out`, and verify it.
 
     Args:
-        healed: a checkpoint that this recipe gave: what it learnt is merged in place of healing once more.
-        scores: of the layers, as `score` keeps them: the localizer is not run again.
+        healed: a checkpoint that this recipe gave; what it learnt is merged, and nothing is trained.
+        scores: of the layers, as `score` keeps them; no localizer runs.
     Returns: the folder. Raises: InputError for wrong input, CheckFailed where the result does not verify; in both
     cases nothing is left at `out`.
     """
@@ -57,17 +57,17 @@ def compress(
     questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
         check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration)
-    with staging_directory(out) as room:
-        (room / "folded").mkdir()
-        (room / "healed").mkdir()
+    with staging_directory(out) as stage:
+        (stage / "folded").mkdir()
+        (stage / "healed").mkdir()
         plain = dataclasses.replace(recipe, heal=None, router=None)
-        made = _compress(plain, room / "folded" / out.name, options, progress, stored)
+        made = _compress(plain, stage / "folded" / out.name, options, progress, stored)
         if recipe.heal is not None:
-            place = out if recipe.router is None else room / "healed" / out.name
+            target = out if recipe.router is None else stage / "healed" / out.name
             if healed is not None:
-                made = merged_again(made, healed, place, options)
+                made = merged_again(made, Path(healed), target, options)
             else:
-                made = _heal(made, recipe.heal, recipe, place, out, options, progress)
+                made = _heal(made, recipe.heal, recipe, target=target, out=out, options=options, progress=progress)
         if recipe.router is not None:
             data = router_data(recipe.router, recipe.calibration)
             made = with_router(
@@ -83,7 +83,7 @@ def heal(
     options: RunOptions = RunOptions(),
     progress: Progress = silent,
 ) -> Path:
-    """Let a checkpoint with fewer layers, pruned by us or by anybody, learn to say what its original says.
+    """Train a checkpoint with fewer layers, whoever made it, to answer as its original does.
 
     Args:
         model: folder or hub id.
@@ -98,11 +98,9 @@ def heal(
         )
     source = open_source(model)
     if not is_compressed(source.folder):
-        return compress(
-            Recipe(model, healing.calibration, LayerBudget(layers=()), heal=healing), out, options, progress
-        )
-    recipe = Recipe(model, healing.calibration, LayerBudget(layers=()))
-    return _heal(source.folder, healing, recipe, out, out, options, progress)
+        return compress(all_layers(model, healing.calibration, heal=healing), out, options, progress)
+    recipe = all_layers(model, healing.calibration)
+    return _heal(source.folder, healing, recipe, target=out, out=out, options=options, progress=progress)
 
 
 def check_heal(model: str | Path, healing: HealRecipe, out: Path, options: RunOptions = RunOptions()) -> dict[str, Any]:
@@ -129,12 +127,13 @@ def healing_of(recipe: Recipe, source: Source, gone: int, itemsize: int) -> dict
 
 
 def _heal(
-    plain: Path, healing: HealRecipe, recipe: Recipe, made: Path, out: Path, options: RunOptions, progress: Progress
+    plain: Path, healing: HealRecipe, recipe: Recipe, target: Path, out: Path, options: RunOptions, progress: Progress
 ) -> Path:
-    """Heal a checkpoint; what a broken-off run goes on from lies beside the target as .NAME.healing."""
+    """Heal a checkpoint into `target`; what a broken-off run goes on from lies beside `out` as .NAME.healing."""
     data, teacher = healing.calibration or recipe.calibration, healing.teacher or recipe.model
     work = out.absolute().parent / f".{out.name}.healing"
-    return with_healing(plain, healing.seeded(recipe.seed), data, teacher, made, options, progress, work)
+    heal = healing.seeded(recipe.seed)
+    return with_healing(plain, heal, data, teacher=teacher, out=target, options=options, progress=progress, work=work)
 
 
 def route(
@@ -144,7 +143,7 @@ def route(
     options: RunOptions = RunOptions(),
     progress: Progress = silent,
 ) -> Path:
-    """Train a router for a checkpoint, pruned by us or as its authors made it; write a copy of it with the router.
+    """Train a router for a checkpoint, whoever made it, and write a copy of the checkpoint with the router.
 
     Args:
         model: folder or hub id.
@@ -159,7 +158,14 @@ def route(
     check_routable(source.config)
     if is_compressed(source.folder):
         return with_router(source.folder, router, data=router.calibration, out=out, options=options, progress=progress)
-    return compress(Recipe(model, router.calibration, LayerBudget(layers=()), router=router), out, options, progress)
+    return compress(all_layers(model, router.calibration, router=router), out, options, progress)
+
+
+def all_layers(
+    model: str, calibration: CalibrationData, heal: HealRecipe | None = None, router: RouterRecipe | None = None
+) -> Recipe:
+    """Return the recipe that removes no layer: what is healed or routed is the model as it came."""
+    return Recipe(model, calibration, LayerBudget(layers=()), heal=heal, router=router)
 
 
 def router_data(router: RouterRecipe, calibration: CalibrationData) -> CalibrationData:
@@ -192,7 +198,8 @@ def _compress(
         logger.warning("%s: %s", out.name, broken)
     with staged(out) as stage:
         kept = sum(piece.entry.num_bytes for shard in kept_pieces(job.source, plan, folded) for piece in shard)
-        write_with_progress(job.source, plan, folded=folded, stage=stage, progress=progress, num_bytes=kept)
+        with counting_bytes(progress, "write", kept) as advance:
+            write_checkpoint(job.source, plan, folded=folded, folder=stage, advance=advance)
         record["measured"] = measure(stage, record, time.monotonic() - begin, changes.bytes_read)
         write_record(stage, record)
         card(stage, out.name)
@@ -203,7 +210,7 @@ def _compress(
 def score(
     recipe: Recipe, options: RunOptions = RunOptions(), progress: Progress = silent, save: Path | str | None = None
 ) -> tuple[CompressionJob, LayerScores]:
-    """Localize only. Returns what was opened, and the scores.
+    """Score the layers, and remove none. Returns: what was opened, and the scores.
 
     Args:
         save: a file that takes the scores with all that they depend on, for `compress(..., scores=FILE)`.

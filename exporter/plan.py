@@ -205,8 +205,8 @@ def best_in_period(config: Any, values: Sequence[float], count: int, protect: Co
     if count not in best:
         possible = sorted(number for number in best if number)
         raise InputError(
-            f"no {count} layers can go so that the others keep the period of {period} layers in {name}; "
-            f"{' or '.join(map(str, possible)) or 'none'} can: drop so many, or leave --keep-period out."
+            f"without {count} layers the period of {period} layers in {name} can't be kept; without "
+            f"{' or '.join(map(str, possible)) or 'no other number'} it can: drop those, or leave out --keep-period."
         )
     return best[count][1]
 

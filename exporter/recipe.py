@@ -62,7 +62,7 @@ class CalibrationData:
             raise InputError(f"calibration: answer_tokens={self.answer_tokens!r}: a whole number from 1 up is needed.")
 
     def to_data(self) -> Any:
-        """Return the place alone, where everything else is left to defaults."""
+        """Return 'data' alone where everything else is left to its default."""
         data = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -95,11 +95,11 @@ class TaskData:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the arguments that read a task beside the place."""
+        """Return the arguments that read a task, beside where it is."""
         return {name: v for name, v in vars(self).items() if name not in ("data", *ASKED_ONCE_READ)}
 
     def to_data(self) -> Any:
-        """Return the place alone, where everything else is left to defaults."""
+        """Return 'data' alone where everything else is left to its default."""
         rest = {name: v for name, v in vars(self).items() if name not in ASKED_ONCE_READ or v is not None}
         return rest if self != TaskData(self.data) else self.data
 
@@ -336,12 +336,12 @@ def task_from_data(data: Any) -> TaskData:
     return TaskData(**data)
 
 
-def _named(cls: Any, data: Any, what: str, places: str) -> Mapping[str, Any]:
-    """Return a place alone, or a mapping with 'data' and whatever else is not left to defaults. Raises InputError."""
+def _named(cls: Any, data: Any, what: str, sources: str) -> Mapping[str, Any]:
+    """Return a mapping with 'data' and whatever else is given; a text or path alone is 'data'. Raises InputError."""
     data = {"data": str(data)} if isinstance(data, str | Path) else data
     check_keys(data, [f.name for f in dataclasses.fields(cls)], what)
     if "data" not in data:
-        raise InputError(f"{what} needs 'data': {places}.")
+        raise InputError(f"{what} needs 'data': {sources}.")
     if not isinstance(config := data.get("config"), str | None):
         raise InputError(f"{what}: config must be a text, not {config!r}.")
     checked: Mapping[str, Any] = data

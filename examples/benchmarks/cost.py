@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from exporter.checkpoints.safetensors_ranges import write_shards
 from exporter.checkpoints.source import open_source
-from exporter.checkpoints.writer import write_weights
+from exporter.checkpoints.writer import kept_pieces
 from exporter.clean_room import load_processor
 from exporter.compression.estimate import estimate
 from exporter.compression.job import prepare
@@ -257,12 +258,12 @@ def writing(options: argparse.Namespace) -> None:
         target, copy = folder / "target", folder / "copy"
         kept = folder / "kept"  # a checkpoint of the retained bytes, to be copied by cp
         kept.mkdir()
-        write_weights(source, plan, {}, kept)
+        write_shards(kept, kept_pieces(source, plan, {}))
 
         def write() -> None:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
-            write_weights(source, plan, {}, target)
+            write_shards(target, kept_pieces(source, plan, {}))
 
         def cp() -> None:
             shutil.rmtree(copy, ignore_errors=True)

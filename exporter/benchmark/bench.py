@@ -50,12 +50,12 @@ def bench(
     roofline: bool | None = None,
     progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
 ) -> Benchmark:
-    """Time and weigh checkpoints and ONNX folders against a reference, in turn in one process.
+    """Measure time, memory and FLOPs of checkpoints and ONNX folders, in turn with a reference in one process.
 
     Args:
-        reference: the model that the others are compared with, run whole; None: the first of the paths, run whole.
-        budgets: what routed checkpoints run under, {"keep_visual_tokens": 144, "keep_layers": 28} or {"preset": "fast"}
-            and so on; without any, their own default. Plain ones run whole in any case.
+        reference: the model that the others are compared with, without a budget; None: the first of the paths.
+        budgets: of routed checkpoints, such as {"keep_visual_tokens": 144, "keep_layers": 28} or {"preset": "fast"};
+            without any, they run under their own default. Plain checkpoints have none.
         update_cards: put the figures into the record and the card of checkpoints that are ours.
         roofline: measure what the device can do, and say how near each model comes; None: on a GPU.
     Raises: InputError for a budget without a routed checkpoint, or one that a router can't keep to.
@@ -68,7 +68,7 @@ def bench(
         check_updatable(Path(path))
     runtimes = Runtimes.of(Setup(device, options.dtype, options.attention, options.compile), options.new_tokens)
     subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
-    prompts = [[workload.batch(s.processor, s.config, rows) for s in subjects] for rows in options.batches]
+    prompts = [[workload.batch(s.processor, s.config, sequences) for s in subjects] for sequences in options.batches]
     done = Benchmark(
         workload=workload,
         options=options,
@@ -101,16 +101,16 @@ def measure(
         prompts: for each batch size, one for each subject.
         compile_all: called after everything has been counted, since what is compiled can't be looked into.
     """
-    runs = [
+    timed = [
         [
             TimedModel(s, ready(prompt, s.input_device), options.new_tokens, device)
-            for s, prompt in zip(subjects, row, strict=True)
+            for s, prompt in zip(subjects, column, strict=True)
         ]
-        for row in prompts
+        for column in prompts
     ]
-    costs = [[run.subject.cost(run.prompt, run.new_tokens) for run in row] for row in runs]
+    costs = [[run.subject.cost(run.prompt, run.new_tokens) for run in column] for column in timed]
     compile_all()
-    columns = [_column(*pair, options.rounds, progress) for pair in zip(runs, costs, strict=True)]
+    columns = [_column(*pair, options.rounds, progress) for pair in zip(timed, costs, strict=True)]
     return tuple(
         ModelBenchmark(s.path, s.budget, s.runtime, tuple(column[i] for column in columns))
         for i, s in enumerate(subjects)
@@ -118,12 +118,12 @@ def measure(
 
 
 def _column(
-    runs: Sequence[TimedModel], costs: Sequence[Cost], rounds: int, progress: Callable[..., Iterable[Any]]
+    timed: Sequence[TimedModel], costs: Sequence[Cost], rounds: int, progress: Callable[..., Iterable[Any]]
 ) -> list[Figures]:
     """Return the figures of all subjects at one batch size."""
-    peaks = [run.peak_beyond(cost.weight_bytes) for run, cost in zip(runs, costs, strict=True)]
-    times = time_interleaved(runs, rounds, progress)
-    column_figures = [figures(*known) for known in zip(runs, costs, times, peaks, strict=True)]
+    peaks = [run.peak_beyond(cost.weight_bytes) for run, cost in zip(timed, costs, strict=True)]
+    times = time_interleaved(timed, rounds, progress)
+    column_figures = [figures(*known) for known in zip(timed, costs, times, peaks, strict=True)]
     return [
         column_figures[0],
         *(compared(f, t, column_figures[0], times[0]) for f, t in zip(column_figures[1:], times[1:], strict=True)),
@@ -181,15 +181,15 @@ class TimedModel:
         return time.perf_counter()
 
 
-def time_interleaved(runs: Sequence[TimedModel], rounds: int, progress: Callable[..., Iterable[Any]]) -> list[Times]:
+def time_interleaved(timed: Sequence[TimedModel], rounds: int, progress: Callable[..., Iterable[Any]]) -> list[Times]:
     """Return the times of each run, round by round."""
-    times: list[Times] = [{name: [] for name in TIMED} for _ in runs]
-    what = f"batch of {len(runs[0].prompt.is_visual)}"
-    pause = SETTLE_S if len({type(run.subject) for run in runs}) > 1 else 0.0
+    times: list[Times] = [{name: [] for name in TIMED} for _ in timed]
+    what = f"batch of {len(timed[0].prompt.is_visual)}"
+    pause = SETTLE_S if len({type(run.subject) for run in timed}) > 1 else 0.0
     with garbage_between_runs() as collect:
-        for order in progress(interleaved(len(runs), rounds), what, rounds):
+        for order in progress(interleaved(len(timed), rounds), what, rounds):
             for i in order:
-                for name, value in runs[i]().items():
+                for name, value in timed[i]().items():
                     times[i][name].append(value)
                 collect()
                 time.sleep(pause)
@@ -214,14 +214,14 @@ def garbage_between_runs() -> Iterator[Callable[[], object]]:
 def figures(run: TimedModel, cost: Cost, times: Times, peak: int | None) -> Figures:
     prompt = run.prompt
     medians: dict[str, Any] = {name: Spread.of(values).median for name, values in times.items()}
-    rows, visual = len(prompt.is_visual), int(prompt.is_visual.sum())
+    sequences, visual = len(prompt.is_visual), int(prompt.is_visual.sum())
     real = prompt.inputs.get("attention_mask", torch.ones_like(prompt.is_visual))
     return Figures(
-        batch=rows,
+        batch=sequences,
         visual_tokens=visual,
         text_tokens=int(real.sum()) - visual,
         **medians,
-        tokens_per_s=rows * (1 + run.new_tokens) / medians["total_ms"] * 1e3,
+        tokens_per_s=sequences * (1 + run.new_tokens) / medians["total_ms"] * 1e3,
         **asdict(cost),
         peak_bytes=peak,
         ratio_to_reference=None,

@@ -19,7 +19,7 @@ class BenchOptions:
     """Settings of a measurement.
 
     Args:
-        batches: numbers of rows, one after the other.
+        batches: numbers of sequences, one after the other.
         new_tokens: decoding steps of each answer, after its first token.
         rounds: even, so that every model is as often early in a round as late.
     """
@@ -34,7 +34,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
-            raise InputError(f"batch sizes {list(self.batches)}: at least 1 row is needed.")
+            raise InputError(f"batch sizes {list(self.batches)}: each must be 1 or more.")
         if self.new_tokens < 1:
             raise InputError(f"new_tokens={self.new_tokens}: at least 1 is needed.")
         if self.rounds < 2 or self.rounds % 2:
@@ -49,19 +49,20 @@ class Figures:
     """One model at one batch size. Times are medians over rounds, in milliseconds for the whole batch.
 
     vision: tower and projector, on pixels that the processor has made. prefill: from image features and token ids to
-    the first answer token; in a routed model with its router. first_token: both. decode: one step, one token a row.
-    total: the whole answer. The processor's own work, on the CPU and the same for all models, is in none of them.
+    the first answer token; in a routed model with its router. first_token: both. decode: one step, one token of each
+    sequence. total: the whole answer. The processor's own work, on the CPU and the same for all models, is in none of
+    them.
     """
 
     batch: int
-    visual_tokens: int  # of all rows
+    visual_tokens: int  # of all sequences
     text_tokens: int
     vision_ms: float
     prefill_ms: float
     first_token_ms: float
     decode_ms: float
     total_ms: float
-    tokens_per_s: float  # answer tokens of all rows in `total`
+    tokens_per_s: float  # answer tokens of all sequences in `total`
     flops: int | None  # of prefill
     vision_flops: int | None
     decode_flops: int | None

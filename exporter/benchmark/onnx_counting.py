@@ -20,7 +20,7 @@ class GraphSize:
     """The size of one graph file, or of one branch in it."""
 
     weights: int  # elements of the matrices that all tokens meet
-    head: int  # of the one that makes the logits, of each row's last token
+    head: int  # of the one that makes the logits, of each sequence's last token
     bytes: int  # of its initializers
     looked_up: int  # bytes of those that a token reads one row of: embeddings
     branches: tuple[GraphSize, ...] = ()  # what runs under a condition, in their order; not part of the figures above

@@ -1,6 +1,6 @@
 """ONNX folders as `bench` times them: the runner's halves, with what they take counted from the graphs.
 
-Shapes: B rows, S tokens of the prompt.
+Shapes: B sequences, S tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..onnx.runtime.prepare import Prompt
 from ..onnx.runtime.routed import FRONT, OnnxRouteBudget, RoutedOnnxModel, RoutedState
 from ..onnx.verification import verify
 from .onnx_counting import GraphSize, graph_size
-from .subject import Cost, GenerateKwargs
+from .subject import Cost, GenerateKwargs, budget_to_run
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,23 @@ class OnnxSubject:
     def cost(self, prompt: Batch, new_tokens: int) -> Cost:
         seen = self.encode_images(prompt)
         state = self._prefill(seen, 0).state
-        rows, length = seen.prompt.input_ids.shape
+        sequences, length = seen.prompt.input_ids.shape
         passes = self._passes(state, length)
         head = self._sizes["decoder"].head
         router = self._sizes["router"].weights * length if self._chooses(state) else 0
         entries_of_a_step = sum(len(layers) * (entries + (new_tokens + 1) // 2) for _, layers, entries in passes)
         return Cost(
-            flops=2 * rows * (router + head) + sum(self._pass_flops(rows, *graph_pass) for graph_pass in passes),
+            flops=2 * sequences * (router + head)
+            + sum(self._pass_flops(sequences, *graph_pass) for graph_pass in passes),
             vision_flops=None,
-            decode_flops=2 * rows * head + sum(self._step_flops(rows, *graph_pass) for graph_pass in passes),
+            decode_flops=2 * sequences * head + sum(self._step_flops(sequences, *graph_pass) for graph_pass in passes),
             kv_bytes=sum(self._bytes_of(value) for value in state.cache.values()),
-            kv_bytes_formula=rows * self._entry_bytes * sum(len(layers) * entries for _, layers, entries in passes),
+            kv_bytes_formula=sequences
+            * self._entry_bytes
+            * sum(len(layers) * entries for _, layers, entries in passes),
             weight_bytes=sum(size.bytes for size in self._sizes.values()),
             step_bytes=sum(self._sizes[name].bytes - self._sizes[name].looked_up for name, _, _ in passes)
-            + rows * entries_of_a_step * self._entry_bytes,
+            + sequences * entries_of_a_step * self._entry_bytes,
         )
 
     @cached_property
@@ -119,7 +122,7 @@ class OnnxSubject:
         return isinstance(state, RoutedState) and (state.index is not None or not bool(state.runs.all()))
 
     def _passes(self, state: DecodingState, length: int) -> list[tuple[str, list[int], int]]:
-        """Yield graph or branch, its layers and the entries of their cache, of everything that any row runs."""
+        """Yield graph or branch, its layers and the entries of their cache, of everything that any sequence runs."""
         if not isinstance(self.model, RoutedOnnxModel):
             return [("decoder", list(range(self.model.manifest["layers"])), length)]
         assert isinstance(state, RoutedState)
@@ -130,11 +133,11 @@ class OnnxSubject:
             listed.append((FRONT, list(range(facts["drop_at"])), length))
         return listed + [(f"layer {layer}", [layer], kept) for layer in running if layer in facts["candidates"]]
 
-    def _pass_flops(self, rows: int, graph: str, layers: list[int], tokens: int) -> int:
-        return 2 * rows * tokens * (self._sizes[graph].weights + len(layers) * 2 * tokens * self._query_width)
+    def _pass_flops(self, sequences: int, graph: str, layers: list[int], tokens: int) -> int:
+        return 2 * sequences * tokens * (self._sizes[graph].weights + len(layers) * 2 * tokens * self._query_width)
 
-    def _step_flops(self, rows: int, graph: str, layers: list[int], entries: int) -> int:
-        return 2 * rows * (self._sizes[graph].weights + len(layers) * 2 * (entries + 1) * self._query_width)
+    def _step_flops(self, sequences: int, graph: str, layers: list[int], entries: int) -> int:
+        return 2 * sequences * (self._sizes[graph].weights + len(layers) * 2 * (entries + 1) * self._query_width)
 
     @property
     def _query_width(self) -> int:
@@ -178,14 +181,7 @@ class OnnxRuntime:
 
 
 def budget_of(model: OnnxModel, asked: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
-    """Return what a folder is to run under: what is asked for, checked; where nothing is, its own default."""
+    """Return the budget that a folder is timed under. Raises InputError for one that it can't run under."""
     if not isinstance(model, RoutedOnnxModel):
         return None
-    asked = {"preset": model.router_facts["default"]} if asked is None else asked
-    try:
-        budget = model.budget_for(**asked)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    if budget == OnnxRouteBudget():
-        return None
-    return asked if "preset" in asked else {name: getattr(budget, name) for name in asked}  # numbers of Python
+    return budget_to_run(path, asked, model.router_facts["default"], model.budget_for)

@@ -2,15 +2,17 @@
 
 Another runtime is another class with the attributes and methods of `Subject`; what times it knows nothing else of it.
 
-Shapes: B rows, S tokens of the prompt, L layers.
+Shapes: B sequences, S tokens of the prompt, L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..data.batches import Batch
+from ..errors import InputError
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 GenerateKwargs = dict[str, Any]  # a budget as `generate` takes it: keep_visual_tokens and keep_layers, or preset
@@ -75,13 +77,34 @@ class Subject(Protocol):
         """Run the vision tower and the projector on pixels that the processor has made already."""
 
     def prefill(self, prompt: Batch, seen: Any) -> Any:
-        """Return each row's first answer token, from image features and token ids, and a cache that holds the prompt.
+        """Return each sequence's first answer token, and a cache that holds the prompt.
 
-        In a routed model the router runs too. A runtime that has the tower in this graph encodes images here.
+        It takes image features and token ids. In a routed model the router runs too. A runtime that has the tower in
+        this graph encodes images here.
         """
 
     def decode(self, state: Any) -> Any:
-        """Return one more token for each row: in, and the next one out."""
+        """Return one more token for each sequence: in, and the next one out."""
 
     def cost(self, prompt: Batch, new_tokens: int) -> Cost:
         """Return what the three take in counted operations and bytes."""
+
+
+def budget_to_run(
+    path: str, asked: GenerateKwargs | None, default: str, checked: Callable[..., Any]
+) -> GenerateKwargs | None:
+    """Return the budget that a routed model is timed under, None where it is none: the model runs whole.
+
+    Args:
+        asked: None: the model's own default.
+        default: the preset of that name.
+        checked: gives the budget of `generate`'s keyword arguments, with numbers of Python. Raises ValueError.
+    """
+    asked = {"preset": default} if asked is None else asked
+    try:
+        budget = checked(**asked)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    if budget.is_off:
+        return None
+    return asked if "preset" in asked else {name: getattr(budget, name) for name in asked}

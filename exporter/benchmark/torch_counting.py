@@ -19,11 +19,12 @@ def cache_bytes(cache: Any) -> int:
 
 
 def kv_bytes(config: Any, dtype: torch.dtype, real: Tensor, route: Any = None, drop_at: int = 0) -> int:
-    """Return bytes of keys and values after a prompt: rows x tokens of each layer, times what a token takes in one.
+    """Return bytes of keys and values after a prompt: sequences x tokens of each layer, times a token's bytes.
 
     Args:
         real: [B, S] False at padding, which takes room as long as no token leaves.
-        route: its layers [B, L] say which rows a layer runs, its keep [B, S] which tokens it has from `drop_at` on.
+        route: its layers [B, L] say which sequences a layer runs, its keep [B, S] which tokens there are from
+            `drop_at` on.
     """
     text = config.get_text_config()
     per_token = kv_bytes_per_token(config, dtype) // text.num_hidden_layers
@@ -31,10 +32,10 @@ def kv_bytes(config: Any, dtype: torch.dtype, real: Tensor, route: Any = None, d
     kept = there if route is None or bool((route.keep | ~real).all()) else route.keep & real
     entries = 0
     for layer_idx, window in enumerate(windows(text)):
-        rows = len(real) if route is None else int(route.layers[:, layer_idx].sum())
+        sequences = len(real) if route is None else int(route.layers[:, layer_idx].sum())
         tokens = kept if layer_idx >= drop_at else there
         start = 0 if window is None else max(0, tokens.shape[1] - window + 1)
-        entries += rows * int(tokens[:, start:].sum(1).max())
+        entries += sequences * int(tokens[:, start:].sum(1).max())
     size: int = entries * per_token
     return size
 
@@ -47,7 +48,7 @@ def windows(text: Any) -> list[int | None]:
 
 
 def weights_read(model: Any, route: Any = None) -> int:
-    """Return bytes of the weights that a decoding step multiplies with: layers that any row runs, last norm, head."""
+    """Return bytes of the weights that a decoding step reads: layers that any sequence runs, last norm, head."""
     decoder = text_decoder(model)
     layers = [layer for i, layer in enumerate(decoder.layers) if route is None or bool(route.layers[:, i].any())]
     modules = [*layers, decoder.norm, model.get_output_embeddings()]

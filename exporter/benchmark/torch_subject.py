@@ -19,7 +19,7 @@ from ..modeling.routed_api import cache_name, cache_of
 from ..models.loading import compute_dtype, load_model, text_decoder
 from ..probe.writes import is_mixer
 from ..routing.cost import counted
-from .subject import ATTENTIONS, Cost, GenerateKwargs, Setup
+from .subject import ATTENTIONS, Cost, GenerateKwargs, Setup, budget_to_run
 from .torch_counting import PIXELS, cache_bytes, kv_bytes, weights_read
 
 
@@ -89,7 +89,7 @@ class TorchSubject:
         return {**self._asked, "logits_to_keep": 1}
 
     def _positions(self, mask: Tensor | None, start: int = 0) -> dict[str, Any]:
-        """Return positions for padded rows, from a column on; without padding a model counts right by itself."""
+        """Return positions for padded sequences, from a column on; without padding a model counts right by itself."""
         if mask is None:
             return {}
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
@@ -193,24 +193,21 @@ def clone_that_shares_weights(model: Any) -> Any:
 
 
 def budget_of(model: Any, asked: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
-    """Return what a model is to run under: what is asked for, checked; where nothing is, its own default."""
+    """Return the budget that a model is timed under. Raises InputError for one that it can't run under."""
     if not is_routed(model):
         return None
-    from ..modeling.routed_route import Budget
+    from ..modeling.routed_route import Budget, RouterSettings
 
-    settings = model.router_settings
-    asked = {"preset": settings.default} if asked is None else asked
-    try:
-        if "preset" in asked:
-            budget = settings.preset(asked["preset"])
-        else:
-            budget = Budget(**asked)
-            budget.check(settings, model.num_layers)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-    if budget.is_off:
-        return None
-    return asked if "preset" in asked else {name: getattr(budget, name) for name in asked}  # numbers of Python
+    settings: RouterSettings = model.router_settings
+
+    def checked(preset: str | None = None, **numbers: Any) -> Budget:
+        if preset is not None:
+            return settings.preset(preset)
+        budget = Budget(**numbers)
+        budget.check(settings, model.num_layers)
+        return budget
+
+    return budget_to_run(path, asked, settings.default, checked)
 
 
 class TorchRuntime:

@@ -1,6 +1,6 @@
 """Prompts for timing: lines of a task, or random images and words of a given number of tokens.
 
-Shapes: B rows.
+Shapes: B sequences.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """One prompt a row, no two alike: rows of a batch may be routed differently, as they are in use.
+    """One prompt for each sequence, no two alike: sequences of a batch may be routed differently, as they are in use.
 
     Args:
         task: a JSONL file as for `evaluate`; its first B lines, again from the first where there are fewer.
@@ -50,18 +50,18 @@ class Workload:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}={value}: at least 1 is needed.")
 
-    def batch(self, processor: Any, config: Any, rows: int) -> Batch:
-        """Return model inputs of `rows` prompts, as this processor makes them."""
+    def batch(self, processor: Any, config: Any, number: int) -> Batch:
+        """Return model inputs of that number of prompts, as this processor makes them."""
         if self.task is not None:
             lines = read_samples(
                 self.task, columns=self.columns, split=self.split, config=self.config, allow_urls=self.allow_urls
             )
-            return make_batch([lines[row % len(lines)] for row in range(rows)], processor, config)
+            return make_batch([lines[index % len(lines)] for index in range(number)], processor, config)
         asked = self.visual_tokens
         side, count = (DEFAULT_SIDE, 1) if asked is None else image_shape(processor, config, asked)
         samples = []
-        for row in range(rows):
-            draw = random.Random(self.seed + row)
+        for index in range(number):
+            draw = random.Random(self.seed + index)
             shown = tuple(random_image(draw, side) for _ in range(count))
             samples.append(self._question(shown, draw, processor, config))
         return make_batch(samples, processor, config)

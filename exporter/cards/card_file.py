@@ -92,7 +92,7 @@ def read_text(path: Path) -> str | None:
     if not path.exists():
         return None
     if not path.is_file():
-        raise InputError(f"{path} is no file: move it away, the card is to be written there.")
+        raise InputError(f"{path} is not a file, and the card has to be written there: move it away.")
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{path} is UTF-16 text: save it as UTF-8, or move it away.")

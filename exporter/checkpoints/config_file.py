@@ -161,7 +161,7 @@ def check_generation_config(name: str, folder: Path) -> None:
         settings = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # its checks raise what they like
         raise InputError(
-            f"{name}: transformers refuses {GENERATION}, and loads no model beside it ({first_lines(error)}). Correct "
+            f"{name}: transformers refuses {GENERATION} ({first_lines(error)}) and loads no model that has it. Correct "
             "the entry, or take the file out."
         ) from error
     for key in ("bos_token_id", "eos_token_id"):

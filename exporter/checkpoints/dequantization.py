@@ -51,7 +51,7 @@ def decoded_pieces(name: str, quantized: Quantized, folder: Path, weights: Weigh
             name,
             quantized,
             folder,
-            "so says its configuration, while its weights are plain floats, which must be a mistake",
+            "its configuration says so, but its weights are plain floats",
         )
     if decode is None:
         known = ", ".join(DECODERS)

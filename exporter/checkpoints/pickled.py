@@ -76,8 +76,9 @@ def open_stored(name: str, folder: Path, allow_pickle: bool) -> StoredTensors:
         raise InputError(no_weights(name, [path.name for path in folder.iterdir() if path.is_file()]))
     if not allow_pickle:
         raise InputError(
-            f"{name} holds pickled weights only ({paths[0].name}), and a pickle is a program: --allow-pickle reads "
-            "tensors alone from it (torch.load with weights_only=True), or name a revision that has safetensors files."
+            f"{name} holds pickled weights only ({paths[0].name}), and a pickle can run code. Read nothing but its "
+            "tensors with --allow-pickle (torch.load with weights_only=True), or name a revision that has safetensors "
+            "files."
         )
     files = tuple(_pickled_pieces(path) for path in paths)
     names = [piece.name for pieces in files for piece in pieces]

@@ -242,7 +242,9 @@ def check_tokens(name: str, processor: Any, config: Any, raw: dict[str, Any], em
             f"{placeholder}, where pictures go. Set {key} to {placeholder} in config.json."
         )
     if (video := getattr(config, "video_token_id", None)) is not None and video == stated:
-        raise InputError(f"{name}: config.json has one placeholder, {stated}, for images and for videos.")
+        raise InputError(
+            f"{name}: config.json has the same placeholder, {stated}, for images and for videos: give each its own."
+        )
     spared = {stated, video} if config.model_type in MASKED_PLACEHOLDERS else set()
     too_large = {
         index for token, index in tokenizer.get_vocab().items() if index >= embeddings and not ADDED.match(token)

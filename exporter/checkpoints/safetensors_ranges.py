@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -264,8 +264,35 @@ class TensorRange:
     replacement: torch.Tensor | Callable[[], torch.Tensor] | None = None  # a function makes it when it is written
 
 
+def write_shards(
+    folder: Path,
+    shards: Sequence[Sequence[TensorRange]],
+    advance: Callable[[int], object] = lambda done: None,
+    metadata: Mapping[Path, dict[str, str]] = {},
+) -> None:
+    """Write model.safetensors, or where there are several shards those and their index.
+
+    Args:
+        advance: is told of bytes as they are written.
+        metadata: of the files that the shards are made from, which theirs begins with.
+    """
+    weight_map: dict[str, str] = {}
+    for number, pieces in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder / name, pieces, metadata.get(pieces[0].entry.path) or {"format": "pt"}, advance)
+        weight_map |= {piece.name: name for piece in pieces}
+    entries = [piece.entry for pieces in shards for piece in pieces]
+    totals = {
+        "total_size": sum(entry.num_bytes for entry in entries),
+        "total_parameters": sum(entry.num_parameters for entry in entries),
+    }
+    if len(shards) > 1:
+        index = {"metadata": totals, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 def write_shard(
-    path: Path, pieces: list[TensorRange], metadata: dict[str, str], advance: Callable[[int], object]
+    path: Path, pieces: Sequence[TensorRange], metadata: dict[str, str], advance: Callable[[int], object]
 ) -> None:
     """Write one safetensors file. Unchanged tensors are copied as bytes, adjacent ones in one go.
 
@@ -294,7 +321,7 @@ def write_shard(
                 copy_range(source.fileno(), target.fileno(), begin=begin, count=end - begin, advance=advance)
 
 
-def _adjacent(pieces: list[TensorRange]) -> Iterator[list[TensorRange]]:
+def _adjacent(pieces: Sequence[TensorRange]) -> Iterator[list[TensorRange]]:
     """Group pieces that lie side by side in the same source file; a replaced tensor stands alone."""
     run: list[TensorRange] = []
     for piece in pieces:

@@ -16,7 +16,7 @@ from ..errors import InputError
 from .dequantization import Decoded, decoded_pieces
 from .json_file import parse_json
 from .quantization import SIDE_FILES, Quantized
-from .safetensors_ranges import INDEX, SINGLE, TensorRange, Weights, write_shard
+from .safetensors_ranges import INDEX, SINGLE, TensorRange, Weights, write_shards
 from .temporary import LOCK, folder_of_process
 
 
@@ -45,19 +45,15 @@ def make_decoded_view(name: str, folder: Path, raw: dict[str, Any], quantized: Q
         (view / leave_out).unlink(missing_ok=True)
     (view / "config.json").write_text(json.dumps(_unquantized(raw), indent=2) + "\n")
     _check_space(name, view, shards, weights)
-    weight_map: dict[str, str] = {}
-    for number, pieces in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        written = [
-            TensorRange(piece.name, piece.entry, piece.read) if isinstance(piece, Decoded)
-            else TensorRange(piece, weights.entries[piece])
-            for piece in pieces
-        ]  # fmt: skip
-        write_shard(view / file, written, {"format": "pt"}, lambda done: None)
-        weight_map |= {piece.name: file for piece in written}
-    if len(shards) > 1:
-        (view / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}) + "\n")
+    write_shards(view, [[_range_of(piece, weights) for piece in pieces] for pieces in shards])
     return view
+
+
+def _range_of(piece: Decoded | str, weights: Weights) -> TensorRange:
+    """Return a tensor that is decoded when it is written, or one of the source by its name, copied as it is."""
+    if isinstance(piece, Decoded):
+        return TensorRange(piece.name, piece.entry, piece.read)
+    return TensorRange(piece, weights.entries[piece])
 
 
 def _unquantized(raw: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..families import PER_LAYER_TENSORS
 from ..plan import PruningPlan
 from .files import copy_companions, left_behind, without_auto_map
 from .own_types import carry_modeling_files, own_type
 from .pruned_config import pruned_config
-from .safetensors_ranges import INDEX, SINGLE, TensorRange, same_bytes, write_shard
+from .safetensors_ranges import TensorRange, same_bytes, write_shards
 from .source import Source
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def write_checkpoint(
     advance: Callable[[int], object] = lambda done: None,
 ) -> None:
     """Write weights, configuration and all that goes along into an existing folder; log what stays behind."""
-    write_weights(source, plan, folded=folded, folder=folder, advance=advance)
+    metadata = {shard.path: shard.metadata for shard in source.weights.shards}
+    write_shards(folder, kept_pieces(source, plan, folded), advance, metadata)
     # Without the mention of code, which stays behind: the plain class is what the checkpoint is verified with.
     config = pruned_config(source.raw_config, source.config, plan)
     if (own := own_type(source.raw_config)) is not None:
@@ -99,26 +100,3 @@ def carry_companions(source: Source, folder: Path) -> None:
     ours = "router" in source.raw_config or own_type(source.raw_config) is not None
     if line := left_behind(name for name in beside.left if not (ours and name.endswith(".py"))):
         logger.warning("%s: %s", source.original.name, line)
-
-
-def write_weights(
-    source: Source,
-    plan: PruningPlan,
-    folded: Folded,
-    folder: Path,
-    advance: Callable[[int], object] = lambda done: None,
-) -> None:
-    """Write the safetensors files, and the index where there is more than one."""
-    shards = kept_pieces(source, plan, folded)
-    metadata = {shard.path: shard.metadata for shard in source.weights.shards}
-    index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
-    parameters = 0
-    for number, pieces in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(folder / name, pieces, metadata[pieces[0].entry.path] or {"format": "pt"}, advance)
-        index["weight_map"] |= {piece.name: name for piece in pieces}
-        index["metadata"]["total_size"] += sum(piece.entry.num_bytes for piece in pieces)
-        parameters += sum(piece.entry.num_parameters for piece in pieces)
-    index["metadata"]["total_parameters"] = parameters
-    if len(shards) > 1:
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -148,7 +148,7 @@ def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], rows: Any, 
         rest = margins[row].nan_to_num(0).tolist()
         at = first_difference(tokens[row].tolist(), expected[row].tolist(), rest, tolerance)
         if at is not None:
-            problems.append(f"token {at + 1} of row {row + 1} is {tokens[row][at]}, not {expected[row][at]}")
+            problems.append(f"token {at + 1} of question {row + 1} is {tokens[row][at]}, not {expected[row][at]}")
     return problems if not np.array_equal(tokens[rows], expected[rows]) else []
 
 
@@ -174,10 +174,10 @@ def compare_routes(
         mine[np.arange(count) if state.index is None else state.index[row, :count]] = True
         among = None if tokens is None else tokens[real][visual]
         if not mine[~visual].all() or not undecided(mine[visual], kept[visual], among, tolerance):
-            problems.append(f"{int((mine != kept).sum())} tokens of row {row + 1} are chosen by one side only")
+            problems.append(f"{int((mine != kept).sum())} tokens of question {row + 1} are chosen by one side only")
         runs = theirs.layers[row][runner.manifest["router"]["candidates"]].numpy()
         if not undecided(state.runs[row], runs, layers, tolerance):
-            problems.append(f"row {row + 1} runs other layers")
+            problems.append(f"question {row + 1} runs other layers")
         same.append(np.array_equal(mine, kept) and np.array_equal(runs, state.runs[row]))
     return problems, np.array(same)
 

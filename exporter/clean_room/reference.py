@@ -53,8 +53,9 @@ def greedy_answers(model: Any, inputs: dict[str, Any], max_new_tokens: int, **ro
     """Return greedy answers [B, A] of at most `max_new_tokens`, whatever the checkpoint's generation config says.
 
     Args:
-        routing: what a routed model's `generate` takes beside its inputs.
+        routing: what a routed model's `generate` takes beside its inputs; what is None is left out, for plain models.
     """
+    routing = {name: value for name, value in routing.items() if value is not None}
     with greedy(model, max_new_tokens=max_new_tokens) as settings:
         sequences = model.generate(**inputs, generation_config=settings, **routing)
     return sequences[:, inputs["input_ids"].shape[1] :]

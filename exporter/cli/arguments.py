@@ -36,11 +36,11 @@ def calibration_arguments(subcommand: argparse.ArgumentParser, required: bool, s
         help="images with questions: a JSONL file, a folder of images, or datasets:ID",
     )
     subcommand.add_argument(
-        "--samples", type=positive_count, metavar="N", help=f"how many are drawn from it ({samples})"
+        "--samples", type=positive_count, metavar="N", help=f"how many questions are drawn from it ({samples})"
     )
     data_arguments(subcommand, "(train)")
     subcommand.add_argument("--prompt", help="question put to the images of a folder")
-    subcommand.add_argument("--seed", type=seed_number, help="of every random draw (0)")
+    subcommand.add_argument("--seed", type=seed_number, help="seed of every random draw (0)")
 
 
 def data_arguments(subcommand: Any, split: str) -> None:
@@ -50,54 +50,58 @@ def data_arguments(subcommand: Any, split: str) -> None:
         action="append",
         default=[],
         metavar="ROLE=NAME",
-        help="of a data set: image, question, messages, answer, type, choices, and what a metric needs: category, "
-        "question_id, index, hint, direct_answers, reference, caption",
+        help="name a data set's column for a role: image, question, messages, answer, type, choices, or one that a "
+        "metric needs (category, question_id, index, hint, direct_answers, reference, caption)",
     )
-    subcommand.add_argument("--split", metavar="S", help=f"of a data set {split}")
-    subcommand.add_argument("--config", metavar="NAME", help="of a data set that has several configurations")
-    subcommand.add_argument("--allow-urls", action="store_true", help="fetch images that stand as http(s) addresses")
+    subcommand.add_argument("--split", metavar="S", help=f"split of a data set {split}")
+    subcommand.add_argument("--config", metavar="NAME", help="configuration of a data set that has several")
+    subcommand.add_argument(
+        "--allow-urls", action="store_true", help="fetch images that are given as http(s) addresses"
+    )
 
 
 def localizer_arguments(subcommand: argparse.ArgumentParser) -> None:
-    subcommand.add_argument("--localizer", choices=tuple(LOCALIZERS), help=f"({DEFAULT_LOCALIZER})")
-    subcommand.add_argument("--localizer-option", action="append", default=[], metavar="NAME=VALUE")
-    subcommand.add_argument("--protect", type=_none_or_layers, metavar="0,1", help="layers that must stay")
+    subcommand.add_argument(
+        "--localizer", choices=tuple(LOCALIZERS), help=f"how the layers are chosen ({DEFAULT_LOCALIZER})"
+    )
+    subcommand.add_argument(
+        "--localizer-option", action="append", default=[], metavar="NAME=VALUE", help="option of the localizer"
+    )
+    subcommand.add_argument("--protect", type=_none_or_layers, metavar="0,1", help="layers that must not be removed")
 
 
 def layer_budget_arguments(subcommand: argparse.ArgumentParser) -> None:
     budget = subcommand.add_mutually_exclusive_group()
-    budget.add_argument("--drop-layers", type=whole_number, metavar="N", help="how many layers go")
-    budget.add_argument("--drop-ratio", type=number_in_range, metavar="R", help="share of the layers that goes, 0.25")
-    budget.add_argument("--target-params", type=parameter_count, metavar="P", help="parameters that may be left, 5.2B")
-    budget.add_argument("--layers", type=layer_list, metavar="8,9,10", help="exactly these go")
+    budget.add_argument("--drop-layers", type=whole_number, metavar="N", help="how many layers to remove")
+    budget.add_argument("--drop-ratio", type=number_in_range, metavar="R", help="share of the layers to remove: 0.25")
+    budget.add_argument(
+        "--target-params", type=parameter_count, metavar="P", help="most parameters that may remain: 5.2B"
+    )
+    budget.add_argument("--layers", type=layer_list, metavar="8,9,10", help="remove exactly these layers")
 
 
 def bench_arguments(subcommand: argparse.ArgumentParser) -> None:
-    budget = subcommand.add_argument_group(
-        "budgets of routed checkpoints", "lists are measured one by one; else the default"
-    )
-    budget.add_argument("--keep-visual-tokens", type=token_counts, default=(), metavar="T", help="144 or 0.5,0.25")
-    budget.add_argument("--keep-layers", type=layer_counts, default=(), metavar="L", help="28,24")
-    budget.add_argument("--preset", type=names, default=(), metavar="NAME", help="of the checkpoint; off: all of it")
-    outcome_arguments(budget)
+    budget_arguments(subcommand, "each value of a list is measured; without one, the checkpoint's default")
     prompt = subcommand.add_argument_group("prompts", "random images and words, or those of a task")
     prompt.add_argument(
-        "--visual-tokens", type=positive_count, metavar="N", help="visual tokens of a prompt (one image's)"
+        "--visual-tokens", type=positive_count, metavar="N", help="visual tokens of a prompt (those of one image)"
     )
-    prompt.add_argument("--text-tokens", type=positive_count, metavar="N", help="its other tokens, the template's too")
-    prompt.add_argument("--task", metavar="FILE.jsonl", help="its first lines, in place of random prompts")
+    prompt.add_argument(
+        "--text-tokens", type=positive_count, metavar="N", help="its other tokens, those of the chat template included"
+    )
+    prompt.add_argument("--task", metavar="FILE.jsonl", help="take its first lines as prompts")
     data_arguments(prompt, "(the only one)")
     prompt.add_argument(
-        "--new-tokens", type=positive_count, default=32, metavar="N", help="decoding steps of an answer (32)"
+        "--new-tokens", type=positive_count, default=32, metavar="N", help="tokens to decode for an answer (32)"
     )
     subcommand.add_argument(
-        "--batch", type=_row_counts, default=(1,), metavar="1,8", help="rows, one size after the other"
+        "--batch", type=_batch_sizes, default=(1,), metavar="1,8", help="batch sizes, each measured (1)"
     )
     subcommand.add_argument(
-        "--rounds", type=whole_number, default=10, metavar="N", help="runs of each model, even (10)"
+        "--rounds", type=whole_number, default=10, metavar="N", help="how often each model runs, an even number (10)"
     )
     subcommand.add_argument("--attention", metavar="NAME", help="eager, sdpa, flash_attention_2 (the checkpoint's own)")
-    subcommand.add_argument("--compile", action="store_true", help="torch.compile of the layers' norms and MLPs")
+    subcommand.add_argument("--compile", action="store_true", help="compile the layers' norms and MLPs (torch.compile)")
     subcommand.add_argument(
         "--roofline", action="store_true", default=None, help="say how near the ideal each comes (always on a GPU)"
     )
@@ -109,15 +113,11 @@ def bench_arguments(subcommand: argparse.ArgumentParser) -> None:
 
 
 def route_budget_arguments(subcommand: argparse.ArgumentParser) -> None:
-    budget = subcommand.add_argument_group("budgets of routed checkpoints", "lists run one after the other")
+    budget = budget_arguments(subcommand, "each value of a list is evaluated; without one, the model runs whole")
     budget.add_argument(
-        "--keep-visual-tokens", type=token_counts, default=(), metavar="T", help="counts or shares: 144 or 0.5,0.25"
-    )
-    budget.add_argument("--keep-layers", type=layer_counts, default=(), metavar="L", help="how many layers run: 28,24")
-    budget.add_argument("--preset", type=names, default=(), metavar="NAME", help="presets of the checkpoint, or off")
-    outcome_arguments(budget)
-    budget.add_argument(
-        "--rule", default="router", help="who chooses: router, random, fastv, shortgpt, fastv+shortgpt ... (router)"
+        "--rule",
+        default="router",
+        help="what chooses tokens and layers: router, random, fastv, shortgpt, fastv+shortgpt ... (router)",
     )
     budget.add_argument(
         "--drop-at", type=whole_number, metavar="D", help="layer before which tokens leave (the router's; 2 for fastv)"
@@ -125,23 +125,34 @@ def route_budget_arguments(subcommand: argparse.ArgumentParser) -> None:
     budget.add_argument("--calibration", metavar="FILE", help="images with questions, for the rule shortgpt")
 
 
-def outcome_arguments(budget: Any) -> None:
-    """Add the budgets that say what is to come of them."""
+def budget_arguments(subcommand: argparse.ArgumentParser, description: str) -> Any:
+    """Declare the budgets of a routed checkpoint; return their group."""
+    budget = subcommand.add_argument_group("budgets of routed checkpoints", description)
+    budget.add_argument(
+        "--keep-visual-tokens", type=token_counts, default=(), metavar="T", help="counts or shares: 144 or 0.5,0.25"
+    )
+    budget.add_argument("--keep-layers", type=layer_counts, default=(), metavar="L", help="how many layers run: 28,24")
+    budget.add_argument(
+        "--preset", type=names, default=(), metavar="NAME", help="presets of the checkpoint; off: no budget"
+    )
     budget.add_argument(
         "--flops", type=shares, default=(), metavar="F", help="shares of the decoder's FLOPs for a prompt: 0.6,0.4"
     )
     budget.add_argument(
         "--quality", type=shares, default=(), metavar="Q", help="shares of answers that stay as they are: 0.99"
     )
+    return budget
 
 
 def run_arguments(subcommand: argparse.ArgumentParser, batch_size: int = 8) -> None:
     subcommand.add_argument("--device", help="cpu, cuda, cuda:1, auto (the first GPU, else the CPU)")
     subcommand.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
     subcommand.add_argument(
-        "--memory", type=_memory, metavar="12GB", help="most that the model may take; layers beyond are read from disk"
+        "--memory", type=_memory, metavar="12GB", help="most memory for the model; layers beyond are read from disk"
     )
-    subcommand.add_argument("--batch-size", type=positive_count, default=batch_size, metavar="B")
+    subcommand.add_argument(
+        "--batch-size", type=positive_count, default=batch_size, metavar="B", help=f"questions at a time ({batch_size})"
+    )
     json_argument(subcommand)
 
 
@@ -149,7 +160,7 @@ def trust_argument(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python of the folder even where it is not a file that lvlm-exporter ships",
+        help="run the folder's Python code even if lvlm-exporter did not ship it",
     )
 
 
@@ -240,7 +251,7 @@ def _none_or_layers(text: str) -> tuple[int, ...]:
     return layer_list(text) if text.strip() else ()
 
 
-def _row_counts(text: str) -> tuple[int, ...]:
+def _batch_sizes(text: str) -> tuple[int, ...]:
     return _whole_numbers(text, "numbers of rows like 1,8")
 
 

@@ -8,14 +8,14 @@ from .arguments import DATA, MODEL, bench_arguments, data_of
 from .from_flags import budgets_from_flags, progress_bar, write_json
 from .report import check_report, report_argument, write_report
 
-SUMMARY = "time, memory and operations, in turn with the original"
+SUMMARY = "measure time, memory and FLOPs, in turn with the original"
 EXAMPLE = f"bench small --reference {MODEL} --task {DATA}/test.jsonl --batch 1,8"
 
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("folders", nargs="+", metavar="DIR", help="checkpoints: folders or hub ids")
     subcommand.add_argument(
-        "--reference", metavar="MODEL", help="what they are compared with, run whole (the first DIR)"
+        "--reference", metavar="MODEL", help="model to compare them with, without a budget (the first DIR)"
     )
     report_argument(subcommand)
     bench_arguments(subcommand)

@@ -20,13 +20,15 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for table, picture and JSON")
     zoo = subcommand.add_argument_group("many models", "one table over all of them: mean, worst case and rank")
-    zoo.add_argument("--zoo", type=Path, metavar="DIR", help="take every model NAME in DIR, its questions in NAME-data")
-    zoo.add_argument("--zoo-task", choices=("validation", "test"), default="validation", help="questions to judge by")
+    zoo.add_argument(
+        "--zoo", type=Path, metavar="DIR", help="compare on every model of DIR: NAME, with its questions in NAME-data"
+    )
+    zoo.add_argument("--zoo-task", choices=("validation", "test"), default="validation", help="questions that judge")
     zoo.add_argument(
         "--zoo-calibration",
         choices=("unseen", "seen"),
         default="unseen",
-        help="calibration questions about pictures that the models were, or were not, trained on",
+        help="whether the models were trained on the pictures of the calibration questions (unseen)",
     )
     report_argument(subcommand)
     run_arguments(subcommand, batch_size=32)

@@ -20,25 +20,33 @@ EXAMPLE = f"compress {MODEL} --out small --drop-ratio 0.25 --calibration {DATA}/
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub id (hub:USER/NAME@REVISION)")
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-    subcommand.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="everything below, from a file")
+    subcommand.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="a recipe, in place of all flags below")
     layer_budget_arguments(subcommand)
     calibration_arguments(subcommand, required=False)
     localizer_arguments(subcommand)
     subcommand.add_argument(
-        "--scores", type=Path, metavar="FILE", help="scores that `score --save` kept, in place of the localizer"
+        "--scores", type=Path, metavar="FILE", help="use scores that `score --save` kept; no localizer runs"
     )
     subcommand.add_argument(
         "--keep-period",
         action="store_true",
-        help="choose layers so that those of different kinds still take turns, as llama.cpp and mlx-vlm assume",
+        help="keep the order in which kinds of layers repeat, which llama.cpp and mlx-vlm assume",
     )
-    subcommand.add_argument("--fold", choices=tuple(FOLDS), help=f"how dropped layers are made up for ({DEFAULT_FOLD})")
-    subcommand.add_argument("--fold-option", action="append", default=[], metavar="NAME=VALUE")
-    subcommand.add_argument("--heal", action="store_true", help="let the result learn from the original, see `heal`")
-    subcommand.add_argument("--heal-option", action="append", default=[], metavar="NAME=VALUE")
-    subcommand.add_argument("--router", action="store_true", help="train a router for the result too, see `route`")
+    subcommand.add_argument(
+        "--fold", choices=tuple(FOLDS), help=f"how weights make up for removed layers ({DEFAULT_FOLD})"
+    )
+    subcommand.add_argument(
+        "--fold-option", action="append", default=[], metavar="NAME=VALUE", help="option of the fold"
+    )
+    subcommand.add_argument(
+        "--heal", action="store_true", help="train the result to answer as the original does; see `heal`"
+    )
+    subcommand.add_argument(
+        "--heal-option", action="append", default=[], metavar="NAME=VALUE", help="option of healing"
+    )
+    subcommand.add_argument("--router", action="store_true", help="train a router for the result, too; see `route`")
     subcommand.add_argument("--base-model", metavar="USER/NAME", help="hub id for the card, if MODEL is a folder")
-    subcommand.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+    subcommand.add_argument("--dry-run", action="store_true", help="only say what would happen")
     run_arguments(subcommand)
 
 

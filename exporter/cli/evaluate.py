@@ -20,24 +20,32 @@ from .arguments import (
 from .from_flags import progress_bar, run_options_from_flags, write_json
 from .report import SHOWN, check_report, report_argument, write_report
 
-SUMMARY = "exact match, or a benchmark's own metric, on a task, and fidelity to the original"
+SUMMARY = "measure exact match, or a benchmark's own metric, on a task, and fidelity to the original"
 EXAMPLE = f"evaluate small --reference {MODEL} --task {DATA}/test.jsonl"
 
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("folders", nargs="+", metavar="DIR", help="checkpoints: folders or hub ids")
     subcommand.add_argument("--task", required=True, metavar="FILE.jsonl", help="questions with answers")
-    subcommand.add_argument("--reference", metavar="MODEL", help="the model they were made from")
+    subcommand.add_argument("--reference", metavar="MODEL", help="model that they were made from")
     route_budget_arguments(subcommand)
     subcommand.add_argument(
-        "--samples", type=positive_count, metavar="N", help="only N of the questions, drawn with --seed"
+        "--samples", type=positive_count, metavar="N", help="ask only N of the questions, drawn with --seed"
     )
-    subcommand.add_argument("--seed", type=seed_number, default=0)
+    subcommand.add_argument("--seed", type=seed_number, default=0, help="seed of every random draw (0)")
     data_arguments(subcommand, "(the only one)")
     metric_arguments(subcommand)
-    subcommand.add_argument("--max-new-tokens", type=positive_count, metavar="N", help="longest answer")
     subcommand.add_argument(
-        "--predictions", type=Path, metavar="FILE.jsonl", help="keep every answer; a broken-off run goes on from there"
+        "--max-new-tokens",
+        type=positive_count,
+        metavar="N",
+        help="most tokens of an answer (a few more than the longest right one)",
+    )
+    subcommand.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="file that keeps every answer; a run that broke off goes on from it",
     )
     subcommand.add_argument("--no-card", action="store_true", help="leave the checkpoints' records and cards alone")
     report_argument(subcommand)
@@ -100,11 +108,15 @@ def metric_arguments(subcommand: argparse.ArgumentParser) -> None:
     metric.add_argument(
         "--suffix",
         metavar="TEXT",
-        help="put behind every question, on a line of its own",
+        help="text to put behind every question, on a line of its own",
     )
-    metric.add_argument("--judge", metavar="URL", help="https://host/v1; its key in OPENAI_API_KEY")
-    metric.add_argument("--judge-model", metavar="NAME", help="which of its models judges")
-    metric.add_argument("--judge-prompt", type=Path, metavar="FILE", help="what it is told, in place of our own words")
+    metric.add_argument(
+        "--judge", metavar="URL", help="address of the judge, https://host/v1; its key is read from OPENAI_API_KEY"
+    )
+    metric.add_argument("--judge-model", metavar="NAME", help="model that judges, by its name there")
+    metric.add_argument(
+        "--judge-prompt", type=Path, metavar="FILE", help="instructions for the judge, in place of ours"
+    )
 
 
 def judge_of(options: argparse.Namespace) -> Any:

@@ -7,15 +7,17 @@ import argparse
 from .arguments import json_argument
 from .from_flags import progress_bar, write_json
 
-SUMMARY = "print which model types work, what of them, and why not what does not"
+SUMMARY = "print which model types can be compressed, routed and exported, and why others can't"
 EXAMPLE = "families llava qwen3_5"
 
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
-        "types", metavar="TYPE", nargs="*", help="model types to try out now, on small random models of theirs"
+        "types", metavar="TYPE", nargs="*", help="model types to try out now, on small random models"
     )
-    subcommand.add_argument("--all", action="store_true", help="try out every image-text-to-text type: minutes")
+    subcommand.add_argument(
+        "--all", action="store_true", help="try out every image-text-to-text type, which takes minutes"
+    )
     json_argument(subcommand)
 
 

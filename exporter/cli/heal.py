@@ -10,27 +10,33 @@ from .arguments import DATA, MODEL, calibration_arguments, number_in_range, posi
 from .from_flags import heal_from_flags, progress_bar, run_options_from_flags, write_json
 from .healing_table import cost_lines, result_lines
 
-SUMMARY = "let a checkpoint with fewer layers learn to say what its original says"
+SUMMARY = "train a checkpoint with fewer layers to answer as its original does"
 EXAMPLE = f"heal small --teacher {MODEL} --calibration {DATA}/calibration.jsonl --out healed"
 
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
-    subcommand.add_argument("model", metavar="FOLDER", help="folder or hub id of the smaller model, whoever made it")
-    subcommand.add_argument("--teacher", required=True, metavar="MODEL", help="the original, folder or hub id")
+    subcommand.add_argument("model", metavar="FOLDER", help="folder or hub id of a model with fewer layers")
+    subcommand.add_argument("--teacher", required=True, metavar="MODEL", help="folder or hub id of the original")
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     calibration_arguments(subcommand, required=True, samples=HEAL_SAMPLES)
-    subcommand.add_argument("--steps", type=positive_count, metavar="N", help="at most (ten times over the questions)")
-    subcommand.add_argument("--rank", type=positive_count, metavar="R", help=f"of the updates ({HealRecipe.rank})")
-    subcommand.add_argument("--learning-rate", type=number_in_range, metavar="R", help=f"({HealRecipe.learning_rate})")
-    subcommand.add_argument("--loss", choices=HEAL_LOSS_NAMES, help=f"divergence to learn from ({HealRecipe.loss})")
+    subcommand.add_argument(
+        "--steps", type=positive_count, metavar="N", help="most training steps (ten rounds of the questions)"
+    )
+    subcommand.add_argument("--rank", type=positive_count, metavar="R", help=f"rank of the updates ({HealRecipe.rank})")
+    subcommand.add_argument(
+        "--learning-rate", type=number_in_range, metavar="R", help=f"highest learning rate ({HealRecipe.learning_rate})"
+    )
+    subcommand.add_argument(
+        "--loss", choices=HEAL_LOSS_NAMES, help=f"divergence that is made small ({HealRecipe.loss})"
+    )
     subcommand.add_argument(
         "--exchanges",
         type=whole_number,
         metavar="N",
-        help=f"further pictures that each question is put to, 0: its own alone ({HealRecipe.exchanges})",
+        help=f"other pictures that each question is asked about, too ({HealRecipe.exchanges})",
     )
-    subcommand.add_argument("--norms", action="store_true", help="learn the decoder layers' norms, too")
-    subcommand.add_argument("--dry-run", action="store_true", help="say what it would cost, and stop")
+    subcommand.add_argument("--norms", action="store_true", help="train the decoder layers' norms, too")
+    subcommand.add_argument("--dry-run", action="store_true", help="only say what it would cost")
     run_arguments(subcommand, batch_size=HealRecipe.batch_size)
 
 

@@ -16,18 +16,18 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("folder", metavar="DIR", help="checkpoint: folder or hub id")
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR2", help="folder to make")
     subcommand.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="what the graphs are fused for (cpu)"
+        "--device", default="cpu", choices=("cpu", "cuda"), help="device that the graphs are optimized for (cpu)"
     )
     subcommand.add_argument(
         "--dtype", default="auto", help="float32, float16 (auto: float32 for the CPU, float16 for CUDA)"
     )
-    subcommand.add_argument("--quantize", metavar="int8", help="integer weights in the decoder: int8, int4")
-    subcommand.add_argument("--opset", type=positive_count, metavar="N", help="version of ONNX's operators (20)")
+    subcommand.add_argument("--quantize", metavar="int8", help="store the decoder's weights as integers: int8 or int4")
+    subcommand.add_argument("--opset", type=positive_count, metavar="N", help="version of ONNX's operator set (20)")
     subcommand.add_argument(
-        "--calibration", metavar="FILE", help="questions to compare with torch on, beside the usual ones"
+        "--calibration", metavar="FILE", help="more questions on which the graphs are compared with torch"
     )
     subcommand.add_argument(
-        "--samples", type=positive_count, default=8, metavar="N", help="how many are drawn from it (8)"
+        "--samples", type=positive_count, default=8, metavar="N", help="how many of these questions (8)"
     )
     trust_argument(subcommand)
     json_argument(subcommand)

@@ -27,11 +27,11 @@ def check_outputs(options: argparse.Namespace) -> None:
     paths = {flag: path for flag in FLAGS if (path := getattr(options, flag, None)) is not None}
     taken = {os.path.realpath(value): name for name in INPUTS if (value := getattr(options, name, None)) is not None}
     for flag, path in paths.items():
-        place = os.path.realpath(path)
-        if place in taken:
-            raise InputError(f"--{flag} {path} is the file of --{taken[place]} too: name another one.")
-        taken[place] = flag
-        check_output(f"--{flag} {path}", Path(place))
+        real = os.path.realpath(path)
+        if real in taken:
+            raise InputError(f"--{flag} {path} is the file of --{taken[real]} too: name another one.")
+        taken[real] = flag
+        check_output(f"--{flag} {path}", Path(real))
 
 
 def check_output(what: str, path: Path) -> None:
@@ -52,7 +52,7 @@ def check_output(what: str, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise InputError(f"{what} can't be written ({error.strerror}): name a file in another place.") from error
+        raise InputError(f"{what} can't be written ({error.strerror}): name another file.") from error
 
 
 def save(path: Path, write: Callable[[Path], object], result: str | None = None) -> bool:
@@ -73,13 +73,13 @@ def save(path: Path, write: Callable[[Path], object], result: str | None = None)
 def save_json(path: Path, data: dict[str, Any]) -> bool:
     """Write data as JSON, or print it where it can't be written. Returns: False for the latter."""
     text = json.dumps(data, indent=2, default=str) + "\n"
-    return save(path, lambda place: _write(place, text), text)
+    return save(path, lambda path: _write(path, text), text)
 
 
 def _write(path: Path, text: str) -> None:
     """Write in one step where that can be: a file from an earlier run is not cut short by a disk that is full."""
-    place = Path(os.path.realpath(path))
-    if (place.exists() and not place.is_file()) or not os.access(place.parent, os.W_OK):
-        place.write_text(text)
+    real = Path(os.path.realpath(path))
+    if (real.exists() and not real.is_file()) or not os.access(real.parent, os.W_OK):
+        real.write_text(text)
         return
-    replace_text(place, text)
+    replace_text(real, text)

@@ -14,16 +14,18 @@ EXAMPLE = "push small USER/NAME --private"
 
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
-    subcommand.add_argument("folder", type=Path, metavar="DIR")
-    subcommand.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it is not there")
-    subcommand.add_argument("--private", action="store_true", help="only for you; one that is there must be so already")
-    subcommand.add_argument("--revision", metavar="R", help="branch; made from main if it is not there (main)")
-    subcommand.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    subcommand.add_argument("--message", help="of the commit")
+    subcommand.add_argument("folder", type=Path, metavar="DIR", help="checkpoint or ONNX folder")
+    subcommand.add_argument("repo_id", metavar="USER/NAME", help="repository, which is made where there is none")
     subcommand.add_argument(
-        "--dry-run", action="store_true", help="say what would be published, and stop; needs no token"
+        "--private", action="store_true", help="make the repository private; one that exists must be private already"
     )
-    subcommand.add_argument("--device", default="cpu", help="that the checkpoint is verified on first")
+    subcommand.add_argument(
+        "--revision", metavar="R", help="branch, which is made from main where there is none (main)"
+    )
+    subcommand.add_argument("--create-pr", action="store_true", help="open a pull request, and leave the branch alone")
+    subcommand.add_argument("--message", help="message of the commit")
+    subcommand.add_argument("--dry-run", action="store_true", help="only say what would be published; needs no token")
+    subcommand.add_argument("--device", default="cpu", help="device on which the checkpoint is verified first (cpu)")
     trust_argument(subcommand)
     json_argument(subcommand)
 

@@ -22,7 +22,7 @@ SHOWN = 120  # questions whose answers a report shows
 
 def report_argument(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
-        "--report", type=Path, metavar="DIR", help="write the results as one page for people, DIR/report.html"
+        "--report", type=Path, metavar="DIR", help="write the results as a web page, DIR/report.html"
     )
 
 

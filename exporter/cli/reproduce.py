@@ -20,9 +20,11 @@ EXAMPLE = "reproduce small --out again"
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("folder", metavar="DIR", help="folder or hub id")
-    subcommand.add_argument("--out", type=Path, required=True, metavar="DIR2")
-    subcommand.add_argument("--model", metavar="MODEL", help="where the source lies now")
-    subcommand.add_argument("--calibration", metavar="FILE", help="where the calibration data lie now")
+    subcommand.add_argument("--out", type=Path, required=True, metavar="DIR2", help="folder to make")
+    subcommand.add_argument("--model", metavar="MODEL", help="where the source is now (where the record says)")
+    subcommand.add_argument(
+        "--calibration", metavar="FILE", help="where the calibration data are now (where the record says)"
+    )
     json_argument(subcommand)
 
 

@@ -15,21 +15,24 @@ EXAMPLE = f"route {MODEL} --out routed --calibration {DATA}/calibration.jsonl --
 
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
-    subcommand.add_argument("model", metavar="MODEL", help="folder or hub id, pruned or not")
+    subcommand.add_argument("model", metavar="MODEL", help="folder or hub id, with all its layers or fewer")
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     calibration_arguments(subcommand, required=True, samples=ROUTER_SAMPLES)
-    subcommand.add_argument("--steps", type=positive_count, metavar="N", help=f"of training ({RouterRecipe.steps})")
+    subcommand.add_argument("--steps", type=positive_count, metavar="N", help=f"training steps ({RouterRecipe.steps})")
     subcommand.add_argument(
-        "--candidates", type=whole_number, metavar="N", help="last layers that may be skipped (half of them)"
+        "--candidates",
+        type=whole_number,
+        metavar="N",
+        help="how many of the last layers may be skipped (half of all layers)",
     )
     subcommand.add_argument(
         "--drop-at", type=whole_number, metavar="D", help="layer before which visual tokens leave (2)"
     )
     subcommand.add_argument(
-        "--learning-rate", type=number_in_range, metavar="R", help=f"({RouterRecipe.learning_rate})"
+        "--learning-rate", type=number_in_range, metavar="R", help=f"learning rate ({RouterRecipe.learning_rate})"
     )
     subcommand.add_argument(
-        "--loss", choices=tuple(LOSSES), help="what is learnt from (importance); preference is the paper's"
+        "--loss", choices=tuple(LOSSES), help="what the router learns from (importance); preference is the paper's"
     )
     subcommand.add_argument("--loss-option", action="append", default=[], metavar="NAME=VALUE")
     run_arguments(subcommand, batch_size=RouterRecipe.batch_size)

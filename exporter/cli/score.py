@@ -20,12 +20,12 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     calibration_arguments(subcommand, required=True)
     localizer_arguments(subcommand)
     layer_budget_arguments(subcommand)
-    subcommand.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores")
+    subcommand.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores into a picture")
     subcommand.add_argument(
         "--save",
         type=Path,
         metavar="FILE",
-        help="keep the scores for `compress --scores FILE`, which reads no question",
+        help="keep the scores for `compress --scores FILE`, which then needs no questions",
     )
     run_arguments(subcommand)
 

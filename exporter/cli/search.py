@@ -19,7 +19,7 @@ from .arguments import (
 )
 from .from_flags import calibration_from_flags, progress_bar, write_json
 
-SUMMARY = "find the model that is so much faster, or so small, and loses least"
+SUMMARY = "find the model that is as fast, or as small, as you ask and loses least"
 EXAMPLE = (
     f"search {MODEL} --speedup 1.5 --max-loss 1 --calibration {DATA}/calibration.jsonl --task {DATA}/validation.jsonl "
     "--out found"
@@ -28,38 +28,52 @@ EXAMPLE = (
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("model", metavar="MODEL", help="folder or hub id (hub:USER/NAME@REVISION)")
-    subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make, or to go on in")
-    goals = subcommand.add_argument_group(
-        "goal", "one of them; none: as fast as can be. A search that does not reach it ends with exit code 1"
-    ).add_mutually_exclusive_group()
-    goals.add_argument(
-        "--speedup", type=number_in_range, metavar="S",
-        help="times as fast, 1.5: the whole answer to a question at batch 1, image, prompt and all tokens",
-    )  # fmt: skip
-    goals.add_argument("--latency-ms", type=number_in_range, metavar="T", help="most milliseconds of such an answer")
-    goals.add_argument("--params", type=parameter_count, metavar="P", help="most parameters, 5.2B")
-    goals.add_argument("--flops", type=number_in_range, metavar="F", help="share of such an answer's operations, 0.5")
-    goals.add_argument("--memory", type=byte_count, metavar="M", help="most memory of weights and an answer, 6GB")
     subcommand.add_argument(
-        "--max-loss", type=number_in_range, default=1.0, metavar="POINTS", help="of exact match on the task (1.0)"
+        "--out", type=Path, required=True, metavar="DIR", help="folder to make; one of the same search goes on"
     )
-    subcommand.add_argument("--task", required=True, metavar="FILE", help="questions with answers, that judge")
-    subcommand.add_argument("--task-samples", type=positive_count, metavar="N", help="only N of them")
+    goal_arguments(subcommand)
     subcommand.add_argument(
-        "--heal-samples", type=positive_count, metavar="N", help="questions to heal on (as many as for the layers)"
+        "--max-loss",
+        type=number_in_range,
+        default=1.0,
+        metavar="POINTS",
+        help="points of exact match that may be lost (1.0)",
     )
     subcommand.add_argument(
-        "--without", type=names, default=(), metavar="NAMES", help="leave out any of heal,router,int8"
+        "--task", required=True, metavar="FILE", help="questions with answers, which judge the candidates"
+    )
+    subcommand.add_argument("--task-samples", type=positive_count, metavar="N", help="ask only N of these questions")
+    subcommand.add_argument(
+        "--heal-samples", type=positive_count, metavar="N", help="how many questions to heal on (--samples)"
     )
     subcommand.add_argument(
-        "--time", type=number_in_range, metavar="MINUTES", help="that this call may take; the next one goes on"
+        "--without", type=names, default=(), metavar="NAMES", help="try no candidate with these: heal,router,int8"
+    )
+    subcommand.add_argument(
+        "--time", type=number_in_range, metavar="MINUTES", help="minutes that this call may take; the next call goes on"
     )
     calibration_arguments(subcommand, required=True)
-    subcommand.add_argument("--dry-run", action="store_true", help="show the candidates and what they cost, and stop")
+    subcommand.add_argument("--dry-run", action="store_true", help="only show the candidates and what they cost")
     subcommand.add_argument("--device", help="cpu, cuda, cuda:1 (the first GPU, else the CPU)")
     subcommand.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")
     subcommand.add_argument("--batch-size", type=positive_count, default=16, metavar="B")
     json_argument(subcommand)
+
+
+def goal_arguments(subcommand: argparse.ArgumentParser) -> None:
+    goals = subcommand.add_argument_group(
+        "goal",
+        "what the model is to reach, at most one; without one, the whole Pareto front is searched for speed. A search "
+        "that does not reach its goal ends with exit code 1",
+    ).add_mutually_exclusive_group()
+    goals.add_argument(
+        "--speedup", type=number_in_range, metavar="S",
+        help="how many times as fast one whole answer is to be (image, prompt and all its tokens): 1.5",
+    )  # fmt: skip
+    goals.add_argument("--latency-ms", type=number_in_range, metavar="T", help="most milliseconds for one whole answer")
+    goals.add_argument("--params", type=parameter_count, metavar="P", help="most parameters: 5.2B")
+    goals.add_argument("--flops", type=number_in_range, metavar="F", help="share of an answer's FLOPs: 0.5")
+    goals.add_argument("--memory", type=byte_count, metavar="M", help="most memory for the weights and one answer: 6GB")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,13 +9,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoints.shapes import Misfit
+from ..checkpoints.shapes import COUNT, DIVERGENCE, SHARE, SIZE, ListOf, MapOf, Misfit
 from ..checkpoints.staging import check_target
 from ..data.resumable import ResumableLines
 from ..errors import InputError
+from ..evaluation.scoring import TaskResult
 
 logger = logging.getLogger(__name__)
+RESULT = {  # of a task, as a cell keeps it
+    "n": COUNT,
+    "accuracy": SHARE,
+    "interval": ListOf(SHARE, 2),
+    "kept": SIZE,
+    "by_type": MapOf(SHARE),
+    "kl": DIVERGENCE,
+    "agreement": SHARE,
+}
 T = TypeVar("T")
+
+
+def as_kept(result: TaskResult, original: float) -> dict[str, Any]:
+    """Return a task's result as a cell keeps it; `original` is the accuracy of the model that it is compared with."""
+    rate, told = result.rate, result.fidelity
+    return {
+        "n": rate.n,
+        "accuracy": rate.accuracy,
+        "interval": rate.interval,
+        "kept": rate.accuracy / original if original else 0.0,
+        "by_type": {name: of_type.accuracy for name, of_type in result.by_type.items()},
+        "kl": told.kl if told else 0.0,
+        "agreement": told.agreement if told else 0.0,
+    }
 
 
 class CellsFile:
@@ -35,9 +59,9 @@ class CellsFile:
         if not path.exists():
             check_target(path.parent)  # and made with the first cell: what is refused meanwhile leaves no folder
         self.lines = self._lines() if path.exists() else ResumableLines(None)
-        if self.lines.runs - {self.fingerprint}:
+        if self.lines.fingerprints - {self.fingerprint}:
             raise InputError(f"{path.parent} holds another {what}: name another folder, or remove it.")
-        known = self.lines.rows(self.fingerprint)
+        known = self.lines.entries(self.fingerprint)
         self.cells: list[dict[str, Any]] = [known[number]["cell"] for number in sorted(known)]
         self.next = max(known, default=-1) + 1  # not len(known): a line may have been taken out
 

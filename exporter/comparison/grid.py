@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.shapes import COUNT, DIVERGENCE, SHARE, SIZE, TEXT, ListOf, MapOf, Misfit, check
+from ..checkpoints.shapes import COUNT, SHARE, SIZE, TEXT, ListOf, MapOf, Misfit, check
 from ..errors import InputError
 from ..evaluation.scoring import Rate, holm, mcnemar
 from ..methods import FOLDS, LOCALIZERS
@@ -28,6 +28,7 @@ from ..recipe import (
     read_method,
     task_from_data,
 )
+from .cells_file import RESULT
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,7 @@ CELL = {
     "fold": TEXT,
     "drop": ListOf(COUNT),
     "parameters": COUNT,
-    "n": COUNT,
-    "accuracy": SHARE,
-    "interval": ListOf(SHARE, 2),
-    "kept": SIZE,
-    "by_type": MapOf(SHARE),
-    "kl": DIVERGENCE,
-    "agreement": SHARE,
+    **RESULT,
     "wrong": ListOf(COUNT),
 }
 

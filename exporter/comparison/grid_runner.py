@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.shapes import read_json
+from ..clean_room import greedy_answers
 from ..compression.job import CompressionJob
 from ..compression.steps import fold_job, localize
 from ..data.batches import make_batch, make_batches
 from ..data.samples import Sample
-from ..data.task import SPARE_TOKENS, Task, greedy_answers
+from ..data.task import SPARE_TOKENS, Task
 from ..evaluation.judge import HALF
 from ..evaluation.metrics.table import METRICS
-from ..evaluation.scoring import Rate
+from ..evaluation.scoring import Fidelity, Rate, TaskResult
 from ..fold.job import FoldRefused
 from ..localize.scores import LayerScores
 from ..methods import FOLDS, LOCALIZERS, resolve
@@ -29,7 +30,7 @@ from ..models.variants import AnswerAgreement, Variant, assembled, judge
 from ..plan import Folded, PruningPlan, make_plan
 from ..progress import Progress
 from ..recipe import Method
-from .cells_file import CellsFile
+from .cells_file import CellsFile, as_kept
 from .grid import Cell, Comparison, Grid, Key, cell_from_data, label
 
 CELLS_AT_A_TIME = 16  # whose new tensors are held together
@@ -160,7 +161,7 @@ class GridRunner:
             make_batches(samples, self.job.processor, self.job.source.config, size), "answer", number
         ):
             on_device = batch.to(self.model.device)
-            answers = greedy_answers(self.model, on_device, self.longest)
+            answers = greedy_answers(self.model, on_device.inputs, self.longest)
             right += self._judge(answers, batch.samples)
             answered.append(with_answers(self.model, on_device, answers))
         self.correct = right
@@ -191,29 +192,21 @@ class GridRunner:
                 indices = departs[start : start + size]
                 samples = [self.task.samples[i] for i in indices]
                 batch = make_batch(samples, self.job.processor, self.job.source.config).to(self.model.device)
-                answers = greedy_answers(self.model, batch, self.longest)
+                answers = greedy_answers(self.model, batch.inputs, self.longest)
                 for i, right in zip(indices, self._judge(answers, samples), strict=True):
                     correct[i] = right
         return correct
 
     def _cell(self, key: Key, plan: PruningPlan, agreement: AnswerAgreement, correct: list[float]) -> Cell:
-        rate = Rate.of(correct)
-        types: dict[str, list[float]] = {}
-        for sample, right in zip(self.task.samples, correct, strict=True):
-            types.setdefault(sample.type or "all", []).append(right)
+        fidelity = Fidelity.of(agreement.kl, agreement.same, agreement.tokens)
+        result = TaskResult.of([sample.type for sample in self.task.samples], correct, fidelity)
         gone = sum(self.job.source.parameters_per_layer[layer] for layer in plan.drop)
         return Cell(
             localizer=key[0],
             fold=key[1],
             drop=plan.drop,
             parameters=self.job.source.weights.num_parameters - gone,
-            n=rate.n,
-            accuracy=rate.accuracy,
-            interval=rate.interval,
-            kept=rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
-            by_type={name: sum(values) / len(values) for name, values in sorted(types.items())},
-            kl=agreement.kl / max(agreement.tokens, 1),
-            agreement=agreement.same / max(agreement.tokens, 1),
+            **as_kept(result, self.original.accuracy),
             wrong=tuple(index for index, right in enumerate(correct) if right < HALF),
         )
 

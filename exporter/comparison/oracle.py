@@ -3,7 +3,7 @@
 A router sees the question only. The search may try selections and look at KL(unpruned || pruned) on the unpruned
 model's own answer: what it finds is a lower bound of what is possible, and shows what a router leaves on the table.
 
-Shapes: B rows, S tokens of a prompt.
+Shapes: B sequences, S tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..modeling.routed_route import Budget, Route
 from ..routing.folder import has_router
 from ..routing.rules import Rule, assemble, drawn, fastv_scores, generators, make_route
 
-Divergence = Callable[[Route], Tensor]  # of each row under a route, [B]
+Divergence = Callable[[Route], Tensor]  # of each sequence under a route, [B]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def search(
     """Return the best route of each question that was found, all questions of the batch at a time.
 
     Args:
-        divergence: what is to be low, for each row.
+        divergence: what is to be low, for each sequence.
         layers: who chooses the layers, a rule's name; they are not searched.
     """
     batch = batch.to(model.device)
@@ -113,7 +113,7 @@ def _selections(
 
 
 def better(best: Route | None, lowest: Tensor, route: Route, divergence: Tensor) -> tuple[Route, Tensor]:
-    """Choose row by row the route of the lower divergence; ties leave a row as it is."""
+    """Choose sequence by sequence the route of the lower divergence; ties leave a sequence as it is."""
     if best is None:
         return route, divergence
     wins = divergence < lowest
@@ -121,15 +121,16 @@ def better(best: Route | None, lowest: Tensor, route: Route, divergence: Tensor)
     return replace(best, keep=keep), torch.minimum(lowest, divergence)
 
 
-def swapped(route: Route, share: float, rows: Sequence[torch.Generator]) -> Route:
-    """Exchange some kept visual tokens of each row for dropped ones: a quarter of them times `share`, at least one."""
+def swapped(route: Route, share: float, draws: Sequence[torch.Generator]) -> Route:
+    """Exchange kept visual tokens of each sequence for dropped ones: a quarter of them times `share`, at least one."""
     keep = route.keep.clone()
-    for row, generator in enumerate(rows):
+    for sequence, generator in enumerate(draws):
         kept, gone = (
-            (which & route.visual[row]).nonzero()[:, 0].cpu() for which in (route.keep[row], ~route.keep[row])
+            (which & route.visual[sequence]).nonzero()[:, 0].cpu()
+            for which in (route.keep[sequence], ~route.keep[sequence])
         )
         count = min(max(1, round(share * len(kept) / 4)), len(kept), len(gone))
         out = kept[torch.randperm(len(kept), generator=generator)[:count]]
         into = gone[torch.randperm(len(gone), generator=generator)[:count]]
-        keep[row, out.to(keep.device)], keep[row, into.to(keep.device)] = False, True
+        keep[sequence, out.to(keep.device)], keep[sequence, into.to(keep.device)] = False, True
     return replace(route, keep=keep)

@@ -29,7 +29,7 @@ from .saved import write_all
 def compare_routes(
     tables: RouteTables, out: Path | str, options: RunOptions = RunOptions(batch_size=32), progress: Progress = silent
 ) -> RouteComparison:
-    """Fill the table; write results.json, table.md and accuracy.png into `out`. Rows that are there are kept."""
+    """Fill the table; write results.json, table.md and accuracy.png into `out`, where finished rows are kept."""
     out = Path(out)
     sources = {name: open_source(name) for name in {tables.model, *(row.folder for row in tables.rows if row.folder)}}
     for row in tables.rows:

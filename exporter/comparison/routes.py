@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.shapes import COUNT, DIVERGENCE, SHARE, SIZE, TEXT, ListOf, MapOf, Maybe, check
+from ..checkpoints.shapes import COUNT, SIZE, TEXT, ListOf, Maybe, check
 from ..errors import InputError
 from ..evaluation.scoring import Rate
 from ..modeling.routed_route import Budget
 from ..recipe import TaskData, check_keys, check_types, paths_as_text, task_from_data
 from ..routing.rules import Rule
+from .cells_file import RESULT
 from .oracle import Search
 
 FEWEST = 0.004  # share of the visual tokens
@@ -95,7 +96,7 @@ def _part(cls: Any, data: Any, what: str) -> Any:
 class RouteCell:
     row: str
     column: int  # number of the budget
-    budget: dict[str, Any]  # what the row ran under: `Ask.to_data`
+    budget: dict[str, Any]  # what the row ran under: `BudgetRequest.to_data`
     n: int
     accuracy: float
     interval: tuple[float, float]
@@ -119,13 +120,7 @@ ROUTE_CELL = {
     "row": TEXT,
     "column": COUNT,
     "budget": BUDGET,
-    "n": COUNT,
-    "accuracy": SHARE,
-    "interval": ListOf(SHARE, 2),
-    "kept": SIZE,
-    "by_type": MapOf(SHARE),
-    "kl": DIVERGENCE,
-    "agreement": SHARE,
+    **RESULT,
     "flops_share": SIZE,
     "decoder_flops_share": SIZE,
     "searched": Maybe(TEXT),

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from ..checkpoints.source import open_source
+from ..clean_room import greedy_answers
 from ..data.batches import Batch, make_batch, size_order
 from ..data.resumable import ResumableLines
-from ..data.task import Task, greedy_answers
+from ..data.task import Task
 from ..evaluation.judge import Judge, Reference
 from ..evaluation.loaded import Loaded, influence_of, load
 from ..evaluation.metrics.table import METRICS
 from ..evaluation.results import ModelResult
-from ..evaluation.scoring import Rate
+from ..evaluation.scoring import Fidelity, TaskResult
 from ..modeling.routed_route import Budget, Route
 from ..models.loading import compute_dtype, pick_device
 from ..progress import Progress
@@ -26,7 +27,7 @@ from ..routing.cost import few_prompts, flops_of
 from ..routing.folder import load_routed, routable
 from ..routing.requests import BudgetRequest
 from ..routing.rules import Rule, make_route
-from .cells_file import CellsFile
+from .cells_file import CellsFile, as_kept
 from .oracle import images_seen_once, search
 from .routes import FEWEST, OUT_OF_REACH, RouteCell, RouteTables, Row, row_from_data
 
@@ -175,7 +176,8 @@ class RoutesRunner:
             samples = [batch.samples[place] for place in departs]
             few = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
             route_of_few = last_columns(route.select(torch.tensor(departs)), few.is_visual.shape[1])
-            said = greedy_answers(loaded.model, few, self.task.longest(loaded.processor), route_of_few)
+            longest = self.task.longest(loaded.processor)
+            said = greedy_answers(loaded.model, few.inputs, longest, route=route_of_few)
             texts = loaded.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
             for place, text, sample in zip(departs, texts, samples, strict=True):
                 right[place] = METRICS[self.task.metric].value(sample, text)
@@ -207,20 +209,14 @@ class RoutesRunner:
 
     def _cell(self, row: Row, column: int, loaded: Loaded, results: dict[int, dict[str, Any]]) -> RouteCell:
         assert loaded.ask is not None
-        rate = Rate.of(results[i]["correct"] for i in range(len(results)))
-        types: dict[str, list[bool]] = {}
-        for i, sample in enumerate(self.task.samples):
-            types.setdefault(sample.type or "all", []).append(results[i]["correct"])
-        tokens = max(1, sum(result["tokens"] for result in results.values()))
+        correct = [results[i]["correct"] for i in range(len(results))]
+        fidelity = Fidelity.of(*(sum(told[name] for told in results.values()) for name in ("kl", "same", "tokens")))
+        result = TaskResult.of([sample.type for sample in self.task.samples], correct, fidelity)
         total, decoder = loaded.flops_shares()
         assert total is not None and decoder is not None
         data = loaded.ask.to_data() | {"rule": row.rule}
         return RouteCell(
-            row=row.name, column=column, budget=data, n=rate.n, accuracy=rate.accuracy, interval=rate.interval,
-            kept=rate.accuracy / self.original.accuracy if self.original.accuracy else 0.0,
-            by_type={name: sum(right) / len(right) for name, right in sorted(types.items())},
-            kl=sum(result["kl"] for result in results.values()) / tokens,
-            agreement=sum(result["same"] for result in results.values()) / tokens,
+            row=row.name, column=column, budget=data, **as_kept(result, self.original.accuracy),
             flops_share=total, decoder_flops_share=decoder, searched=str(self.tables.oracle) if row.searches else None,
         )  # fmt: skip
 

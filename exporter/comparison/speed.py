@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..clean_room import greedy_answers
 from ..compression.job import prepare
 from ..data.batches import Batch, make_batch
-from ..data.task import greedy_answers
 from ..errors import InputError
 from ..evaluation.metrics.task import compared_task
 from ..models.variants import Variant, assembled
@@ -62,5 +62,5 @@ def samples_per_second(
 def _seconds(model: Any, batches: list[Batch], new_tokens: int) -> float:
     begin = time.monotonic()
     for batch in batches:
-        greedy_answers(model, batch, new_tokens).sum().item()  # waits for an accelerator
+        greedy_answers(model, batch.inputs, new_tokens).sum().item()  # waits for an accelerator
     return time.monotonic() - begin

@@ -1,4 +1,4 @@
-"""The grid of `comparison.py` on several models, in one table: mean, worst case and rank of every method over them.
+"""The grid of `grid.py` on several models, in one table: mean, worst case and rank of every method over them.
 
 A default is to hold on models that nobody tuned it on: rows say how much is kept on models by which nothing was chosen,
 and how far a method stays below the best cell of each model and budget. Each model's grid lies in a folder of its own

@@ -102,7 +102,9 @@ def prepare(
         stored: scores of the layers that are there already.
     """
     if stored is not None and recipe.budget.layers is not None:
-        raise InputError("the recipe names the layers that go: stored scores have no say in it, take one of them out.")
+        raise InputError(
+            "the recipe names the layers to remove, so that stored scores change nothing: leave one of them out."
+        )
     source = open_source(recipe.model, recipe.revision)
     protect = protected_layers(source.config) if recipe.protect is None else recipe.protect
     if bad := [layer for layer in protect if not 0 <= layer < source.num_layers]:
@@ -113,8 +115,8 @@ def prepare(
         check_method(recipe.fold, FOLDS, "fold")
     if not recipe.calibration.data and recipe.needs_model(stored is not None):
         raise InputError(
-            "questions about images are needed to choose layers and to fold: name them with --calibration FILE. Only "
-            "layers that are named (--layers) or scored (--scores FILE) go without, with --fold none."
+            "questions about images are needed to choose layers and to fold: name them with --calibration FILE. None "
+            "are needed where layers are named (--layers) or scored already (--scores FILE) and --fold is none."
         )
     calibration = load_for(recipe)
     for sample in progress(calibration.samples, "check images", len(calibration.samples)):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..checkpoints.source import Source, ignored_keys
-from ..checkpoints.writer import write_checkpoint
 from ..clean_room import reference_answer
 from ..fold.held_out import HeldOut
 from ..fold.job import FoldJob
@@ -21,7 +19,6 @@ from ..models.questions import Questions
 from ..models.residency import ranges_of
 from ..models.variants import Variant, assembled
 from ..plan import Folded, PruningPlan, best_in_period, breaks_period, make_plan
-from ..progress import Progress
 from .job import CompressionJob
 from .record import describe
 
@@ -154,22 +151,3 @@ def reader(source: Source, model: Any = None) -> Callable[[int, str], Any]:
         return source.weights.read(full)
 
     return read if ranges is None else functools.lru_cache(LAST_READ)(read)
-
-
-def write_with_progress(
-    source: Source, plan: PruningPlan, folded: Folded, stage: Path, progress: Progress, num_bytes: int
-) -> None:
-    """Write the checkpoint, a step of the progress bar per MiB."""
-    unit = 1 << 20
-    ticks = iter(progress(range(num_bytes // unit + 1), "write", num_bytes // unit + 1))
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        for _ in range((done + count) // unit - done // unit):
-            next(ticks, None)
-        done += count
-
-    write_checkpoint(source, plan, folded=folded, folder=stage, advance=advance)
-    for _ in ticks:
-        pass

@@ -17,14 +17,14 @@ from ..checkpoints.json_file import read_json
 from ..checkpoints.own_types import carry_modeling_files, own_type
 from ..checkpoints.pickled import PICKLE_FILES, StoredTensors, open_stored
 from ..checkpoints.record import write_record
-from ..checkpoints.safetensors_ranges import INDEX, SINGLE, TensorRange, write_shard
+from ..checkpoints.safetensors_ranges import INDEX, SINGLE, write_shards
 from ..checkpoints.source import Source, open_source
 from ..checkpoints.staging import check_space, check_target, staged
 from ..checkpoints.verification import require
 from ..clean_room import load_processor, reference_answer
 from ..errors import InputError
 from ..models.loading import compute_dtype, load_model, pick_device
-from ..progress import Progress, silent
+from ..progress import Progress, counting_bytes, silent
 from .llava import convert_llava
 from .parts import Converted, Original
 from .qwen_vl import convert_qwen_vl
@@ -117,7 +117,9 @@ def _stored(name: str, folder: Path, commit: str | None, allow_pickle: bool) -> 
 
 def write_converted(converted: Converted, source: Path, folder: Path, progress: Progress = silent) -> None:
     """Write weights, configuration, tokenizer, processor and licence texts into an existing folder."""
-    _write_shards(converted.shards, folder, progress)
+    num_bytes = sum(piece.entry.num_bytes for shard in converted.shards for piece in shard)
+    with counting_bytes(progress, "write", num_bytes) as advance:
+        write_shards(folder, converted.shards, advance)
     for name, content in {"config.json": converted.config, **converted.json_files}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if converted.tokenizer is not None:
@@ -130,18 +132,6 @@ def write_converted(converted: Converted, source: Path, folder: Path, progress: 
     for path in (*converted.copied, *licences):
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
-
-
-def _write_shards(shards: tuple[tuple[TensorRange, ...], ...], folder: Path, progress: Progress) -> None:
-    weight_map: dict[str, str] = {}
-    for number, pieces in enumerate(progress(shards, "write", len(shards)), 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(folder / name, list(pieces), {"format": "pt"}, lambda done: None)
-        weight_map |= {piece.name: name for piece in pieces}
-    if len(shards) > 1:
-        total = sum(piece.entry.num_bytes for pieces in shards for piece in pieces)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _reference(source: Source, device: str, dtype: Any) -> dict[str, Any]:

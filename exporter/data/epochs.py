@@ -23,26 +23,26 @@ def questions_of_step(indices: Sequence[int], sizes: Sequence[int], step: int, b
     Args:
         sizes: of all questions, in pixels.
     """
-    drawn = places_of_step(len(indices), lambda epoch, place: sizes[indices[place]], step, batch_size, seed)
-    return [indices[place] for _, place in drawn]
+    drawn = draws_of_step(len(indices), lambda epoch, number: sizes[indices[number]], step, batch_size, seed)
+    return [indices[number] for _, number in drawn]
 
 
-def places_of_step(
+def draws_of_step(
     number: int, size_of: Callable[[int, int], int], step: int, batch_size: int, seed: int
 ) -> list[tuple[int, int]]:
-    """Return a step's part of `number` questions as (epoch, place); arguments as of `questions_of_step`.
+    """Return a step's part of `number` questions as (epoch, number); arguments as of `questions_of_step`.
 
     Args:
-        size_of: gives the size of what stands at a place in an epoch.
+        size_of: gives the size of a question, by epoch and number.
     """
     pool = step // POOL
-    places: list[tuple[int, int]] = []
+    drawn: list[tuple[int, int]] = []
     for at in range(pool * POOL * batch_size, (pool + 1) * POOL * batch_size):
         epoch, within = divmod(at, number)
-        places.append((epoch, _order(number, seed * 7919 + epoch)[within]))
-    places.sort(key=lambda place: size_of(*place))
+        drawn.append((epoch, _order(number, seed * 7919 + epoch)[within]))
+    drawn.sort(key=lambda pair: size_of(*pair))
     turn = _order(POOL, seed * 104_729 + pool)[step % POOL]
-    return places[turn * batch_size : (turn + 1) * batch_size]
+    return drawn[turn * batch_size : (turn + 1) * batch_size]
 
 
 @functools.lru_cache(maxsize=4)

@@ -38,7 +38,7 @@ def read_text(path: Path) -> str:
     """Return the text of a regular file in UTF-8, with or without its mark. Raises InputError."""
     kind = os.stat(path).st_mode
     if not stat.S_ISREG(kind):
-        raise InputError(f"{path} is a pipe or a device, not a file: it is read more than once, so write it to one.")
+        raise InputError(f"{path} is a pipe or a device, which can't be read twice: save it as a file.")
     content = path.read_bytes()
     for mark, name in OTHER_TEXTS.items():
         if content.startswith(mark):

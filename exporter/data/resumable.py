@@ -1,4 +1,4 @@
-"""Rows of a long run on disk, so that one that is broken off and repeated goes on from them."""
+"""Entries of a long run on disk, so that one that is broken off and repeated goes on from them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from ..errors import InputError
 from ..modeling.modeling_routed import ROUTER_FILE
 
 logger = logging.getLogger(__name__)
-Row = dict[str, Any]
+Entry = dict[str, Any]
 CHECKSUM = "checksum"
 CHECKSUM_AT_END = re.compile(rb', "checksum": "([0-9a-f]{16})"}\s*$')
 
 
 class ResumableLines:
-    """A JSONL file of numbered rows, each under the fingerprint of the run that it belongs to.
+    """A JSONL file of numbered entries, each under the fingerprint of the run that it belongs to.
 
-    The fingerprint covers everything that a row depends on: rows of another one are left alone and not used. A last
-    line that was cut off in the middle of writing is taken away. A row ends with the checksum of its line, where asked
-    for: one that says something else than what was written is refused.
+    The fingerprint covers everything that an entry depends on: those of another run are left alone and not used. A last
+    line that was cut off in the middle of writing is taken away. An entry ends with the checksum of its line, where
+    asked for: one that says something else than what was written is refused.
 
     Args:
         path: None keeps nothing.
-        fields: what every row must hold, and of which type; a file with other lines is somebody else's.
+        fields: what every entry must hold, and of which type; a file with other lines is somebody else's.
         what: 'answer of an evaluation', for messages.
         checked: write and compare checksums; lines without one, of earlier versions, are taken as they are.
     Raises: InputError for a file that can't be read or written, or that holds something else.
     """
 
     def __init__(
-        self, path: Path | None, fields: dict[str, type] | None = None, what: str = "row", checked: bool = False
+        self, path: Path | None, fields: dict[str, type] | None = None, what: str = "entry", checked: bool = False
     ) -> None:
         self.path, self.fields, self.what, self.checked = path, fields or {}, what, checked
-        self._known: dict[str, dict[int, Row]] = {}
+        self._known: dict[str, dict[int, Entry]] = {}
         if path is None:
             return
         if not path.absolute().parent.is_dir():
@@ -57,9 +57,9 @@ class ResumableLines:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                index = row.pop("index")
-                good = isinstance(index, int) and all(isinstance(row[k], kind) for k, kind in self.fields.items())
+                entry = json.loads(line)
+                index = entry.pop("index")
+                good = isinstance(index, int) and all(isinstance(entry[k], kind) for k, kind in self.fields.items())
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise InputError(f"{path} line {number} is no {self.what}: name another file.") from error
             if not good:
@@ -69,31 +69,31 @@ class ResumableLines:
                     f"{path} line {number} is not what was written, its checksum is another: take the line out, and "
                     "it is done again."
                 )
-            row.pop(CHECKSUM, None)
-            self._known.setdefault(str(row.pop("run", "")), {})[index] = row
+            entry.pop(CHECKSUM, None)
+            self._known.setdefault(str(entry.pop("run", "")), {})[index] = entry
         if rest:
             os.truncate(path, len(content) - len(rest))
 
     @property
-    def runs(self) -> set[str]:
-        """Return the fingerprints of the runs that there are rows of."""
+    def fingerprints(self) -> set[str]:
+        """Return the fingerprints of the runs that there are entries of."""
         return set(self._known)
 
-    def rows(self, fingerprint: str) -> dict[int, Row]:
+    def entries(self, fingerprint: str) -> dict[int, Entry]:
         """Return what is known of a run, by number."""
         return dict(self._known.get(fingerprint, {}))
 
-    def add(self, fingerprint: str, rows: dict[int, Row]) -> None:
-        """Append rows of a run."""
+    def add(self, fingerprint: str, entries: dict[int, Entry]) -> None:
+        """Append entries of a run."""
         if self.path is None:
             return
-        lines = [json.dumps({"run": fingerprint, "index": index} | row) for index, row in rows.items()]
+        lines = [json.dumps({"run": fingerprint, "index": index} | entry) for index, entry in entries.items()]
         text = "".join((_with_checksum(line) if self.checked else line) + "\n" for line in lines)
         try:
             with self.path.open("a") as file:
                 file.write(text)
         except OSError as error:  # the run goes on all the same
-            logger.warning("%s can't be written (%s): rows are no longer kept.", self.path, error.strerror)
+            logger.warning("%s can't be written (%s): entries are no longer kept.", self.path, error.strerror)
             self.path = None
 
 

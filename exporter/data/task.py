@@ -1,22 +1,14 @@
-"""A task: questions with answers, and a model's answers to them.
-
-Shapes: B samples, S prompt tokens, A answer tokens.
-"""
+"""A task: questions with answers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from .. import clean_room
 from ..errors import InputError
-from ..modeling.routed_route import Route
-from .batches import Batch
+from ..recipe import TaskData
 from .calibration import load_calibration
 from .samples import Sample
 
@@ -44,31 +36,13 @@ class Task:
         return hashlib.sha256(json.dumps(right).encode()).hexdigest()
 
 
-def load_task(
-    task: str,
-    samples: int | None,
-    seed: int,
-    *,
-    columns: Mapping[str, str] | None = None,
-    split: str | None = None,
-    config: str | None = None,
-    allow_urls: bool = False,
-    text_only: bool = False,
-) -> Task:
-    """Read a task, as `load_calibration` reads questions.
+def load_task(task: TaskData, samples: int | None, seed: int, *, text_only: bool = False) -> Task:
+    """Read a task, as `load_calibration` reads questions; `samples` of them, None: all.
 
     Raises: InputError for questions without an answer, and without an image where not `text_only`: a figure is of all.
     """
     data = load_calibration(
-        task,
-        samples=samples,
-        seed=seed,
-        columns=columns,
-        split=split,
-        config=config,
-        allow_urls=allow_urls,
-        skip_text_only=False,
-        text_only=text_only,
+        task.data, samples=samples, seed=seed, **task.options, skip_text_only=False, text_only=text_only
     )
     unlabelled = [sample for sample in data.samples if not sample.answers]
     if unlabelled:
@@ -77,10 +51,3 @@ def load_task(
             "needs one on every line."
         )
     return Task(data.samples, data.fingerprint)
-
-
-def greedy_answers(model: Any, batch: Batch, max_new_tokens: int, route: Route | None = None) -> Tensor:
-    """Return greedy answers [B, A], whatever sampling the generation config asks for."""
-    routing = {} if route is None else {"route": route}
-    answers: Tensor = clean_room.greedy_answers(model, batch.inputs, max_new_tokens, **routing)
-    return answers

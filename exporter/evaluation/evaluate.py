@@ -14,13 +14,14 @@ from ..cards.card_file import results_first
 from ..checkpoints.record import check_updatable
 from ..checkpoints.source import open_source
 from ..data.resumable import ResumableLines, files_key
+from ..data.task import Task
 from ..errors import InputError
 from ..modeling.routed_route import Budget
-from ..recipe import RunOptions
+from ..recipe import RunOptions, TaskData
 from ..routing.pictures import show_routes
 from ..routing.requests import BudgetGrid, BudgetRequest
 from .judge import ROW_FIELDS, Judge, Reference, check_same_task
-from .loaded import load
+from .loaded import Loaded, load
 from .metrics.judged import JudgeClient, rate_all, ratings_file
 from .metrics.table import METRICS
 from .metrics.task import Measure, measured_task
@@ -53,14 +54,14 @@ def evaluate(
     """Rate the answers of every checkpoint to a task, and its fidelity to the reference.
 
     Args:
-        reference: the model that the checkpoints were made from; it is evaluated too, and first, as it is.
-        budgets: under which routed checkpoints run, one after the other; none: as plain models.
+        reference: the model that the checkpoints were made from; it is evaluated first, without a budget.
+        budgets: of routed checkpoints, each evaluated; without any, they run as plain models.
         calibration: questions for rules that measure layers.
         samples: how many of the task's questions, seeded; None: all.
         columns, split, config, allow_urls: of the task, as `load_calibration` takes them.
-        measure: by which metric; None: the one that the columns clearly ask for, else exact match.
+        measure: by which metric, and what is put behind the questions; none: by what the columns clearly ask for.
         rated_by: the judge of a metric that needs one.
-        predictions: JSONL file that keeps every answer; a run that is broken off and repeated goes on from it.
+        predictions: JSONL file that keeps every answer; a run that broke off goes on from it.
         show: how many of the questions a report is to show, with the visual tokens that stay.
         update_cards: put the figures into the record and the card of checkpoints that are ours.
     Raises: InputError for a task without answers, images that can't be read, folders that are no checkpoints.
@@ -69,25 +70,21 @@ def evaluate(
     calibration = None if calibration is None else str(calibration)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: at least 1 is needed.")
-    questions = measured_task(
-        str(task), samples, seed, measure, columns=columns, split=split, config=config, allow_urls=allow_urls
+    data = TaskData(
+        str(task),
+        columns=dict(columns or {}),
+        split=split,
+        config=config,
+        allow_urls=allow_urls,
+        metric=measure.metric,
+        suffix=measure.suffix,
     )
+    questions = measured_task(data, samples, seed)
     ratings = _ratings(questions.metric, rated_by, predictions)
     kept = ResumableLines(None if predictions is None else Path(predictions), ROW_FIELDS, "answer of an evaluation")
     check_same_task(kept, questions)
-    names = [str(path) for path in ([] if reference is None else [reference]) + list(paths)]
     shown = Shown.spread(show, questions.samples) if show else None
-    asked: dict[str, list[BudgetRequest | None]] = {name: [] for name in names}
-    if reference is not None:
-        open_source(names[0])
-        asked[names[0]].append(None)
-    for name in map(str, paths):  # all that is wrong with any of them, before hours are spent on the first
-        asks = [ask for ask in budgets.of(open_source(name)) if ask not in asked[name]]
-        if any(ask is not None and ask.budget.quality is not None for ask in asks) and None not in asked[name] + asks:
-            asks.insert(0, None)  # answers are kept that it gives without a budget
-        asked[name] += asks
-        if update_cards:
-            check_updatable(Path(name))
+    asked = budgets_of([str(path) for path in paths], reference, budgets, update_cards)
     says: Reference | None = None
     results = []
     for name, asks in asked.items():
@@ -109,14 +106,7 @@ def evaluate(
             results.append(result)
         results[-len(asks) :] = with_answers_kept(results[-len(asks) :])
         if update_cards and (budget := tightest(asks, results[-len(asks) :])):
-            with results_first(loaded.source.folder):
-                show_routes(
-                    loaded.source.folder,
-                    loaded.model,
-                    processor=loaded.processor,
-                    samples=questions.samples,
-                    budget=budget,
-                )
+            show_in_card(loaded, questions, budget)
         del loaded, judge
     pairs = paired_tests([result.label for result in results], [result.trials for result in results])
     done = Evaluation(
@@ -132,6 +122,35 @@ def evaluate(
             with results_first(Path(path)):
                 record_evaluation(Path(path), done)
     return done
+
+
+def budgets_of(
+    paths: Sequence[str], reference: str | Path | None, budgets: BudgetGrid, update_cards: bool
+) -> dict[str, list[BudgetRequest | None]]:
+    """Return what each model runs under, the reference first; None: as a plain model.
+
+    Raises: InputError for whatever is wrong with any of them, before hours are spent on the first.
+    """
+    asked: dict[str, list[BudgetRequest | None]] = {}
+    if reference is not None:
+        open_source(str(reference))
+        asked[str(reference)] = [None]
+    for path in paths:
+        known = asked.setdefault(path, [])
+        asks = [ask for ask in budgets.of(open_source(path)) if ask not in known]
+        if any(ask is not None and ask.budget.quality is not None for ask in asks) and None not in known + asks:
+            asks.insert(0, None)  # answers are kept that it gives without a budget
+        known += asks
+        if update_cards:
+            check_updatable(Path(path))
+    return asked
+
+
+def show_in_card(loaded: Loaded, questions: Task, budget: Budget) -> None:
+    """Draw a few of the questions with the visual tokens that stay under a budget."""
+    folder = loaded.source.folder
+    with results_first(folder):
+        show_routes(folder, loaded.model, processor=loaded.processor, samples=questions.samples, budget=budget)
 
 
 def _ratings(metric: str, rated_by: JudgeClient | None, predictions: str | Path | None) -> ResumableLines | None:

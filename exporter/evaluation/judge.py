@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..clean_room import greedy_answers
 from ..data.batches import Batch, make_batch
 from ..data.chats import text_of
-from ..data.resumable import ResumableLines, files_key
+from ..data.resumable import Entry, ResumableLines, files_key
 from ..data.samples import Sample
-from ..data.task import Task, greedy_answers
+from ..data.task import Task
 from ..errors import InputError
 from ..modeling.routed_route import Route
 from ..models.answers import with_answers
 from ..routing.pictures import image_grids
-from .ledger import Row
 from .loaded import Loaded
 from .metrics.metric import Metric, grouped
 from .metrics.table import DEFAULT_METRIC, METRICS
-from .results import ModelResult, values_by_type
-from .scoring import Rate
+from .results import ModelResult
+from .scoring import Fidelity, TaskResult
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Reference:
         for index, tokens, state in zip(indices, torch.split(answered_batch.targets, lengths), states, strict=True):
             self.answers[index], self.states[index] = tokens.cpu(), state.float().cpu()
 
-    def compare(self, loaded: Loaded, batch: Batch, indices: Sequence[int], route: Route | None = None) -> list[Row]:
+    def compare(self, loaded: Loaded, batch: Batch, indices: Sequence[int], route: Route | None = None) -> list[Entry]:
         """Return for each sample the summed KL(reference || model), tokens that both rank first, and its tokens."""
         answers = [self.answers[i] for i in indices]
         lengths = [len(tokens) for tokens in answers]
@@ -69,13 +69,13 @@ class Reference:
         real = torch.arange(padded.shape[1])[None] < torch.tensor(lengths)[:, None]
         answered_batch = with_answers(loaded.model, batch, padded, real.to(padded.device))
         all_log_q = loaded.answer_logits(answered_batch, route).float().cpu().log_softmax(-1)
-        rows = []
+        entries = []
         for index, log_q in zip(indices, torch.split(all_log_q, lengths), strict=True):
             log_p = F.linear(self.states[index], self.head, self.bias).log_softmax(-1)  # [A, vocabulary]
             kl = float((log_p.exp() * (log_p - log_q)).sum())
             same = int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            rows.append({"kl": max(kl, 0.0), "same": same, "tokens": len(log_q)})
-        return rows
+            entries.append({"kl": max(kl, 0.0), "same": same, "tokens": len(log_q)})
+        return entries
 
 
 @dataclass
@@ -100,8 +100,8 @@ class Judge:
     def run(self, kept: ResumableLines, progress: Callable[..., Iterable[Any]]) -> ModelResult:
         begin = time.monotonic()
         fingerprint = run_fingerprint(self, str(self.loaded.model.device))
-        rows = kept.rows(fingerprint)
-        todo = [i for i in range(len(self.task.samples)) if self._is_open(i, rows.get(i))]
+        entries = kept.entries(fingerprint)
+        todo = [i for i in range(len(self.task.samples)) if self._is_open(i, entries.get(i))]
         samples = self.task.samples
         todo.sort(key=lambda i: (samples[i].pixels, len(text_of(samples[i].messages[-1]))))  # less padding
         kinds = [[i for i in todo if bool(samples[i].images) == seen] for seen in (False, True)]  # in batches apart
@@ -110,55 +110,56 @@ class Judge:
         name = Path(self.loaded.path).name + (f" ({self.loaded.ask})" if self.loaded.ask else "")
         for indices in progress(batches, f"evaluate {name}", len(batches)):
             fresh = dict(zip(indices, self._batch(indices), strict=True))
-            rows |= fresh
+            entries |= fresh
             kept.add(fingerprint, fresh)
-        return self._result(rows, time.monotonic() - begin)
+        return self._result(entries, time.monotonic() - begin)
 
-    def _is_open(self, index: int, row: Row | None) -> bool:
-        if row is not None and index in self.show and self.loaded.ask is not None and "kept" not in row:
+    def _is_open(self, index: int, entry: Entry | None) -> bool:
+        if entry is not None and index in self.show and self.loaded.ask is not None and "kept" not in entry:
             return True
-        return row is None or self.remember is not None or (self.against is not None and "kl" not in row)
+        return entry is None or self.remember is not None or (self.against is not None and "kl" not in entry)
 
-    def _batch(self, indices: Sequence[int]) -> list[Row]:
+    def _batch(self, indices: Sequence[int]) -> list[Entry]:
         loaded, samples = self.loaded, [self.task.samples[i] for i in indices]
         batch = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
         route = loaded.route(batch)
-        answers = greedy_answers(loaded.model, batch, self.max_new_tokens, route)
+        answers = greedy_answers(loaded.model, batch.inputs, self.max_new_tokens, route=route)
         texts = loaded.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         metric = METRICS[self.task.metric]
-        rows = [
+        entries = [
             {"answer": text.strip(), "correct": metric.value(sample, text) >= HALF, "task": self.task.fingerprint[:16]}
             for text, sample in zip(texts, samples, strict=True)
         ]
         if route is not None:
-            for place in [place for place, index in enumerate(indices) if index in self.show]:
-                rows[place]["kept"] = first_grid(route, place)
+            for number in [number for number, index in enumerate(indices) if index in self.show]:
+                entries[number]["kept"] = first_grid(route, number)
         if self.remember is not None:
             self.remember.add(loaded, batch, answers, indices)
         if self.against is not None:
             compared = self.against.compare(loaded, batch, indices, route)
-            rows = [row | more for row, more in zip(rows, compared, strict=True)]
-        return rows
+            entries = [entry | more for entry, more in zip(entries, compared, strict=True)]
+        return entries
 
-    def _result(self, rows: dict[int, Row], seconds: float) -> ModelResult:
-        ordered = [rows[i] for i in range(len(self.task.samples))]
-        answers = tuple(row["answer"] for row in ordered)
+    def _result(self, entries: dict[int, Entry], seconds: float) -> ModelResult:
+        ordered = [entries[i] for i in range(len(self.task.samples))]
+        answers = tuple(entry["answer"] for entry in ordered)
         metric, samples = METRICS[self.task.metric], self.task.samples
         values = [metric.value(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
         trials, firsts = trials_of(metric, samples, values)
-        tokens = sum(row.get("tokens", 0) for row in ordered)
-        overall = Rate.of(trials)
+        told = [entry for entry in ordered if "tokens" in entry]
+        fidelity = Fidelity.of(*(sum(entry[name] for entry in told) for name in ("kl", "same", "tokens")))
+        result = TaskResult.of([sample.type for sample in firsts], trials, fidelity)
         flops_share, decoder_flops_share = self.loaded.flops_shares()
         return ModelResult(
             path=self.loaded.path,
             budget=None if self.loaded.ask is None else self.loaded.ask.to_data(),
-            n=overall.n,
-            accuracy=overall.accuracy,
-            interval=overall.interval,
-            by_type={name: Rate.of(of_type) for name, of_type in values_by_type(firsts, trials).items()},
-            kl=sum(row["kl"] for row in ordered) / tokens if tokens else None,
-            agreement=sum(row["same"] for row in ordered) / tokens if tokens else None,
-            tokens=tokens,
+            n=result.rate.n,
+            accuracy=result.rate.accuracy,
+            interval=result.rate.interval,
+            by_type=result.by_type,
+            kl=fidelity.kl if fidelity else None,
+            agreement=fidelity.agreement if fidelity else None,
+            tokens=fidelity.tokens if fidelity else 0,
             no_kl_because=self.no_kl_because,
             parameters=self.loaded.source.weights.num_parameters,
             bytes=self.loaded.source.weights.num_bytes,
@@ -170,13 +171,13 @@ class Judge:
             metric=self.task.metric,
             figures=metric.figures(samples, answers),
             trials=tuple(trials),
-            kept={i: row["kept"] for i, row in rows.items() if row.get("kept") and i in self.show},
+            kept={i: entry["kept"] for i, entry in entries.items() if entry.get("kept") and i in self.show},
         )
 
 
-def first_grid(route: Route, row: int) -> list[str]:
+def first_grid(route: Route, sequence: int) -> list[str]:
     """Return the visual tokens of a question's first image as rows of '1', one that stays, and '0'; [] for none."""
-    grids = next(iter(image_grids(route, row)), []) if bool(route.visual[row].any()) else []
+    grids = next(iter(image_grids(route, sequence)), []) if bool(route.visual[sequence].any()) else []
     return ["".join("1" if stays else "0" for stays in line) for line in grids[0].kept.tolist()] if grids else []
 
 
@@ -195,8 +196,8 @@ def trials_of(
 
 def check_same_task(kept: ResumableLines, task: Task) -> None:
     """Raise InputError where a file of answers holds those to another task."""
-    rows = [row for run in kept.runs for row in kept.rows(run).values()]
-    if others := sum(row.get("task", task.fingerprint[:16]) != task.fingerprint[:16] for row in rows):
+    entries = [entry for run in kept.fingerprints for entry in kept.entries(run).values()]
+    if others := sum(entry.get("task", task.fingerprint[:16]) != task.fingerprint[:16] for entry in entries):
         raise InputError(
             f"{kept.path} holds {others} answers to another task (or to other questions of this one): name another "
             "file for --predictions."
@@ -207,7 +208,7 @@ ROW_FIELDS = {"answer": str, "correct": bool}  # of a line of --predictions, bes
 
 
 def run_fingerprint(judge: Judge, device: str) -> str:
-    """Return SHA-256 over everything that a row depends on: weights, prompt, answers, budget, precision, reference."""
+    """Return SHA-256 over all that an entry depends on: weights, prompt, answers, budget, precision, reference."""
     import transformers
 
     loaded = judge.loaded

@@ -13,7 +13,7 @@ from ..data.samples import Sample
 from ..data.task import Task
 from .metrics.judged import Ratings
 from .metrics.table import DEFAULT_METRIC, METRICS
-from .scoring import PairedTest, Rate
+from .scoring import PairedTest, Rate, TaskResult
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ModelResult:
     """One model on one task."""
 
     path: str
-    budget: dict[str, Any] | None  # of a routed model: `Ask.to_data`; None: the model as it is
+    budget: dict[str, Any] | None  # of a routed model: `BudgetRequest.to_data`; None: the model as it is
     n: int
     accuracy: float
     interval: tuple[float, float]
@@ -47,13 +47,12 @@ class ModelResult:
     def rated(self, ratings: Ratings, task: Task) -> ModelResult:
         """Return the same with what a judge said of the answers."""
         values = ratings.values()
-        rate = Rate.of(values)
-        types = values_by_type(task.samples, values)
+        result = TaskResult.of([sample.type for sample in task.samples], values)
         return replace(
             self,
-            accuracy=rate.accuracy,
-            interval=rate.interval,
-            by_type={name: Rate.of(of_type) for name, of_type in types.items()},
+            accuracy=result.rate.accuracy,
+            interval=result.rate.interval,
+            by_type=result.by_type,
             correct=tuple(bool(pair) and pair[1] >= pair[0] for pair in ratings.pairs),
             figures=ratings.figures(task.samples),
             trials=values,
@@ -123,14 +122,6 @@ class Evaluation:
             del model["kept"]
         del data["shown"]
         return data
-
-
-def values_by_type(samples: Sequence[Sample], values: Sequence[float]) -> dict[str, list[float]]:
-    """Return values by the type of question, in the order of the names."""
-    types: dict[str, list[float]] = {}
-    for sample, value in zip(samples, values, strict=True):
-        types.setdefault(sample.type or "all", []).append(value)
-    return dict(sorted(types.items()))
 
 
 def record_evaluation(folder: Path, done: Evaluation) -> bool:

@@ -28,6 +28,37 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """How far a model says what the reference says, over the tokens of the reference's answers."""
+
+    kl: float  # mean KL(reference || model), nats
+    agreement: float  # share of the tokens that the model ranks first too
+    tokens: int
+
+    @classmethod
+    def of(cls, kl: float, same: int, tokens: int) -> Fidelity | None:
+        """Return the means of sums over tokens; None where there is no token."""
+        return cls(kl / tokens, same / tokens, tokens) if tokens else None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What the answers of one model to a task give."""
+
+    rate: Rate
+    by_type: dict[str, Rate]  # in the order of the types' names
+    fidelity: Fidelity | None  # None: nothing was compared
+
+    @classmethod
+    def of(cls, types: Sequence[str | None], values: Sequence[float], fidelity: Fidelity | None = None) -> TaskResult:
+        """Return the figures of values from 0, wrong, to 1, right, with each one's type of question."""
+        of_type: dict[str, list[float]] = {}
+        for name, value in zip(types, values, strict=True):
+            of_type.setdefault(name or "all", []).append(value)
+        return cls(Rate.of(values), {name: Rate.of(of_type[name]) for name in sorted(of_type)}, fidelity)
+
+
+@dataclass(frozen=True)
 class PairedTest:
     """Two models on the same questions: McNemar's exact test on those that one of them does better."""
 

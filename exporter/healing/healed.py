@@ -85,7 +85,7 @@ def check_healing(heal: HealRecipe, data: CalibrationData) -> tuple[Calibration,
     if not held_out:
         raise InputError(
             f"{data.data} has questions about {len(set(pictures_of(calibration.samples)))} pictures: healing needs "
-            f"{FEWEST} to hold some out, since it is not known otherwise whether it helps."
+            f"{FEWEST} or more, since some are held out to tell whether it helps."
         )
     for sample in calibration.samples:
         sample.chat()
@@ -114,18 +114,18 @@ def prepare_healing(
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
     if options.memory:
-        logger.warning("--memory holds for the original alone: the smaller model, which learns, is loaded whole")
+        logger.warning("--memory limits the original alone: the smaller model, which is trained, is loaded whole")
     return HealingJob(
-        heal.seeded(0),
-        source,
-        original,
-        calibration,
-        data.answer_tokens,
-        device,
-        dtype,
-        options,
-        tuple(fit),
-        tuple(held_out),
+        recipe=heal.seeded(0),
+        source=source,
+        teacher=original,
+        calibration=calibration,
+        answer_tokens=data.answer_tokens,
+        device=device,
+        dtype=dtype,
+        options=options,
+        fit=tuple(fit),
+        held_out=tuple(held_out),
     )
 
 

@@ -59,7 +59,7 @@ class Student:
         return learnt | self.norms
 
     def log_q(self, answered: AnsweredBatch) -> Tensor:
-        """Return log-probabilities where an answer token is predicted, [A of all rows, V], with their gradients."""
+        """Return log-probabilities where an answer token is predicted, [A of the batch, V], with their gradients."""
         traced = trace(self.model, answered.batch, torch.no_grad)
         decoder = text_decoder(self.model)
         output = state = traced.entry
@@ -102,11 +102,13 @@ def prepared(model: Any, processor: Any, source: Source, rank: int, norms: bool,
     peft = require_peft()
     decoder = text_decoder(model)
     if norms and model.dtype != torch.float32:
-        raise InputError(f"heal: norms are learnt in float32 alone, steps are lost in {model.dtype}: --dtype float32.")
+        raise InputError(
+            f"heal: norms are trained in float32 only, since {model.dtype} loses small steps: use --dtype float32."
+        )
     names = list(linear_maps(decoder, source))
     if not names:
         raise InputError(
-            f"{source.name}: none of its decoder layers' linear maps is stored as such: it can't be healed."
+            f"{source.name} stores none of its decoder layers' linear maps as a matrix of its own: it can't be healed."
         )
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=round(SCALING * rank), target_modules=names, lora_dropout=0.0)

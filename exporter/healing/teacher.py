@@ -1,4 +1,4 @@
-"""The original's answers, computed once and kept on disk, with the likeliest tokens at each place.
+"""The original's answers, computed once and kept on disk, with the likeliest tokens at each step.
 
 The original is asked and let go before the smaller model is loaded: the two are never in memory together. A file of
 equal records, one for each answer token, is read through a memory map, so that memory does not grow with the number of
@@ -31,7 +31,7 @@ ANSWERS, PLACES = "answers.bin", "answers.jsonl"
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The distributions to learn at the places of a few answers."""
+    """The distributions to learn at the tokens of a few answers."""
 
     tokens: tuple[Tensor, ...]  # [A] of each question, up to and with the end token
     ids: Tensor  # [A of all, K] the likeliest tokens
@@ -57,41 +57,43 @@ class AnswerStore:
 
     def __init__(self, folder: Path, fingerprint: str, top: int) -> None:
         self.path, self.fingerprint, self.type = folder / ANSWERS, fingerprint, record_type(top)
-        self._lines = ResumableLines(folder / PLACES, {"start": int, "length": int}, "place of an answer")
-        self._places = {number: (row["start"], row["length"]) for number, row in self._lines.rows(fingerprint).items()}
+        self._lines = ResumableLines(folder / PLACES, {"start": int, "length": int}, "span of an answer")
+        self._spans = {
+            number: (entry["start"], entry["length"]) for number, entry in self._lines.entries(fingerprint).items()
+        }
         size = self.path.stat().st_size if self.path.exists() else 0
         whole = size // self.type.itemsize
-        if any(start + length > whole for start, length in self._places.values()):
-            self._places = {}  # the two files are not of one run
+        if any(start + length > whole for start, length in self._spans.values()):
+            self._spans = {}  # the two files are not of one run
         if size != whole * self.type.itemsize:
             os.truncate(self.path, whole * self.type.itemsize)
 
     def missing(self, number: int) -> list[int]:
         """Return which of the first `number` questions have no answer here."""
-        return [index for index in range(number) if index not in self._places]
+        return [index for index in range(number) if index not in self._spans]
 
     def add(self, indices: Sequence[int], answers: Sequence[Tensor], ids: Tensor, log_p: Tensor) -> None:
         """Append answers [A] each, with the likeliest tokens [A of all, K] and their log-probabilities."""
         lengths = [len(answer) for answer in answers]
-        rows = np.empty(sum(lengths), self.type)
-        rows["token"] = torch.cat(list(answers)).cpu().numpy()
-        rows["ids"], rows["log_p"] = ids.cpu().numpy(), log_p.float().cpu().numpy()
+        records = np.empty(sum(lengths), self.type)
+        records["token"] = torch.cat(list(answers)).cpu().numpy()
+        records["ids"], records["log_p"] = ids.cpu().numpy(), log_p.float().cpu().numpy()
         with self.path.open("ab") as file:
             start = file.tell() // self.type.itemsize
-            file.write(rows.tobytes())
-        places: dict[int, dict[str, Any]] = {}
+            file.write(records.tobytes())
+        spans: dict[int, dict[str, Any]] = {}
         for index, length in zip(indices, lengths, strict=True):
-            places[index] = {"start": start, "length": length}
-            self._places[index] = (start, length)
+            spans[index] = {"start": start, "length": length}
+            self._spans[index] = (start, length)
             start += length
-        self._lines.add(self.fingerprint, places)
+        self._lines.add(self.fingerprint, spans)
 
     def targets(self, indices: Sequence[int]) -> TeacherTargets:
         """Read what the original says to some of the questions."""
         kept = np.memmap(self.path, self.type, "r")
-        rows = [kept[start : start + length] for start, length in (self._places[index] for index in indices)]
-        tokens = tuple(torch.from_numpy(row["token"].astype(np.int64)) for row in rows)
-        joined = np.concatenate(rows)
+        parts = [kept[start : start + length] for start, length in (self._spans[index] for index in indices)]
+        tokens = tuple(torch.from_numpy(part["token"].astype(np.int64)) for part in parts)
+        joined = np.concatenate(parts)
         return TeacherTargets(
             tokens, torch.from_numpy(joined["ids"].astype(np.int64)), torch.from_numpy(joined["log_p"].copy())
         )
@@ -99,7 +101,7 @@ class AnswerStore:
     @property
     def tokens(self) -> int:
         """Return how many answer tokens there are."""
-        return sum(length for _, length in self._places.values())
+        return sum(length for _, length in self._spans.values())
 
 
 def ask(

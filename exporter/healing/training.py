@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.epochs import places_of_step, rate
+from ..data.epochs import draws_of_step, rate
 from ..data.pictures import pictures_of
 from ..data.samples import Sample
 from ..models.divergence import Divergence
@@ -144,7 +144,7 @@ def train(
 def one_step(student: Student, questions: HealingQuestions, training: HealTraining, step: int) -> Tensor:
     """Return the loss of a step's questions, the mean over their answers' tokens."""
     number = len(questions.rounds[0])
-    chosen = places_of_step(number, questions.size, step, training.batch_size, training.seed)
+    chosen = draws_of_step(number, questions.size, step, training.batch_size, training.seed)
     samples = [questions.rounds[epoch % len(questions.rounds)][place] for epoch, place in chosen]
     targets = questions.store.targets([questions.number(*pair) for pair in chosen])
     log_q = student.log_q(student.batch(samples, targets.tokens))

@@ -52,8 +52,8 @@ def tis(
     for batch in statistics:
         if batch.visual_scores is None or batch.text_scores is None:
             raise InputError(
-                "tis scores tokens by the attention that they get, which this model does not show: take another "
-                "localizer, best_of for one."
+                "tis scores tokens by the attention that they get, which can't be read from this model: use another "
+                "localizer, such as best_of."
             )
         visual, written = batch.visual_scores, batch.text_scores[text]  # [L, B, S]
         if tokens == "all_layers":

@@ -6,7 +6,7 @@ depends on the whole prompt, and is refused. Answers may go on beyond, with log-
 
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
 
-Shapes: B rows, S tokens, D hidden size, H heads, d head size; N images, P patches, W width of the tower, Q queries.
+Shapes: B sequences, S tokens, D hidden size, H heads, d head size; N images, P patches, W tower width, Q queries.
 """
 
 from __future__ import annotations

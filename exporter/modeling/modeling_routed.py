@@ -20,7 +20,7 @@ A question's way from `generate` to the next token:
     prepared_cache -> RoutedCache.take_over     routed_cache      a cache that can hold a route
     _RoutedLayer.forward -> RoutedForward.layer routed_pass       for each decoder layer; at layer `read_at`:
     RoutedForward._decide -> Router.forward     routed_router     scores of visual tokens and layers
-    amounts                                     routed_cost       how much the budget keeps of each row
+    amounts                                     routed_cost       how much the budget keeps of each sequence
     best_tokens, best_layers -> Route           routed_router     what is kept
     RoutedForward._keywords -> narrowed_mask    routed_cache      positions and masks of what is left
     RoutedForward.finish -> RoutedCache.extend  routed_pass       states spread out again; what the cache holds now
@@ -32,15 +32,15 @@ passes, `routed_api` what of transformers they rest on, with its probes.
 How a question runs. The router reads the states that enter layer `read_at`: visual tokens, text, and one embedding for
 each layer that may be skipped. Its scores and the budget make a route, which holds for the whole answer. From layer
 `drop_at` on, the visual tokens that were not kept (and padding) are gone from the hidden states, positions, masks and
-the cache; what is left keeps its position. A layer that some rows of a batch skip runs for the others only, with cache
-entries for them only. Everything outside the decoder still sees sequences of the original length: the cache reports
-it, masks are made for it and narrowed here, and the last hidden state is spread out to it again.
+the cache; what is left keeps its position. A layer that some sequences of a batch skip runs for the others only, with
+cache entries for them only. Everything outside the decoder still sees sequences of the original length: the cache
+reports it, masks are made for it and narrowed here, and the last hidden state is spread out to it again.
 
 Later turns on the same cache: the layers stay as they were chosen first; the visual tokens that a turn brings are
 scored among themselves, under the budget of that call.
 
-Shapes: B rows, S tokens of a pass, K <= S tokens that stay, P entries of a layer's cache, L layers, N of them that may
-be skipped, D hidden size, R width of the router, H heads.
+Shapes: B sequences, S tokens of a pass, K <= S tokens that stay, P entries of a layer's cache, L layers, N of them that
+may be skipped, D hidden size, R width of the router, H heads.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class RoutedModel:
     """The methods that every routed class adds to its stock class.
 
     `forward` and `generate` take these arguments more:
-        keep_visual_tokens: a count (144; rows with fewer keep all) or a share (0.25) of each row's visual tokens.
+        keep_visual_tokens: a count (144; a sequence with fewer keeps all) or a share (0.25) of its visual tokens.
         keep_layers: how many decoder layers run.
         flops: a share (0.5) of the decoder's operations for this prompt, in place of the two above; see `routed_cost`.
         quality: the share (0.99) of answers that are to stay what they were, in place of all of them.

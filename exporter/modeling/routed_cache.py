@@ -1,6 +1,6 @@
 """The key-value cache of a routed model: short inside, of the original length outside.
 
-Shapes: B rows, S tokens of a pass, K <= S tokens that stay, P entries of a layer's cache, T tokens of the whole text.
+Shapes: B sequences, S tokens of a pass, K <= S tokens that stay, P entries of a layer's cache, T tokens of the text.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .routed_route import Route
 
 @dataclass(frozen=True)
 class Entries:
-    """Which tokens a layer's cache holds: entry p of row b is token index[b, p] of the text, if it is valid.
+    """Which tokens a layer's cache holds: entry p of sequence b is token index[b, p] of the text, if it is valid.
 
-    A row with fewer tokens than the longest has entries that are not valid, in front.
+    A sequence with fewer tokens than the longest has entries that are not valid, in front.
     """
 
     index: Tensor  # [B, P]
@@ -39,9 +39,9 @@ class Entries:
     newest: list[int]  # [P] highest valid index of each column, on the host: what sliding windows have passed
 
     @classmethod
-    def counted(cls, start: int, end: int, num_rows: int, device: torch.device) -> Entries:
+    def counted(cls, start: int, end: int, num_sequences: int, device: torch.device) -> Entries:
         """Return the entries of all tokens from start to end."""
-        index = torch.arange(start, end, device=device).expand(num_rows, -1)
+        index = torch.arange(start, end, device=device).expand(num_sequences, -1)
         return cls(index, torch.ones_like(index, dtype=torch.bool), True, list(range(start, end)))
 
     def followed_by(self, other: Entries) -> Entries:
@@ -71,25 +71,25 @@ class _RoutedCache(Cache):
     cache of transformers this class.
     """
 
-    whole_rows = False  # True: a layer stores all rows as soon as one of them runs it
+    whole_batch = False  # True: a layer stores all sequences as soon as one of them runs it
 
     route: Any  # Route of the first routed pass, whose layers hold for all later ones; None before it
     seen: int  # tokens of the text so far
     entries: dict[Group, Entries]  # a group that is not here holds all tokens
-    rows: list[tuple[int, ...] | None]  # per layer, the rows that run it, None for all
+    sequences: list[tuple[int, ...] | None]  # per layer, the sequences that run it, None for all
     windows: list[int | None]  # per layer
     recording: bool  # assisted decoding may take tokens back: windows are not cut
 
     def _begin(self, seen: int) -> None:
         self.route, self.seen, self.entries, self.recording = None, seen, {}, False
-        self.rows, self.windows = [None] * len(self.layers), [None] * len(self.layers)
+        self.sequences, self.windows = [None] * len(self.layers), [None] * len(self.layers)
 
-    def hold(self, route: Route, rows: list[tuple[int, ...] | None]) -> None:
-        """Follow a route from now on. Of earlier turns, layers keep the entries of the rows that go on using them."""
-        self.route, self.rows = route, list(rows)
-        for layer, chosen in zip(self.layers, rows, strict=True):
-            if chosen is not None and not self.whole_rows:
-                take_rows(layer, torch.tensor(chosen, dtype=torch.long))
+    def hold(self, route: Route, sequences: list[tuple[int, ...] | None]) -> None:
+        """Follow a route from now on. Of earlier turns, layers keep the entries of sequences that go on using them."""
+        self.route, self.sequences = route, list(sequences)
+        for layer, chosen in zip(self.layers, sequences, strict=True):
+            if chosen is not None and not self.whole_batch:
+                take_sequences(layer, torch.tensor(chosen, dtype=torch.long))
 
     def extend(self, entries: dict[Group, Entries], num_tokens: int, drop_at: int) -> None:
         """Note what a pass over `num_tokens` tokens has added."""
@@ -98,7 +98,7 @@ class _RoutedCache(Cache):
             self._slide(drop_at)
 
     def _slide(self, drop_at: int) -> None:
-        """Forget the entries that no row's sliding window will see again."""
+        """Forget the entries that no sequence's sliding window will see again."""
         for group, entries in list(self.entries.items()):
             if group[1] is None:
                 continue
@@ -112,18 +112,18 @@ class _RoutedCache(Cache):
         return layer_idx >= drop_at, self.windows[layer_idx]
 
     def select_rows(self, chosen: Tensor) -> None:
-        """Make this the cache of a batch of the chosen rows, in the order given."""
+        """Make this the cache of a batch of the chosen sequences, in the order given."""
         self.entries = {group: entries.select(chosen) for group, entries in self.entries.items()}
         self.route = self.route and self.route.select(chosen)
-        for layer_idx, (layer, rows) in enumerate(zip(self.layers, self.rows, strict=True)):
-            if rows is None:
-                take_rows(layer, chosen)
+        for layer_idx, (layer, sequences) in enumerate(zip(self.layers, self.sequences, strict=True)):
+            if sequences is None:
+                take_sequences(layer, chosen)
                 continue
-            stored = {row: place for place, row in enumerate(rows)}
-            places = [stored.get(row) for row in chosen.tolist()]
-            self.rows[layer_idx] = tuple(row for row, place in enumerate(places) if place is not None)
-            there = torch.tensor([place for place in places if place is not None], dtype=torch.long)
-            take_rows(layer, chosen if self.whole_rows else there)
+            stored = {sequence: index for index, sequence in enumerate(sequences)}
+            found = [stored.get(sequence) for sequence in chosen.tolist()]
+            self.sequences[layer_idx] = tuple(new for new, index in enumerate(found) if index is not None)
+            there = torch.tensor([index for index in found if index is not None], dtype=torch.long)
+            take_sequences(layer, chosen if self.whole_batch else there)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -165,7 +165,7 @@ class _RoutedCache(Cache):
 
 
 class RoutedCache(_RoutedCache, DynamicCache):
-    """Grows as it is filled. A layer has entries only of the rows that run it and of the tokens that reach it."""
+    """Grows as it is filled. A layer has entries only of the sequences that run it and of the tokens that reach it."""
 
     @classmethod
     def take_over(cls, cache: DynamicCache, num_layers: int) -> RoutedCache:
@@ -191,9 +191,9 @@ class RoutedCache(_RoutedCache, DynamicCache):
 
 
 class RoutedStaticCache(_RoutedCache, StaticCache):
-    """A cache of fixed size. Dropped tokens take no place in it, and layers none if all rows skip them."""
+    """A cache of fixed size. Dropped tokens take no room in it, and layers none if all sequences skip them."""
 
-    whole_rows = True
+    whole_batch = True
 
     @classmethod
     def take_over(cls, cache: StaticCache, num_layers: int) -> RoutedStaticCache:
@@ -215,8 +215,8 @@ class RoutedStaticCache(_RoutedCache, StaticCache):
         return self.layers[layer_idx].max_cache_len, 0
 
 
-def take_rows(layer: Any, chosen: Tensor) -> None:
-    """Keep the chosen rows of a layer's keys and values."""
+def take_sequences(layer: Any, chosen: Tensor) -> None:
+    """Keep the chosen sequences of a layer's keys and values."""
     if layer.is_initialized:
         chosen = chosen.to(layer.keys.device)
         layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
@@ -254,9 +254,9 @@ def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | Routed
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def narrowed_mask(mask: Tensor, entries: Entries, stay: Entries | None, num_rows: int) -> Tensor:
+def narrowed_mask(mask: Tensor, entries: Entries, stay: Entries | None, num_sequences: int) -> Tensor:
     """Narrow a mask to rows of kept tokens and columns of cache entries: [B, 1, S, T] -> [B, 1, K, P]."""
-    mask = mask.expand(num_rows, *mask.shape[1:])
+    mask = mask.expand(num_sequences, *mask.shape[1:])
     if stay is not None:
         index = stay.index.to(mask.device)[:, None, :, None]
         mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))

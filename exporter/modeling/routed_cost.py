@@ -12,7 +12,7 @@ spent. The vision tower, the head and the steps after the prompt are not in it.
 `quality` asks for a share of the answers that stay what they were. At the end of the router's training it was seen on
 held-out questions down to which token an answer needs its picture; `RouterSettings.budgets` has the quantiles.
 
-Shapes: B rows, S tokens, L layers.
+Shapes: B sequences, S tokens, L layers.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def amounts(
     past: int = 0,
     held: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tell how many visual tokens and how many layers each row keeps, [B] each. A row depends on itself alone.
+    """Tell how many visual tokens and how many layers each sequence keeps, [B] each. It depends on that sequence alone.
 
     Args:
         visual: [B, S] True at visual tokens, padding left out.
@@ -152,10 +152,14 @@ def amounts(
         return budget.tokens_of(available), layers
     cost, front = DecoderCost.of(settings), settings.budgets["front"]
     running = [None] * len(visual) if held is None else held.sum(1).tolist()
-    rows = list(zip(visible.sum(1).tolist(), available.tolist(), running, strict=True))
-    mixes = [cost.mix(budget.flops, front, length, count, past, run) for length, count, run in rows]
+    sequences = list(zip(visible.sum(1).tolist(), available.tolist(), running, strict=True))
+    mixes = [cost.mix(budget.flops, front, length, count, past, run) for length, count, run in sequences]
     least = max(
-        (cost.share(length, count, *mix, past) for (length, count, _), mix in zip(rows, mixes, strict=True) if count),
+        (
+            cost.share(length, count, *mix, past)
+            for (length, count, _), mix in zip(sequences, mixes, strict=True)
+            if count
+        ),
         default=0.0,
     )
     if least > budget.flops:
@@ -168,7 +172,7 @@ def amounts(
 
 
 def needed(quality: float, settings: RouterSettings, visual: Tensor, logits: Tensor) -> Tensor:
-    """Tell how many visual tokens each row needs for a share of answers that stay what they were, [B]."""
+    """Tell how many visual tokens each sequence needs for a share of answers that stay what they were, [B]."""
     fitted = settings.budgets["quality"]
     limit = value_at(fitted["at"], quality)
     levels = LEVELS[fitted["score"]](logits.double(), visual)
@@ -188,7 +192,7 @@ def value_at(points: Any, quality: float) -> float:
 
 
 def in_order(visual: Tensor) -> Tensor:
-    """Mark the places that a row's visual tokens take when they are sorted, the best first: [B, S]."""
+    """Mark the positions that a sequence's visual tokens take when they are sorted, the best first: [B, S]."""
     return torch.arange(visual.shape[1], device=visual.device) < visual.sum(1)[:, None]
 
 
@@ -198,8 +202,8 @@ def _ranked(logits: Tensor, visual: Tensor) -> Tensor:
 
 def _by_share(logits: Tensor, visual: Tensor) -> Tensor:
     """Give the part of the tokens that are better, whatever the scores say."""
-    place = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
-    return place / visual.sum(1, keepdim=True).clamp(min=1)
+    rank = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
+    return rank / visual.sum(1, keepdim=True).clamp(min=1)
 
 
 def _by_mass(logits: Tensor, visual: Tensor) -> Tensor:

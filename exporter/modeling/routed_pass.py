@@ -1,8 +1,8 @@
-"""One pass through the decoder: the route is decided, layers run for the tokens and rows that they are for.
+"""One pass through the decoder: the route is decided, layers run for the tokens and sequences that they are for.
 
 Decoder and layers are those of transformers, made subclasses of themselves by `make_routable`.
 
-Shapes: B rows, S tokens of a pass, K <= S tokens that stay, P entries of a layer's cache, L layers, D hidden size.
+Shapes: B sequences, S tokens of a pass, K <= S tokens that stay, P entries of a layer's cache, L layers, D hidden size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RoutedForward:
         embeddings = inputs["inputs_embeds"]
         self.request = request
         self.config, self.num_layers = decoder.config, decoder.config.num_hidden_layers
-        self.num_rows, self.num_tokens = embeddings.shape[:2]
+        self.num_sequences, self.num_tokens = embeddings.shape[:2]
         self.cache: Any = prepared_cache(decoder, inputs)  # None without one
         self.static = isinstance(self.cache, RoutedStaticCache)
         self.past = self.cache.seen if self.cache is not None else 0
@@ -40,9 +40,9 @@ class RoutedForward:
         held: Any = self.cache.route if self.cache is not None else None
         self.drop_at = drop_layer(request, held, self.num_layers)
         self.compact_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
-        self.rows: list[tuple[int, ...] | None] = [None] * self.num_layers
+        self.sequences: list[tuple[int, ...] | None] = [None] * self.num_layers
         if self.cache is not None and held is not None:
-            self.rows = list(self.cache.rows)
+            self.sequences = list(self.cache.sequences)
         self.kept: Any = None  # Entries: the tokens that stay; None: all of them
         self.decided = False
         self.reached = 0  # layers that were called
@@ -61,7 +61,7 @@ class RoutedForward:
         """Ask the router, or follow what is imposed: states [B, S, D]."""
         request = self.request
         if request.imposed is not None:
-            route = self._imposed(request.imposed.for_rows(self.num_rows))
+            route = self._imposed(request.imposed.for_sequences(self.num_sequences))
         else:
             visual = request.visual.to(states.device)
             visible = self.real if request.hidden is None else self.real & ~request.hidden.to(self.real.device)
@@ -78,7 +78,7 @@ class RoutedForward:
             if request.run and not request.budget.is_off:
                 warn_of_no_question(visible, shown)
             run = best_layers(layers, request.settings, kept_layers, self.num_layers)
-            run |= ~visual.any(1)[:, None]  # a row of text alone runs whole
+            run |= ~visual.any(1)[:, None]  # a sequence of text alone runs whole
             route = Route(keep, run, visual, request.places, tokens, layers)
         self._prepare(replace(route, drop_at=self.drop_at))
 
@@ -89,7 +89,7 @@ class RoutedForward:
         if keep.shape[1] > self.num_tokens:
             raise ValueError(f"the route given is for {keep.shape[1]} tokens, the prompt has {self.num_tokens}.")
         keep = F.pad(keep, (0, self.num_tokens - keep.shape[1]), value=True)  # what was generated since
-        layers = torch.ones(self.num_rows, self.num_layers, dtype=torch.bool, device=device)
+        layers = torch.ones(self.num_sequences, self.num_layers, dtype=torch.bool, device=device)
         if route.layers is not None:
             if route.layers.shape[1] != self.num_layers:
                 raise ValueError(f"the route given is for {route.layers.shape[1]} layers, there are {self.num_layers}.")
@@ -105,7 +105,7 @@ class RoutedForward:
         if held is not None:  # layers are chosen once for a conversation
             route = replace(route, layers=held.layers)
         keep = route.keep & self.real
-        self.rows = rows_of(route.layers)
+        self.sequences = sequences_of(route.layers)
         kept, real = torch.stack([keep.sum(1), self.real.sum(1)]).tolist()
         if kept != real and self.drop_at < self.num_layers:
             check_windows(self.config)
@@ -113,12 +113,12 @@ class RoutedForward:
         if self.request.labels is not None:  # a label is predicted by the token before it, which must be there
             self.request.labels[:, 1:].masked_fill_(~route.keep[:, :-1], IGNORED_LABEL)
         if self.cache is not None and held is None:
-            self.cache.hold(route, self.rows)
+            self.cache.hold(route, self.sequences)
         self.request.route = route
         self.decided = True
 
     def _kept_entries(self, keep: Tensor, width: int, all_valid: bool) -> Entries:
-        """Return the kept tokens in their order at the end of each row; in front, others that fill it up, not valid."""
+        """Return the kept tokens in their order at the end of each sequence; in front, others as padding, not valid."""
         index = keep.byte().argsort(dim=1, stable=True)[:, -width:]  # [B, K]
         valid = keep.gather(1, index)
         newest = [self.past + self.num_tokens] * width
@@ -129,7 +129,7 @@ class RoutedForward:
     # --- the layers ---
 
     def layer(self, layer_idx: int, forward: Any, states: Tensor, keywords: dict[str, Any]) -> Tensor:
-        """Run a decoder layer on the tokens and rows that it is for: [B, S or K, D] -> [B, S or K, D]."""
+        """Run a decoder layer on the tokens and sequences that it is for: [B, S or K, D] -> [B, S or K, D]."""
         self.reached += 1
         if packed := [name for name in PACKED if keywords.get(name) is not None]:
             raise ValueError(f"packed sequences ({packed[0]}) cannot be routed: pad them, or use preset='off'.")
@@ -140,16 +140,16 @@ class RoutedForward:
         whole = None
         if self.kept is not None and self.drop_at <= layer_idx <= self.compact_from:
             whole, states = states, states.gather(1, self._spread(states))
-        rows = self.rows[layer_idx]
-        if rows is None:
+        sequences = self.sequences[layer_idx]
+        if sequences is None:
             states = forward(states, **self._keywords(layer_idx, keywords, None))
-        elif rows and self.static:  # run all, take some
+        elif sequences and self.static:  # run all, take some
             ran = forward(states, **self._keywords(layer_idx, keywords, None))
-            index = index_of(rows, states.device)
+            index = index_of(sequences, states.device)
             states = states.index_copy(0, index, ran[index])
-        elif rows:
-            index = index_of(rows, states.device)
-            ran = forward(states[index], **self._keywords(layer_idx, keywords, rows))
+        elif sequences:
+            index = index_of(sequences, states.device)
+            ran = forward(states[index], **self._keywords(layer_idx, keywords, sequences))
             states = states.index_copy(0, index, ran)
         if whole is not None and layer_idx < self.compact_from:
             states = whole.scatter(1, self._spread(states), states)
@@ -169,7 +169,7 @@ class RoutedForward:
             return output
         last = output.last_hidden_state  # [B, K, D]
         last = last.masked_fill(~self.kept.valid.to(last.device)[..., None], 0)
-        full = last.new_zeros(self.num_rows, self.num_tokens, last.shape[-1])
+        full = last.new_zeros(self.num_sequences, self.num_tokens, last.shape[-1])
         output.last_hidden_state = full.scatter(1, self._spread(last), last)
         return output
 
@@ -187,39 +187,39 @@ class RoutedForward:
 
     # --- what the layers are given ---
 
-    def _keywords(self, layer_idx: int, keywords: dict[str, Any], rows: tuple[int, ...] | None) -> dict[str, Any]:
-        """Return a layer's keywords, for the kept tokens and the rows that run it."""
+    def _keywords(self, layer_idx: int, keywords: dict[str, Any], sequences: tuple[int, ...] | None) -> dict[str, Any]:
+        """Return a layer's keywords, for the kept tokens and the sequences that run it."""
         window = self.cache.windows[layer_idx] if self.cache is not None else None
         group = (layer_idx >= self.drop_at, window)
         narrowed = dict(keywords)
         mask, positions = keywords.get("attention_mask"), keywords.get("position_embeddings")
         narrowed["attention_mask"] = self._once(
-            ("mask", group, rows), lambda: self._rows(self._mask(mask, group), rows, -4), mask
+            ("mask", group, sequences), lambda: self._of_sequences(self._mask(mask, group), sequences, -4), mask
         )
         if positions is not None:
             narrowed["position_embeddings"] = self._once(
-                ("positions", group[0], rows),
-                lambda: tuple(self._rows(self._tokens(part, group[0]), rows, -3) for part in positions),
+                ("positions", group[0], sequences),
+                lambda: tuple(self._of_sequences(self._tokens(part, group[0]), sequences, -3) for part in positions),
                 positions,
             )
-        if rows is not None or (group[0] and self.kept is not None):
+        if sequences is not None or (group[0] and self.kept is not None):
             narrowed["position_ids"] = None  # only read to find packed sequences, for which gaps would be taken
         return narrowed
 
-    def _rows(self, tensor: Tensor | None, rows: tuple[int, ...] | None, dim: int) -> Tensor | None:
-        """Select the rows of a mask (dimension -4 of four, or the first of two) or of cos and sin (dimension -3)."""
-        if rows is None or tensor is None:
+    def _of_sequences(self, tensor: Tensor | None, sequences: tuple[int, ...] | None, dim: int) -> Tensor | None:
+        """Select sequences of a mask (dimension -4 of four, or the first of two) or of cos and sin (dimension -3)."""
+        if sequences is None or tensor is None:
             return tensor
         dim = 0 if tensor.ndim == 2 else dim
-        if tensor.shape[dim] != self.num_rows:  # one for all
+        if tensor.shape[dim] != self.num_sequences:  # one for all
             return tensor
-        return tensor.index_select(dim, index_of(rows, tensor.device))
+        return tensor.index_select(dim, index_of(sequences, tensor.device))
 
     def _tokens(self, positions: Tensor, dropped: bool) -> Tensor:
         """Gather the cosines or sines of the kept tokens: [..., B or 1, S, C] -> [..., B, K, C]."""
         if not dropped or self.kept is None:
             return positions
-        positions = positions.expand(*positions.shape[:-3], self.num_rows, *positions.shape[-2:])
+        positions = positions.expand(*positions.shape[:-3], self.num_sequences, *positions.shape[-2:])
         index = self.kept.index.to(positions.device)[..., None].expand(*positions.shape[:-2], -1, positions.shape[-1])
         return positions.gather(-2, index)
 
@@ -235,11 +235,11 @@ class RoutedForward:
             return None
         device = self.real.device
         if adds is None:
-            added = Entries.counted(self.past, self.past + self.num_tokens, self.num_rows, device)
+            added = Entries.counted(self.past, self.past + self.num_tokens, self.num_sequences, device)
         else:
             added = replace(adds, index=adds.index + self.past)
         if before is None and self.past:
-            before = Entries.counted(self._stored_from(group), self.past, self.num_rows, device)
+            before = Entries.counted(self._stored_from(group), self.past, self.num_sequences, device)
         return added if before is None else before.followed_by(added)
 
     def _stored_from(self, group: Group) -> int:
@@ -258,7 +258,7 @@ class RoutedForward:
             elif mask.ndim == 2:  # flash attention's: True at entries that are no padding
                 narrowed = mask.gather(1, entries.index.to(mask.device)) & entries.valid.to(mask.device)
             else:
-                narrowed = narrowed_mask(mask, entries, stay, self.num_rows)
+                narrowed = narrowed_mask(mask, entries, stay, self.num_sequences)
         if self.static and narrowed is not None:  # layers are as long as the cache, sliding ones too
             spare = self.cache.layers[0].max_cache_len - narrowed.shape[-1]
             narrowed = F.pad(narrowed, (0, spare), value=masked_value(narrowed))
@@ -270,7 +270,7 @@ class RoutedForward:
             return None
         if uses_flash_attention(self.config):
             return entries.valid
-        tokens = Entries.counted(0, self.num_tokens, self.num_rows, entries.index.device) if stay is None else stay
+        tokens = Entries.counted(0, self.num_tokens, self.num_sequences, entries.index.device) if stay is None else stay
         before = entries.index[:, None, None, :] <= self.past + tokens.index[:, None, :, None]
         return before & entries.valid[:, None, None, :]
 
@@ -295,16 +295,16 @@ def drop_layer(request: Request, held: Route | None, num_layers: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return rows as an index that is kept: copying numbers to a GPU at each step would wait for it."""
+def index_of(sequences: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return sequences as an index that is kept: copying numbers to a GPU at each step would wait for it."""
     with torch.inference_mode(False):  # or it could not be used in training later
-        return torch.tensor(rows, device=device)
+        return torch.tensor(sequences, device=device)
 
 
-def rows_of(layers: Tensor) -> list[tuple[int, ...] | None]:
-    """Return for each layer the rows that run it, None for all: [B, L]."""
+def sequences_of(layers: Tensor) -> list[tuple[int, ...] | None]:
+    """Return for each layer the sequences that run it, None for all: [B, L]."""
     columns = layers.T.tolist()
-    return [None if all(runs) else tuple(row for row, run in enumerate(runs) if run) for runs in columns]
+    return [None if all(runs) else tuple(sequence for sequence, run in enumerate(runs) if run) for runs in columns]
 
 
 def check_windows(config: Any) -> None:
@@ -321,14 +321,14 @@ def real_tokens(mask: Any, past: int, embeddings: Tensor) -> Tensor:
 
     None is no padding; `generate` makes it of a mask of ones. In four dimensions, padding is what no token sees.
     """
-    num_rows, num_tokens = embeddings.shape[:2]
+    num_sequences, num_tokens = embeddings.shape[:2]
     if isinstance(mask, dict):  # by kind of layer
         mask = next((part for part in mask.values() if part is not None), None)
     if mask is None:
-        return torch.ones(num_rows, num_tokens, dtype=torch.bool, device=embeddings.device)
+        return torch.ones(num_sequences, num_tokens, dtype=torch.bool, device=embeddings.device)
     if mask.ndim == 4:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        mask = seen.flatten(1, 2).any(1).expand(num_rows, -1)
+        mask = seen.flatten(1, 2).any(1).expand(num_sequences, -1)
     visual: Tensor = mask[:, past : past + num_tokens].to(embeddings.device, torch.bool)
     return visual
 

@@ -1,6 +1,6 @@
 """Patch coordinates: the image number, row and column of each visual token.
 
-Shapes: B rows, S tokens of a pass, T tokens of the whole text.
+Shapes: B sequences, S tokens of a pass, T tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
     places = torch.zeros(*visual.shape, 3)
     shapes = run_shapes(config, [end - start for _, start, end in runs], inputs)
     number, previous = -1, None
-    for (row, start, end), shape in zip(runs, shapes, strict=True):
+    for (sequence, start, end), shape in zip(runs, shapes, strict=True):
         if shape.first_of_image:
-            number = 0 if row != previous else number + 1
-            previous = row
-        places[row, start:end] = F.pad(shape.coordinates(end - start), (1, 0), value=number)
+            number = 0 if sequence != previous else number + 1
+            previous = sequence
+        places[sequence, start:end] = F.pad(shape.coordinates(end - start), (1, 0), value=number)
     return places.to(visual.device)
 
 
@@ -42,9 +42,9 @@ def part_of(places: Tensor, past: int, visual: Tensor) -> Tensor:
 
 
 def runs_of(visual: Tensor) -> list[tuple[int, int, int]]:
-    """Return the row, start and end of each run of True in [B, S], in order."""
+    """Return the sequence, start and end of each run of True in [B, S], in order."""
     edges = F.pad(visual.cpu().byte(), (1, 1)).diff(dim=1).nonzero().tolist()  # one at each start, one at each end
-    return [(row, start, end) for (row, start), (_, end) in zip(edges[::2], edges[1::2], strict=True)]
+    return [(sequence, start, end) for (sequence, start), (_, end) in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @dataclass(frozen=True)

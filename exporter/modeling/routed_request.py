@@ -1,6 +1,6 @@
 """A call's request to the decoder beside the model's inputs, and its way to each pass of `generate`.
 
-Shapes: B rows, S tokens of a pass, D hidden size.
+Shapes: B sequences, S tokens of a pass, D hidden size.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ class Generation:
     asked: dict[str, Any]  # by the names of ROUTING_ARGUMENTS
     route: Any = None  # of its first routed pass
 
-    def arguments(self, num_rows: int) -> dict[str, Any]:
-        """Return the arguments of a pass: tensors with their rows repeated, as for beams and samples."""
-        return {name: repeated(value, num_rows) for name, value in self.asked.items()}
+    def arguments(self, num_sequences: int) -> dict[str, Any]:
+        """Return the arguments of a pass: tensors with their sequences repeated, as for beams and samples."""
+        return {name: repeated(value, num_sequences) for name, value in self.asked.items()}
 
 
 GENERATION: ContextVar[Generation | None] = ContextVar("generation", default=None)
 
 
-def repeated(value: Any, num_rows: int) -> Any:
-    if not isinstance(value, Tensor) or len(value) == num_rows or num_rows % len(value):
+def repeated(value: Any, num_sequences: int) -> Any:
+    if not isinstance(value, Tensor) or len(value) == num_sequences or num_sequences % len(value):
         return value
-    return value.repeat_interleave(num_rows // len(value), 0)
+    return value.repeat_interleave(num_sequences // len(value), 0)
 
 
 def number_of_rows(named: dict[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """Budgets, the router's settings, and the routes that come of them.
 
-Shapes: B rows, S tokens of a pass, K <= S tokens that stay, L layers, N of them that may be skipped.
+Shapes: B sequences, S tokens of a pass, K <= S tokens that stay, L layers, N of them that may be skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROUTER_FORMAT = 2  # of how the router computes: weights of another would run, a
 class Budget:
     """A limit to what runs. None: no limit."""
 
-    keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
+    keep_visual_tokens: int | float | None = None  # a count for each sequence, or a share of what the sequence has
     keep_layers: int | None = None  # a count, of all decoder layers
     flops: float | None = None  # a share of the decoder's operations for this prompt; tokens and layers follow from it
     quality: float | None = None  # the share of answers that are to stay what they were; tokens follow from it
@@ -83,7 +83,7 @@ class Budget:
             )
 
     def tokens_of(self, available: Tensor) -> Tensor:
-        """Return how many visual tokens each row keeps, of those it has: [B] -> [B]."""
+        """Return how many visual tokens each sequence keeps, of those it has: [B] -> [B]."""
         if self.keep_visual_tokens is None:
             return available
         if isinstance(self.keep_visual_tokens, int):
@@ -196,7 +196,7 @@ class Route:
     """
 
     keep: Any = None  # Tensor [B, S] False: a visual token that leaves at layer drop_at
-    layers: Any = None  # Tensor [B, L] False: a layer that the row skips
+    layers: Any = None  # Tensor [B, L] False: a layer that the sequence skips
     visual: Any = None  # Tensor [B, S] True: a visual token
     places: Any = None  # Tensor [B, S, 3] of visual tokens: number of the image, row and column in it, from 0 to 1
     token_logits: Tensor | None = None  # [B, S]
@@ -211,25 +211,25 @@ class Route:
         return cls(everything, layers, ~everything, places=torch.zeros(*tokens.shape, 3, device=tokens.device))
 
     def kept_tokens(self) -> list[Tensor]:
-        """Return for each row which of its visual tokens are kept: 0 is the first of the first image."""
+        """Return for each sequence which of its visual tokens are kept: 0 is the first of the first image."""
         return [keep[visual].nonzero()[:, 0] for keep, visual in zip(self.keep, self.visual, strict=True)]
 
     def kept_places(self) -> list[Tensor]:
-        """Return for each row image number, row and column (0 to 1) of the visual tokens that stay: [K, 3] each."""
+        """Return for each sequence the patch coordinates of its visual tokens that stay: [K, 3] each."""
         return [p[k & v] for p, k, v in zip(self.places, self.keep, self.visual, strict=True)]
 
     def executed_layers(self) -> list[list[int]]:
-        return [row.nonzero()[:, 0].tolist() for row in self.layers]
+        return [runs.nonzero()[:, 0].tolist() for runs in self.layers]
 
     def select(self, chosen: Tensor) -> Route:
-        """Return the route of a batch made of the chosen rows."""
+        """Return the route of a batch made of the chosen sequences."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         parts = {k: v[chosen.to(v.device)] if isinstance(v, Tensor) else v for k, v in parts.items()}
         return replace(self, **parts)
 
-    def for_rows(self, num_rows: int) -> Route:
-        """Return the route for a batch in which each row was repeated, as for beams."""
+    def for_sequences(self, num_sequences: int) -> Route:
+        """Return the route for a batch in which each sequence was repeated, as for beams."""
         own = next(len(part) for part in (self.keep, self.layers) if part is not None)
-        if num_rows % own:
-            raise ValueError(f"the route given is for {own} rows, the batch has {num_rows}.")
-        return self if own == num_rows else self.select(torch.arange(own).repeat_interleave(num_rows // own))
+        if num_sequences % own:
+            raise ValueError(f"the route given is for {own} sequences, the batch has {num_sequences}.")
+        return self if own == num_sequences else self.select(torch.arange(own).repeat_interleave(num_sequences // own))

@@ -1,6 +1,6 @@
 """The router: scores of visual tokens and layers, and what a budget makes of them.
 
-Shapes: B rows, S tokens, L layers, N of them that may be skipped, D hidden size, R width of the router, H heads.
+Shapes: B sequences, S tokens, L layers, N of them that may be skipped, D hidden size, R width of the router, H heads.
 """
 
 from __future__ import annotations
@@ -133,12 +133,12 @@ def sinusoidal_features(coordinates: Tensor, octaves: int) -> Tensor:
 def best_tokens(
     logits: Tensor, visual: Tensor, budget: Budget | Tensor, patches: Tensor | None = None, image_floor: float = 0.0
 ) -> Tensor:
-    """Keep each row's highest visual tokens, as many as the budget says, and all text: [B, S] bool.
+    """Keep each sequence's highest visual tokens, as many as the budget says, and all text: [B, S] bool.
 
     By logits, not by their sigmoids, which saturate to ties.
 
     Args:
-        budget: of a count or a share; or how many each row keeps, [B].
+        budget: of a count or a share; or how many each sequence keeps, [B].
         patches: [B, S, 3] image number, row and column of the visual tokens; needed for a floor only.
         image_floor: `RouterSettings.image_floor`.
     """
@@ -151,7 +151,7 @@ def best_tokens(
 
 
 def floors_first(ranked: Tensor, visual: Tensor, images: Tensor, count: Tensor, image_floor: float) -> Tensor:
-    """Put the best tokens of each image before all others, so that no image of a row is starved.
+    """Put the best tokens of each image before all others, so that no image of a sequence is starved.
 
     Of `count` tokens, each of M images has a floor of `image_floor * count / M` tokens, rounded down, at least one.
     Where there are more images than tokens, those with the highest best token get one.
@@ -174,10 +174,10 @@ def floors_first(ranked: Tensor, visual: Tensor, images: Tensor, count: Tensor, 
 
 
 def best_layers(logits: Tensor, settings: RouterSettings, keep_layers: int | Tensor | None, num_layers: int) -> Tensor:
-    """Skip each row's lowest candidates until `keep_layers` are left: [B, N] -> [B, L] bool.
+    """Skip each sequence's lowest candidates until `keep_layers` are left: [B, N] -> [B, L] bool.
 
     Args:
-        keep_layers: of all rows, or of each, [B].
+        keep_layers: of all sequences, or of each, [B].
     """
     layers = torch.ones(len(logits), num_layers, dtype=torch.bool, device=logits.device)
     if keep_layers is None or not settings.candidates:

@@ -31,7 +31,7 @@ class AnsweredBatch:
 
     batch: Batch
     predicts: Tensor  # [B, S + A] True where the next token is an answer's
-    targets: Tensor  # [N] the answer tokens, row by row
+    targets: Tensor  # [N] the answer tokens, sequence by sequence
 
 
 def answered(model: Any, batch: Batch, max_new_tokens: int = ANSWER_TOKENS) -> AnsweredBatch:

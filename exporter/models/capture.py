@@ -3,14 +3,14 @@
 Everything is streamed: at any time there are the activations of the layer that runs and [B, S] numbers for each layer
 of the current batch.
 
-Shapes: B samples, S tokens, L layers, D hidden size, I intermediate size, H heads, d head size, Q queries of a block.
+Shapes: B samples, S tokens, L layers, D hidden size, I intermediate size, H heads, d head size, Q queries of a block, K
+keys they see.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..errors import InputError
 from ..families import is_listed
-from .attention import attention_inputs, attention_replaced, attention_scores
+from .attention import AttentionCall, attention_replaced
 from .loading import text_decoder
 from .replay import last_output, trace, walk
 from .sweep import sweep
@@ -85,11 +85,7 @@ def on_output(module: Any, seen: Callable[[Any], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attention_means(model: Any) -> Iterator[AttentionReducer]:
-    """Make the decoder's attention reduce its probabilities as it goes; the model's outputs stay what they were.
-
-    Uses transformers' AttentionInterface, so that it works for every family: the function gets query, key and value
-    after rotary embedding and normalisation, and replaces the kernel rather than running beside it.
-    """
+    """Make the decoder's attention reduce its probabilities as it goes; the model's outputs stay what they were."""
     reducer = AttentionReducer()
     with attention_replaced(model, IMPLEMENTATION, reducer):
         yield reducer
@@ -103,39 +99,28 @@ class AttentionReducer:
         self.is_text: Tensor | None = None
         self.means: AttentionMeans | None = None  # of the layer that ran last
 
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Return the attention's output [B, S, H, d]."""
         assert self.is_visual is not None and self.is_text is not None
+        query, values = call.queries, call.values
         visual, text = (kind.to(query.device, torch.float32) for kind in (self.is_visual, self.is_text))  # [B, S]
         batch, heads, length = query.shape[:3]
-        query, keys, values = attention_inputs(query, key, value, scaling)
         received = query.new_zeros(batch, 2, length, dtype=torch.float32)  # by each key from visual, from text queries
         given = query.new_zeros(batch, length, 2, dtype=torch.float32)  # by each query to visual, to text keys
         output = torch.empty(batch, length, heads, values.shape[-1], dtype=query.dtype, device=query.device)
         kinds = torch.stack([visual, text], dim=1)  # [B, 2, S]
-        rows = max(1, BLOCK_BYTES // (batch * heads * length * 4))
-        for start in range(0, length, rows):
-            stop = min(start + rows, length)
-            seen = stop if attention_mask is None else length  # keys that a plain causal block can attend to
-            scores = attention_scores(query[:, :, start:stop], keys[..., :seen], softcap)  # [B, H, Q, S]
-            scores = _masked(scores, attention_mask, start, stop, seen)
-            probabilities = scores.softmax(-1, dtype=torch.float32)
-            mean = probabilities.mean(1)  # [B, Q, S]
+        block = max(1, BLOCK_BYTES // (batch * heads * length * 4))  # queries
+        for start in range(0, length, block):
+            stop = min(start + block, length)
+            probabilities = call.probabilities(start, stop)  # [B, H, Q, K]
+            seen = probabilities.shape[-1]
+            mean = probabilities.mean(1)  # [B, Q, K]
             received[:, :, :seen] += kinds[:, :, start:stop] @ mean
             given[:, start:stop] = mean @ kinds[:, :, :seen].transpose(1, 2)
-            block = torch.matmul(probabilities.to(values.dtype), values[:, :, :seen])
-            output[:, start:stop] = block.transpose(1, 2)
+            attended = torch.matmul(probabilities.to(values.dtype), values[:, :, :seen])
+            output[:, start:stop] = attended.transpose(1, 2)
         self.means = _normalised(received, given, visual, text)
-        return output, None
+        return output
 
     def take(self) -> AttentionMeans:
         """Return the means of the layer that ran last, which has attention."""
@@ -147,15 +132,6 @@ class AttentionReducer:
         """Return the means of the layer that ran last; None where it has no attention."""
         means, self.means = self.means, None
         return means
-
-
-def _masked(scores: Tensor, mask: Tensor | None, start: int, stop: int, seen: int) -> Tensor:
-    if mask is None:  # transformers leaves out a mask that is merely causal
-        future = torch.ones(stop - start, seen, dtype=torch.bool, device=scores.device).triu(start + 1)
-        return scores.masked_fill(future, -math.inf)
-    part = mask[:, :, start:stop, :seen]
-    floor = torch.finfo(scores.dtype).min  # not -inf: a padded query sees nothing at all
-    return scores.masked_fill(~part, floor) if part.dtype == torch.bool else scores + part
 
 
 def _normalised(received: Tensor, given: Tensor, visual: Tensor, text: Tensor) -> AttentionMeans:
@@ -222,7 +198,9 @@ def attention_is_seen(model: Any, batch: Batch) -> bool:
     difference = float((reduced[real] - whole[real]).abs().max() / whole[real].abs().max())
     if seen and difference <= CLOSE[whole.dtype]:
         return True
-    logger.warning("scores of tokens can't be read from this model's attention: reduced, it is %.1e off", difference)
+    logger.warning(
+        "scores of tokens can't be read from this model's attention: ours differs from it by %.1e", difference
+    )
     return False
 
 

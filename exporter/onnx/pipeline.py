@@ -54,7 +54,7 @@ class ExportOptions:
 
 
 def export(model: str | Path, out: str | Path, options: ExportOptions | None = None) -> Path:
-    """Write a checkpoint as a folder of ONNX graphs that ONNX Runtime runs as torch runs the model, or raise."""
+    """Write a checkpoint as ONNX graphs, and raise unless ONNX Runtime gives what torch gives."""
     options, out = options or ExportOptions(), Path(out)
     check_environment(options)
     job = prepare(str(model), options)

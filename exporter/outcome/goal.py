@@ -34,14 +34,14 @@ GOALS = {
 
 @dataclass(frozen=True)
 class SearchGoal:
-    """What a model is to cost, by exactly one of five figures; by none: as little as can be.
+    """What a model may cost, by one of five figures at most; without one, the cheaper the better.
 
     Args:
-        speedup: how many times as fast the whole answer to a question is to be: image, prompt and all its tokens.
-        latency_ms: milliseconds that such an answer may take on this machine.
-        params: parameters that may be left.
-        flops: share of the operations of the original's answer that may be left.
-        memory: bytes that weights and an answer may take.
+        speedup: how many times as fast one whole answer is to be: image, prompt and all its tokens.
+        latency_ms: most milliseconds for one whole answer on this machine.
+        params: most parameters.
+        flops: most operations for an answer, as a share of the original's.
+        memory: most bytes for the weights and one answer.
     """
 
     speedup: float | None = None
@@ -107,11 +107,11 @@ class SearchRecipe:
     """A search as data.
 
     Args:
-        task: questions with answers; by them a loss is measured.
+        task: questions with answers, on which the loss is measured.
         max_loss: points of exact match on the task that may be lost.
-        task_samples: how many of its questions are put, drawn with the seed; None: all.
-        heal_samples: questions that are healed on; None: those of the calibration.
-        without: what is left out of EXTRAS.
+        task_samples: how many of its questions are asked, drawn with the seed; None: all.
+        heal_samples: how many questions to heal on; None: as many as the calibration has.
+        without: which of EXTRAS no candidate may have.
     """
 
     model: str

@@ -49,10 +49,10 @@ def search(
     """Search for the model that reaches a goal and loses least; write it, and what else was found, into `out`.
 
     Args:
-        minutes: that this call may take. A step is not begun that is not expected to end in time, none is broken off.
-            A second call with the same arguments goes on.
-    Returns: what was found; its `met` says whether the goal was. The folder `out`/chosen holds what was chosen,
-        `out`/nearest what comes nearest where nothing reaches the goal.
+        minutes: that this call may take. A step begins only if it should end in time, and is not broken off. A second
+            call with the same arguments goes on.
+    Returns: what was found; its `met` says whether a candidate reaches the goal. That one is in `out`/chosen; if none
+        does, the nearest is in `out`/nearest.
     Raises: InputError for wrong input, and for a folder that holds another search.
     """
     out, begin = Path(out), time.monotonic()
@@ -98,7 +98,9 @@ class SearchRun:
         model = Path(self.job.wanted.model)
         correct, answers = self.shop.answered(model)
         if not any(correct):
-            raise InputError(f"{model} answers none of the {len(correct)} questions rightly: there is nothing to lose.")
+            raise InputError(
+                f"{model} answers none of the {len(correct)} questions right, so that no loss can be measured."
+            )
         encode = self.job.compression.processor.tokenizer.encode
         lengths = [len(encode(answer, add_special_tokens=False)) for answer in answers]
         tokens = max(1, round(sum(lengths) / len(lengths)))  # after the first one: the end token is one of them
@@ -242,41 +244,41 @@ class SearchRun:
     def take_back(self, out: Path) -> None:
         """Put what an earlier call wrote back among the candidates: this one may find something better."""
         best = self._best() if self.steps.original is not None else []
-        for place in (out / CHOSEN, out / NEAREST):
-            if not place.exists():
+        for folder in (out / CHOSEN, out / NEAREST):
+            if not folder.exists():
                 continue
             before = self.shop.work / best[0].folder if best else None
             if before is None or before.exists():
-                shutil.rmtree(place)
+                shutil.rmtree(folder)
             else:
                 self.shop.work.mkdir(exist_ok=True)
-                place.rename(before)
+                folder.rename(before)
 
     def result(self, out: Path, seconds: float) -> SearchResult:
         """Write the chosen folder under its name, verify it, and return what was found."""
         wanted, found = self.job.wanted, self.found
         best = self._best()
         met = choice(found, wanted.goal, wanted.max_loss) is not None
-        place = out / (CHOSEN if met else NEAREST)
+        folder = out / (CHOSEN if met else NEAREST)
         if best:
             made = self.shop.folder_of(best[0])
             if self.not_reached:  # the next call goes on from there
-                shutil.copytree(made, place)
+                shutil.copytree(made, folder)
             else:
-                made.rename(place)
-            self.shop.set_default(place, best[0])
-            verified = verify(place)
+                made.rename(folder)
+            self.shop.set_default(folder, best[0])
+            verified = verify(folder)
             if not verified.holds:
-                raise CheckFailed(f"{place} does not verify: {'; '.join(verified.problems)}.")
+                raise CheckFailed(f"{folder} does not verify: {'; '.join(verified.problems)}.")
         if not self.not_reached:
             shutil.rmtree(self.shop.work, ignore_errors=True)
         whole, tokens = self.original["depths"]["0"]["ms"], self.original["answer_tokens"]
         return SearchResult(
-            out,
-            wanted.goal,
-            wanted.max_loss,
-            Rate.of(map(bool, self.original["correct"])),
-            {
+            out=out,
+            goal=wanted.goal,
+            max_loss=wanted.max_loss,
+            original=Rate.of(map(bool, self.original["correct"])),
+            original_figures={
                 "ms": whole,
                 "total_ms": whole["vision"] + whole["prefill"] + tokens * whole["decode"],
                 "speedup": 1.0,
@@ -284,12 +286,12 @@ class SearchRun:
                 "parameters": self.job.sizes().parameters,
                 "answer_tokens": tokens,
             },
-            tuple(found),
-            {candidate.label: step["expected_loss"] for candidate, step in self.steps.of(PASSED).items()},
-            {candidate.label: reason for candidate, reason in self.failed.items()},
-            self.job.left_out,
-            tuple(candidate.label for candidate in self.not_reached),
-            seconds,
-            place if best else None,
-            best[0].label if best else None,
+            found=tuple(found),
+            passed={candidate.label: step["expected_loss"] for candidate, step in self.steps.of(PASSED).items()},
+            failed={candidate.label: reason for candidate, reason in self.failed.items()},
+            left_out=self.job.left_out,
+            open=tuple(candidate.label for candidate in self.not_reached),
+            seconds=seconds,
+            chosen=folder if best else None,
+            chosen_label=best[0].label if best else None,
         )

@@ -69,31 +69,31 @@ class Workshop:
         """
         if candidate.is_original:
             return Path(self.job.wanted.model)
-        place = self.work / candidate.folder
-        if place.exists():
-            return place
+        folder = self.work / candidate.folder
+        if folder.exists():
+            return folder
         assert candidate.before is not None
         plain = step_of(candidate) == "compress"
         base = Path(self.job.wanted.model) if plain else self.folder_of(candidate.before)
         self.work.mkdir(exist_ok=True)
         begin = time.monotonic()
-        self._make(candidate, str(base), place)
+        self._make(candidate, str(base), folder)
         self.costs.add(step_of(candidate), time.monotonic() - begin)
-        return place
+        return folder
 
-    def _make(self, candidate: Candidate, base: str, place: Path) -> None:
+    def _make(self, candidate: Candidate, base: str, folder: Path) -> None:
         wanted, options = self.job.wanted, self.job.options
         step = step_of(candidate)
         if step == "compress":
-            compress(candidate.recipe(wanted), place, options, self.progress)
+            compress(candidate.recipe(wanted), folder, options, self.progress)
         elif step == "heal":
             healing = HealRecipe(wanted.heal_calibration, teacher=wanted.model, seed=wanted.seed)
-            heal(base, healing, place, options, self.progress)
+            heal(base, healing, folder, options, self.progress)
         elif step == "route":
             router = RouterRecipe(calibration=wanted.calibration, seed=wanted.seed)
-            route(base, router, place, options, self.progress)
+            route(base, router, folder, options, self.progress)
         else:
-            export(base, place, ExportOptions(quantize="int8"))
+            export(base, folder, ExportOptions(quantize="int8"))
 
     def held_out(self, candidate: Candidate) -> dict[str, Any] | None:
         """Return what held-out questions said of a folder when it was made: divergence, and the same answers' share."""
@@ -225,15 +225,15 @@ class Workshop:
         if any(name.endswith(tuple(PER_LAYER_TENSORS)) for name, _ in model.named_parameters()):
             gone = [0]  # such tensors are cut where they are, and the models share them
         with contextlib.ExitStack() as stack:
-            runs = []
+            timed = []
             for count in gone:
                 shown = clone_that_shares_weights(model) if count else model
                 stack.enter_context(assembled(shown, Variant(make_plan(job.source.num_layers, self._spread(count)))))
                 subject = TorchSubject(job.source.name, None, shown, job.processor, describe_way(shown))
-                runs.append(TimedModel(subject, ready(self.job.prompt, job.device), answer_tokens, job.device))
-            costs = [run.subject.cost(run.prompt, answer_tokens) for run in runs]
-            peaks = [run.peak_beyond(0) for run in runs]
-            times = time_interleaved(runs, ROUNDS, self.progress)
+                timed.append(TimedModel(subject, ready(self.job.prompt, job.device), answer_tokens, job.device))
+            costs = [run.subject.cost(run.prompt, answer_tokens) for run in timed]
+            peaks = [run.peak_beyond(0) for run in timed]
+            times = time_interleaved(timed, ROUNDS, self.progress)
         depths = {}
         for count, cost, measured in zip(gone, costs, times, strict=True):
             ms = [statistics.median(measured[name]) for name in TIMED]

@@ -98,10 +98,8 @@ class LvlmExporter(lmms):
             raise InputError("lvlm_exporter answers greedily: a task with do_sample, num_beams or temperature is none.")
         loaded = self.loaded
         batch = make_batch(questions, loaded.processor, loaded.model.config).to(loaded.model.device)
-        route = loaded.route(batch)
-        routing = {} if route is None else {"route": route}
         longest = settings.get("max_new_tokens") or DEFAULT_ANSWER_TOKENS
-        tokens = greedy_answers(loaded.model, batch.inputs, longest, **routing)
+        tokens = greedy_answers(loaded.model, batch.inputs, longest, route=loaded.route(batch))
         texts = loaded.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         until = settings.get("until") or []
         return [

@@ -58,16 +58,17 @@ def recorded(folder: Path, kind: FolderKind) -> dict[str, str]:
 
 
 def verify(folder: Path | str, device: str = "cpu", trust_remote_code: bool = False) -> Verification:
-    """Tell whether a folder is what was made.
+    """Tell whether a folder is still as it was made.
 
-    Every file is the one whose SHA-256 its record holds, and none was added. A checkpoint is loaded then in a clean
-    process, with transformers alone: no key missing or unexpected, cached = uncached, the tokens recorded at export.
+    Every file must have the SHA-256 that the record holds, and none may be added. A checkpoint is then loaded in a
+    clean process by transformers alone: no key is missing or unexpected, decoding with and without the cache agrees,
+    and the tokens recorded at export come out again.
     The graphs of an ONNX folder are those that were compared with torch, and its processor loads.
 
     Args:
         folder: on disk, or a name on the hub.
-        device: that a checkpoint runs on.
-        trust_remote_code: run Python of the folder even where it is none that this package shipped.
+        device: on which a checkpoint runs.
+        trust_remote_code: run the folder's Python code even if this package did not ship it.
     Raises: InputError where the folder is not one of ours or its record is damaged.
     """
     place, _ = resolve(str(folder), whole=True)

@@ -70,13 +70,13 @@ def push(
     The folder itself stays as it is. A push that was broken off can be repeated: files that arrived are not sent again.
 
     Args:
-        private: of a repository that is made; one that is there already must be private.
+        private: make a new repository private; one that exists must be private already.
         revision: branch, made from main where there is none; None: main.
-        create_pr: open a pull request for it instead.
-        dry_run: say what would be done, and do nothing. Needs no token.
+        create_pr: open a pull request, and leave the branch alone.
+        dry_run: only say what would be published; needs no token.
         message: of the commit.
-        device: that the folder is verified on.
-        trust_remote_code: run Python of the folder for that even where it is none that this package shipped.
+        device: on which the folder is verified.
+        trust_remote_code: run the folder's Python code for that even if this package did not ship it.
     Raises: InputError for wrong input and for everything that goes wrong with the hub; CheckFailed if the folder does
         not verify. Nothing was published in either case.
     """
@@ -307,7 +307,7 @@ def describe(pushed: Pushed) -> str:
     if pushed.removed:
         lines.append(f"removed weights of an earlier push: {', '.join(pushed.removed)}")
     if pushed.left:
-        lines.append(f"left here, since they are no part of what was made: {', '.join(pushed.left)}")
+        lines.append(f"not published, since they are no part of the checkpoint: {', '.join(pushed.left)}")
     if pushed.own_card:
         lines.append("README.md was edited by hand: what you wrote goes along, the rest is under the repository's name")
     return "\n".join(lines)

@@ -117,9 +117,9 @@ def add_router(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, 
 
 
 def set_default(folder: Path | str, preset: str) -> None:
-    """Set the preset of a routed folder that calls without a budget run under, for clients that pass none.
+    """Set the preset under which a routed folder runs where a program passes no budget.
 
-    config.json is replaced in one step; where compression.json records its SHA-256, that follows.
+    config.json is replaced in one step; its SHA-256 in compression.json is updated.
 
     Args:
         folder: on disk.

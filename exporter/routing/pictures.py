@@ -63,23 +63,25 @@ def grids(places: Tensor, kept: Tensor) -> list[PatchGrid]:
     return grids
 
 
-def image_grids(route: Route, row: int) -> list[list[PatchGrid]]:
-    """Return for each image of a row of the batch its grids."""
-    visual = route.visual[row].cpu()
-    places, kept = route.places[row].cpu()[visual], route.keep[row].cpu()[visual]
+def image_grids(route: Route, sequence: int) -> list[list[PatchGrid]]:
+    """Return for each image of a sequence its grids."""
+    visual = route.visual[sequence].cpu()
+    places, kept = route.places[sequence].cpu()[visual], route.keep[sequence].cpu()[visual]
     numbers = places[:, 0].long()
     return [grids(places[numbers == n, 1:], kept[numbers == n]) for n in numbers.unique().tolist()]
 
 
-def draw_route(images: Sequence[Any], route: Route, row: int, question: str, answer: str, path: Path) -> None:
+def draw_route(images: Sequence[Any], route: Route, sequence: int, question: str, answer: str, path: Path) -> None:
     """Draw one picture: each grid of each image with what was left out faded, and the layers below."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(image, grid) for image, grids in zip(images, image_grids(route, row), strict=True) for grid in grids]
-    layers = route.layers[row].tolist()
+    panels = [
+        (image, grid) for image, grids in zip(images, image_grids(route, sequence), strict=True) for grid in grids
+    ]
+    layers = route.layers[sequence].tolist()
     drawn = pyplot.figure(figsize=(max(3.2, 2.2 * len(panels)), 3.3), layout="constrained")
     parts: Any = drawn.subfigures(2, 1, height_ratios=(5, 1))
     above, below = parts
@@ -130,7 +132,7 @@ def draw_examples(
         images = [as_seen(image, processor) for image in sample.open_images()]
         file = Path("assets") / f"route_{number}.png"
         question = question_of(sample)
-        draw_route(images, route, row=0, question=question, answer=answer.strip(), path=folder / file)
+        draw_route(images, route, sequence=0, question=question, answer=answer.strip(), path=folder / file)
         pictures.append({"file": str(file), "question": question})
     return pictures
 

@@ -1,6 +1,6 @@
 """Requests of `evaluate` and `compare` to a routed model: budgets, who chooses under them, and a prompt's cost.
 
-Shapes: B rows, S tokens of a pass.
+Shapes: B sequences, S tokens of a pass.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BudgetRequest:
 
 @dataclass(frozen=True)
 class BudgetGrid:
-    """Lists of budgets, before it is known for which folder; every token count goes with every layer count."""
+    """Lists of budgets for any folder; every count of tokens is combined with every count of layers."""
 
     keep_visual_tokens: tuple[int | float | None, ...] = ()
     keep_layers: tuple[int | None, ...] = ()
@@ -90,8 +90,8 @@ class BudgetGrid:
                 ask.rule.check(ask.budget)
                 if rule != ROUTER and any(getattr(ask.budget, name) is not None for name in OUTCOMES):
                     raise ValueError(
-                        f"a share of FLOPs or of answers ({ask}) is for the router to keep: leave out --rule and "
-                        "--drop-at. `compare` sets rules beside it at equal FLOPs."
+                        f"only a router can keep a share of FLOPs or of answers ({ask}): leave out --rule and "
+                        "--drop-at. `compare` compares rules with it at equal FLOPs."
                     )
         except ValueError as error:
             raise InputError(f"{source.name}: {error}") from error

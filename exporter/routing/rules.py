@@ -8,7 +8,7 @@ by block influence (ShortGPT, arXiv 2403.03853). A rule makes a `Route`, which a
 
 Draws depend on the seed and the question, never on the batch that the question is in.
 
-Shapes: B rows, S tokens of a pass, L layers, N of them that may be skipped.
+Shapes: B sequences, S tokens of a pass, L layers, N of them that may be skipped.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def _number(sample: Sample, seed: object) -> int:
     return int.from_bytes(digest.digest()[:7], "big")
 
 
-def drawn(visual: Tensor, rows: Sequence[torch.Generator]) -> Tensor:
-    """Return standard normal numbers at the visual tokens of each row, [B, S]; 0 elsewhere. Padding moves nothing."""
+def drawn(visual: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
+    """Return standard normal numbers at the visual tokens, [B, S]; 0 elsewhere. Padding moves nothing."""
     numbers = torch.zeros(visual.shape)
-    for row, generator in enumerate(rows):
-        of_row = visual[row].cpu()
-        numbers[row, of_row] = torch.randn(int(of_row.sum()), generator=generator)
+    for sequence, generator in enumerate(draws):
+        of_sequence = visual[sequence].cpu()
+        numbers[sequence, of_sequence] = torch.randn(int(of_sequence.sum()), generator=generator)
     return numbers.to(visual.device)
 
 
@@ -112,7 +112,7 @@ def fastv_scores(
     layer: int = FASTV_LAYER,
     *,
     noise: float = 0.0,
-    rows: Sequence[torch.Generator] | None = None,
+    draws: Sequence[torch.Generator] | None = None,
     asked_by: str = "last",
 ) -> Tensor:
     """Return the logarithm of the attention that visual tokens receive, mean over heads: [B, S]; -inf at others.
@@ -124,8 +124,8 @@ def fastv_scores(
         model: plain or routed; a routed one runs as the plain one here.
         layer: how many layers run; 2 is FastV's "layer 2": the attention is that of the decoder layer with index 1,
             and the tokens can leave before the one with index 2.
-        noise: standard deviation of Gaussian noise on the logarithm, 1 for PAR's actions; from `rows`, one generator a
-            row. To draw several times from one pass, add `noise * drawn(batch.is_visual, rows)` yourself.
+        noise: standard deviation of Gaussian noise on the logarithm, 1 for PAR's actions.
+        draws: where it comes from, a generator for each sequence; `drawn` draws several times from one pass.
         asked_by: "last", by the last token of the prompt, as FastV's code does it, or "all", the mean over all tokens
             of the prompt, as its paper says.
     """
@@ -143,8 +143,8 @@ def fastv_scores(
     scores = received.clamp(min=torch.finfo(received.dtype).tiny).log()  # 0 outside a sliding window
     scores = scores.to(batch.is_visual.device)
     if noise:
-        assert rows is not None, "noise needs a generator for each row"
-        scores = scores + noise * drawn(batch.is_visual, rows)
+        assert draws is not None, "noise needs a generator for each sequence"
+        scores = scores + noise * drawn(batch.is_visual, draws)
     return scores.masked_fill(~batch.is_visual, -torch.inf)
 
 
@@ -194,7 +194,7 @@ def make_route(
         routed = model.route(**batch.inputs, **vars(budget)) if not budget.is_off else None
         if routed is not None and (budget.flops is not None or budget.quality is not None):
             limited: Route = replace(routed, visual=visual)
-            return limited  # how much of each row is the router's affair too
+            return limited  # how much of each sequence is the router's affair too
     tokens = _token_scores(model, batch, rule, routed, seed)
     layers = _layer_scores(model, batch, rule, routed, seed, influence)
     return assemble(
@@ -203,7 +203,7 @@ def make_route(
 
 
 def assemble(model: Any, batch: Batch, budget: Budget, tokens: Tensor, layers: Tensor, rule: Rule) -> Route:
-    """Return the route that keeps the highest tokens [B, S] and layers [B, N]; rows without images run whole."""
+    """Return the route that keeps the highest tokens [B, S] and layers [B, N]; sequences without images run whole."""
     settings, visual = model.router_settings, batch.is_visual
     run = best_layers(layers, settings, budget.keep_layers, model.num_layers) | ~visual.any(1)[:, None]
     places = places_of(model.config, visual, batch.inputs)
@@ -244,9 +244,9 @@ def _layer_scores(
     return torch.zeros(len(batch.samples), len(candidates))
 
 
-def random_layers(num_candidates: int, rows: Sequence[torch.Generator]) -> Tensor:
-    """Draw scores that order the candidates at random, row by row: [B, N]."""
-    return torch.stack([torch.rand(num_candidates, generator=generator) for generator in rows])
+def random_layers(num_candidates: int, draws: Sequence[torch.Generator]) -> Tensor:
+    """Draw scores that order the candidates at random, sequence by sequence: [B, N]."""
+    return torch.stack([torch.rand(num_candidates, generator=generator) for generator in draws])
 
 
 def par_actions(
@@ -261,6 +261,6 @@ def par_actions(
     rule = Rule("fastv", "random", model.router_settings.drop_at)
     for action in range(number):
         noisy = scores + noise * drawn(batch.is_visual, generators(batch.samples, ("noise", seed, action)))
-        rows = generators(batch.samples, ("layers", seed, action))
-        layers = random_layers(len(model.router_settings.candidates), rows)
+        draws = generators(batch.samples, ("layers", seed, action))
+        layers = random_layers(len(model.router_settings.candidates), draws)
         yield assemble(model, batch, budget=budget, tokens=noisy, layers=layers.to(noisy.device), rule=rule)

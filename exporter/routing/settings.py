@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import InputError
 from ..families import family_of
 
-IMAGE_FLOOR = 0.25  # of an even share of the tokens that stay: what each image of a row keeps at least
+IMAGE_FLOOR = 0.25  # of an even share of the tokens that stay: what each image of a sequence keeps at least
 DROP_AT = 2  # measured: dropped before layer 0, tokens take with them what the first layers would have passed on
 
 
@@ -39,22 +39,27 @@ def default_settings(config: Any, drop_at: int | None = None, candidates: int | 
             "that has run before the router can't be skipped any more. Lower one of them."
         )
     head = 64 if hidden >= 1024 else 16
-    most, fewer = (num_layers - candidates // part for part in (4, 3))
     return {
         "drop_at": drop_at,
         "read_at": drop_at,
         "candidates": list(range(first, num_layers)),
         "bottleneck": max(1, hidden // 4 // head) * head,
         "num_heads": max(1, hidden // 4 // head),
-        "presets": {
-            "quality": {"keep_visual_tokens": 0.5},
-            "balanced": {"keep_visual_tokens": 0.5, "keep_layers": most},
-            "fast": {"keep_visual_tokens": 0.25, "keep_layers": fewer},
-            "token-only": {"keep_visual_tokens": 0.25},
-            "layer-only": {"keep_layers": fewer},
-        },
+        "presets": default_presets(num_layers, candidates),
         "default": "balanced",
         "trained_for": {"model_type": config.model_type, "hidden_size": hidden, "num_hidden_layers": num_layers},
         "format": ROUTER_FORMAT,
         "image_floor": IMAGE_FLOOR,
+    }
+
+
+def default_presets(num_layers: int, candidates: int) -> dict[str, dict[str, float]]:
+    """Return the budgets that a new router has names for."""
+    most, fewer = (num_layers - candidates // part for part in (4, 3))
+    return {
+        "quality": {"keep_visual_tokens": 0.5},
+        "balanced": {"keep_visual_tokens": 0.5, "keep_layers": most},
+        "fast": {"keep_visual_tokens": 0.25, "keep_layers": fewer},
+        "token-only": {"keep_visual_tokens": 0.25},
+        "layer-only": {"keep_layers": fewer},
     }

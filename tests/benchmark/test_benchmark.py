@@ -265,7 +265,7 @@ def test_figures_go_into_record_and_card(tiny, questions, tmp_path, unverified):
         ({"workload": {"text_tokens": 0}}, "text_tokens=0: at least 1"),
         ({"workload": {"task": "x.jsonl", "visual_tokens": 4}}, "a task, which has prompts of its own"),
         ({"workload": {"task": "nothing.jsonl"}}, "there is no file or folder 'nothing.jsonl'"),
-        ({"options": {"batches": (1, 0)}}, r"batch sizes \[1, 0\]: at least 1 row"),
+        ({"options": {"batches": (1, 0)}}, r"batch sizes \[1, 0\]: each must be 1 or more"),
         ({"options": {"new_tokens": 0}}, "new_tokens=0: at least 1"),
         ({"options": {"rounds": 3}}, "rounds=3: an even number"),
         ({"options": {"attention": "magic"}}, "attention 'magic' is not known: eager, sdpa"),

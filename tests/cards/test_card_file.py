@@ -262,7 +262,7 @@ def test_what_is_no_card(tmp_path):
     assert (tmp_path / "elsewhere").read_text() == "words"
     path.unlink()
     path.mkdir()
-    with pytest.raises(InputError, match=r"README\.md is no file: move it away"):
+    with pytest.raises(InputError, match=r"README\.md is not a file, and the card has to be written"):
         write_card(tmp_path, METADATA, BODY)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "elsewhere"]
 

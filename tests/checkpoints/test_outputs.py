@@ -142,4 +142,4 @@ def test_answers_that_can_not_be_kept_are_judged_all_the_same(tiny, questions, t
     monkeypatch.setattr(Path, "open", full)
     model = shutil.copytree(tiny("llava"), tmp_path / "model")
     done = evaluate([model], task, samples=4, max_new_tokens=2, predictions=kept)
-    assert done.models[0].n == 4 and "rows are no longer kept" in caplog.text
+    assert done.models[0].n == 4 and "entries are no longer kept" in caplog.text

@@ -16,7 +16,7 @@ from fixtures.checkpoints import picture, snapshot
 from safetensors.torch import load_file, save_file
 
 from exporter.checkpoints import writer as checkpoint
-from exporter.checkpoints.writer import write_weights
+from exporter.checkpoints.safetensors_ranges import write_shards
 from exporter.cli.entry import main
 from exporter.errors import InputError
 from exporter.recipe import recipe_from_data
@@ -302,16 +302,16 @@ def test_rerun_after_a_kill_needs_no_cleaning(model, questions, tmp_path):
 
 @pytest.mark.clean_process
 def test_a_failed_verification_leaves_no_folder(capsys, model, questions, tmp_path, monkeypatch):
-    original = write_weights
+    original = write_shards
 
-    def damaged(source, plan, folded, folder, advance):
-        original(source, plan, folded, folder, advance)
+    def damaged(folder, *arguments):
+        original(folder, *arguments)
         path = folder / "model.safetensors"
         tensors = load_file(path)
         tensors["language_model.model.layers.0.mlp.down_proj.weight"] *= -1
         save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(checkpoint, "write_weights", damaged)
+    monkeypatch.setattr(checkpoint, "write_shards", damaged)
     arguments = ["--drop-layers", "1", "--calibration", str(questions), "--samples", "2"]
     assert main(["compress", str(model), "--out", str(tmp_path / "out"), *arguments]) == 1
     assert "lvlm-exporter: out does not verify: " in capsys.readouterr().err

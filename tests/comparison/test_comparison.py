@@ -104,7 +104,7 @@ def test_tasks_are_named_as_evaluate_takes_them(grid, tmp_path):
     saved = {"data": f"datasets:{tmp_path / 'saved'}", "columns": {"image": "img", "answer": "label"}}
     routes = {"model": "m", "task": saved, "rows": [{"name": "a", "rule": "router"}], "budgets": [{"keep_layers": 3}]}
     for read in (grid_from_data(grid | {"task": saved}).task, tables_from_data(routes).task):
-        assert load_task(read.data, None, 0, **read.options).samples[0].answers == ("red",)
+        assert load_task(read, None, 0).samples[0].answers == ("red",)
     assert (
         grid_from_data(grid).task.data == str(grid["task"])
         and tables_from_data(routes | {"task": "q"}).task.data == "q"

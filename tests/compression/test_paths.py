@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import exporter
 from exporter.comparison.grid import load_grid
+from exporter.comparison.routes import RouteTables, Row
+from exporter.onnx import ExportOptions
+from exporter.outcome.goal import SearchRecipe
 from exporter.plan import LayerBudget
-from exporter.recipe import CalibrationData, Method
+from exporter.recipe import CalibrationData, Method, TaskData
 
 QUICK = exporter.BenchOptions(device="cpu", new_tokens=1, rounds=2)
+ENTRY_POINTS = [
+    getattr(exporter, name)
+    for name in exporter.__all__
+    if not name[0].isupper() and name not in ("onnx", "__version__")
+] + [exporter.onnx.export, exporter.onnx.load]
+PATHS = frozenset(  # names of parameters that are paths, wherever they stand
+    "calibration folder healed model out path paths predictions reference save scores task vision_tower".split()
+)
+QUESTIONS = CalibrationData("questions.jsonl")
+TASK = TaskData("task.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +80,35 @@ def test_every_entry_point_takes_text_and_paths(kind, tiny, questions, task, tmp
     assert grid.task.data == str(task)
     assert exporter.compare(grid, kind(tmp_path / "comparison"), options).out == tmp_path / "comparison"
     assert exporter.onnx.ExportOptions(calibration=kind(questions)).calibration == str(questions)
+
+
+@pytest.mark.parametrize("function", ENTRY_POINTS, ids=lambda function: function.__name__)
+def test_entry_points_take_text_and_paths(function):
+    for parameter in inspect.signature(function).parameters.values():
+        kinds = set(re.findall(r"\w+", str(parameter.annotation)))
+        assert ("Path" in kinds) <= ("str" in kinds), parameter
+        if parameter.name in PATHS:
+            assert {"Path", "str"} <= kinds, parameter
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda path: CalibrationData(path), "data"),
+        (lambda path: TaskData(path), "data"),
+        (lambda path: exporter.HealRecipe(teacher=path), "teacher"),
+        (lambda path: exporter.Recipe(path, QUESTIONS, LayerBudget(drop_layers=1)), "model"),
+        (lambda path: exporter.Workload(task=path), "task"),
+        (lambda path: ExportOptions(calibration=path), "calibration"),
+        (lambda path: SearchRecipe(path, QUESTIONS, TASK), "model"),
+        (
+            lambda path: exporter.Grid(path, QUESTIONS, TASK, (Method("tis"),), (Method("none"),), drop_layers=(1,)),
+            "model",
+        ),
+        (lambda path: RouteTables(path, TASK, (Row("a"),), ()), "model"),
+        (lambda path: RouteTables("model", TASK, (Row("a"),), (), calibration=path), "calibration"),
+    ],
+)
+def test_records_keep_paths_as_text(make: Any, name: str):
+    kept = getattr(make(Path("folder/name")), name)
+    assert kept == getattr(make("folder/name"), name) == "folder/name"

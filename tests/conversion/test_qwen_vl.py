@@ -226,7 +226,7 @@ def read_by_vllm(layers: int) -> dict[str, tuple[int, ...]]:
     for layer in range(layers):
         linear = {"attn.c_attn": (3 * width, width), "attn.c_proj": (width, width), "mlp.c_proj": (width, inner),
                   "mlp.w1": (inner, width), "mlp.w2": (inner, width)}  # fmt: skip
-        parts = {f"{name}.weight": shape for name, shape in linear.items()}
+        parts: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linear.items()}
         parts |= {"attn.c_attn.bias": (3 * width,), "ln_1.weight": (width,), "ln_2.weight": (width,)}
         wanted |= {f"transformer.h.{layer}.{name}": shape for name, shape in parts.items()}
     visual: dict[str, tuple[int, ...]] = {

@@ -15,6 +15,7 @@ from exporter.data.calibration import load_calibration
 from exporter.data.task import load_task
 from exporter.errors import InputError
 from exporter.evaluation.scoring import is_right
+from exporter.recipe import TaskData
 
 USER, SAID = {"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "red"}
 
@@ -101,7 +102,7 @@ def test_what_is_no_jsonl_is_one_sentence(content, message, tmp_path):
 def test_pipes_and_devices_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for path in (tmp_path / "pipe.jsonl", "/dev/zero"):
-        with pytest.raises(InputError, match="is a pipe or a device, not a file"):
+        with pytest.raises(InputError, match="is a pipe or a device, which can't be read twice"):
             load_calibration(str(path), samples=None)
     with pytest.raises(InputError, match="there is no file or folder 'xxx"):
         load_calibration("x" * 4000, samples=None)
@@ -231,7 +232,7 @@ def test_answers_that_are_none(read, tmp_path):
         read({"answer": {"note": "red"}})
     read({"answer": "red"}, {"answer": None}, {"answers": [None]})
     with pytest.raises(InputError, match=r"line 2 has no 'answer' \(2 of 3 have none\)"):
-        load_task(str(tmp_path / "q.jsonl"), None, 0)
+        load_task(TaskData(str(tmp_path / "q.jsonl")), None, 0)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +357,7 @@ def test_what_a_row_lacks_is_said(saved, tmp_path):
     paths = [str(tmp_path / f"{i}.png") for i in range(4)]
     holes = saved({"image": [paths[0], None, *paths[2:]], "question": ["what?"] * 4}, image=datasets.Image())
     with pytest.raises(InputError, match="row 1: a question without an image"):
-        load_task(str(holes), None, 0)
+        load_task(TaskData(str(holes)), None, 0)
     with pytest.raises(InputError, match="row 1: neither 'question' nor 'messages'"):
         load_calibration(str(saved({"image": paths, "question": ["a", None, "b", "c"]})), samples=None)
     with pytest.raises(InputError, match="row 0: an image is a path, not"):
@@ -384,7 +385,7 @@ def test_questions_without_an_image_are_left_out_of_a_calibration(saved, tmp_pat
         few, again = ([s.origin for s in load_calibration(spec, samples=3, seed=1).samples] for _ in range(2))
         assert len(few) == 3 and few == again
         with pytest.raises(InputError, match="a question without an image"):
-            load_task(spec, None, 0)
+            load_task(TaskData(spec), None, 0)
     lines.write_text(json.dumps({"question": "what?"}))
     with pytest.raises(InputError, match=r"line 1: a question without an image .*; of 1 questions none"):
         load_calibration(str(lines), samples=None)

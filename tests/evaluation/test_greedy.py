@@ -10,10 +10,9 @@ import torch
 from transformers import GenerationConfig
 
 from exporter.checkpoints.source import open_source
-from exporter.clean_room import GENERATION_TOKENS, load_processor, reference_answer
+from exporter.clean_room import GENERATION_TOKENS, greedy_answers, load_processor, reference_answer
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
-from exporter.data.task import greedy_answers
 from exporter.evaluation.evaluate import evaluate
 from exporter.models.answers import answered
 from exporter.models.loading import load_model
@@ -77,7 +76,7 @@ def subject(tiny, questions):
     return (
         model,
         batch,
-        greedy_answers(model, batch, 6),
+        greedy_answers(model, batch.inputs, 6),
         reference_answer(model, load_processor(source.folder)),
     )
 
@@ -91,7 +90,7 @@ def test_no_entry_of_the_generation_config_changes_an_answer(name, subject):
     setattr(model.generation_config, name, ENTRIES[name])  # as one of its loaders does: without any validation
     changed = model.generation_config
     try:
-        assert torch.equal(greedy_answers(model, batch, 6), answers)
+        assert torch.equal(greedy_answers(model, batch.inputs, 6), answers)
         one = answered(model, batch, 6)
         assert torch.equal(one.batch.inputs["input_ids"][:, -answers.shape[1] :], answers)
         processor = load_processor(model.config._name_or_path)
@@ -107,7 +106,7 @@ def test_token_ids_do_count(subject):
     stop = int(answers[0, 1])
     model.generation_config = GenerationConfig(eos_token_id=[stop, 9999], pad_token_id=0, bos_token_id=1)
     try:
-        assert greedy_answers(model, batch, 6)[0].tolist()[:3] in (
+        assert greedy_answers(model, batch.inputs, 6)[0].tolist()[:3] in (
             [*answers[0, :2].tolist(), 0],
             answers[0, :2].tolist(),
         )
@@ -120,10 +119,10 @@ def test_a_token_id_that_is_none(subject):
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=-1)
     try:
-        assert torch.equal(greedy_answers(model, batch, 6), answers)
+        assert torch.equal(greedy_answers(model, batch.inputs, 6), answers)
         model.generation_config.eos_token_id = "</s>"
         with pytest.raises(ValueError, match="eos_token_id is '</s>', which is no token id"):
-            greedy_answers(model, batch, 6)
+            greedy_answers(model, batch.inputs, 6)
     finally:
         model.generation_config = own
 

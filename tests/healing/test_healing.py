@@ -317,7 +317,9 @@ def test_what_can_be_wrong_is_said(small, tiny, asked, questions, tmp_path, monk
     few.write_text(
         "".join(json.dumps({"image": str(questions.parent / f"{n}.png"), "question": "?"}) + "\n" for n in range(4))
     )
-    with pytest.raises(InputError, match="has questions about 4 pictures: healing needs 8 to hold some out"):
+    with pytest.raises(
+        InputError, match="has questions about 4 pictures: healing needs 8 or more, since some are held out"
+    ):
         check_heal(small, healing(calibration=CalibrationData(str(few))), tmp_path / "x")
     with pytest.raises(InputError, match="healing needs the original"):
         heal(small, HealRecipe(), tmp_path / "x")

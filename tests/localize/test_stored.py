@@ -87,7 +87,7 @@ def test_a_mismatch_is_one_sentence(saved, tiny, questions, tmp_path):
     refused(r"the scores are of another checkpoint than .*: .* differs from what was scored", model="qwen2_vl")
     refused(r"the scores are by tis, the recipe asks for random", localizer=Method("random"))
     refused(r"read from other questions than these \(6 of .*calibration.jsonl", seed=1)
-    refused(r"the recipe names the layers that go", budget=LayerBudget(layers=(1,)))
+    refused(r"the recipe names the layers to remove", budget=LayerBudget(layers=(1,)))
     refused(r"there is no file of scores .*: `lvlm-exporter score MODEL --save", tmp_path / "nothing.json")
     damaged = tmp_path / "damaged.json"
     damaged.write_text(saved.read_text().replace('"seed": 0', '"seed": "x"'))

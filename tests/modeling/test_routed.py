@@ -689,7 +689,7 @@ def test_set_budget_and_presets(llava):
         ({"preset": "fast", "keep_layers": 4}, "give either preset='fast' or keep_visual_tokens and keep_layers"),
         ({"route": Route(keep=torch.ones(3, 400))}, "the route given is for 400 tokens"),
         ({"route": Route(layers=torch.ones(3, 5))}, "the route given is for 5 layers, there are 6"),
-        ({"route": Route(layers=torch.ones(2, 6))}, "the route given is for 2 rows, the batch has 3"),
+        ({"route": Route(layers=torch.ones(2, 6))}, "the route given is for 2 sequences, the batch has 3"),
         ({"route": Route(keep=torch.zeros(3, 5))}, "the route given drops text"),
         ({"route": Route(layers=torch.ones(3, 6), drop_at=7)}, "drops at layer 7: give a number from 0 to 6"),
     ],

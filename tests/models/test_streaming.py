@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,8 +69,8 @@ def few_at_once(monkeypatch) -> None:
 def reads(monkeypatch) -> Counter[str]:
     """Bytes of tensors that are read from disk, while the model answers and else."""
     counted: Counter[str] = Counter()
-    answering = []
-    read, answered = residency.read_tensor, questions.answered_together
+    answering: list[Any] = []
+    read, answered = vars(residency)["read_tensor"], vars(questions)["answered_together"]
 
     def reading(entry):
         counted["answers" if answering else "passes"] += entry.num_bytes
@@ -170,7 +171,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch):
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(boundary.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with (
         StateStore(limit=0) as store,
         pytest.raises(InputError, match=r"is full: the states between layers take over .*TMPDIR"),
@@ -185,7 +186,7 @@ def test_a_full_disk_ends_a_run_with_nothing_left(tiny, questions, tmp_path, few
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(boundary.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(InputError, match="is full: the states between layers"):
         exporter.compress(short(tiny("llava"), questions), tmp_path / "small", RunOptions(memory=least(tiny("llava"))))
     assert not (tmp_path / "small").exists()
@@ -237,7 +238,7 @@ def test_too_little_memory_says_how_much_is_needed(tiny, questions, tmp_path):
 
 
 def test_damaged_weights_on_disk_are_met_when_they_are_read(tiny, questions, few_at_once, monkeypatch):
-    read = residency.read_tensor
+    read = vars(residency)["read_tensor"]
     monkeypatch.setattr(residency, "read_tensor", lambda entry: read(entry) / 0)
     with pytest.raises(InputError, match=r"tensor .*layers.* holds NaN or infinite values"):
         exporter.score(recipe(tiny("llava"), questions), RunOptions(memory=least(tiny("llava"))))

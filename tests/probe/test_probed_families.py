@@ -83,7 +83,7 @@ def test_the_best_layers_that_keep_the_period():
     assert drop in allowed
     assert sum(values[layer] for layer in drop) == max(sum(values[layer] for layer in other) for other in allowed)
     assert best_in_period(config, values, 1, ()) == (11,)  # the last
-    with pytest.raises(InputError, match="no 1 layers can go so that the others keep the period of 3 layers"):
+    with pytest.raises(InputError, match="without 1 layers the period of 3 layers in layer_types can't be kept"):
         best_in_period(config, values, 1, (11,))
 
 

@@ -290,7 +290,8 @@ def test_push_publishes_what_was_made_and_nothing_else(here, made, tmp_path, cap
     assert published == recorded | documents
     told = capsys.readouterr().out
     assert (
-        "left here, since they are no part of what was made: core, linked, notes.txt, results.csv, secrets.json" in told
+        "not published, since they are no part of the checkpoint: core, linked, notes.txt, results.csv, secrets.json"
+        in told
     )
 
 

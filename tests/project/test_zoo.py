@@ -21,6 +21,7 @@ import train  # noqa: E402
 
 from exporter.clean_room import encode  # noqa: E402
 from exporter.data.task import load_task  # noqa: E402
+from exporter.recipe import TaskData  # noqa: E402
 
 LAYERS = 3  # Gemma 3's pattern of windows has three
 
@@ -149,7 +150,7 @@ def test_questions_are_written_with_their_pictures(kind, tmp_path, monkeypatch):
     assert len(files) == 4 + 12 + 12 + 10 + 10
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
     for name in ("calibration-seen", "calibration-unseen", "validation", "test"):
-        samples = load_task(str(tmp_path / "one" / f"{name}.jsonl"), None, 0).samples
+        samples = load_task(TaskData(str(tmp_path / "one" / f"{name}.jsonl")), None, 0).samples
         assert {sample.type for sample in samples} == set(pictures.KINDS[kind].question_types)
 
 

@@ -97,7 +97,7 @@ def test_evaluate_tells_what_was_kept(judged_folder, many, tmp_path, capsys):
         (BudgetGrid(flops=(float("nan"),)), "flops=nan is no share"),
         (BudgetGrid(quality=(1.2,)), "quality=1.2 is no share of answers"),
         (BudgetGrid(quality=(0.999,)), "quality=0.999 is above .* route it again with more questions"),
-        (BudgetGrid(flops=(0.5,), rule="random"), "is for the router to keep: leave out --rule"),
+        (BudgetGrid(flops=(0.5,), rule="random"), "only a router can keep a share of FLOPs .*: leave out --rule"),
     ],
 )
 def test_outcomes_that_can_not_be_had(wanted, message, judged_folder, many):

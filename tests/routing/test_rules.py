@@ -76,7 +76,7 @@ def test_noise_is_gaussian_on_the_logarithm(routed, samples):
     case = routed("llava")
     batch = batch_of(case, samples)
     plain = fastv_scores(case.model, batch)
-    noisy = fastv_scores(case.model, batch, noise=2.0, rows=generators(batch.samples, 0))
+    noisy = fastv_scores(case.model, batch, noise=2.0, draws=generators(batch.samples, 0))
     expected = 2 * drawn(batch.is_visual, generators(batch.samples, 0))
     torch.testing.assert_close((noisy - plain)[batch.is_visual], expected[batch.is_visual], **CLOSE)
     numbers = drawn(torch.ones(1, 20_000, dtype=torch.bool), generators(batch.samples[:1], 0))

@@ -222,8 +222,8 @@ def read_freely(answer: str, valid: str) -> str:
     lowered = text.lower()
     for phrase in PHRASES:
         if (at := lowered.find(phrase)) >= 0:
-            places = [(text.find(letter, at + len(phrase)), letter) for letter in valid]
-            found += [(7, place, letter) for place, letter in places if place >= 0]
+            hits = [(text.find(letter, at + len(phrase)), letter) for letter in valid]
+            found += [(7, at, letter) for at, letter in hits if at >= 0]
     found = found or [(0, text.rfind(letter), letter) for letter in valid if letter in text]
     return max(found, key=lambda one: one[:2])[2] if found else ""
 

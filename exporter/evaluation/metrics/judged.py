@@ -166,18 +166,18 @@ def rate_all(
     texts = [prompt_for(sample, answer, client.task) for sample, answer in zip(samples, answers, strict=True)]
     parts = [client.endpoint, client.model, texts]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    rows = kept.rows(fingerprint)
-    todo = [number for number in range(len(texts)) if number not in rows]
+    entries = kept.entries(fingerprint)
+    todo = [number for number in range(len(texts)) if number not in entries]
     silent = None
     for number in progress(todo, f"{client.model} judges", len(todo)):
         try:
             review, ratings = client.rate(texts[number])
         except JudgeSilentError as error:
-            silent = f"{str(error).removesuffix('.')}; {len(rows)} of {len(texts)} answers are rated."
+            silent = f"{str(error).removesuffix('.')}; {len(entries)} of {len(texts)} answers are rated."
             break
-        rows[number] = {"review": review, "ratings": ratings}
-        kept.add(fingerprint, {number: rows[number]})
-    pairs = tuple(tuple(rows[n]["ratings"]) if n in rows else () for n in range(len(texts)))
+        entries[number] = {"review": review, "ratings": ratings}
+        kept.add(fingerprint, {number: entries[number]})
+    pairs = tuple(tuple(entries[n]["ratings"]) if n in entries else () for n in range(len(texts)))
     return Ratings(pairs, silent)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,37 +26,27 @@ class Measure:
     suffix: str | None = None  # 'Answer the question using a single word or phrase.'
 
 
-def measured_task(
-    spec: str,
-    samples: int | None,
-    seed: int,
-    measure: Measure = Measure(),
-    *,
-    columns: Mapping[str, str] | None = None,
-    split: str | None = None,
-    config: str | None = None,
-    allow_urls: bool = False,
-) -> Task:
-    """Read a task and put its questions as its metric does; `load_task` says what the rest is.
+def measured_task(data: TaskData, samples: int | None, seed: int) -> Task:
+    """Read a task and put its questions as its metric does.
 
+    Args:
+        samples: how many of the questions, drawn with the seed; None: all.
     Raises: InputError as `load_task` does, and for a metric that there is not or that the task has no columns for.
     """
-    may_be_text = measure.metric is None or METRICS[chosen(measure.metric, ())].text_only
-    task = load_task(
-        spec, samples, seed, columns=columns, split=split, config=config, allow_urls=allow_urls, text_only=may_be_text
-    )
-    name = chosen(measure.metric, task.samples)
+    may_be_text = data.metric is None or METRICS[chosen(data.metric, ())].text_only
+    task = load_task(data, samples, seed, text_only=may_be_text)
+    name = chosen(data.metric, task.samples)
     metric = METRICS[name]
     if not metric.text_only and (blind := next((s for s in task.samples if not s.images), None)):
         raise TextOnlyError(f"{blind.origin}: a question without an image ('image' or 'images' is missing).")
-    if measure.metric is None and name != DEFAULT_METRIC:
+    if data.metric is None and name != DEFAULT_METRIC:
         logger.warning("metric: %s, by the task's columns (--metric exact for exact match)", name)
     put = questions_for(name, metric, task.samples)
-    if measure.suffix:
-        put = with_suffix(put, measure.suffix)
+    if data.suffix:
+        put = with_suffix(put, data.suffix)
     if put == task.samples:
         return replace(task, metric=name)
-    fingerprint = Calibration(put, spec, len(put), seed).fingerprint
+    fingerprint = Calibration(put, data.data, len(put), seed).fingerprint
     return Task(put, fingerprint, name)
 
 
@@ -65,16 +55,14 @@ def compared_task(data: TaskData, samples: int | None, seed: int) -> Task:
 
     Raises: InputError as `measured_task` does, and for a metric that counts groups or asks a judge.
     """
-    task = measured_task(
-        data.data, samples if data.types is None else None, seed, Measure(data.metric, data.suffix), **data.options
-    )
+    task = measured_task(data, samples if data.types is None else None, seed)
     if data.types is not None:
         task = of_types(task, data.types, samples, seed)
     metric = METRICS[task.metric]
     if metric.as_one or metric.judged:
         raise InputError(
-            f"task: the metric '{task.metric}' is no mean over questions, which a comparison counts: name another one, "
-            "or run `lvlm-exporter evaluate`."
+            f"task: a comparison rates each question alone, which the metric '{task.metric}' does not: name another "
+            "metric, or run `lvlm-exporter evaluate`."
         )
     return task
 

@@ -35,6 +35,10 @@ class OnnxRouteBudget:
         for one in fields(self):
             object.__setattr__(self, one.name, plain_number(getattr(self, one.name)))
 
+    @property
+    def is_off(self) -> bool:
+        return self == OnnxRouteBudget()
+
     def tokens_of(self, available: Array) -> Array:
         """Return how many visual tokens each row keeps, of those it has: [B] -> [B]"""
         if self.keep_visual_tokens is None:

@@ -100,7 +100,7 @@ class TrainingBatch:
     one: AnsweredBatch
     given: Trace
     state: Tensor  # [B, S, D] input of layer drop_at
-    log_p: Tensor  # [A of all rows, V] the original's
+    log_p: Tensor  # [A of the batch, V] the original's
     token_logits: Tensor  # [B, S]
     layer_logits: Tensor  # [B, N]
 
@@ -111,16 +111,16 @@ class TrainingBatch:
     def gates(self, tokens: Tensor, candidates: Tensor) -> Gates:
         """Make gates from those of visual tokens [B, S] and of candidate layers [B, N]."""
         layers = torch.ones(len(tokens), self.learner.num_layers, device=tokens.device)
-        places = torch.tensor(self.learner.settings.candidates, device=tokens.device, dtype=torch.long)
-        layers = layers.scatter(1, places.expand(len(tokens), -1), candidates.to(layers.dtype))
+        index = torch.tensor(self.learner.settings.candidates, device=tokens.device, dtype=torch.long)
+        layers = layers.scatter(1, index.expand(len(tokens), -1), candidates.to(layers.dtype))
         return Gates(torch.where(self.visual, tokens, torch.ones_like(tokens)), layers)
 
     def kl(self, gates: Gates) -> Tensor:
-        """Compute KL(original || routed) at each answer token, [A of all rows], differentiable in the gates."""
+        """Compute KL(original || routed) at each answer token, [A of the batch], differentiable in the gates."""
         return self.divergence(self.log_q(gates))
 
     def log_q(self, gates: Gates) -> Tensor:
-        """Return log-probabilities at each answer token, [A of all rows, V], differentiable in the gates."""
+        """Return log-probabilities at each answer token, [A of the batch, V], differentiable in the gates."""
         model, start = self.learner.teacher.model, self.learner.settings.drop_at
         return self._said(
             gated_states(
@@ -130,7 +130,7 @@ class TrainingBatch:
 
     @torch.no_grad()
     def kl_of_layers(self, tried: Sequence[Tensor]) -> Tensor:
-        """Compute KL(original || routed) of each row's answer under several choices of layers, [choices, B].
+        """Compute KL(original || routed) of each sequence's answer under several choices of layers, [choices, B].
 
         All tokens stay. What comes before the first candidate is run once for all choices.
 
@@ -152,11 +152,11 @@ class TrainingBatch:
         return torch.stack(costs)
 
     def divergence(self, log_q: Tensor) -> Tensor:
-        """Compute KL(original || q) at each answer token, [A of all rows, V] -> [A of all rows]."""
+        """Compute KL(original || q) at each answer token, [A of the batch, V] -> [A of the batch]."""
         return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
 
     def _said(self, output: Tensor) -> Tensor:
-        """Return log-probabilities at each answer token, [A of all rows, V], from the last layer's output [B, S, D]."""
+        """Return log-probabilities at answer tokens, [A of the batch, V], from the last layer's output [B, S, D]."""
         model = self.learner.teacher.model
         hidden = text_decoder(model).norm(output[self.one.predicts])
         log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
@@ -170,7 +170,7 @@ class TrainingBatch:
         return F.pad(scores, (0, answers), value=-math.inf).clone()  # no inference tensor: gradients go past it
 
     def per_sample(self, kl: Tensor) -> Tensor:
-        """Sum over each row's answer: [A of all rows] -> [B]."""
+        """Sum over each sequence's answer: [A of the batch] -> [B]."""
         return torch.stack([part.sum() for part in torch.split(kl, self.one.predicts.sum(1).tolist())])
 
 

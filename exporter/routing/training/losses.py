@@ -17,7 +17,7 @@ from ...recipe import Method, check_method
 
 
 def drawn_counts(visual: Tensor, least: float, most: float, generator: torch.Generator) -> Tensor:
-    """Return how many visual tokens stay, a share of each row's drawn log-uniformly: [B, S] -> [B]."""
+    """Return how many visual tokens stay, a share of each sequence's drawn log-uniformly: [B, S] -> [B]."""
     share = torch.empty(len(visual)).uniform_(math.log(least), math.log(most), generator=generator).exp()
     return (visual.sum(1) * share.to(visual.device)).round().long().clamp(min=1)
 

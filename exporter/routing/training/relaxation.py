@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...models.attention import attention_inputs, attention_replaced, attention_scores
+from ...models.attention import AttentionCall, attention_replaced
 from ...models.loading import text_decoder
 from ...models.replay import Trace
 
@@ -50,31 +50,14 @@ class GatedAttention:
     def __init__(self) -> None:
         self.gate: Tensor | None = None
 
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        query, keys, value = attention_inputs(query, key, value, scaling)
-        scores = attention_scores(query, keys, softcap)  # [B, H, S, S]
-        if attention_mask is None:  # transformers leaves out a mask that is merely causal
-            length = scores.shape[-1]
-            attention_mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
-        floor = torch.finfo(scores.dtype).min  # not -inf: a padded query sees nothing at all
-        is_bool = attention_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attention_mask, floor) if is_bool else scores + attention_mask
-        probabilities = scores.softmax(-1, dtype=torch.float32)
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Return the attention's output [B, S, H, d]."""
+        probabilities = call.probabilities(0, call.queries.shape[2])  # [B, H, S, S]
         if self.gate is not None:
             probabilities = probabilities * self.gate[:, None, None, :]
             probabilities = probabilities / probabilities.sum(-1, keepdim=True).clamp(min=1e-9)
-        output = torch.matmul(probabilities.to(value.dtype), value)
-        return output.transpose(1, 2).contiguous(), None
+        output = torch.matmul(probabilities.to(call.values.dtype), call.values)
+        return output.transpose(1, 2).contiguous()
 
 
 def gated_states(
@@ -108,7 +91,7 @@ def _kept_bytes(model: Any, state: Tensor, start: int) -> int:
 
 
 def straight_through(logits: Tensor, candidates: Tensor, count: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return 1 at each row's `count` highest candidates and 0 at the others, with the gradient of a sigmoid.
+    """Return 1 at each sequence's `count` highest candidates and 0 at the others, with the gradient of a sigmoid.
 
     The sigmoid is centred half way between the last that stays and the first that goes, so that the gradient is the
     largest where the choice is close.
