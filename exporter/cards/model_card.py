@@ -262,11 +262,13 @@ def _sure(fold: dict[str, Any]) -> str:
     if "held_out" not in fold:
         return ""
     chosen, without, other = fold["held_out"], fold["without"], fold.get("runner_up")
-    low, high = chosen["interval"]
+    interval = ""
+    if chosen["interval"] is not None:  # of one picture there is none
+        low, high = chosen["interval"]
+        interval = f" (95 % interval {low:.4f} to {high:.4f})"
     text = (
         f"This was chosen on {chosen['questions']} held-out questions about pictures that nothing was fitted on: there "
-        f"the divergence from the base model's own answers is {chosen['kl']:.4f} nats a token (95 % interval {low:.4f} "
-        f"to {high:.4f})"
+        f"the divergence from the base model's own answers is {chosen['kl']:.4f} nats a token{interval}"
     )
     if fold["name"] != "none":
         text += f", without a fold it would be {without['kl']:.4f}"

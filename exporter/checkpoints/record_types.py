@@ -198,7 +198,7 @@ class HealedHeldOut:
     """The divergence of a model from its original on held-out questions."""
 
     kl: Divergence
-    interval: Annotated[tuple[Number, ...], Length(2)]
+    interval: Annotated[tuple[Number, ...], Length(2)] | None  # None: of one picture there is none
     questions: Count
     pictures: Count
     same_answers: Share

@@ -8,6 +8,7 @@ what makes the divergence worse than no fold at all never is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -95,7 +96,8 @@ def _report(
     more, error = judged[others[0]].more_than(judged[name]) if others else (0.0, 0.0)
     runner_up = None
     if others:
-        runner_up = {"name": others[0], "more": more, "error": error, **judged[others[0]].to_data()}
+        known = error if math.isfinite(error) else None  # of one picture there is none
+        runner_up = {"name": others[0], "more": more, "error": known, **judged[others[0]].to_data()}
     return {
         "name": name,
         "options": dict(CANDIDATES[name]),

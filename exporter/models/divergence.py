@@ -57,8 +57,9 @@ class Divergence:
         return math.sqrt(n / (n - 1) * sum(value * value for value in residuals.values())) / total
 
     def to_data(self) -> dict[str, Any]:
-        low, high = self.interval
-        data: dict[str, Any] = {"kl": self.mean, "interval": [low, high], "questions": len(self.kl)}
+        known = math.isfinite(self.error)  # one picture alone says nothing of others; JSON has no infinite numbers
+        interval = list(self.interval) if known else None
+        data: dict[str, Any] = {"kl": self.mean, "interval": interval, "questions": len(self.kl)}
         if self.follows:
             data["same_answers"] = sum(self.follows) / len(self.follows)
         return data

@@ -19,6 +19,7 @@ from exporter.cards import model_card
 from exporter.cards.model_card import body, metadata, template
 from exporter.checkpoints.measurement_types import BatchFigures, BenchOptionsPart, EvaluationEntry, WorkloadPart
 from exporter.checkpoints.record import CheckpointRecord, read_record
+from exporter.checkpoints.record_types import HealedHeldOut
 from exporter.checkpoints.shapes import (
     COUNT,
     DIVERGENCE,
@@ -37,10 +38,11 @@ from exporter.checkpoints.shapes import (
     check,
     one_of,
 )
-from exporter.checkpoints.typed import shape_of
+from exporter.checkpoints.typed import from_data, shape_of
 from exporter.cli.entry import main
 from exporter.errors import InputError
 from exporter.evaluation.results import ModelResult, figures
+from exporter.models.divergence import Divergence
 from exporter.pipeline import compress
 
 WRONG_VALUES: tuple[Any, ...] = (None, -1, 3, float("nan"), 10**400, "x", [], [None], {"x": None})
@@ -207,6 +209,18 @@ def test_every_part_that_is_written_has_a_type(record):
     assert {f.name for f in fields(BenchOptions)} <= {f.name for f in fields(BenchOptionsPart)}
     told = figures(ModelResult("m", None, 2, 0.5, (0.1, 0.9), {}, 0.1, 0.9, 8, None, 1, 1, 0.1, 1.0, 1.0, (), ()))
     assert told.keys() <= {f.name for f in fields(EvaluationEntry)}
+
+
+def test_a_divergence_of_one_picture_has_no_interval(record, tmp_path):
+    """Its error is not known, and JSON has no infinite numbers: a record with one could not be read again."""
+    held_out = Divergence(kl=(0.1, 0.3), tokens=(4, 4), pictures=(0, 0), follows=(True, False)).to_data()
+    assert held_out["interval"] is None
+    record["fold"] |= {"name": "none", "held_out": held_out, "without": held_out, "runner_up": None}
+    (tmp_path / "compression.json").write_text(json.dumps(record, allow_nan=False))
+    assert "is 0.0500 nats a token." in body(read_record(tmp_path), "name")
+    assert from_data(HealedHeldOut, held_out | {"pictures": 1}).interval is None
+    two = Divergence(kl=(0.1, 0.3), tokens=(4, 4), pictures=(0, 1)).to_data()
+    assert two["interval"][0] < two["kl"] < two["interval"][1]
 
 
 @pytest.mark.parametrize(
