@@ -443,6 +443,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def other_runs(options: argparse.Namespace) -> str:
+    """Return a sentence for each other seed that the folder of results has."""
+    told = ""
+    for path in sorted(options.work.glob("results-*-all.jsonl")):
+        seed = path.name.split("-")[1]
+        rows = Results(path, again=False).done.values()
+        if seed != str(options.seed) and rows:
+            faults, trees = sum(row["class"] not in GOOD for row in rows), {row.get("tree", "unknown") for row in rows}
+            at = ", ".join(sorted(trees))
+            told += f"Another run, of seed {seed}: {len(rows):,} cases at {at}, {faults} faults.\n"
+    return told and f"{told}\n"
+
+
 def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """docs/faults.md."""
     import transformers
@@ -464,7 +477,7 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"{time.strftime('%d %B %Y')}; lvlm-exporter {__version__}, transformers {transformers.__version__}, Python "
         f"{sys.version.split()[0]}. Seed {options.seed}, {len(rows):,} cases, of which **{len(faults)}** are faults. "
         f"Cases by the tree of the package that they were run at (`git rev-parse HEAD:exporter`): {of_trees}.\n\n"
-        f"{table(rows)}\n{meanings}\n"
+        f"{other_runs(options)}{table(rows)}\n{meanings}\n"
         "The clean process that verifies a checkpoint is run in the case's own process here, for speed. What a "
         "flipped bit makes of the weights or pictures of a source can't be told from other weights or another "
         "picture; a folder that lvlm-exporter wrote has the SHA-256 of every file, and there no change may pass.\n"
