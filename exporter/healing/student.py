@@ -27,6 +27,7 @@ from ..models.replay import trace
 from .adapter import SCALING
 
 KEPT_BYTES = 2 << 30  # of activations that a step may keep for its gradient; above, layers run twice
+NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight")  # how the names of norms end, Qwen-VL's among them
 KEPT_STATES = 16  # of [B, S, D] that a layer keeps, roughly, beside three of its MLP's width
 MISSING = "healing learns low-rank updates with PEFT, which is not installed: pip install 'lvlm-exporter[heal]'."
 
@@ -111,7 +112,9 @@ def prepared(model: Any, processor: Any, source: Source, rank: int, norms: bool,
             f"{source.name} stores none of its decoder layers' linear maps as a matrix of its own: it can't be healed."
         )
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=rank, lora_alpha=round(SCALING * rank), target_modules=names, lora_dropout=0.0)
+    path = next(name for name, module in decoder.named_modules() if module is decoder.layers)  # 'h' in Qwen-VL
+    maps = [path + name.removeprefix("layers") for name in names]
+    config = peft.LoraConfig(r=rank, lora_alpha=round(SCALING * rank), target_modules=maps, lora_dropout=0.0)
     peft.inject_adapter_in_model(config, decoder)
     adapted = {name: decoder.get_submodule(name) for name in names}
     for module in adapted.values():  # steps are lost in the rounding of half precision; PEFT casts what comes and goes
@@ -119,7 +122,7 @@ def prepared(model: Any, processor: Any, source: Source, rank: int, norms: bool,
         module.lora_B["default"].float()
     learnt: dict[str, nn.Parameter] = {}
     for name, parameter in decoder.layers.named_parameters(prefix="layers"):
-        if norms and parameter.ndim == 1 and name.endswith("norm.weight") and _stored(source, name, parameter):
+        if norms and parameter.ndim == 1 and name.endswith(NORMS) and _stored(source, name, parameter):
             learnt[name] = parameter.requires_grad_()
     return Student(model, processor, adapted, learnt)
 

@@ -141,7 +141,8 @@ def _sorted_out(layer: nn.Module, direct: list[tuple[str, float]], last: set[str
 
 def is_mixer(name: str) -> bool:
     """Tell whether a part of a layer, by its name, mixes tokens: attention, convolution, a state space."""
-    return any(word in name for word in ("attn", "attention", "conv", "mamba", "ssm", "mixer", "linear_attn"))
+    words = ("attn", "attention", "conv", "mamba", "ssm", "mixer")
+    return "norm" not in name and any(word in name for word in words)  # post_attention_layernorm mixes nothing
 
 
 def layers_at_work(model: Any) -> list[tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]]:

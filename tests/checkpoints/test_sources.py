@@ -303,10 +303,10 @@ def test_a_tokenizer_larger_than_the_embeddings(damaged):
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [
-        ({"num_return_sequences": 2}, "transformers refuses generation_config.json, .*num_return_sequences"),
-        ({"max_new_tokens": "5"}, "transformers refuses generation_config.json, .*not supported between"),
-        ({"cache_implementation": "x"}, "transformers refuses generation_config.json, .*cache_implementation"),
-        ({"compile_config": {"a": 1}}, "transformers refuses generation_config.json, .*compile_config"),
+        ({"num_return_sequences": 2}, r"transformers refuses generation_config\.json \(.*num_return_sequences"),
+        ({"max_new_tokens": "5"}, r"transformers refuses generation_config\.json \(.*not supported between"),
+        ({"cache_implementation": "x"}, r"transformers refuses generation_config\.json \(.*cache_implementation"),
+        ({"compile_config": {"a": 1}}, r"transformers refuses generation_config\.json \(.*compile_config"),
         ({"eos_token_id": [2, "</s>"]}, r"eos_token_id=\[2, '</s>'\], which is no token id"),
         ({"num_return_sequences": 2, "num_beams": 4, "do_sample": True, "pad_token_id": -1}, None),
     ],

@@ -15,7 +15,7 @@ import torch
 from fixtures.checkpoints import picture, snapshot
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoints import writer as checkpoint
+from exporter.checkpoints import safetensors_ranges, writer
 from exporter.checkpoints.safetensors_ranges import write_shards
 from exporter.cli.entry import main
 from exporter.errors import InputError
@@ -212,7 +212,7 @@ def test_full_disk_before_and_during(capsys, model, questions, tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_shard", full)
+    monkeypatch.setattr(safetensors_ranges, "write_shard", full)
     assert "disk" in compress_refused(capsys, model, questions)
 
 
@@ -251,10 +251,10 @@ def start(model: Path, questions: Path, out: Path) -> subprocess.Popen[str]:
     code = (
         "import time, sys\n"
         "from exporter import cli\n"
-        "from exporter.checkpoints import writer\n"
+        "from exporter.checkpoints import safetensors_ranges\n"
         "def slow(*args):\n"
         "    print('writing', flush=True); time.sleep(600)\n"
-        "writer.write_shard = slow\n"
+        "safetensors_ranges.write_shard = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     arguments = ["compress", model, "--out", out, "--drop-layers", "1", "--calibration", questions, "--samples", "2"]
@@ -311,7 +311,7 @@ def test_a_failed_verification_leaves_no_folder(capsys, model, questions, tmp_pa
         tensors["language_model.model.layers.0.mlp.down_proj.weight"] *= -1
         save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(checkpoint, "write_shards", damaged)
+    monkeypatch.setattr(writer, "write_shards", damaged)
     arguments = ["--drop-layers", "1", "--calibration", str(questions), "--samples", "2"]
     assert main(["compress", str(model), "--out", str(tmp_path / "out"), *arguments]) == 1
     assert "lvlm-exporter: out does not verify: " in capsys.readouterr().err

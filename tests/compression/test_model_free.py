@@ -82,7 +82,7 @@ def test_a_dry_run_reads_headers_only(tiny, tmp_path, no_model, monkeypatch, cap
 def test_what_needs_the_model_needs_questions(tiny, tmp_path):
     recipe = Recipe(str(tiny("llava")), NO_QUESTIONS, LayerBudget(layers=(1,)))
     with pytest.raises(
-        InputError, match=r"questions about images are needed to choose layers and to fold: .* --fold none"
+        InputError, match=r"questions about images are needed to choose layers and to fold: .* and --fold is none"
     ):
         exporter.compress(recipe, tmp_path / "small")
 

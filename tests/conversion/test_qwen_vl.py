@@ -27,15 +27,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter import InputError, RouterRecipe, compress, convert, evaluate, push, reproduce, route, verify
+from exporter import InputError, RouterRecipe, compress, convert, evaluate, heal, push, reproduce, route, verify
 from exporter.checkpoints.record import read_record
 from exporter.checkpoints.source import open_source
 from exporter.clean_room import encode, load_processor
 from exporter.cli.entry import main
 from exporter.conversion.tiktoken import make_tokenizer, read_ranks
+from exporter.healing.student import prepared
 from exporter.models.loading import load_model
 from exporter.plan import LayerBudget
-from exporter.recipe import CalibrationData
+from exporter.recipe import CalibrationData, HealRecipe
 
 Weights = dict[str, Tensor]
 
@@ -354,6 +355,21 @@ def test_it_is_scored_and_evaluated(made, tmp_path, questions, capsys):
     task = questions.parent / "labelled.jsonl"
     task.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert evaluate([made], str(task)) is not None
+
+
+def test_it_is_healed(made, tmp_path, questions, monkeypatch):
+    monkeypatch.setattr("exporter.healing.healed.require", not_verified)
+    small = compress(recipe(made, questions, budget=LayerBudget(layers=(2,))), tmp_path / "small")
+    calibration = CalibrationData(str(questions), answer_tokens=3)
+    healing = HealRecipe(steps=4, rank=2, learning_rate=0.02, batch_size=4, exchanges=1, norms=True,
+                         calibration=calibration, teacher=str(made))  # fmt: skip
+    healed = heal(small, healing, tmp_path / "healed")
+    assert load_file(healed / "model.safetensors").keys() == load_file(small / "model.safetensors").keys()
+    assert (healed / "modeling_qwen_vl.py").exists() and (healed / "qwen_vl_visual.py").exists()
+    source = open_source(str(small))
+    student = prepared(load_model(source, "cpu", torch.float32)[0], None, source, rank=2, norms=True, seed=0)
+    learnt = {name.split(".", 2)[2] for name in student.parameters}
+    assert {"ln_1.weight", "ln_2.weight"} < learnt and any("c_attn" in name for name in learnt)
 
 
 def test_it_is_not_routed_and_says_why(made, tmp_path, questions):
