@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.choice_types import FoldPart, JudgedPart, rounds_of
 from ..checkpoints.json_file import read_json
 from ..checkpoints.own_types import OWN_TYPES
 from ..checkpoints.record import RECORD, CheckpointRecord, read_record
@@ -18,6 +19,7 @@ from ..errors import InputError
 from ..families import OWN_FAMILIES
 from ..localize.scores import LayerScores
 from ..methods import fold_row, localizer_row
+from ..models.divergence import Z
 from .card_file import CARD, write_card
 from .figures import describe
 from .licence import card_text, licence_sentence
@@ -106,7 +108,7 @@ def body(record: CheckpointRecord, name: str) -> str:
     row = fold_row(fold["name"])
     fold["title"], fold["link"] = row.title, row.link
     fold["places"] = _places(fold["tensors"])
-    fold["sure"] = _sure(data["fold"])
+    fold["sure"] = sureness(record.fold)
     rendered: str = template("compressed.md.jinja").render(
         data,
         evaluations=[e for e in data["evaluations"] if not e.get("budget")],
@@ -254,27 +256,58 @@ def _choice(record: CheckpointRecord) -> str:
     counted = f" (at most {tokens['visual']:,} visual and {tokens['text']:,} text tokens in one pass)" if tokens else ""
     read, total = record.scores.details.get("questions", data.samples), data.samples
     questions = f"{total}" if read == total else f"{read} of {total}"
-    return f"They were chosen by [{row.title}]({row.link}) from {questions} unlabelled questions about images{counted}."
+    told = f"They were chosen by [{row.title}]({row.link}) from {questions} unlabelled questions about images{counted}."
+    return told + _next_set(record)
 
 
-def _sure(fold: dict[str, Any]) -> str:
-    """Return how sure the choice of the fold is, in a paragraph; empty where nothing was held out."""
-    if "held_out" not in fold:
+def _next_set(record: CheckpointRecord) -> str:
+    """Return how sure the choice of the layers is, in a sentence; empty where no other set was judged with a fold."""
+    rounds = rounds_of(record.scores.details)
+    if not rounds or sorted(rounds[-1].chosen) != sorted(record.plan.drop):
         return ""
-    chosen, without, other = fold["held_out"], fold["without"], fold.get("runner_up")
+    others = [judged for judged in rounds[-1].sets if judged.drop != rounds[-1].chosen and judged.more is not None]
+    if not others:
+        return ""
+    second = min(others, key=lambda judged: judged.kl)
+    return (
+        f" Of the other sets, layers {', '.join(map(str, second.drop))} came next: judged with a quick fold on "
+        f"{second.questions} held-out questions, they would depart from the base model's answers by "
+        f"{_difference(second)}."
+    )
+
+
+def _difference(judged: JudgedPart) -> str:
+    """Return a paired difference of divergences in words, and whether it is within its noise."""
+    more, error = judged.more or 0.0, judged.error
+    if error is None:  # of one picture there is none
+        return f"{abs(more):.4f} nats a token {'more' if more >= 0 else 'less'}"
+    direction = "more" if more >= 0 else "less"
+    noise = ", within its noise" if abs(more) <= Z * error else ""
+    return f"{abs(more):.4f} ± {error:.4f} nats a token {direction} (paired, ± its standard error over pictures{noise})"
+
+
+def sureness(fold: FoldPart) -> str:
+    """Return how sure the choice of the fold is, in a paragraph; empty where nothing was held out."""
+    chosen, without, other = fold.held_out, fold.without, fold.runner_up
+    if chosen is None or without is None:
+        return ""
     interval = ""
-    if chosen["interval"] is not None:  # of one picture there is none
-        low, high = chosen["interval"]
+    if chosen.interval is not None:  # of one picture there is none
+        low, high = chosen.interval
         interval = f" (95 % interval {low:.4f} to {high:.4f})"
     text = (
-        f"This was chosen on {chosen['questions']} held-out questions about pictures that nothing was fitted on: there "
-        f"the divergence from the base model's own answers is {chosen['kl']:.4f} nats a token{interval}"
+        f"This was chosen on {chosen.questions} held-out questions about pictures that nothing was fitted on: there "
+        f"the divergence from the base model's own answers is {chosen.kl:.4f} nats a token{interval}"
     )
-    if fold["name"] != "none":
-        text += f", without a fold it would be {without['kl']:.4f}"
-    if other and other["name"] != "none":
-        text += f", with the runner-up, `{other['name']}`, {other['kl']:.4f}"
-    return text + "."
+    if fold.name != "none":
+        text += f", without a fold it would be {without.kl:.4f}"
+    if other and other.name != "none":
+        text += f", with the runner-up, `{other.name}`, {other.kl:.4f}"
+    text += "."
+    if other and other.more is not None:
+        name = "no fold" if other.name == "none" else f"`{other.name}`"
+        text += f" With {name} it would be {_difference(other)}."
+    return text
 
 
 def _places(tensors: list[str]) -> str:

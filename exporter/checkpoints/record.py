@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from ..clean_room import REFERENCE_QUESTION
 from ..errors import InputError
+from .choice_types import FoldPart, rounds_of
 from .files import check_written, replace_text
 from .measurement_types import BenchmarkEntry, EvaluationEntry
 from .record_types import (
     ConversionPart,
-    FoldPart,
     HealPart,
     MeasuredPart,
     PlanPart,
@@ -143,6 +143,9 @@ def _check_together(record: CheckpointRecord) -> None:
         raise Misfit(f"'plan' does not keep or drop each of its {plan.num_layers} layers once")
     if len(record.scores.values) != plan.num_layers:
         raise Misfit(f"'scores.values' has {len(record.scores.values)} numbers for {plan.num_layers} layers")
+    rounds_of(record.scores.details)
+    if record.fold.held_out is not None and record.fold.without is None:
+        raise Misfit("'fold' was chosen by held-out questions and has no 'without'")
     tokens = record.calibration.tokens
     if tokens and not {"visual", "text"} <= tokens.keys():
         raise Misfit("'calibration.tokens' is without 'visual' or 'text'")

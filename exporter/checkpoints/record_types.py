@@ -14,7 +14,6 @@ OUTPUT_NAME = re.compile(
     r"vision: image_features|embeddings: inputs_embeds|decoder \((prompt|step)\): logits"
     r"|decoder: present\.\d+\.(key|value)"
 )
-TENSOR = Kind('"layer N\'s NAME"', lambda value: isinstance(value, str) and value.count("'s ") == 1)
 OUTPUT = Kind(
     '"PART: OUTPUT" of the graphs',
     lambda value: isinstance(value, str) and bool(OUTPUT_NAME.fullmatch(value)),
@@ -89,16 +88,6 @@ class PlanPart:
     drop: tuple[Count, ...]
     keep: tuple[Count, ...]
     broken_period: Text | None = None  # a warning
-
-
-@dataclass(frozen=True)
-class FoldPart:
-    """The weights that were folded into the layers that stayed."""
-
-    name: Text
-    reason: Text
-    tensors: tuple[Annotated[str, TENSOR], ...]
-    options: dict[Text, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

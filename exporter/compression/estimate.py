@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..checkpoints.memory import parse_size
 from ..checkpoints.safetensors_ranges import COPY_CHUNK_BYTES
 from ..clean_room import REFERENCE_TOKENS
 from ..data.batches import by_size, make_batches, spread
+from ..fold.reconstruction import refits
 from ..methods import FOLDS, LOCALIZERS, Function, resolve
 from ..models.flops import kv_bytes_per_token
 from ..models.loading import PartSizes
@@ -120,7 +122,9 @@ def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
     Args:
         prompt_tokens: of a question, on average.
     """
-    size = _likely(job)
+    fitted_on = prompt_tokens * portion("fit", len(job.calibration.samples))
+    inner_bytes = fitted_on * inner_size(job.source.config) * job.dtype.itemsize
+    size = replace(_likely(job), refits=refits(job.source.decoder, inner_bytes))
     longer = 1 + min(ANSWER_GUESS, job.recipe.calibration.answer_tokens) / prompt_tokens  # with its answer
     localizing, ranked, folding, fitted = 0.0, 0.0, 0.0, 0.0
     if job.recipe.budget.layers is None:
@@ -129,6 +133,13 @@ def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
     if job.count:
         folding, fitted = _cost(FOLDS[job.fold.name].passes, size, job.fold)
     return longer * (max(ranked, fitted) + localizing + folding)
+
+
+def inner_size(config: Any) -> int:
+    """Return how wide the inputs of a layer's down_proj are."""
+    text = config.get_text_config()
+    size = getattr(text, "intermediate_size", None)
+    return size if isinstance(size, int) else 4 * int(text.hidden_size)
 
 
 def _streams(job: CompressionJob, tokens: int) -> float:

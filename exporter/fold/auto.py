@@ -8,7 +8,6 @@ what makes the divergence worse than no fold at all never is.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..models.variants import Variant
 from ..plan import Folded
 from .held_out import HeldOut
 from .job import FoldJob, FoldRefused, GapMoments
-from .reconstruction import REFITTING
+from .reconstruction import refitting
 
 CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their options
     "none": {},
@@ -79,7 +78,8 @@ def _judged(held_out: HeldOut, variants: dict[str, Variant]) -> tuple[dict[str, 
     kept = [name for name in variants if name in better or name == "none"]
     if len(held_out.questions.split.held_out) <= few:
         return first, first
-    return dict(zip(kept, held_out.judge([variants[name] for name in kept]), strict=True)), first
+    known = [first[name] for name in kept]
+    return dict(zip(kept, held_out.judge([variants[name] for name in kept], known=known), strict=True)), first
 
 
 def _winner(judged: dict[str, Divergence]) -> str:
@@ -93,17 +93,16 @@ def _report(
 ) -> dict[str, Any]:
     """Return what the record says of the choice."""
     others = sorted((other for other in judged if other != name), key=lambda other: judged[other].mean)
-    more, error = judged[others[0]].more_than(judged[name]) if others else (0.0, 0.0)
     runner_up = None
     if others:
-        known = error if math.isfinite(error) else None  # of one picture there is none
-        runner_up = {"name": others[0], "more": more, "error": known, **judged[others[0]].to_data()}
+        second = judged[others[0]]
+        runner_up = {"name": others[0], **second.compared_with(judged[name]), **second.to_data()}
     return {
         "name": name,
         "options": dict(CANDIDATES[name]),
         "chosen_by": "held-out divergence",
         "held_out": judged[name].to_data(),
-        "without": judged["none"].to_data(),
+        "without": {**judged["none"].compared_with(judged[name]), **judged["none"].to_data()},
         "runner_up": runner_up,
         "candidates": {other: {**(judged.get(other) or first[other]).to_data(), **notes[other]} for other in first},
     }
@@ -111,7 +110,8 @@ def _report(
 
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     """Return what it costs to fit and to judge the candidates."""
-    fit = options.get("fitted_on") or portion("fit", size.questions)
-    used = fit / size.questions + size.share("held_out")
-    judging = size.share("judge_sets") * (1 + 4 * SUFFIX) + size.share("held_out") * (1 + 3 * SUFFIX)
-    return fit / size.questions * (0.5 + REFITTING) + judging, used
+    fit = (options.get("fitted_on") or portion("fit", size.questions)) / size.questions
+    few, held_out = size.share("judge_sets"), size.share("held_out")
+    judging = few * (1 + 4 * SUFFIX) + max(0.0, held_out - few) * (1 + 3 * SUFFIX)
+    gaps = max(SHARE.values())  # measured once, for all that read no more than them
+    return fit * (gaps + refitting(size)) + judging, fit + held_out

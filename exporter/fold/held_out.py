@@ -28,18 +28,30 @@ class HeldOut:
         """Return prompts and answers to fit on: the first `number` that are drawn, all if none is given."""
         return self.questions.batches(what, part="fit", number=number)
 
-    def judge(self, variants: Sequence[Variant], number: int | None = None) -> list[Divergence]:
-        """Return how far each variant departs from the original on the first `number` held-out questions."""
-        asked = self.questions.answered("judge on held-out questions", "held_out", number)
+    def judge(
+        self, variants: Sequence[Variant], number: int | None = None, known: Sequence[Divergence] = ()
+    ) -> list[Divergence]:
+        """Return how far each variant departs from the original on the first `number` held-out questions.
+
+        Args:
+            known: what an earlier judging by fewer of them has said of the same variants: only the others are asked.
+        """
+        after = len(known[0].kl) if known else 0
+        if known and not self.questions.indices("held_out", number, after):
+            return list(known)
+        asked = self.questions.answered("judge on held-out questions", "held_out", number, after)
         agreements = judge(self.model, variants, asked)
-        pictures = tuple(self.questions.split.pictures[i] for i in self.questions.indices("held_out", number))
-        return [
+        indices = self.questions.indices("held_out", number, after)
+        pictures = tuple(self.questions.split.pictures[i] for i in indices)
+        judged = [
             Divergence(
                 kl=tuple(agreement.kl_of),
                 tokens=tuple(agreement.tokens_of),
                 pictures=pictures,
                 follows=tuple(agreement.follows),
                 state_error=agreement.state_error / max(1, agreement.states),
+                states=agreement.states,
             )
             for agreement in agreements
         ]
+        return [before.and_on(more) for before, more in zip(known, judged, strict=True)] if known else judged

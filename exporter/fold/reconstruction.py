@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..families import Decoder
 from ..models.boundary import Kept, StateStore
 from ..models.capture import on_module
 from ..models.loading import text_decoder
@@ -36,7 +37,6 @@ from .outputs import Matrix
 
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
-REFITTING = 1 + 3 * SUFFIX  # passes of a question: in all layers, and three times in those that are refitted
 INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
 TOKENS_PER_INPUT = 1.0  # that a regression needs at least; with fewer tokens its solution is the ridge's doing
 
@@ -390,6 +390,22 @@ def fold_reconstruction(
     return reconstruct(job, fit, batches, [kind for kind in ("o_proj", "down_proj") if kind in weights])
 
 
+def refits(decoder: Decoder, inner_bytes: float) -> int:
+    """Return how often a layer is run to be refitted: for each matrix, and a norm, and for the state behind it.
+
+    Args:
+        inner_bytes: of the inputs of its down_proj, over all questions that are fitted on.
+    """
+    if decoder.post_norm:
+        return 4
+    return 2 if inner_bytes <= INNER_BYTES else 3
+
+
+def refitting(size: JobSize) -> float:
+    """Return the passes of a question: in all layers, and again in those that are refitted."""
+    return 1 + size.refits * SUFFIX
+
+
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
-    """Return what it costs; `auto` counts its passes by REFITTING too."""
-    return refitted_share(size.plan) * REFITTING, 1.0
+    """Return what it costs."""
+    return refitted_share(size.plan) * refitting(size), 1.0

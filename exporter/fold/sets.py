@@ -29,15 +29,21 @@ class FoldedSets:
     decoder: Decoder
     multiplier: float = 1.0
     known: dict[frozenset[int], Variant] = field(default_factory=dict)
+    judged: dict[frozenset[int], Divergence] = field(default_factory=dict)  # on the most questions so far
 
     def of_folded(self, sets: Sequence[frozenset[int]], judged_by: str) -> list[Divergence]:
         """Return the divergence on a portion of the held-out questions without each of the sets.
 
-        Each is folded once; the original's states are shared by all.
+        Each is folded once, and put each question once; the original's states are shared by all.
         """
         self._fold([drop for drop in sets if drop not in self.known])
         number = self.held_out.questions.portion(judged_by)
-        return self.held_out.judge([self.known[drop] for drop in sets], number)
+        before = [self.judged[drop] for drop in sets if drop in self.judged]
+        alike = len(before) == len(sets) and len({len(one.kl) for one in before}) == 1
+        variants = [self.known[drop] for drop in sets]
+        divergences = self.held_out.judge(variants, number, known=before if alike else ())
+        self.judged.update(zip(sets, divergences, strict=True))
+        return divergences
 
     def _fold(self, sets: Sequence[frozenset[int]]) -> None:
         if not sets:

@@ -1,11 +1,12 @@
 """Best of: what several localizers propose, improved by exchanges, and judged as it will be used: folded, on held-out
 questions.
 
-Cosines look at one layer at a time: they misrank layers in ways that differ from model to model, and take two that make
-up for each other. What leaving a set out does to the last states, of all tokens, ranks sets better, and says which few
-are worth folding. These are folded and judged on growing numbers of held-out questions (successive halving; K. Jamieson
-and A. Talwalkar, 2016), by the same error unless the divergence clearly speaks against it: the error is a mean over all
-tokens, where the divergence hangs on the few answers that go wrong.
+Cosines look at one layer at a time: they misrank layers in ways that differ from model to model, and take two that
+make up for each other. What leaving a set out does to the last states, of all tokens, ranks sets better, and says
+which few are worth folding. A greedy search by it can be asked for (`search`): it finds layers that no ranking names,
+on a dozen questions. The few are folded and judged on growing numbers of held-out questions (successive halving; K.
+Jamieson and A. Talwalkar, 2016), by the same error unless the divergence clearly speaks against it: the error is a
+mean over all tokens, where the divergence hangs on the few answers that go wrong.
 
 Shapes: L layers.
 """
@@ -13,7 +14,7 @@ Shapes: L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
@@ -21,13 +22,17 @@ from ..methods import localizer_row, resolve
 from ..models.answers import StateError
 from ..models.capture import BatchStatistics, layer_statistics
 from ..models.divergence import simplest
-from ..models.questions import SUFFIX, JobSize
+from ..models.questions import SUFFIX, JobSize, portion
+from .greedy import greedy
 from .job import FoldedLoss, LocalizeJob, SetLoss
 from .scores import LayerScores, most_redundant
 from .spacing import spaced, spacing_wanted
 
 PROPOSERS = ("tis", "block_influence", "angular")  # from one pass; which ones was decided by measurement
+WIDTH = 6  # layers that the greedy search looks at again after each removal
 EXCHANGES = 2  # at most
+SETS_PASSES = 0.5  # that judging sets without a fold may cost: fewer questions judge where there are more sets
+FEWEST = 6  # questions that judge them
 SPARE = 2  # layers that each ranking names beyond those that are to go: what may be exchanged for others
 ROUNDS = ((4, "judge_sets"), (2, "judge_few_sets"))  # sets that are judged with a fold, and by which questions
 ERRORS = 2.0  # standard errors by which the divergence has to speak against the error of the states
@@ -40,6 +45,7 @@ def best_of(
     loss: SetLoss,
     exchanges: int = EXCHANGES,
     folded: FoldedLoss | None = None,
+    search: bool = False,
 ) -> LayerScores:
     """Return the set that folds best; without a fold to judge by, that of the lowest loss.
 
@@ -49,15 +55,19 @@ def best_of(
         loss: how far the model's last states are from the original's without each of some sets of layers.
         exchanges: at most so many, each for as many sets judged as layers are named by any ranking.
         folded: judges sets with a fold; None: the loss decides.
+        search: whether a greedy search proposes a set too.
     """
     proposed = _proposals(statistics, count, protect)
     sets = {name: frozenset(scores.drop) for name, scores in proposed.items()}
     if spacing_wanted(count, loss.num_layers):
         sets["spacing"] = frozenset(spaced(loss.num_layers, count, protect))
     known: dict[frozenset[int], float] = {}
+    searched = greedy(Remembered(loss, known), count, protect, WIDTH).drop if search else ()
+    if search:
+        sets["greedy"] = frozenset(searched)
     _judge(known, loss, list(sets.values()))
     shown = min(proposed.values(), key=lambda scores: known[frozenset(scores.drop)])
-    named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}
+    named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}.union(searched)
     start = min(sets.values(), key=lambda layers: known[layers])
     drop, swaps = exchanged(start, named, known=known, loss=loss, exchanges=exchanges)
     details: dict[str, Any] = {
@@ -69,6 +79,22 @@ def best_of(
         drop, details["rounds"] = halved([drop, *sets.values()], known, folded, count)
     in_order = tuple(sorted(drop, key=lambda layer: (-shown.values[layer], -layer)))
     return LayerScores("best_of", shown.values, in_order, details)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A SetLoss that keeps what it has said of each set."""
+
+    loss: SetLoss
+    known: dict[frozenset[int], float]
+
+    @property
+    def num_layers(self) -> int:
+        return self.loss.num_layers
+
+    def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
+        _judge(self.known, self.loss, sets)
+        return [self.known[layers] for layers in sets]
 
 
 def _proposals(statistics: Sequence[BatchStatistics], count: int, protect: tuple[int, ...]) -> dict[str, LayerScores]:
@@ -140,7 +166,12 @@ def halved(
         remaining.sort(key=lambda layers: judged[layers].state_error)
         chosen = remaining[simplest([judged[layers] for layers in remaining], ERRORS)]
         sets = [
-            {"drop": sorted(layers), "state_error": judged[layers].state_error, **judged[layers].to_data()}
+            {
+                "drop": sorted(layers),
+                "state_error": judged[layers].state_error,
+                **judged[layers].compared_with(judged[chosen]),
+                **judged[layers].to_data(),
+            }
             for layers in remaining
         ]
         rounds.append({"chosen": sorted(chosen), "sets": sets})
@@ -157,22 +188,27 @@ def by_best_of(
     judged_by: int | None = None,
     exchanges: int = EXCHANGES,
     folded: bool = True,
+    search: bool = False,
 ) -> LayerScores:
     """Choose the set that folds best, from a part of the questions.
 
     Args:
         samples: questions that rankings are read from; None: a sixteenth.
-        judged_by: questions that sets are judged by without a fold; None: one in 32.
+        judged_by: questions that sets are judged by without a fold; None: one in 32 or fewer, see `judges`.
         exchanges: at most.
         folded: whether the last few sets are judged with a fold, on held-out questions.
+        search: whether a greedy search by the error of the last states proposes a set too.
     """
-    samples, judged_by = samples or job.asked.portion("rank"), judged_by or job.asked.portion("sets")
+    samples = samples or job.asked.portion("rank")
+    judged_by = judged_by or judges(len(job.asked.samples), sets_judged(job.num_layers, count, exchanges, search))
     batches = list(job.asked.batches("score layers", part="fit", number=samples))
     statistics = list(layer_statistics(job.model, batches))
     few = job.asked.batches("score layers", part="fit", number=judged_by)
     loss = StateError.of(job.model, few, job.asked.progress)
     judge = job.folded if folded else None
-    scores = best_of(statistics, count, protect=tuple(protect), loss=loss, exchanges=exchanges, folded=judge)
+    scores = best_of(
+        statistics, count, protect=tuple(protect), loss=loss, exchanges=exchanges, folded=judge, search=search
+    )
     read = len(job.asked.indices("fit", max(samples, judged_by)))
     if judge is not None:
         fitted_on = job.asked.indices("fit", max(samples, judged_by, job.asked.portion("fold_sets")))
@@ -180,21 +216,35 @@ def by_best_of(
     return replace(scores, details=scores.details | {"questions": read})
 
 
+def sets_judged(num_layers: int, count: int, exchanges: int, search: bool) -> int:
+    """Return how many sets of layers are judged without a fold, at most."""
+    searched = num_layers + max(0, count - 1) * WIDTH if search else 0
+    return len(PROPOSERS) + 1 + searched + exchanges * (2 * count + SPARE)
+
+
+def judges(questions: int, sets: int) -> int:
+    """Return how many questions judge so many sets: what SETS_PASSES pays for, a part of all at most."""
+    affordable = int(SETS_PASSES * questions / (sets * SUFFIX))
+    return min(portion("sets", questions), max(FEWEST, affordable))
+
+
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     """Return what it costs: rankings, sets without a fold, and the best of them with one."""
     used = size.share("fit") + size.share("held_out")
-    exchanges = options.get("exchanges", EXCHANGES)
-    sets = len(PROPOSERS) + 1 + exchanges * (2 * size.drop + SPARE)
-    cost = 1.15 * size.share("rank") + size.share("sets") * (1 + sets * SUFFIX)
+    exchanges, search = options.get("exchanges", EXCHANGES), options.get("search", False)
+    sets = sets_judged(size.plan.num_layers, size.drop, exchanges, search)
+    judged_by = options.get("judged_by") or judges(size.questions, sets)
+    cost = 1.15 * size.share("rank") + judged_by / size.questions * (1 + sets * SUFFIX)
     if options.get("folded", True):
         first, few = (number for number, _ in ROUNDS)
+        judge_first, judge_few = size.share("judge_sets"), size.share("judge_few_sets")
         cost += size.share("fold_sets") * (1 + first * 2 * SUFFIX)
-        cost += size.share("judge_sets") * (1 + first * SUFFIX)
-        cost += size.share("judge_few_sets") * (1 + few * SUFFIX)
+        cost += judge_first * (1 + first * SUFFIX)
+        cost += max(0.0, judge_few - judge_first) * (1 + few * SUFFIX)  # the few know what the first questions say
     return cost, used
 
 
 def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
     """Return how often the weights are read: two passes of the original, one for each judgement, two for the folds."""
-    judged: int = 1 + 2 * options.get("exchanges", EXCHANGES)
+    judged: int = 1 + 2 * options.get("exchanges", EXCHANGES) + (size.drop if options.get("search", False) else 0)
     return 2 + judged + (2 + len(ROUNDS) if options.get("folded", True) else 0)

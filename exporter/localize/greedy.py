@@ -15,19 +15,25 @@ from .job import LocalizeJob, SetLoss
 from .scores import LayerScores
 
 
-def greedy(loss: SetLoss, count: int, protect: tuple[int, ...] = ()) -> LayerScores:
-    """Drop `count` layers one after the other. Values are minus the loss that each layer's removal alone causes."""
+def greedy(loss: SetLoss, count: int, protect: tuple[int, ...] = (), width: int | None = None) -> LayerScores:
+    """Drop `count` layers one after the other. Values are minus the loss that each layer's removal alone causes.
+
+    Args:
+        width: after the first removal only so many layers are looked at again, the cheapest by when they last were
+            (a layer that was dear alone is seldom cheap beside others); None: all.
+    """
     alone = loss.of_sets([frozenset({layer}) for layer in range(loss.num_layers)])
     current = {layer: alone[layer] for layer in range(loss.num_layers) if layer not in protect}
     dropped: list[int] = []
     losses: list[float] = []
+    looked_at = list(current)
     while len(dropped) < count:
-        best = min(current, key=lambda layer: (current[layer], -layer))
+        best = min(looked_at, key=lambda layer: (current[layer], -layer))
         dropped.append(best)
-        losses.append(current[best])
+        losses.append(current.pop(best))
         if len(dropped) < count:
-            rest = [layer for layer in current if layer != best]
-            current = dict(zip(rest, loss.of_sets([frozenset({*dropped, layer}) for layer in rest]), strict=True))
+            looked_at = sorted(current, key=lambda layer: (current[layer], -layer))[:width]
+            current |= zip(looked_at, loss.of_sets([frozenset({*dropped, layer}) for layer in looked_at]), strict=True)
     return LayerScores("greedy", tuple(-value for value in alone), tuple(dropped), {"losses": losses})
 
 

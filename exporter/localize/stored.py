@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.choice_types import rounds_of
 from ..checkpoints.files import replace_text
 from ..checkpoints.record import CheckpointRecord
 from ..checkpoints.record_types import CalibrationPart, Dtype, InnerPath, ScoresPart, Sha256
@@ -73,6 +74,7 @@ def load_scores(path: Path | str) -> StoredScores:
         if not isinstance(data, dict) or "scores" not in data or "localizer" not in data:
             raise InputError(f"{path} holds no scores: `lvlm-exporter score MODEL --save FILE` makes such a file.")
         stored = from_data(StoredScores, data)
+        rounds_of(stored.scores.details)
         method = stored.method
     except Misfit as misfit:
         raise InputError(f"{path} is damaged ({misfit}): score again.") from misfit

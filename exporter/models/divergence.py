@@ -23,6 +23,7 @@ class Divergence:
     pictures: tuple[int, ...]  # the number of each question's picture
     follows: tuple[bool, ...] = ()  # the variant would give the very same answer
     state_error: float = 0.0  # relative squared error of the last states, over all tokens: little noise, but no answer
+    states: int = 0  # that it is the mean over
 
     @property
     def mean(self) -> float:
@@ -43,6 +44,24 @@ class Divergence:
         """Return how much larger it is than another one on the same questions, and the standard error of that."""
         differences = [mine - its for mine, its in zip(self.kl, other.kl, strict=True)]
         return self.mean - other.mean, self._error(differences)
+
+    def and_on(self, more: Divergence) -> Divergence:
+        """Return the divergence on these questions and on more of them."""
+        states = self.states + more.states
+        summed = self.state_error * self.states + more.state_error * more.states
+        return Divergence(
+            kl=self.kl + more.kl,
+            tokens=self.tokens + more.tokens,
+            pictures=self.pictures + more.pictures,
+            follows=self.follows + more.follows,
+            state_error=summed / max(1, states),
+            states=states,
+        )
+
+    def compared_with(self, other: Divergence) -> dict[str, float | None]:
+        """Return `more_than` as a record has it: the paired difference, and its standard error over pictures."""
+        more, error = self.more_than(other)
+        return {"more": more, "error": error if math.isfinite(error) else None}
 
     def _error(self, sums: Sequence[float]) -> float:
         """Return the standard error of the ratio of the sums' total to the tokens', over pictures."""

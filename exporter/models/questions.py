@@ -61,6 +61,7 @@ class JobSize:
     questions: int
     plan: PruningPlan  # a likely one: which layers go is not known yet
     drop: int  # how many will go; the plan has one at least
+    refits: int = 3  # times that a layer is run to be refitted: twice where its inputs can be kept in memory
 
     def share(self, step: str) -> float:
         """Return the share of the questions that a step reads."""
@@ -98,12 +99,16 @@ class Questions:
         """Return which half of the pictures a question belongs to, for cross-validation."""
         return self._half[id(sample)]
 
-    def indices(self, part: Part = "all", number: int | None = None) -> list[int]:
-        """Draw the first `number` questions of a part, ordered by size, so that batches hold little padding."""
+    def indices(self, part: Part = "all", number: int | None = None, after: int = 0) -> list[int]:
+        """Draw the first `number` questions of a part, ordered by size, so that batches hold little padding.
+
+        Args:
+            after: so many of these, which are left out.
+        """
         drawn = {"all": self.split.drawn, "fit": self.split.fit, "held_out": self.split.held_out}[part]
         if part == "fit":
             number = self.portion("fit") if number is None else number
-        return sorted(drawn[:number], key=lambda index: (self.samples[index].pixels, index))
+        return sorted(drawn[after:number], key=lambda index: (self.samples[index].pixels, index))
 
     def batches(self, what: str, share: float = 1.0, part: Part = "all", number: int | None = None) -> Iterator[Batch]:
         """Yield prompts and answers of a part of the questions, the same in the same order every time.
@@ -118,13 +123,15 @@ class Questions:
         answered = self.answered(what, part, number)
         return (answered_batch.batch for answered_batch in answered)
 
-    def answered(self, what: str, part: Part = "all", number: int | None = None) -> Iterator[AnsweredBatch]:
+    def answered(
+        self, what: str, part: Part = "all", number: int | None = None, after: int = 0
+    ) -> Iterator[AnsweredBatch]:
         """Return the same, with what divergence needs to know of the answers.
 
         The model answers when this is called, not when the first batch is taken: what reads batches may have changed it
         by then.
         """
-        chosen = self.indices(part, number)
+        chosen = self.indices(part, number, after)
         wanted = [self.indices(part, max(len(chosen), self.portion("fit")) if part == "fit" else None)]
         if self._streamed and part != "all":  # the other side will be read too, and weights are read once a token
             wanted.append(self.indices("held_out" if part == "fit" else "fit"))

@@ -14,6 +14,8 @@ from tiny_models import build
 from exporter.benchmark.bench import bench
 from exporter.benchmark.figures import BenchOptions
 from exporter.benchmark.workload import Workload
+from exporter.cards.model_card import sureness
+from exporter.checkpoints.choice_types import FoldPart, JudgedPart, RunnerUp
 from exporter.checkpoints.record import read_record, write_record
 from exporter.cli.entry import main
 from exporter.errors import InputError
@@ -105,6 +107,19 @@ def test_a_card_that_is_a_link_is_refused_before_the_work(folder, task, tmp_path
     with pytest.raises(InputError, match=r"README\.md is a link that leads out of the folder"):
         evaluate([folder], task, samples=4, **TOKENS)
     assert (tmp_path / "elsewhere.md").read_bytes() == before
+
+
+def test_a_card_says_how_far_the_runner_up_is_beyond_its_noise():
+    chosen, without = JudgedPart(0.02, (0.01, 0.03), 64), JudgedPart(0.09, (0.05, 0.13), 64, 0.07, 0.01)
+    near = RunnerUp(0.03, (0.01, 0.05), 64, 0.01, 0.008, name="scp")
+    text = sureness(FoldPart("reconstruction", "", (), {}, chosen, without, near))
+    assert "without a fold it would be 0.0900, with the runner-up, `scp`, 0.0300." in text
+    assert "0.0100 ± 0.0080 nats a token more (paired, ± its standard error over pictures, within its noise)" in text
+    text = sureness(
+        FoldPart("none", "", (), {}, chosen, chosen, RunnerUp(0.01, (0.0, 0.02), 64, -0.01, 0.004, name="scp"))
+    )
+    assert "`scp` it would be 0.0100 ± 0.0040 nats a token less (paired, ± its standard error over pictures)." in text
+    assert sureness(FoldPart("none", ": why", ())) == ""
 
 
 @pytest.mark.parametrize("key", ["source", "plan", "scores", "fold", "measured", "evaluations", "versions"])

@@ -86,6 +86,12 @@ def made(tiny, questions, tmp_path_factory) -> Path:
         "curve": [{"step": 0, "loss": 1.0, "KL": 0.5}],
         "reference": {"tokens": [1], "margins": [0.5]},
     }
+    judged = {"kl": 0.1, "interval": [0.0, 0.2], "questions": 8}
+    compared = judged | {"more": 0.05, "error": 0.01}
+    record["fold"] |= {"held_out": judged, "without": compared, "runner_up": compared | {"name": "scp"}}
+    drop = sorted(record["plan"]["drop"])
+    sets = [judged | {"drop": drop, "more": 0.0, "error": 0.0}, compared | {"drop": [0]}]
+    record["scores"]["details"]["rounds"] = [{"chosen": drop, "sets": sets}]
     record["routes"] = [{"file": "assets/route_1.png", "question": "which?"}]
     (folder / "compression.json").write_text(json.dumps(record))
     return folder
@@ -158,6 +164,9 @@ def test_damage_anywhere_is_a_sentence_or_does_no_harm(made, record, tmp_path, m
         (("measured", "files"), {"config.json": "abc"}, "'measured.files.config.json' is not a SHA-256"),
         (("source", "files"), {"a\\b": "0" * 64}, "which is not a file below the folder"),
         (("measured", "parameters"), 10**400, "'measured.parameters' is not a whole number"),
+        (("fold", "held_out", "interval"), [0.1], "'fold.held_out.interval'"),
+        (("fold", "without"), ..., "'fold' was chosen by held-out questions and has no 'without'"),
+        (("scores", "details", "rounds", 0, "sets", 0, "more"), "x", "'rounds[0].sets[0].more' is not a finite number"),
         (("reference", "margins", 0), -0.5, "'reference.margins[0]' is not a number from 0 up"),
         (("recipe", "calibration"), 1.5, "'recipe.calibration' is neither a text nor a JSON object"),
         (("recipe", "localizer"), {"k": 3}, "'recipe.localizer' has no 'name'"),

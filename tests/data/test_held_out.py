@@ -118,6 +118,22 @@ def test_the_fold_that_is_applied_is_no_worse_than_none_on_held_out_questions(ti
         assert bool(folded) == (told["name"] != "none")
 
 
+def test_more_questions_add_to_what_fewer_have_said(tiny, many):
+    _, model, questions = opened(tiny("llava"), many)
+    held_out, variants = HeldOut(model, questions), [Variant(make_plan(6, drop)) for drop in ((2,), (1, 4))]
+    at_once = held_out.judge(variants)
+    in_turn = held_out.judge(variants, known=held_out.judge(variants, 4))
+    assert held_out.judge(variants, 4, known=in_turn) == in_turn, "nothing is asked twice"
+    for one, two in zip(at_once, in_turn, strict=True):
+        assert sorted(one.pictures) == sorted(two.pictures)
+        assert one.states == two.states > 0
+        assert two.mean == pytest.approx(one.mean, rel=1e-4)
+        assert two.error == pytest.approx(one.error, rel=1e-4)
+        assert two.state_error == pytest.approx(one.state_error, rel=1e-4)
+    more, error = at_once[1].more_than(at_once[0])
+    assert at_once[1].compared_with(at_once[0]) == {"more": more, "error": error}
+
+
 def test_a_fold_that_hurts_is_rejected(tiny, many, monkeypatch):
     job, model, questions = opened(tiny("llava"), many)
 

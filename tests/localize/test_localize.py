@@ -17,7 +17,7 @@ from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
 from exporter.localize import LocalizeJob, explicit, run_localizer
 from exporter.localize.angular import angular
-from exporter.localize.best_of import best_of
+from exporter.localize.best_of import best_of, judges, sets_judged
 from exporter.localize.block_influence import block_influence
 from exporter.localize.fisher import _gated_log_p, cheapest_set, fisher, information, set_cost
 from exporter.localize.greedy import greedy
@@ -28,6 +28,7 @@ from exporter.models.answers import StateError, answered
 from exporter.models.capture import BatchStatistics
 from exporter.models.divergence import Divergence
 from exporter.models.loading import load_model
+from exporter.models.questions import SUFFIX
 from exporter.recipe import Method
 
 
@@ -108,6 +109,12 @@ def test_greedy_looks_again_after_each_removal():
     assert greedy(FakeLoss(), 2, protect=(0, 2)).drop == (1, 3)
 
 
+def test_greedy_of_a_width_looks_at_the_cheapest_again():
+    assert greedy(FakeLoss(), 2, width=2).drop == (0, 2)
+    assert greedy(FakeLoss(), 2, width=1).drop == (0, 1), "it looks at layer 1 alone"
+    assert greedy(FakeLoss(), 3, width=2).drop == greedy(FakeLoss(), 3).drop == (0, 2, 3)
+
+
 def test_most_redundant_prefers_the_deeper_of_equals_and_spares_the_protected():
     assert most_redundant([0.5, 0.9, 0.9, 0.1], 2, ()) == (2, 1)
     assert most_redundant([0.5, 0.9, 0.9, 0.1], 2, (2,)) == (1, 0)
@@ -162,21 +169,50 @@ def test_best_of_does_without_a_block_where_none_fits():
     assert set(best.details["proposals"]) == {"tis", "block_influence", "spacing"}
 
 
-def test_best_of_exchanges_a_layer_that_others_make_up_for():
-    cosines = [0.9, 0.8, 0.7, 0.6, 0.1]
+def test_best_of_searches_for_layers_that_no_ranking_names():
+    cosines = [0.9, 0.8, 0.7, 0.1, 0.6]
     batch = statistics([[c, c] for c in cosines], [[1.0, 0.0]] * 5, [[0.0, 1.0]] * 5)
-    judged = []
 
     class Loss:
         num_layers = 5
 
         def of_sets(self, sets):
-            judged.append(len(sets))
-            return [0.1 * sum(s) + 5.0 * ({0, 1} <= s) + ({0, 2} <= s) + 9.0 * (4 in s) for s in sets]
+            return [sum((0.3, 0.4, 0.5, 0.1, 0.2)[layer] for layer in s) for s in sets]
+
+    best = best_of([batch], 1, (), Loss(), exchanges=0, search=True)
+    assert best.drop == (3,)
+    assert best_of([batch], 1, (), Loss(), exchanges=0).drop == (4,), "what angular names"
+    assert best.details["proposals"]["greedy"] == {"drop": [3], "loss": 0.1}
+    assert best_of([batch], 1, (3,), Loss(), exchanges=0, search=True).drop == (4,)
+
+
+def test_fewer_questions_judge_where_there_are_more_sets():
+    few, many = (sets_judged(layers, layers // 4, 1, True) for layers in (12, 32))
+    assert judges(512, few) == 14 and judges(512, many) == 6
+    assert judges(512, few) / 512 * few * SUFFIX <= 0.5
+    assert judges(2048, 1) == 64, "a part of all at most"
+
+
+def test_best_of_exchanges_a_layer_that_others_make_up_for():
+    cosines = [0.9, 0.8, 0.7, 0.6, 0.1]
+    batch = statistics([[c, c] for c in cosines], [[1.0, 0.0]] * 5, [[0.0, 1.0]] * 5)
+    judged: list[frozenset[int]] = []
+
+    class Loss:
+        num_layers = 5
+
+        def of_sets(self, sets):
+            judged.extend(sets)
+            return [0.1 * sum(s) + 5.0 * ({0, 1} <= s) + (len(s) > 1 and 0 in s) + 9.0 * (4 in s) for s in sets]
 
     best = best_of([batch], 2, (), Loss(), exchanges=0)
     assert best.drop == (2, 3), "what spacing proposes"
-    assert judged == [3], "two of the four propose the same"
+    searched = best_of([batch], 2, (), Loss(), exchanges=0, search=True)
+    assert searched.drop == (2, 3)
+    assert searched.details["proposals"]["greedy"]["drop"] == [0, 2], "it can not know what comes of 0"
+    judged.clear()
+    best_of([batch], 2, (), Loss(), search=True)
+    assert len(judged) == len(set(judged)), "each set of layers is judged once"
     best = best_of([batch], 2, (), Loss())
     assert best.drop == (1, 2), "the cheapest pair of the four that are named"
     assert best.details["exchanges"] == [{"back": 3, "instead": 1, "loss": pytest.approx(0.3)}]
