@@ -99,13 +99,20 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
     with entry.path.open("rb", buffering=0) as file:
-        view, position = buffer.numpy().data, entry.begin
-        while view:
-            done = os.preadv(file.fileno(), [view], position)
-            if not done:
-                raise InputError(f"{entry.path} is shorter than it was: it changes while it is read.")
-            view, position = view[done:], position + done
+        if not fill(file.fileno(), buffer, entry.begin):
+            raise InputError(f"{entry.path} is shorter than it was: it changes while it is read.")
     return buffer.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
+
+
+def fill(descriptor: int, buffer: torch.Tensor, begin: int) -> bool:
+    """Fill a tensor of bytes from an open file, from position `begin` on. Returns: False where the file ends before."""
+    view = buffer.numpy().data
+    while view:
+        done = os.preadv(descriptor, [view], begin)
+        if not done:
+            return False
+        view, begin = view[done:], begin + done
+    return True
 
 
 def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:

@@ -81,6 +81,11 @@ def tables_from_data(data: Any) -> RouteTables:
         raise InputError(f"two rows are called '{twice[0]}'.")
     for row in read["rows"]:
         row.parsed()
+    if any(budget.flops is not None or budget.quality is not None for budget in read["budgets"]):
+        raise InputError(
+            "budgets: a column names keep_visual_tokens and keep_layers, which rules can keep to as well; flops and "
+            "quality are for routers alone: `lvlm-exporter evaluate --flops 0.5` measures them."
+        )
     return RouteTables(**{**data, **read})
 
 

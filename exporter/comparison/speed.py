@@ -19,6 +19,8 @@ from ..progress import Progress
 from ..recipe import RunOptions
 from .grid import Grid
 
+Ratio = tuple[float, float, float]  # samples a second as a ratio to the original's: median, lowest, highest
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -36,12 +38,12 @@ class Timing:
 
 def samples_per_second(
     grid: Grid, drops: Mapping[int, tuple[int, ...]], timing: Timing, options: RunOptions, progress: Progress
-) -> dict[int, tuple[float, float, float]]:
+) -> dict[int, Ratio]:
     """Time whole answers with and without layers in turn; folds change nothing about it.
 
     Args:
         drops: layers that go, by their number.
-    Returns: by number of dropped layers the median ratio to the original's samples a second, the lowest, the highest.
+    Returns: the ratio by number of dropped layers.
     """
     job = prepare(grid.recipe(), options, progress)
     model, _ = job.load_model()

@@ -7,7 +7,7 @@ that the rows name are trained first. Rows that can't be made stand in the table
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from ..pipeline import route
 from ..progress import Progress, silent
 from ..recipe import RunOptions
 from ..routing.cost import few_prompts
-from ..routing.rules import Rule
+from ..routing.requests import router_settings
 from .grid import Comparison, Grid
 from .layers import compare
 from .routers import compare_routes
 from .routes import RouteComparison, RouteTables
 from .saved import write_all
-from .speed import samples_per_second
+from .speed import Ratio, samples_per_second
 from .tasks_recipe import Line, TasksRecipe
 from .theory import Shape, fastv_tflops
 
@@ -49,7 +49,7 @@ class TaskRow:
     parameters: int | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)  # of the original's
-    speed: tuple[float, float, float] | None = None  # samples a second as a ratio to the original's, with its range
+    speed: Ratio | None = None
     reason: str | None = None  # why there are no figures
 
     @property
@@ -87,17 +87,13 @@ def compare_tasks(
         with contextlib.suppress(OSError):
             out.rmdir()  # unless it holds something
         raise
-    original = _original(done, shape)
-    if isinstance(next(iter(parts.values())), Grid):
-        found = [row for count in _counts(done) for row in _grid_rows(done, count, shape)]
-        if wanted.speed is not None:
-            first = next(part for part in parts.values() if isinstance(part, Grid))
-            drops = {len(cell.drop): cell.drop for cell in _first(done).cells}
-            speeds = samples_per_second(first, drops, wanted.speed, options, progress)
-            found = [replace(row, speed=speeds[shape.layers - (row.layers or 0)]) for row in found]
-        rows = _in_tables(wanted, [replace(original, speed=(1.0, 1.0, 1.0)) if wanted.speed else original], found)
+    first = next(iter(parts.values()))
+    if isinstance(first, Grid):
+        drops = {len(cell.drop): cell.drop for cell in _first(done).cells}
+        speeds = {} if wanted.speed is None else samples_per_second(first, drops, wanted.speed, options, progress)
+        rows = _grid_tables(wanted, done, shape, speeds)
     else:
-        rows = _in_tables(wanted, [original], _route_rows(wanted, parts, done, shape))
+        rows = _route_tables(wanted, first, done, shape)
     result = TasksComparison(out, tuple(wanted.tasks), tuple(rows))
     pictures = {"accuracy.png": lambda path: plot_tasks(result, path)}
     write_all(out, {"table.md": tasks_markdown(result)}, pictures, result.to_data())
@@ -160,81 +156,81 @@ def _original(done: Mapping[str, Comparison | RouteComparison], shape: Shape) ->
     )
 
 
-def _counts(done: Mapping[str, Comparison]) -> list[int]:
-    return list(dict.fromkeys(_first(done).counts))
-
-
-def _grid_rows(done: Mapping[str, Comparison], count: int, shape: Shape) -> list[TaskRow]:
-    """Return the cells of a number of dropped layers, each over all tasks."""
-    rows = []
-    for cell in (cell for cell in _first(done).cells if len(cell.drop) == count):
-        key = (cell.localizer, cell.fold, count)
-        same = {
-            name: next(c for c in one.cells if (c.localizer, c.fold, len(c.drop)) == key) for name, one in done.items()
-        }
-        rows.append(
-            TaskRow(
-                table=f"{100 * count / shape.layers:.0f} % of the layers gone",
-                method=f"{cell.localizer} + {cell.fold}",
-                layers=shape.layers - count,
-                visual_tokens=1.0,
-                tflops=fastv_tflops(shape, shape.layers - count),
-                parameters=cell.parameters,
-                accuracy={name: c.accuracy for name, c in same.items()},
-                kept={name: c.kept for name, c in same.items()},
-            )
-        )
-    return rows
-
-
-def _route_rows(
-    wanted: TasksRecipe, parts: Mapping[str, Any], done: Mapping[str, RouteComparison], shape: Shape
-) -> Callable[[Line], TaskRow]:
-    """Return what makes a line of a table out of the cells of all tasks."""
-    rules = {row.name: row.parsed() for row in next(iter(parts.values())).rows}
-
-    def made(line: Line) -> TaskRow:
-        if line.reason is not None:
-            return TaskRow("", line.row, reason=line.reason)
-        assert line.budget is not None
-        cells = {name: one.cell(line.row, line.budget) for name, one in done.items()}
-        there = {name: cell for name, cell in cells.items() if cell is not None}
-        if len(there) < len(cells):
-            return TaskRow("", line.name or line.row, reason="no budget of its own costs so little")
-        budget, rule = next(iter(there.values())).budget, rules[line.row]
-        layers, share = budget["keep_layers"] or shape.layers, budget["keep_visual_tokens"] or 1.0
-        return TaskRow(
-            table="",
-            method=line.name or line.row,
-            layers=layers,
-            visual_tokens=share,
-            tflops=fastv_tflops(shape, layers, share, drop_at(rule)),
-            flops_share=sum(cell.decoder_flops_share for cell in there.values()) / len(there),
-            accuracy={name: cell.accuracy for name, cell in there.items()},
-            kept={name: cell.kept for name, cell in there.items()},
-        )
-
-    return made
-
-
-def drop_at(rule: Rule) -> int:
-    """Return the layer before which a rule's tokens leave; a router's is 2 where its recipe says nothing else."""
-    return 2 if rule.drop_at is None else rule.drop_at
-
-
-def _in_tables(
-    wanted: TasksRecipe, original: list[TaskRow], found: list[TaskRow] | Callable[[Line], TaskRow]
+def _grid_tables(
+    wanted: TasksRecipe, done: Mapping[str, Comparison], shape: Shape, speeds: Mapping[int, Ratio]
 ) -> list[TaskRow]:
-    """Return the rows as the tables want them, the original first in each."""
-    rows: list[TaskRow] = []
-    if callable(found):
-        for title, lines in wanted.tables.items():
-            rows += [replace(row, table=title) for row in [*original, *map(found, lines)]]
-        return rows
-    for title in dict.fromkeys(row.table for row in found):
-        rows += [replace(row, table=title) for row in original] + [row for row in found if row.table == title]
+    """Return a table for each number of dropped layers, and one of what can't be made.
+
+    Args:
+        speeds: by number of dropped layers; empty where they were not timed.
+    """
+    first, rows = _first(done), []
+    original = replace(_original(done, shape), speed=(1.0, 1.0, 1.0) if speeds else None)
+    for count in dict.fromkeys(first.counts):
+        title = f"{100 * count / shape.layers:.0f} % of the layers gone"
+        rows.append(replace(original, table=title))
+        for cell in (cell for cell in first.cells if len(cell.drop) == count):
+            key = (cell.localizer, cell.fold, count)
+            same = {
+                name: next(c for c in one.cells if (c.localizer, c.fold, len(c.drop)) == key)
+                for name, one in done.items()
+            }
+            rows.append(
+                TaskRow(
+                    table=title,
+                    method=f"{cell.localizer} + {cell.fold}",
+                    layers=shape.layers - count,
+                    visual_tokens=1.0,
+                    tflops=fastv_tflops(shape, shape.layers - count),
+                    parameters=cell.parameters,
+                    accuracy={name: c.accuracy for name, c in same.items()},
+                    kept={name: c.kept for name, c in same.items()},
+                    speed=speeds.get(count),
+                )
+            )
+    rows += [TaskRow("Not taken by this model", fold, reason=reason) for fold, reason in first.refused.items()]
     rows += [TaskRow(title, line.row, reason=line.reason) for title, lines in wanted.tables.items() for line in lines]
     return rows
+
+
+def _route_tables(
+    wanted: TasksRecipe, part: RouteTables, done: Mapping[str, RouteComparison], shape: Shape
+) -> list[TaskRow]:
+    """Return the tables that the recipe names, the original first in each."""
+    drop_at = {}
+    for row in part.rows:
+        rule = row.parsed()
+        drop_at[row.name] = rule.drops_at(router_settings(open_source(row.folder or part.model), rule))
+    rows = []
+    for title, lines in wanted.tables.items():
+        rows.append(replace(_original(done, shape), table=title))
+        rows += [_route_row(title, line, done, shape, drop_at.get(line.row, 0)) for line in lines]
+    return rows
+
+
+def _route_row(title: str, line: Line, done: Mapping[str, RouteComparison], shape: Shape, drop_at: int) -> TaskRow:
+    """Return a line of a table out of the cells of all tasks."""
+    method = line.name or line.row
+    if line.reason is not None:
+        return TaskRow(title, method, reason=line.reason)
+    assert line.budget is not None
+    cells = {name: one.cell(line.row, line.budget) for name, one in done.items()}
+    there = {name: cell for name, cell in cells.items() if cell is not None}
+    if len(there) < len(cells):
+        return TaskRow(title, method, reason="this row can't keep to this budget")
+    budget = next(iter(there.values())).budget
+    layers, asked = budget["keep_layers"] or shape.layers, budget["keep_visual_tokens"]
+    share = 1.0 if asked is None else asked if isinstance(asked, float) else min(1.0, asked / shape.visual)
+    return TaskRow(
+        table=title,
+        method=method,
+        layers=layers,
+        visual_tokens=share,
+        tflops=fastv_tflops(shape, layers, share, drop_at),
+        flops_share=sum(cell.decoder_flops_share for cell in there.values()) / len(there),
+        accuracy={name: cell.accuracy for name, cell in there.items()},
+        kept={name: cell.kept for name, cell in there.items()},
+    )
 
 
 # --- what people read -------------------------------------------------------------------------------------------------
@@ -244,7 +240,7 @@ def header(done: TasksComparison) -> tuple[str, ...]:
     counted = any(row.flops_share is not None for row in done.rows)
     speed = any(row.speed is not None for row in done.rows)
     cost = ("decoder FLOPs %",) if counted else ("parameters",)
-    timed = ("samples/s, of the original's",) if speed else ()
+    timed = ("samples/s ÷ original's",) if speed else ()
     return ("method", "layers", "visual tokens %", "GFLOPs (formula)", *cost, *timed, "mean %", "kept %", *done.tasks)
 
 
@@ -276,12 +272,16 @@ def by_table(done: TasksComparison) -> dict[str, list[tuple[str, ...]]]:
     return {title: [cells_of(done, row) for row in done.rows if row.table == title] for title in titles}
 
 
-NOTE = "GFLOPs by the formula of FastV, which the papers use, for a mean prompt of these tasks; %, counted, are ours."
+NOTE = (
+    "GFLOPs by FastV's formula, which PAR counts by, for a mean prompt of these tasks; shares of FLOPs in percent are "
+    "counted."
+)
 
 
 def tasks_text(done: TasksComparison) -> str:
     """Return the tables as text for the terminal."""
-    return "\n\n".join(f"{title}\n{report.table(header(done), rows)}" for title, rows in by_table(done).items())
+    tables = [f"{title}\n{report.table(header(done), rows)}" for title, rows in by_table(done).items()]
+    return "\n\n".join([*tables, NOTE])
 
 
 def tasks_markdown(done: TasksComparison) -> str:

@@ -91,7 +91,7 @@ def load_calibration(
         left_out=left_out,
         text_only=text_only,
     )
-    chosen = _drawn(found, samples, seed, left_out)
+    chosen = drawn(found, samples, seed, left_out)
     if left_out and not chosen:
         raise InputError(f"{left_out[0].removesuffix('.')}; of {len(left_out)} questions none has one.")
     if left_out:
@@ -101,7 +101,7 @@ def load_calibration(
     return Calibration(tuple(chosen), spec, len(found), seed)
 
 
-def _drawn(found: Sequence[Sample], samples: int | None, seed: int, left_out: list[str] | None) -> list[Sample]:
+def drawn(found: Sequence[Sample], samples: int | None, seed: int, left_out: list[str] | None = None) -> list[Sample]:
     """Choose samples in the order of the source; those of a table are read here.
 
     Args:

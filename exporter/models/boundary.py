@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.safetensors_ranges import fill
 from ..checkpoints.temporary import temporary_folder
 from ..errors import InputError
 
@@ -91,12 +92,8 @@ class StateStore(contextlib.ExitStack):
         if isinstance(kept, Tensor):
             return kept
         buffer = torch.empty(kept.num_bytes, dtype=torch.uint8)
-        view, begin = buffer.numpy().data, kept.begin
-        while view:
-            done = os.preadv(self._opened(), [view], begin)
-            if not done:
-                raise OSError(f"{self._folder} ended early")
-            view, begin = view[done:], begin + done
+        if not fill(self._opened(), buffer, kept.begin):
+            raise OSError(f"{self._folder} ended early")
         return buffer.view(kept.dtype).reshape(kept.shape).to(kept.device)
 
     def drop(self, kept: Kept) -> None:

@@ -41,7 +41,7 @@ def routes(tiny, questions, tasks):
         "model": str(tiny("llava")), "calibration": str(questions), "tasks": tasks, "task_samples": 4,
         "routers": {"joint": {"steps": 1, "batch_size": 4, "loss": {"name": "preference", "actions": 2}}},
         "rows": [{"name": "router", "folder": "joint"}, {"name": "FastV", "rule": "fastv"}],
-        "budgets": [{"keep_visual_tokens": 0.5, "keep_layers": 5}, {"keep_visual_tokens": 0.5}],
+        "budgets": [{"keep_visual_tokens": 0.5, "keep_layers": 5}, {"keep_visual_tokens": 15}],
         "equal": "budget",
         "tables": {
             "one": [{"row": "router", "budget": 0}, {"row": "FastV", "budget": 1, "name": "a rule"}],
@@ -82,6 +82,7 @@ def test_routers_are_trained_and_stand_beside_rules(routes, tmp_path, capsys, mo
                           ("two", "original"), ("two", "router"), ("two", "another")]  # fmt: skip
     assert rows["two", "another"]["reason"] == "it is not here"
     assert rows["one", "router"]["layers"] == 5 and rows["one", "router"]["visual_tokens"] == 0.5
+    assert rows["one", "a rule"]["visual_tokens"] == 15 / 25  # a count, told as a share of what the prompts have
     assert rows["one", "router"]["flops_share"] < rows["one", "a rule"]["flops_share"] < 1
     assert 0 < rows["one", "router"]["tflops"] < rows["one", "a rule"]["tflops"] < rows["one", "original"]["tflops"]
     router = tmp_path / "out" / "routers" / "joint" / "model.safetensors"
@@ -102,6 +103,7 @@ def test_routers_are_trained_and_stand_beside_rules(routes, tmp_path, capsys, mo
         ({"tables": {"one": [{"row": "FastW", "budget": 0}]}}, "there is no row 'FastW': did you mean 'FastV'"),
         ({"tables": {"one": [{"row": "FastV", "budget": 7}]}}, "budget 7: give a number from 0 to 1"),
         ({"tables": None}, "tables must be a mapping"),
+        ({"budgets": [{"flops": 0.5}, {"keep_layers": 5}]}, "flops and quality are for routers alone"),
         ({"speed": True}, "speed is timed for fewer layers"),
         ({"routers": {"joint": {"step": 3}}}, "did you mean 'steps'"),
     ],

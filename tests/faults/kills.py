@@ -329,7 +329,7 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "`make kills` ends runs of tiny models at random: half after a part of the processor time that a run takes, "
         "half at one of its file operations. What stands under the target's name then is whole or not there, no "
         "process of the run is left, and the same command succeeds and sweeps what was left: nothing lies beside the "
-        "target or in the folder for temporary files afterwards. This file is written by that command.\n\n"
+        "target or in the folder for temporary files afterwards. This file is written by tests/faults/kills.py.\n\n"
         f"{time.strftime('%d %B %Y')}; lvlm-exporter {__version__}, transformers {transformers.__version__}, Python "
         f"{sys.version.split()[0]}; seed {options.seed}, one thread.\n\n" + "\n".join(lines) + "\n\n"
         "'Had ended' counts moments that came after the end of a run and say nothing: another one was drawn. "

@@ -6,9 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from ...data.calibration import Calibration
+from ...data.calibration import Calibration, drawn
 from ...data.samples import TextOnlyError
 from ...data.task import Task, load_task
 from ...errors import InputError
@@ -68,7 +66,7 @@ def compared_task(data: TaskData, samples: int | None, seed: int) -> Task:
 
 
 def of_types(task: Task, types: Sequence[str], samples: int | None, seed: int) -> Task:
-    """Return a task's questions of some types: all of them, or `samples` of a seeded order.
+    """Return a task's questions of some types: all of them, or `samples` that are drawn with the seed.
 
     Raises: InputError for a type that no question has.
     """
@@ -76,7 +74,5 @@ def of_types(task: Task, types: Sequence[str], samples: int | None, seed: int) -
     if unknown := [name for name in types if name not in there]:
         raise InputError(f"task: no question is of type '{unknown[0]}'; there are {', '.join(there) or 'no types'}.")
     chosen = [sample for sample in task.samples if sample.type in types]
-    if samples is not None and samples < len(chosen):
-        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:samples]
-        chosen = [chosen[index] for index in sorted(order.tolist())]
-    return Task(tuple(chosen), Calibration(tuple(chosen), "", len(chosen), seed).fingerprint, task.metric)
+    some = tuple(drawn(chosen, samples, seed))
+    return Task(some, Calibration(some, "", len(chosen), seed).fingerprint, task.metric)
