@@ -12,13 +12,14 @@ from .cards.model_card import card
 from .checkpoints.record import is_compressed, write_record
 from .checkpoints.source import Source, open_source
 from .checkpoints.staging import check_space, check_target, staged, staging_directory
+from .checkpoints.tensor_types import refuse_not_finite
 from .checkpoints.verification import require
 from .checkpoints.writer import kept_pieces, write_checkpoint
 from .compression.job import CompressionJob, prepare
 from .compression.record import measure, scores_to_keep, write_verified
 from .compression.steps import changes_of, localize
 from .data.calibration import Calibration
-from .errors import InputError
+from .errors import CheckFailed, InputError
 from .healing.estimate import healing_cost
 from .healing.healed import check_healing, merged_again, prepare_healing, with_healing
 from .healing.schedule import Schedule
@@ -203,7 +204,12 @@ def _compress(
         record["measured"] = measure(stage, record, time.monotonic() - begin, changes.bytes_read)
         write_record(stage, record)
         card(stage, out.name)
-        write_verified(stage, record, require(stage, job.device, memory=options.memory))
+        try:
+            verified = require(stage, job.device, memory=options.memory)
+        except CheckFailed:
+            refuse_not_finite(job.source.name, job.source.weights)  # they were copied unread
+            raise
+        write_verified(stage, record, verified)
     return out
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..families import FAMILIES
+from .config_names import check_names, check_texts
 from .json_file import read_json
 from .own_types import own_type, register
 
@@ -15,6 +16,7 @@ __all__ = [
     "ATTENTION_KEYS",
     "check_feature_layers",
     "check_generation_config",
+    "check_names",
     "check_raw_config",
     "first_lines",
     "load_config",
@@ -63,6 +65,7 @@ def check_raw_config(name: str, raw: dict[str, Any]) -> None:
         if not isinstance(raw.get(key, {}), dict):
             raise InputError(f"{name}: config.json's {key} is {_shown(raw[key])}, not an object.")
     _refuse_original_llava(name, raw)
+    check_texts(name, raw)
     for place, settings in places(raw).items():
         for key in (*LAYERS, *SIZES):
             value = settings.get(key)

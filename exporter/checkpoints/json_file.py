@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from .safetensors_ranges import LFS_POINTER
+from .shapes import require_whole_characters
 
 MAX_JSON_BYTES = 512 << 20  # the largest tokenizer.json of the hub has 35 MB
 
@@ -28,7 +29,9 @@ def parse_json(path: Path) -> dict[str, Any]:
     if raw.startswith(LFS_POINTER):
         raise InputError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder.")
     try:
-        content = json.loads(raw.decode(), parse_constant=_constant)
+        text = raw.decode()
+        content = json.loads(text, parse_constant=_constant)
+        require_whole_characters(text, content)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no JSON in UTF-8 ({error.reason} at byte {error.start}).") from error
     except (ValueError, RecursionError) as error:

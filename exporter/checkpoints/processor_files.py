@@ -6,7 +6,7 @@ config.json leaves one answer it is filled in; else the file to copy from the ba
 
 from __future__ import annotations
 
-import math
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -18,8 +18,10 @@ from ..clean_room import REFERENCE_QUESTION, PromptError, load_processor, refere
 from ..errors import InputError
 from ..families import FAMILIES, IMAGE_TOKENS
 from .config_file import first_lines
+from .image_settings import IMAGE_PART, check_image_names, check_image_settings, check_processor_names
 from .json_file import parse_json
 from .quantization import base_in_card
+from .tokenizer_files import check_templates, check_vocabulary
 
 PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"
 JSON_FILES = (PROCESSOR, IMAGES, "video_preprocessor_config.json", TOKENIZER, "special_tokens_map.json",
@@ -84,6 +86,8 @@ AGREEMENTS = (
     Agreement("image_processor.temporal_patch_size", "vision_config.temporal_patch_size",
               _of_vision("temporal_patch_size"), QWEN),
     Agreement("image_processor.crop_size.height", "vision_config.image_size", _of_vision("image_size"), _clip),
+    Agreement("image_processor.max_image_size.longest_edge", "vision_config.image_size", _of_vision("image_size"),
+              _is("idefics3", "smolvlm")),
 )  # fmt: skip
 
 
@@ -92,16 +96,29 @@ AGREEMENTS = (
 
 def load_for(name: str, folder: Path, config: Any) -> Any:
     """Return the folder's processor. Raises InputError that names the file where it does not load."""
-    for file in JSON_FILES:
-        if (folder / file).exists():
-            _check_numbers(f"{name}: {file}", parse_json(folder / file))
+    read = {file: parse_json(folder / file) for file in JSON_FILES if (folder / file).exists()}
+    for file in read:
+        check_image_settings(f"{name}: {file}", read[file], config)
+    check_templates(name, folder)
     try:
         processor = load_processor(folder)
         if processor.image_processor is None:
             raise AttributeError("it has no image processor")
     except Exception as error:  # whatever its classes make of the files
         raise InputError(f"{name}: {_why(folder, error)}. {_copy(folder, config)}") from error
+    check_vocabulary(name, folder)
+    _check_names(name, read, processor)
     return processor
+
+
+def _check_names(name: str, read: dict[str, dict[str, Any]], processor: Any) -> None:
+    """Refuse or say entries of the processor's files whose names are slips."""
+    own = read.get(PROCESSOR, {})
+    for file, settings in ((IMAGES, read.get(IMAGES)), (PROCESSOR, own.get(IMAGE_PART))):
+        if isinstance(settings, dict):
+            check_image_names(f"{name}: {file}", settings, processor.image_processor)
+    parameters = inspect.signature(type(processor)).parameters
+    check_processor_names(f"{name}: {PROCESSOR}", own, processor, parameters)
 
 
 def _why(folder: Path, error: Exception) -> str:
@@ -148,23 +165,6 @@ def class_repairs(folder: Path) -> Repairs:
     return {IMAGES: {"image_processor_type": renamed, "feature_extractor_type": None}}
 
 
-def _check_numbers(where: str, settings: dict[str, Any]) -> None:
-    """Refuse what images are scaled by where it is no number: transformers would make NaN of every picture."""
-    for part in (settings, settings.get("image_processor")):
-        for key in ("image_mean", "image_std", "rescale_factor"):
-            value = part.get(key) if isinstance(part, dict) else None
-            several = value if isinstance(value, list) else [] if value is None else [value]
-            if any(
-                isinstance(number, bool)
-                or not isinstance(number, int | float)
-                or not math.isfinite(number)
-                or (number <= 0 and key != "image_mean")
-                for number in several
-            ):
-                least = "" if key == "image_mean" else " above 0"
-                raise InputError(f"{where} says {key}={value!r:.80}; finite numbers{least} are needed.")
-
-
 def setting_repairs(name: str, folder: Path, processor: Any, config: Any) -> Repairs:
     """Return what the processor lacks and config.json says. Raises InputError where both say something and disagree."""
     existing = parse_json(folder / PROCESSOR) if (folder / PROCESSOR).exists() else {}
@@ -209,9 +209,10 @@ def _padding(name: str, tokenizer: Any, config: Any) -> str:
 def _attribute(processor: Any, path: str) -> tuple[bool, Any]:
     value = processor
     for part in path.split("."):
-        if value is None or not hasattr(value, part):
+        has = part in value if isinstance(value, dict) else hasattr(value, part)
+        if not has:
             return False, None
-        value = getattr(value, part)
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
     return True, value
 
 

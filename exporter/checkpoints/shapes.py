@@ -76,6 +76,7 @@ def _is_inner_path(value: Any) -> bool:
     return ".." not in parts and parts[0] != "/" and PurePosixPath(*parts).as_posix() == value
 
 
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half of a pair
 ANYTHING = Kind("anything", lambda value: True)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 COUNT = Kind("a whole number from 0 up", _is_count)
@@ -162,11 +163,27 @@ def read_json(path: Path) -> Any:
 def parse_line(text: str) -> Any:
     """Return what a text says in JSON. Raises Misfit for what is none, as `read_json` does."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(text, parse_constant=_refuse_constant)
+        require_whole_characters(text, content)
+        return content
     except Misfit:
         raise
     except (ValueError, RecursionError) as error:
         raise Misfit(str(error) or type(error).__name__) from error
+
+
+def require_whole_characters(text: str, content: Any) -> None:
+    """Raise ValueError where JSON holds half of a surrogate pair: no file, no message and no hash can be made of it.
+
+    Args:
+        content: what `text` says.
+    """
+    if not HALF.search(text):
+        return
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a character, \\ud800 to \\udfff alone") from error
 
 
 def _refuse_constant(name: str) -> Any:

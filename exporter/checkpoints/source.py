@@ -18,6 +18,7 @@ from .config_file import (
     ATTENTION_KEYS,
     check_feature_layers,
     check_generation_config,
+    check_names,
     check_raw_config,
     first_lines,
     load_config,
@@ -32,6 +33,7 @@ from .processor_files import load_for as load_processor_for
 from .quantization import find_quantization
 from .safetensors_ranges import Weights
 from .source_view import make_decoded_view, make_view
+from .tensor_types import check_types
 from .weight_files import NAMED_WEIGHTS, open_weights, refuse_adapter
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
     raw_config = read_json(folder / "config.json")
     check_raw_config(name, raw_config)
     config = load_config(folder, raw_config)
+    check_names(name, raw_config, config)
     check_feature_layers(name, config)
     family, decoder = family_of(config), decoder_of(config)
     refuse_adapter(folder, name)
@@ -131,6 +134,7 @@ def _checked(name: str, folder: Path, revision: str | None, state: tuple[Any, ..
         )
         raw_config = read_json(view / "config.json")
         config, decoded = load_config(view, raw_config), open_weights(view)
+    check_types(name, decoded.entries)
     source = Source(
         name=name,
         folder=view,
@@ -153,6 +157,8 @@ def open_weights_only(folder: Path) -> Source:
     raw_config = read_json(folder / "config.json")
     check_raw_config(str(folder), raw_config)
     config, weights = load_config(folder, raw_config), open_weights(folder)
+    check_names(str(folder), raw_config, config)
+    check_types(str(folder), weights.entries)
     source = _with_layers(Source(str(folder), folder, None, config, raw_config, weights, family_of(config),
                                  decoder_of(config), folder, weights))  # fmt: skip
     check_fit(source)

@@ -19,8 +19,10 @@ from ..checkpoints.files import replace_bytes, replace_text
 from ..checkpoints.json_file import read_json
 from ..checkpoints.record import RECORD, read_record
 from ..checkpoints.router_entry import read_settings
+from ..checkpoints.safetensors_ranges import read_shard
 from ..checkpoints.source import Source
 from ..checkpoints.temporary import temporary_folder
+from ..checkpoints.tensor_types import check_types
 from ..checkpoints.trust import warn_of_foreign_code
 from ..errors import InputError
 from ..modeling.released import is_released, sha256_of
@@ -65,8 +67,10 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
         from safetensors import SafetensorError
 
         from ..modeling import modeling_routed
-        from ..modeling.modeling_routed import class_name
+        from ..modeling.modeling_routed import ROUTER_FILE, class_name
 
+        if (path := source.folder / ROUTER_FILE).is_file():  # else loading says so
+            check_types(f"{source.name}'s router", read_shard(path).entries, all_learnt=True)
         cls = getattr(modeling_routed, class_name(source.config.model_type))
         model = load_model(source, device, dtype, memory, cls)[0]
     except (ValueError, OSError, ImportError, SafetensorError) as error:

@@ -6,6 +6,7 @@ rather than a broken one: `same_form` tells the two apart after the fact.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 Damage = Callable[[random.Random, Path], str]
 
 ODD_VALUES: tuple[Any, ...] = (
@@ -539,6 +541,10 @@ def same_form(before: bytes, after: bytes, name: str) -> bool:
     """Tell whether a damaged file is as well-formed as it was: another value, but no wrong one that could be seen."""
     ending = Path(name).suffix
     try:
+        if Path(name).name == "tokenizer.json":
+            return _as_tokenizers(*(json.loads(text) for text in (before, after)))
+        if Path(name).name in IMAGE_SETTINGS:
+            before, after = (json.dumps(_as_lists(json.loads(text))).encode() for text in (before, after))
         if ending == ".json":
             return _alike(*(_without_ids(json.loads(text)) for text in (before, after)))
         if ending == ".jsonl":
@@ -583,6 +589,19 @@ def _alike(before: Any, after: Any) -> bool:
     return not isinstance(after, int | float) or (math.isfinite(after) and (after < 0) <= (before < 0))
 
 
+def _as_tokenizers(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Tell whether a tokenizer.json is one still: any words, each with an id of its own.
+
+    A word of another spelling makes other ids of a question, and nothing in the folder says which words were meant: a
+    vocabulary is whatever its file says. The rest of the file must be of the same form as it was.
+    """
+    old, new = copy.deepcopy(before), copy.deepcopy(after)
+    old["model"].pop("vocab")
+    words = new["model"].pop("vocab")
+    ids = [index for index in words.values() if type(index) is int and index >= 0]
+    return len(set(ids)) == len(words) and _alike(old, new)
+
+
 def _without_ids(data: Any) -> Any:
     """Leave out the 'id' of the rows of a list: nobody reads it, under whatever name."""
     if not isinstance(data, list):
@@ -591,6 +610,14 @@ def _without_ids(data: Any) -> Any:
         {k: v for k, v in row.items() if k.strip().lower() not in ("id", "idx", "")} if isinstance(row, dict) else row
         for row in data
     ]
+
+
+def _as_lists(data: Any) -> Any:
+    """Write what images are scaled by as a list: one number for all channels is well-formed too."""
+    if not isinstance(data, dict):
+        return data
+    scaled = {key: [data[key]] for key in ("image_mean", "image_std") if isinstance(data.get(key), int | float)}
+    return data | scaled
 
 
 def _as_read(rows: list[Any]) -> list[Any]:

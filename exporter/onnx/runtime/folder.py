@@ -34,6 +34,7 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
         raise InputError(f"{folder} has no {MANIFEST}: it is no folder that `lvlm-exporter onnx` wrote.")
     try:
         manifest = json.loads(path.read_text(), parse_constant=_no_constant)
+        json.dumps(manifest, ensure_ascii=False).encode()  # half of a character is in no text
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): export again.") from error
     if not isinstance(manifest, dict):
