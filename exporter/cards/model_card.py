@@ -224,7 +224,9 @@ def hub_metadata(
 
 def _tags(record: CheckpointRecord) -> list[str]:
     pruned = ["layer-pruning", "compressed", record.scores.method] if record.plan.drop else []
-    routed = ["token-pruning", "layer-skipping", "custom_code"] if record.router is not None else []
+    routed = ["token-pruning", "custom_code"] if record.router is not None else []
+    if record.router is not None and record.router.settings.candidates:
+        routed.append("layer-skipping")
     own = ["custom_code"] if record.source.model_type in OWN_TYPES else []
     healed = ["distillation"] if is_healed(record) else []
     return ["lvlm-exporter", *pruned, *healed, *routed, *own]

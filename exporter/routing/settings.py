@@ -55,6 +55,12 @@ def default_settings(config: Any, drop_at: int | None = None, candidates: int | 
 
 def default_presets(num_layers: int, candidates: int) -> dict[str, dict[str, float]]:
     """Return the budgets that a new router has names for."""
+    if not candidates:  # every layer always runs
+        return {
+            "quality": {"keep_visual_tokens": 0.5},
+            "balanced": {"keep_visual_tokens": 0.375},
+            "fast": {"keep_visual_tokens": 0.25},
+        }
     most, fewer = (num_layers - candidates // part for part in (4, 3))
     return {
         "quality": {"keep_visual_tokens": 0.5},

@@ -23,6 +23,7 @@ from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
 from exporter.data.epochs import questions_of_step
 from exporter.errors import InputError
+from exporter.methods import LOSSES
 from exporter.modeling.routed_route import Route, RouterSettings
 from exporter.models.answers import answered
 from exporter.models.loading import load_model
@@ -220,15 +221,30 @@ def test_no_layer_to_skip_teaches_nothing():
 
 def test_a_router_soon_learns_which_tokens_matter(digits):
     source = open_source(str(digits / "model"))
-    source.config.router = default_settings(source.config)
-    samples = load_calibration(str(digits / "data" / "calibration.jsonl"), samples=240).samples
+    source.config.router = default_settings(source.config, candidates=0)  # layers take most of the time
+    samples = load_calibration(str(digits / "data" / "calibration.jsonl"), samples=96).samples
     model, _ = load_model(source, "cpu", torch.float32)
-    training = Training(steps=30)
+    training = Training(steps=12, batch_size=8)
     trained = train_router(
         model, load_processor(source.folder), samples, RouterSettings.of(source.config), training, silent
     )
     untaught, taught = (point["KL at 25% of the tokens"] for point in (trained.curve[0], trained.curve[-1]))
     assert taught < 0.25 * untaught
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_router_without_layers_to_skip_is_trained(loss, tiny, questions):
+    """Held-out questions are judged as well, under budgets of tokens alone."""
+    source = open_source(str(tiny("llava")))
+    source.config.router = default_settings(source.config, candidates=0)
+    settings = RouterSettings.of(source.config)
+    assert all(set(budget) == {"keep_visual_tokens"} for budget in settings.presets.values())
+    samples = load_calibration(str(questions), samples=None).samples * 2
+    model, _ = load_model(source, "cpu", torch.float32)
+    training = Training(steps=2, batch_size=4, loss=loss, answer_tokens=4)
+    trained = train_router(model, load_processor(source.folder), samples, settings, training, silent)
+    assert trained.held_out and trained.curve[-1]["KL at 25% of the tokens"] > 0
+    assert all(weights.isfinite().all() for weights in trained.weights.values())
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +325,13 @@ def test_route_takes_a_model_as_its_authors_made_it(tiny, questions, tmp_path):
     assert record["plan"]["drop"] == []
     assert "No layer was removed" in (made / "README.md").read_text()
     assert not list(tmp_path.glob(".routed*"))
+
+
+def test_the_card_of_a_router_without_layers_to_skip_promises_tokens_only(tiny, questions, tmp_path):
+    router = RouterRecipe(CalibrationData(str(questions), None), steps=2, batch_size=4, candidates=0)
+    card = (route(str(tiny("llava")), router, tmp_path / "routed", RunOptions("cpu")) / "README.md").read_text()
+    assert "this model runs fewer visual tokens. A router" in card and "It skips no layers." in card
+    assert "token-pruning" in card and "layer-skipping" not in card and "layer-only" not in card
 
 
 @pytest.mark.parametrize(

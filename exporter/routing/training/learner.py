@@ -220,11 +220,12 @@ class Learner:
     @torch.no_grad()
     def probe(self, indices: Sequence[int], batch_size: int) -> dict[str, float]:
         """Return mean KL per answer token on held-out questions at the PROBES, without noise."""
-        totals, number = dict.fromkeys(map(probe_name, PROBES), 0.0), 0
+        probes = [probe for probe in PROBES if self.settings.candidates or not probe[1]]
+        totals, number = dict.fromkeys(map(probe_name, probes), 0.0), 0
         for start in range(0, len(indices), batch_size):
             batch = self.training_batch(indices[start : start + batch_size])
             number += len(batch.log_p)
-            for share, skipped in PROBES:
+            for share, skipped in probes:
                 visual = batch.visual.sum(1)
                 count = (visual * share).round().long().clamp(min=1)
                 tokens = straight_through(batch.token_logits, batch.visual, count)

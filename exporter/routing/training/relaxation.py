@@ -100,6 +100,8 @@ def straight_through(logits: Tensor, candidates: Tensor, count: Tensor, temperat
         logits: [B, S]; candidates: [B, S] True where a choice is to be made; count: [B] how many stay.
     Returns: [B, S], 0 where there is no candidate.
     """
+    if not logits.shape[1]:  # a router without layers to skip
+        return torch.zeros_like(logits)
     lowest = torch.finfo(logits.dtype).min
     masked = logits.masked_fill(~candidates, lowest)
     ordered, order = masked.sort(dim=1, descending=True, stable=True)
