@@ -202,6 +202,8 @@ class Comparison:
         best = {int(count): cell_from_data(cell) for count, cell in data["best"].items()}
         if strange := [count for count, cell in best.items() if cell not in cells or len(cell.drop) != count]:
             raise Misfit(f"'best.{strange[0]}' is none of its cells")
+        if {*data["counts"]} != {*best} or len(data["ratios"]) not in (0, len(data["counts"])):
+            raise Misfit("its 'counts', its 'ratios' and 'best' do not name the same budgets")
         rate = data["original"]
         original = Rate(rate["n"], rate["accuracy"], tuple(rate["interval"]))
         same = {"out": out, "original": original, "cells": cells, "best": best}

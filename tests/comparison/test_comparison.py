@@ -68,6 +68,9 @@ def test_a_broken_off_comparison_goes_on(grid, tmp_path):
     first = compare(grid_from_data(small), tmp_path / "out")
     lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
     assert compare(grid_from_data(small), tmp_path / "out") == first  # as it was read from its results
+    results = tmp_path / "out" / "results.json"
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"counts": []}))  # made again from the cells
+    assert compare(grid_from_data(small), tmp_path / "out").counts == first.counts
     (tmp_path / "out" / "cells.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     (tmp_path / "out" / "results.json").write_text('{"out": ')
     again = compare(grid_from_data(small), tmp_path / "out")
