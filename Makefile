@@ -6,6 +6,7 @@
 # make families  tries every model type of transformers out, which writes docs/families.md: some ten minutes
 # make fuzz   damages CASES=5000 files of every kind and runs what reads them, which writes docs/faults.md: an hour
 # make kills  ends RUNS=50 runs of five subcommands at random moments, which writes docs/kills.md: two hours
+# make lm-eval-test  the same of lm-eval, with its own model hf-multimodal
 # make lmms-eval-test  lmms-eval with this package's model, in an environment of its own, against `evaluate`: minutes
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
 # make heal   heals the reference model and those of ZOO, and prints what each keeps and costs: hours, goes on when started again
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test quick lint docs matrix families fuzz kills lmms-eval-test zoo heal clean
+.PHONY: demo test quick lint docs matrix families fuzz kills lmms-eval-test lm-eval-test zoo heal clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -54,6 +55,9 @@ fuzz: $(VENV)/ready-dev
 
 kills: $(VENV)/ready-dev
 	PYTHONPATH=tests $(BIN)/python -m faults.kills --runs $(RUNS) --seed $(SEED) --write docs/kills.md
+
+lm-eval-test: $(VENV)/ready-dev
+	$(BIN)/python examples/lm_eval/ask_lm_eval.py
 
 lmms-eval-test: $(VENV)/ready-dev
 	$(BIN)/python examples/lmms_eval/run.py

@@ -27,6 +27,7 @@ __all__ = [
     "card",
     "compare",
     "compare_routes",
+    "compare_seeds",
     "compress",
     "convert",
     "evaluate",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .comparison.grid import Grid, load_grid
     from .comparison.layers import compare
     from .comparison.routers import compare_routes
+    from .comparison.seeds import compare_seeds
     from .conversion.convert import convert
     from .errors import CheckFailed, InputError
     from .evaluation.evaluate import evaluate
@@ -86,6 +88,7 @@ _HOMES = {
     "BudgetGrid": "routing.requests",
     "compare_routes": "comparison.routers",
     "compare": "comparison.layers",
+    "compare_seeds": "comparison.seeds",
     "convert": "conversion.convert",
     "Grid": "comparison.grid",
     "load_grid": "comparison.grid",

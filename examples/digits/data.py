@@ -3,9 +3,10 @@
 A scene is an image of 48 to 144 pixels a side on a textured background, with one to five of scikit-learn's 8x8
 handwritten digits (the UCI "Optical Recognition of Handwritten Digits" test set, 1,797 of them) coloured, scaled,
 rotated and placed freely: nothing is aligned to the patch grid of a vision tower. Every digit sample belongs to one
-split only, so the model meets the handwriting of the validation and test questions for the first time there.
+split only (but those of the test to the fresh one as well), so the model meets the handwriting of the validation and
+test questions for the first time there.
 
-    python examples/digits/data.py            writes calibration, validation and test JSONL + PNG beside this file
+    python examples/digits/data.py            writes the splits, JSONL and PNG, beside this file
 """
 
 from __future__ import annotations
@@ -54,9 +55,11 @@ SPLIT_DIGITS = {
     "zoo calibration": slice(1047, 1197),
     "validation": slice(1197, 1447),
     "test": slice(1447, 1797),
+    "fresh": slice(1447, 1797),  # no other hands are left: those of the test, in scenes that nobody has looked at
 }
-SPLIT_SEEDS = {"train": 1, "calibration": 2, "validation": 3, "test": 4}
-SPLIT_SCENES = {"calibration": 600, "validation": 250, "test": 400}
+SPLIT_SEEDS = {"train": 1, "calibration": 2, "validation": 3, "test": 4, "fresh": 5}
+SPLIT_SCENES = {"calibration": 600, "validation": 250, "test": 400, "fresh": 300}
+USED_ONCE = ("fresh",)  # splits by which nothing was chosen, until their .uses.jsonl says otherwise
 QUESTIONS_PER_SCENE = 4
 BINS = 16  # of a digit's place, from side to side of the image
 
@@ -255,6 +258,8 @@ def write_split(split: str, folder: Path) -> None:
             question, answer = questions[kind]
             lines.append({"image": name, "question": question, "answer": answer, "type": kind})
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if split in USED_ONCE:
+        (folder / f"{split}.uses.jsonl").touch()  # asks lvlm-exporter to count who has used these questions
     print(f"{split}: {len(lines)} questions about {SPLIT_SCENES[split]} images, {asked}")
 
 

@@ -6,13 +6,11 @@ lie side by side. What is compared with a ratio of times is counted, not timed: 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,11 @@ from ..onnx.card import card
 from ..onnx.manifest import is_onnx, read_manifest, write_record
 from ..version import versions
 from .figures import COUNTED, TIMED, Benchmark, BenchOptions, Figures, ModelBenchmark, plain_data
+from .in_flight import LoadFigures, answer_lengths, measure_load
 from .open_targets import Runtimes, onnx_device, onnx_versions, open_subjects
 from .roofline import measure_roofline
 from .subject import Cost, GenerateKwargs, Setup, Subject
-from .timing import Spread, interleaved, paired, peak_bytes
+from .timing import Spread, garbage_between_runs, interleaved, paired, peak_bytes
 from .workload import Workload
 
 SETTLE_S = 0.2  # between runs of different runtimes: each one's threads wait in busy loops for a while after a run
@@ -69,13 +68,16 @@ def bench(
     runtimes = Runtimes.of(Setup(device, options.dtype, options.attention, options.compile), options.new_tokens)
     subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
     prompts = [[workload.batch(s.processor, s.config, sequences) for s in subjects] for sequences in options.batches]
+    waiting = [[workload.batch(s.processor, s.config, sequences) for s in subjects] for sequences in options.in_flight]
+    models = measure(subjects, prompts, options, device, runtimes.torch.compile, progress)
+    loads = measure_loads(subjects, waiting, options, device, workload.seed, progress)
     done = Benchmark(
         workload=workload,
         options=options,
         hardware=hardware(device),
         versions=versions() | onnx_versions(subjects),
         date=datetime.date.today().isoformat(),
-        models=measure(subjects, prompts, options, device, runtimes.torch.compile, progress),
+        models=tuple(replace(model, loads=of_model) for model, of_model in zip(models, loads, strict=True)),
         roofline=measure_roofline(device, compute_dtype(options.dtype, subjects[0].config, device))
         if roofline
         else None,
@@ -115,6 +117,53 @@ def measure(
         ModelBenchmark(s.path, s.budget, s.runtime, tuple(column[i] for column in columns))
         for i, s in enumerate(subjects)
     )
+
+
+@dataclass(frozen=True)
+class TimedServer:
+    """One subject that answers a batch of requests, token by token."""
+
+    subject: Subject
+    prompt: Batch
+
+    def first(self) -> Any:
+        return self.subject.prefill(self.prompt, self.subject.encode_images(self.prompt))
+
+    def more(self, state: Any) -> Any:
+        return self.subject.decode(state)
+
+
+def measure_loads(
+    subjects: Sequence[Subject],
+    prompts: Sequence[Sequence[Batch]],
+    options: BenchOptions,
+    device: str,
+    seed: int,
+    progress: Callable[..., Iterable[Any]] = lambda items, *_: items,
+) -> list[tuple[LoadFigures, ...]]:
+    """Return each subject's figures with so many requests in flight as `options` say, one after the other.
+
+    Args:
+        prompts: for each number of requests in flight, one batch for each subject.
+    """
+    columns = []
+    for in_flight, column in zip(options.in_flight, prompts, strict=True):
+        servers = [
+            TimedServer(subject, ready(prompt, subject.input_device))
+            for subject, prompt in zip(subjects, column, strict=True)
+        ]
+        for server in servers:  # the first pass at a size is slower
+            server.more(server.first())
+        lengths = answer_lengths(in_flight, options.new_tokens, seed)
+        columns.append(measure_load(servers, lengths, in_flight, options.rounds, lambda: now(device), progress))
+    return [tuple(column[number] for column in columns) for number in range(len(subjects))]
+
+
+def now(device: str) -> float:
+    """Return the seconds of a clock, after all work that the device was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _column(
@@ -176,9 +225,7 @@ class TimedModel:
         }
 
     def _now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device)
 
 
 def time_interleaved(timed: Sequence[TimedModel], rounds: int, progress: Callable[..., Iterable[Any]]) -> list[Times]:
@@ -194,21 +241,6 @@ def time_interleaved(timed: Sequence[TimedModel], rounds: int, progress: Callabl
                 collect()
                 time.sleep(pause)
     return times
-
-
-@contextlib.contextmanager
-def garbage_between_runs() -> Iterator[Callable[[], object]]:
-    """Collect garbage only when called for; what is there already is not looked through again and again."""
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield gc.collect
-    finally:
-        gc.unfreeze()
-        if collecting:
-            gc.enable()
 
 
 def figures(run: TimedModel, cost: Cost, times: Times, peak: int | None) -> Figures:
@@ -266,6 +298,19 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def beside_reference(model: ModelBenchmark, base: ModelBenchmark) -> dict[str, Any]:
+    """Return what a checkpoint's record keeps of its own figures and of the reference's."""
+    entry = {
+        "reference_is_this_model": base.path == model.path,
+        "batches": [asdict(figures) for figures in model.batches],
+        "reference": [asdict(figures) for figures in base.batches],
+    }
+    if model.loads:
+        entry["loads"] = [asdict(figures) for figures in model.loads]
+        entry["reference_loads"] = [asdict(figures) for figures in base.loads]
+    return entry
+
+
 def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bool:
     """Put a model's figures into its record and its card, replacing those of the same measurement. False: not ours.
 
@@ -276,7 +321,7 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
         return False
     same: dict[str, Any] = {
         "workload": done.workload.to_data() | {"task": done.workload.task and Path(done.workload.task).name},
-        "options": asdict(done.options),
+        "options": done.options.to_data(),
         "hardware": done.hardware,
         "budget": model.budget,
         "runtime": model.runtime,
@@ -288,9 +333,7 @@ def record_benchmark(folder: Path, done: Benchmark, model: ModelBenchmark) -> bo
         record, entry["models"] = read_manifest(folder).to_data(), [other.to_data() for other in shown]
     elif model.runtime == base.runtime and (folder / RECORD).exists():
         record = read_record(folder).to_data()
-        entry["reference_is_this_model"] = base.path == model.path
-        entry["batches"] = [asdict(figures) for figures in model.batches]
-        entry["reference"] = [asdict(figures) for figures in base.batches]
+        entry |= beside_reference(model, base)
     else:
         return False
     others = [

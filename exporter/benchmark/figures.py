@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import CheckFailed, InputError
+from .in_flight import LoadFigures
 from .roofline import Roofline
 from .subject import GenerateKwargs
 from .workload import Workload
@@ -21,6 +22,7 @@ class BenchOptions:
     Args:
         batches: numbers of sequences, one after the other.
         new_tokens: decoding steps of each answer, after its first token.
+        in_flight: numbers of requests that are always waiting or answered, one after the other; (): not measured.
         rounds: even, so that every model is as often early in a round as late.
     """
 
@@ -31,10 +33,13 @@ class BenchOptions:
     rounds: int = 10
     attention: str | None = None
     compile: bool = False
+    in_flight: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
             raise InputError(f"batch sizes {list(self.batches)}: each must be 1 or more.")
+        if any(count < 1 for count in self.in_flight):
+            raise InputError(f"requests in flight {list(self.in_flight)}: each number must be 1 or more.")
         if self.new_tokens < 1:
             raise InputError(f"new_tokens={self.new_tokens}: at least 1 is needed.")
         if self.rounds < 2 or self.rounds % 2:
@@ -42,6 +47,11 @@ class BenchOptions:
                 f"rounds={self.rounds}: an even number from 2 up is needed, since every second round runs "
                 "in the reverse order."
             )
+
+    def to_data(self) -> dict[str, Any]:
+        """Return what a record keeps: without requests in flight where none were, as records had it before."""
+        data = asdict(self)
+        return data if self.in_flight else {name: value for name, value in data.items() if name != "in_flight"}
 
 
 @dataclass(frozen=True)
@@ -82,12 +92,14 @@ class ModelBenchmark:
     budget: GenerateKwargs | None
     runtime: str
     batches: tuple[Figures, ...]
+    loads: tuple[LoadFigures, ...] = ()  # with requests in flight
 
     def to_data(self) -> dict[str, Any]:
         """Return the figures of the first batch size on top, those of all under 'batches'."""
         first = asdict(self.batches[0])
         return {"path": self.path, "budget": self.budget, "runtime": self.runtime} | first | {
-            "batches": [asdict(figures) for figures in self.batches]
+            "batches": [asdict(figures) for figures in self.batches],
+            "loads": [asdict(figures) for figures in self.loads],
         }  # fmt: skip
 
 
@@ -111,6 +123,21 @@ class Benchmark:
                         f"and should hold {batch.kv_bytes_formula:,}."
                     )
 
+    def slower(self) -> list[str]:
+        """Say of each model where its throughput is below the reference's, under equal conditions."""
+        said = []
+        for model in self.models[1:]:
+            for batch in model.batches:
+                ratio = batch.ratio_to_reference
+                if ratio is not None and ratio["tokens_per_s"] < 1:
+                    low, high = (1 / end for end in reversed(ratio["intervals"]["total_ms"]))
+                    said.append(slower(model, f"at batch {batch.batch}", ratio["tokens_per_s"], (low, high)))
+            for load in model.loads:
+                if load.throughput_ratio is not None and load.throughput_ratio < 1 and load.throughput_interval:
+                    where = f"with {load.in_flight} in flight"
+                    said.append(slower(model, where, load.throughput_ratio, load.throughput_interval))
+        return said
+
     def to_data(self) -> dict[str, Any]:
         return {
             "workload": self.workload.to_data(),
@@ -121,7 +148,19 @@ class Benchmark:
             "reference": self.models[0].path,
             "models": [model.to_data() for model in self.models],
             "roofline": None if self.roofline is None else self.roofline.to_data(),
+            "slower": self.slower(),
         }
+
+
+def slower(model: ModelBenchmark, where: str, ratio: float, interval: tuple[float, float]) -> str:
+    """Say that a model's throughput is below the full model's, and whether that is beyond the error of measurement."""
+    asked = ", ".join(f"{name}={value}" for name, value in (model.budget or {}).items() if value is not None)
+    what = f"{model.path} under {asked}" if asked else model.path
+    sure = "" if interval[1] < 1 else ", which is within the error of measurement"
+    return (
+        f"{what} gives fewer tokens a second than the reference {where}: {ratio:.2f} times as many "
+        f"({interval[0]:.2f}-{interval[1]:.2f}){sure}."
+    )
 
 
 def plain_data(data: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..cards.tables import table
+from .in_flight import answer_range
 
 BENCHMARK_HEADER = ("model", "batch", "image ms", "prefill ms", "first token ms", "decode ms", "tokens/s", "GFLOPs",
                     "KV MB", "peak MB")  # fmt: skip
@@ -42,14 +43,53 @@ def benchmark_table(done: Any) -> str:
     text = table(BENCHMARK_HEADER, rows) + ("\n\n" + table(RATIO_HEADER, ratios) if ratios else "")
     if done.roofline is not None:
         text += "\n\n" + roofline_table(done)
+    if done.models[0].loads:
+        text += f"\n\n{loads_table(done)}"
     figures, options = done.models[0].batches[0], done.options
     return (
         f"{text}\n\n{where}; {'; '.join(sorted(runtimes))}; "
         f"prompts of {figures.visual_tokens // figures.batch} visual and "
         f"{figures.text_tokens // figures.batch} other tokens,\n{options.new_tokens} decoding steps, medians of "
         f"{options.rounds} rounds in turn. First token: image (tower, projector) and prefill (router, decoder, head);\n"
-        "the processor's work is in none."
+        "the processor's work is in none." + "".join(f"\n{sentence}" for sentence in done.slower())
     )
+
+
+LOADS_HEADER = ("model", "in flight", "tokens/s", "/ reference", "95 %", "first token ms p50", "p95", "token ms p50",
+                "p95")  # fmt: skip
+
+
+def loads_rows(done: Any) -> list[tuple[Any, ...]]:
+    """Return a row of every model with every number of requests in flight."""
+    rows: list[tuple[Any, ...]] = []
+    for model in done.models:
+        for load in model.loads:
+            interval = load.throughput_interval
+            times = (load.first_token_p50_ms, load.first_token_p95_ms, load.token_p50_ms, load.token_p95_ms)
+            rows.append(
+                (
+                    benchmark_name(model),
+                    load.in_flight,
+                    f"{load.tokens_per_s:.1f}",
+                    _in(1, load.throughput_ratio, 3),
+                    "" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}",
+                    *(f"{value:.1f}" for value in times),
+                )
+            )
+    return rows
+
+
+def loads_note(done: Any) -> str:
+    """Return how requests in flight were answered."""
+    return (
+        f"{done.models[0].loads[0].batching}; answers of {answer_range(done.options.new_tokens)} tokens, "
+        "each answered request followed by the next at once. First token: from when the request is sent, its wait "
+        "included; token: between two of an answer"
+    )
+
+
+def loads_table(done: Any) -> str:
+    return f"{table(LOADS_HEADER, loads_rows(done))}\n{loads_note(done)}"
 
 
 ROOFLINE_HEADER = ("model", "batch", "prefill, of the ideal", "decode, of the ideal")

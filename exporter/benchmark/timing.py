@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +53,21 @@ def paired(measured: Sequence[float], reference: Sequence[float]) -> Spread:
     """Return ratios to the reference, round by round. In a pair of rounds each subject is early and late."""
     pairs = range(0, len(measured) - 1, 2)
     return Spread.of([(measured[i] + measured[i + 1]) / (reference[i] + reference[i + 1]) for i in pairs])
+
+
+@contextlib.contextmanager
+def garbage_between_runs() -> Iterator[Callable[[], object]]:
+    """Collect garbage only when called for; what is there already is not looked through again and again."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
+        if collecting:
+            gc.enable()
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:

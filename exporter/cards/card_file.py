@@ -31,7 +31,7 @@ SAID = (
 )
 MARK = re.compile(r"<!-- Written by lvlm-exporter\..*?checksums: (.*?)-->\s*", re.DOTALL)
 KEY_LINE = re.compile(r"""(["']?)([\w.-]+)\1[ \t]*:(?:\s|$)""")
-OUR_METRIC = re.compile(r"[\w -]+, n=\d+, 95% CI ")  # how the names of our figures in a model-index begin
+OUR_METRIC = re.compile(r"[\w '-]+, n=\d+, 95% CI ")  # how the names of our figures in a model-index begin
 
 
 @dataclass(frozen=True)

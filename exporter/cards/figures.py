@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+EXACT_MATCH = "exact match"
+
+
+def metric_title(entry: Mapping[str, Any]) -> str:
+    """Return what a recorded figure is: the metric's own name; records without one are of exact match."""
+    return str(entry.get("metric_title") or entry.get("metric") or EXACT_MATCH)
+
+
+def score_name(titles: Iterable[str]) -> str:
+    """Return the name of a column that holds figures of these metrics: the metric, or 'score' where they differ."""
+    names = list(dict.fromkeys(titles))
+    return names[0] if len(names) == 1 else "score"
+
+
+def metric_figure(name: str, value: float | None) -> str:
+    """Return a figure that a metric tells beside its mean, as it is read: shares in percent, points as they are."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if name.endswith("(points)") else f"{100 * value:.1f} %"
 
 
 def describe(budget: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from ..localize.scores import LayerScores
 from ..methods import fold_row, localizer_row
 from ..models.divergence import Z
 from .card_file import CARD, write_card
-from .figures import describe
+from .figures import EXACT_MATCH, describe, metric_figure, metric_title, score_name
 from .licence import card_text, licence_sentence
 from .plots import plot_scores, plot_training
 
@@ -116,6 +116,8 @@ def body(record: CheckpointRecord, name: str) -> str:
         routes=record.routes,
         several_references=len({e.reference_name for e in record.evaluations if e.reference is not None}) > 1,
         describe=describe,
+        scored=score_name(metric_title(e) for e in data["evaluations"]) if data["evaluations"] else EXACT_MATCH,
+        metric_figure=metric_figure,
         title=name.split("/")[-1],
         load_name=name,
         fold=fold,
@@ -177,8 +179,7 @@ def metadata(record: CheckpointRecord, name: str) -> str:
             dataset_revision=e["fingerprint"],
             metric_type=e.get("metric") or "exact_match",
             metric_value=round(e["accuracy"], 4),
-            metric_name=f"{e.get('metric') or 'exact match'}, n={e['n']}, "
-            f"95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
+            metric_name=f"{metric_title(e)}, n={e['n']}, 95% CI {e['interval'][0]:.3f}-{e['interval'][1]:.3f}",
         )
         for e in record.data[
             "evaluations"

@@ -48,6 +48,7 @@ class ReferenceFigures:
     decoder_flops_share: Size | None = None
     answers_kept: Share | None = None  # of those without a budget, under a quality asked for
     metric: Text | None = None  # None: exact match
+    metric_title: Text | None = None  # as people read it; None: exact match, or a record of before
     figures: dict[Text, Number] = field(default_factory=dict)  # what the metric tells beside its mean
 
 
@@ -148,6 +149,23 @@ class BenchOptionsPart:
     batches: tuple[Positive, ...] = ()
     attention: Text | None = None
     compile: Flag = False
+    in_flight: tuple[Positive, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadTimes:
+    """Throughput and waits with so many requests in flight."""
+
+    in_flight: Positive
+    requests: Count
+    tokens_per_s: Size
+    first_token_p50_ms: Size
+    first_token_p95_ms: Size
+    token_p50_ms: Size
+    token_p95_ms: Size
+    batching: Text
+    throughput_ratio: Size | None = None
+    throughput_interval: Annotated[tuple[Size, ...], Length(2)] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +200,8 @@ class BenchmarkEntry(BenchmarkHead):
     batches: tuple[BatchFigures, ...]
     reference: tuple[BatchTimes, ...]
     reference_is_this_model: Flag
+    loads: tuple[LoadTimes, ...] = ()
+    reference_loads: tuple[LoadTimes, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,13 @@ def bench_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
         "--rounds", type=whole_number, default=10, metavar="N", help="how often each model runs, an even number (10)"
     )
+    subcommand.add_argument(
+        "--in-flight",
+        type=_batch_sizes,
+        default=(),
+        metavar="1,16,32",
+        help="numbers of requests in flight, each measured: throughput, waits for the first and for each further token",
+    )
     subcommand.add_argument("--attention", metavar="NAME", help="eager, sdpa, flash_attention_2 (the checkpoint's own)")
     subcommand.add_argument("--compile", action="store_true", help="compile the layers' norms and MLPs (torch.compile)")
     subcommand.add_argument(

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     from ..benchmark.table import benchmark_table
     from ..benchmark.workload import Workload
 
-    how = ("device", "dtype", "new_tokens", "rounds", "attention", "compile")
+    how = ("device", "dtype", "new_tokens", "rounds", "attention", "compile", "in_flight")
     done = bench(
         options.folders,
         reference=options.reference,
@@ -42,11 +42,22 @@ def run(options: argparse.Namespace) -> int:
     write_json(options, done.to_data())
     print(benchmark_table(done))
     if options.report is not None:
-        from ..benchmark.table import BENCHMARK_HEADER, benchmark_name, benchmark_rows
+        from ..benchmark.table import (
+            BENCHMARK_HEADER,
+            LOADS_HEADER,
+            benchmark_name,
+            benchmark_rows,
+            loads_note,
+            loads_rows,
+        )
         from ..report.of_benchmark import report_of_benchmark
 
         names = [benchmark_name(model) for model in done.models]
         rows = benchmark_rows(done)[0]
-        write_report(options, lambda commands: report_of_benchmark(done, BENCHMARK_HEADER, rows, names, commands))
+        loads = tuple(tuple(map(str, row)) for row in loads_rows(done))
+        waits = (LOADS_HEADER, loads, loads_note(done)) if loads else None
+        write_report(
+            options, lambda commands: report_of_benchmark(done, BENCHMARK_HEADER, rows, names, commands, waits)
+        )
     done.check_caches()
     return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +34,24 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     run_arguments(subcommand, batch_size=32)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison gives to be shown."""
+
+    text: str
+    data: Any  # for JSON
+    report: Callable[[Sequence[str]], Any]  # of the commands
+    files: tuple[str, ...] = ("table.md", "accuracy.png", "results.json")
+
+
 def run(options: argparse.Namespace) -> None:
     check_report(options)
     run = run_options_from_flags(options)
     from ..comparison.grid import grid_from_data
-    from ..comparison.grid_table import COMPARISON_HEADER, comparison_rows, comparison_table
-    from ..comparison.layers import compare
-    from ..comparison.routers import compare_routes
     from ..comparison.routes import RouteTables, tables_from_data
-    from ..comparison.routes_table import table_rows, table_text
-    from ..comparison.tasks import by_table, compare_tasks, tasks_text
-    from ..comparison.tasks import header as task_header
     from ..comparison.tasks_recipe import TasksRecipe, tasks_from_data
-    from ..comparison.zoo import HEADER, compare_zoo, zoo_cells, zoo_from_data, zoo_in_folder, zoo_text
+    from ..comparison.zoo import zoo_from_data, zoo_in_folder
     from ..recipe import from_yaml
-    from ..report.of_comparison import report_of_grid, report_of_routes, report_of_tasks, report_of_zoo
 
     def parse(data: Any) -> Any:
         if options.zoo is not None:
@@ -60,36 +63,68 @@ def run(options: argparse.Namespace) -> None:
         return tables_from_data(data) if isinstance(data, dict) and "rows" in data else grid_from_data(data)
 
     wanted = from_yaml(options.recipe, parse)
-    done: Any
-    rows: Sequence[Sequence[Any]]
     if isinstance(wanted, tuple):
-        tables = compare_zoo(wanted, options.out, run, progress_bar(options))
-        print(zoo_text(tables))
-        write_json(options, {name: [asdict(row) for row in rows] for name, rows in tables.items()})
-        write_report(options, lambda commands: report_of_zoo(tables, HEADER, zoo_cells, commands))
-        _say_where(options, "table.md", "results.json")
-        return
-    if isinstance(wanted, TasksRecipe):
-        done = compare_tasks(wanted, options.out, run, progress_bar(options))
-        print(tasks_text(done))
-        write_json(options, done.to_data())
-        write_report(options, lambda commands: report_of_tasks(done, task_header(done), by_table(done), commands))
-        _say_where(options, "table.md", "accuracy.png", "results.json")
-        return
-    if isinstance(wanted, RouteTables):
-        done = compare_routes(wanted, options.out, run, progress_bar(options))
-        text = table_text(done)
-        header, rows = table_rows(done)
-        make = report_of_routes
+        compared = _zoo
+    elif isinstance(wanted, TasksRecipe):
+        compared = _tasks
+    elif isinstance(wanted, RouteTables):
+        compared = _routes
     else:
-        done = compare(wanted, options.out, run, progress_bar(options))
-        text = comparison_table(done)
-        header, rows = list(COMPARISON_HEADER), comparison_rows(done)
-        make = report_of_grid
-    write_json(options, done.to_data())
-    print(text)
-    write_report(options, lambda commands: make(done, header, rows, commands))
-    _say_where(options, "table.md", "accuracy.png", "results.json")
+        compared = _seeds if wanted.seeds else _layers
+    done = compared(wanted, options.out, run, progress_bar(options))
+    print(done.text)
+    write_json(options, done.data)
+    write_report(options, done.report)
+    _say_where(options, *done.files)
+
+
+def _zoo(*asked: Any) -> Compared:
+    from ..comparison.zoo import HEADER, compare_zoo, zoo_cells, zoo_text
+    from ..report.of_comparison import report_of_zoo
+
+    tables = compare_zoo(*asked)
+    data = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
+    files = ("table.md", "results.json")
+    return Compared(zoo_text(tables), data, lambda said: report_of_zoo(tables, HEADER, zoo_cells, said), files)
+
+
+def _tasks(*asked: Any) -> Compared:
+    from ..comparison.tasks import compare_tasks
+    from ..comparison.tasks_table import by_table, header, notes, tasks_text
+    from ..report.of_comparison import report_of_tasks
+
+    done = compare_tasks(*asked)
+    table = header(done), by_table(done), notes(done)
+    return Compared(tasks_text(done), done.to_data(), lambda said: report_of_tasks(done, *table, said))
+
+
+def _routes(*asked: Any) -> Compared:
+    from ..comparison.routers import compare_routes
+    from ..comparison.routes_table import table_rows, table_text
+    from ..report.of_comparison import report_of_routes
+
+    done = compare_routes(*asked)
+    return Compared(table_text(done), done.to_data(), lambda said: report_of_routes(done, *table_rows(done), said))
+
+
+def _seeds(*asked: Any) -> Compared:
+    from ..comparison.seeds import compare_seeds, seeds_header, seeds_notes, seeds_rows, seeds_text
+    from ..report.of_comparison import report_of_seeds
+
+    done = compare_seeds(*asked)
+    table = seeds_header(done), seeds_rows(done), seeds_notes(done)
+    files = ("table.md", "results.json")
+    return Compared(seeds_text(done), done.to_data(), lambda said: report_of_seeds(done, *table, said), files)
+
+
+def _layers(*asked: Any) -> Compared:
+    from ..comparison.grid_table import comparison_header, comparison_rows, comparison_table
+    from ..comparison.layers import compare
+    from ..report.of_comparison import report_of_grid
+
+    done = compare(*asked)
+    table = comparison_header(done), comparison_rows(done)
+    return Compared(comparison_table(done), done.to_data(), lambda said: report_of_grid(done, *table, said))
 
 
 def _say_where(options: argparse.Namespace, *names: str) -> None:

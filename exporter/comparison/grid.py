@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.shapes import COUNT, SHARE, SIZE, TEXT, ListOf, MapOf, Misfit, check
+from ..cards.figures import EXACT_MATCH
+from ..checkpoints.shapes import COUNT, SHARE, SIZE, TEXT, ListOf, MapOf, Maybe, Misfit, check
+from ..data.uses import USE
 from ..errors import InputError
-from ..evaluation.scoring import Rate, holm, mcnemar
+from ..evaluation.scoring import Rate, holm, mcnemar, rights
 from ..methods import FOLDS, LOCALIZERS
 from ..plan import LayerBudget
 from ..recipe import (
@@ -29,6 +31,7 @@ from ..recipe import (
     task_from_data,
 )
 from .cells_file import RESULT
+from .seed_list import seeds_from_data
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Grid:
     revision: str | None = None
     protect: tuple[int, ...] | None = None
     seed: int = 0
+    seeds: tuple[int, ...] = ()  # for which calibration questions are drawn anew; (): for `seed` alone
+    task_seed: int | None = None  # that draws `task_samples`; None: `seed`
 
     def __post_init__(self) -> None:
         paths_as_text(self, "model")
@@ -57,6 +62,15 @@ class Grid:
         if self.drop_ratios:
             return tuple(LayerBudget(drop_ratio=ratio) for ratio in self.drop_ratios)
         return tuple(LayerBudget(drop_layers=count) for count in self.drop_layers)
+
+    def of_seed(self, seed: int) -> Grid:
+        """Return the comparison with the calibration questions that one seed draws; the task's stay the same."""
+        return dataclasses.replace(self, seed=seed, seeds=(), task_seed=self.questions_seed)
+
+    @property
+    def questions_seed(self) -> int:
+        """Return the seed that draws the task's questions."""
+        return self.seed if self.task_seed is None else self.task_seed
 
     def recipe(self) -> Recipe:
         """Return the recipe of the cells with the fewest layers."""
@@ -83,14 +97,14 @@ def grid_from_data(data: Any) -> Grid:
     for key in ("localizers", "folds", "drop_layers", "drop_ratios"):
         if key in data and (not isinstance(data[key], list) or not data[key]):
             raise InputError(f"{key} must be a list, not {data[key]!r}.")
-    check_types(Grid, data, ("model", "task_samples", "revision", "seed"))
+    check_types(Grid, data, ("model", "task_samples", "revision", "seed", "task_seed"))
     localizers = tuple(read_method(value, LOCALIZERS, "localizer") for value in data["localizers"])
     folds = tuple(read_method(value, FOLDS, "fold") for value in data["folds"])
     for method in localizers:
         check_method(method, LOCALIZERS, "localizer")
     for method in folds:
         check_method(method, FOLDS, "fold")
-    rest = {key: data[key] for key in ("task_samples", "revision", "seed") if key in data}
+    rest = {key: data[key] for key in ("task_samples", "revision", "seed", "task_seed") if key in data}
     protect = data.get("protect")
     return Grid(
         model=data["model"],
@@ -100,6 +114,7 @@ def grid_from_data(data: Any) -> Grid:
         folds=folds,
         drop_layers=integers(data.get("drop_layers", []), "drop_layers"),
         drop_ratios=shares(data.get("drop_ratios", [])),
+        seeds=seeds_from_data(data),
         protect=None if protect is None else integers(protect, "protect"),
         **rest,
     )
@@ -157,6 +172,8 @@ RESULTS = {
     "counts": ListOf(COUNT),
     "ratios": ListOf(SHARE),
     "refused": MapOf(TEXT),
+    "metric": TEXT,
+    "task_uses": Maybe({"sentence": TEXT, "earlier": ListOf(USE)}),
 }
 
 
@@ -173,12 +190,13 @@ class Comparison:
     counts: tuple[int, ...] = ()  # of dropped layers, in the order of the grid's budgets
     ratios: tuple[float, ...] = ()  # of the grid, one a count; () where it names numbers of layers
     refused: dict[str, str] = field(default_factory=dict)  # folds that this model does not take, and why
+    metric: str = EXACT_MATCH  # by its title
+    task_uses: dict[str, Any] | None = None  # `used_data` of a task that is kept for a last test
 
     def p_value(self, cell: Cell) -> float:
         """Return whether a cell differs from the best one of its budget: McNemar's exact test on the same questions."""
         best = self.best[len(cell.drop)]
-        wrong = [set(each.wrong) for each in (best, cell)]
-        return mcnemar(*([index not in each for index in range(cell.n)] for each in wrong))[2]
+        return mcnemar(rights(cell.n, best.wrong), rights(cell.n, cell.wrong))[2]
 
     @functools.cached_property
     def p_corrected(self) -> tuple[float, ...]:
@@ -211,6 +229,10 @@ class Comparison:
 
 
 Key = tuple[str, str, int]  # localizer, fold, number of dropped layers
+
+
+def key_of(cell: Cell) -> Key:
+    return cell.localizer, cell.fold, len(cell.drop)
 
 
 def label(method: Method) -> str:

@@ -1,4 +1,4 @@
-"""Runs the cells of a grid together, so that what they share is computed once."""
+"""What a grid's cells are made of, together, so that what they share is computed once: layers and folds."""
 
 from __future__ import annotations
 
@@ -11,26 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.shapes import read_json
-from ..clean_room import greedy_answers
 from ..compression.job import CompressionJob
 from ..compression.steps import fold_job, localize
-from ..data.batches import make_batch, make_batches
-from ..data.samples import Sample
-from ..data.task import SPARE_TOKENS, Task
-from ..evaluation.judge import HALF
-from ..evaluation.metrics.table import METRICS
-from ..evaluation.scoring import Fidelity, Rate, TaskResult
 from ..fold.job import FoldRefused
 from ..localize.scores import LayerScores
 from ..methods import FOLDS, LOCALIZERS, resolve
-from ..models.answers import AnsweredBatch, with_answers
 from ..models.capture import BatchStatistics, layer_statistics
 from ..models.questions import Questions
-from ..models.variants import AnswerAgreement, Variant, assembled, judge
+from ..models.variants import Variant
 from ..plan import Folded, PruningPlan, make_plan
 from ..progress import Progress
 from ..recipe import Method
-from .cells_file import CellsFile, as_kept
+from .cells_file import CellsFile
 from .grid import Cell, Comparison, Grid, Key, cell_from_data, label
 
 CELLS_AT_A_TIME = 16  # whose new tensors are held together
@@ -48,12 +40,11 @@ def alike_together(keys: Sequence[Key], choices: dict[tuple[str, int], LayerScor
 
 @dataclass
 class GridRunner:
-    """One model, its calibration statistics and the original's answers, from which every cell is computed."""
+    """One model and what its calibration questions tell: the layers that go and the folds of every cell."""
 
     grid: Grid
     job: CompressionJob
     model: Any
-    task: Task
     progress: Progress
     counts: tuple[int, ...]  # of layers that go
     clock: dict[str, list[float]] = field(default_factory=dict)
@@ -110,30 +101,21 @@ class GridRunner:
     def keys(self, choices: dict[tuple[str, int], LayerScores]) -> list[Key]:
         return [(name, label(fold), count) for name, count in choices for fold in self.grid.folds]
 
-    def fill(self, choices: dict[tuple[str, int], LayerScores], keys: Sequence[Key]) -> dict[Key, Cell]:
-        """Fold, judge against the original's answers, and generate where a cell departs from them."""
+    def made(self, choices: dict[tuple[str, int], LayerScores], keys: Sequence[Key]) -> dict[Key, Variant]:
+        """Return the cells' models: equal layers and folds share one, and folds that are refused are left out."""
         folds = {label(fold): fold for fold in self.grid.folds}
-        wanted = {key: (make_plan(self.job.source.num_layers, choices[key[0], key[2]].drop), key[1]) for key in keys}
         distinct: dict[tuple[PruningPlan, str], Variant] = {}
-        for plan, fold in dict.fromkeys(wanted.values()):
+        found = {}
+        for key in keys:
+            at = (make_plan(self.job.source.num_layers, choices[key[0], key[2]].drop), key[1])
             try:
-                distinct[plan, fold] = Variant(plan, self.fold(plan, folds[fold]))
+                if at not in distinct:
+                    distinct[at] = Variant(at[0], self.fold(at[0], folds[at[1]]))
             except FoldRefused as error:
-                self.refused[fold] = str(error)
-        variants = list(distinct.values())
-        begin = time.monotonic()
-        bar = iter(
-            self.progress(
-                range(len(variants) * len(self.reference_answers)), "judge", len(variants) * len(self.reference_answers)
-            )
-        )
-        agreements = judge(self.model, variants, self.reference_answers, lambda _: next(bar, None))
-        for _ in bar:
-            pass
-        correct = [self._correct(v, a) for v, a in zip(variants, agreements, strict=True)]
-        self.timed("judge", begin)
-        judged = dict(zip(distinct, zip(agreements, correct, strict=True), strict=True))
-        return {key: self._cell(key, at[0], *judged[at]) for key, at in wanted.items() if at in judged}
+                self.refused[at[1]] = str(error)
+            if at in distinct:
+                found[key] = distinct[at]
+        return found
 
     def fold(self, plan: PruningPlan, method: Method) -> Folded:
         if not plan.drop:
@@ -148,71 +130,13 @@ class GridRunner:
     def _measured(self) -> dict[Any, Any]:
         return {}
 
-    # the original's answers
+    def naive_seconds(self, cells: int, judged: dict[str, list[float]]) -> float:
+        """Return the seconds of a loop over cells that shares nothing: each would localize, fold and answer anew.
 
-    @functools.cached_property
-    def reference_answers(self) -> list[AnsweredBatch]:
-        """Return the task's questions with what the original answers, in batches; also sets its correctness."""
-        begin = time.monotonic()
-        samples, size = self.task.samples, self.job.options.batch_size
-        answered, right = [], []
-        number = -(-len(samples) // size)
-        for batch in self.progress(
-            make_batches(samples, self.job.processor, self.job.source.config, size), "answer", number
-        ):
-            on_device = batch.to(self.model.device)
-            answers = greedy_answers(self.model, on_device.inputs, self.longest)
-            right += self._judge(answers, batch.samples)
-            answered.append(with_answers(self.model, on_device, answers))
-        self.correct = right
-        self.timed("answer", begin)
-        return answered
-
-    @functools.cached_property
-    def longest(self) -> int:
-        return self.task.longest(self.job.processor) if self.task.samples else SPARE_TOKENS
-
-    @property
-    def original(self) -> Rate:
-        self.reference_answers  # noqa: B018
-        return Rate.of(self.correct)
-
-    def _judge(self, answers: Any, samples: Sequence[Sample]) -> list[float]:
-        texts = self.job.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        value = METRICS[self.task.metric].value
-        return [value(s, text) for text, s in zip(texts, samples, strict=True)]
-
-    def _correct(self, variant: Variant, agreement: AnswerAgreement) -> list[float]:
-        """Rate each answer; only the questions that are answered otherwise are answered again."""
-        correct = list(self.correct)
-        departs = [i for i, follows in enumerate(agreement.follows) if not follows]
-        size = self.job.options.batch_size
-        with assembled(self.model, variant):
-            for start in range(0, len(departs), size):
-                indices = departs[start : start + size]
-                samples = [self.task.samples[i] for i in indices]
-                batch = make_batch(samples, self.job.processor, self.job.source.config).to(self.model.device)
-                answers = greedy_answers(self.model, batch.inputs, self.longest)
-                for i, right in zip(indices, self._judge(answers, samples), strict=True):
-                    correct[i] = right
-        return correct
-
-    def _cell(self, key: Key, plan: PruningPlan, agreement: AnswerAgreement, correct: list[float]) -> Cell:
-        fidelity = Fidelity.of(agreement.kl, agreement.same, agreement.tokens)
-        result = TaskResult.of([sample.type for sample in self.task.samples], correct, fidelity)
-        gone = sum(self.job.source.parameters_per_layer[layer] for layer in plan.drop)
-        return Cell(
-            localizer=key[0],
-            fold=key[1],
-            drop=plan.drop,
-            parameters=self.job.source.weights.num_parameters - gone,
-            **as_kept(result, self.original.accuracy),
-            wrong=tuple(index for index, right in enumerate(correct) if right < HALF),
-        )
-
-    def naive_seconds(self, cells: int) -> float:
-        """Return the seconds of a loop over cells that shares nothing: each would localize, fold and answer anew."""
-        per_cell = {what: max(times) for what, times in self.clock.items()}
+        Args:
+            judged: the times of the task's judge.
+        """
+        per_cell = {what: max(times) for what, times in (self.clock | judged).items()}
         clocks = [
             "statistics" if LOCALIZERS[method.name].from_statistics else method.name for method in self.grid.localizers
         ]
@@ -227,6 +151,8 @@ class FinishedCells:
         self.out = out
         columns = [f.name for f in dataclasses.fields(Cell)]
         asked = asdict(grid) | {"task": grid.task.to_data()}
+        for name in ("seeds", "task_seed"):  # so that a folder of before they were there is that of the same comparison
+            asked = {key: value for key, value in asked.items() if key != name or value}
         self.file = CellsFile(out / "cells.jsonl", [asked, columns])
         self.cells: dict[Key, Cell] = {}
         for cell in self.file.read(cell_from_data):
@@ -243,4 +169,7 @@ class FinishedCells:
             return None
 
     def add(self, cells: dict[Key, Cell]) -> None:
-        self.file.add([asdict(cell) for cell in cells.values()])
+        """Keep cells, if there are some."""
+        if cells:
+            self.cells |= cells
+            self.file.add([asdict(cell) for cell in cells.values()])

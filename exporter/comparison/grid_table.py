@@ -35,13 +35,14 @@ def comparison_rows(done: Any) -> list[tuple[Any, ...]]:
     return rows
 
 
-COMPARISON_HEADER = ("localizer + fold", "dropped", "layers", "parameters", "exact match %", "95 % CI", "kept %", "KL",
-                     "agreement %", "p")  # fmt: skip
+def comparison_header(done: Any) -> tuple[str, ...]:
+    return ("localizer + fold", "dropped", "layers", "parameters", f"{done.metric} %", "95 % CI", "kept %", "KL",
+            "agreement %", "p")  # fmt: skip
 
 
 def comparison_table(done: Any) -> str:
     low, high = done.original.interval
-    text = table(COMPARISON_HEADER, comparison_rows(done))
+    text = table(comparison_header(done), comparison_rows(done))
     text += (
         f"\n\noriginal: {100 * done.original.accuracy:.1f} % ({100 * low:.1f}-{100 * high:.1f}) of {done.original.n} "
         f"questions, {done.parameters:,} parameters"
@@ -51,6 +52,8 @@ def comparison_table(done: Any) -> str:
     text += (
         "\np: of a row against the best one of its budget, on the same questions (McNemar, exact), by Holm for all rows"
     )
+    if done.task_uses:
+        text += f"\n{done.task_uses['sentence']}"
     if done.naive_seconds:
         text += (
             f"\n{len(done.cells)} cells in {done.seconds:.0f} s; cell by cell from scratch about "
@@ -60,13 +63,14 @@ def comparison_table(done: Any) -> str:
 
 
 def comparison_markdown(done: Any) -> str:
-    lines = ["| " + " | ".join(COMPARISON_HEADER) + " |", "|---|" + "---:|" * (len(COMPARISON_HEADER) - 1)]
+    lines = ["| " + " | ".join(comparison_header(done)) + " |", "|---|" + "---:|" * (len(comparison_header(done)) - 1)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in comparison_rows(done)]
+    lines += ["", done.task_uses["sentence"]] if done.task_uses else []
     return "\n".join(lines) + "\n"
 
 
 def plot_comparison(done: Any, path: Path) -> None:
-    """Draw exact match against parameters: a colour a localizer, a marker a fold, the Pareto front as a line."""
+    """Draw the score against parameters: a colour a localizer, a marker a fold, the Pareto front as a line."""
     drawn, axes = figure(8.5, 4.6)
     localizers = list(dict.fromkeys(cell.localizer for cell in done.cells))
     folds = list(dict.fromkeys(cell.fold for cell in done.cells))
@@ -83,7 +87,7 @@ def plot_comparison(done: Any, path: Path) -> None:
     front = pareto_front([(done.parameters, done.original.accuracy), *((c.parameters, c.accuracy) for c in done.cells)])
     axes.plot([p / 1e6 for p, _ in front], [100 * a for _, a in front], color="black", linewidth=1, zorder=0)
     axes.set_xlabel("parameters (millions)")
-    axes.set_ylabel("exact match (%)")
+    axes.set_ylabel(f"{done.metric} (%)")
     shown = [("original", "*", "black"), *((n, "s", PALETTE[i % len(PALETTE)]) for i, n in enumerate(localizers))]
     shown += [(n, MARKERS[i % len(MARKERS)], "#888888") for i, n in enumerate(folds)]
     handles = [axes.plot([], [], marker, color=color, linestyle="")[0] for _, marker, color in shown]

@@ -10,11 +10,14 @@ unrouted model says.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..cards.figures import describe
-from ..checkpoints.source import open_source
+from ..checkpoints.source import Source, open_source
+from ..data.uses import begin_use, run_of, used_data
 from ..errors import InputError
+from ..evaluation.metrics.table import METRICS
 from ..evaluation.metrics.task import compared_task
 from ..evaluation.scoring import Rate
 from ..progress import Progress, silent
@@ -27,23 +30,27 @@ from .saved import write_all
 
 
 def compare_routes(
-    tables: RouteTables, out: Path | str, options: RunOptions = RunOptions(batch_size=32), progress: Progress = silent
+    tables: RouteTables,
+    out: Path | str,
+    options: RunOptions = RunOptions(batch_size=32),
+    progress: Progress = silent,
+    run: Path | None = None,
 ) -> RouteComparison:
-    """Fill the table; write results.json, table.md and accuracy.png into `out`, where finished rows are kept."""
+    """Fill the table; write results.json, table.md and accuracy.png into `out`, where finished rows are kept.
+
+    Args:
+        run: the folder of a whole of which this is a part; None: `out`.
+    Raises: InputError for wrong input, and for several seeds, which need routers that are trained for each.
+    """
     out = Path(out)
+    if tables.seeds:
+        raise InputError("seeds: routers are compared over seeds with 'tasks' and 'routers', which train one for each.")
     sources = {name: open_source(name) for name in {tables.model, *(row.folder for row in tables.rows if row.folder)}}
-    for row in tables.rows:
-        source = sources[row.folder or tables.model]
-        settings = router_settings(source, row.parsed())
-        for budget in tables.budgets:
-            try:
-                budget.check(settings, source.num_layers)
-            except ValueError as error:
-                raise InputError(f"row '{row.name}': {error}") from error
-        if row.parsed().layers == "shortgpt" and tables.calibration is None:
-            raise InputError(f"row '{row.name}': shortgpt measures layers on questions: add calibration: FILE.")
-    task = compared_task(tables.task, tables.task_samples, tables.seed)
+    _check_rows(tables, sources)
+    task = compared_task(tables.task, tables.task_samples, tables.questions_seed)
     kept = FinishedRows(out, tables)
+    who = (tables.task.data, "compare", sorted(sources))
+    uses = begin_use(*who, len(task.samples), task.fingerprint, run_of(out if run is None else run))
     runner = RoutesRunner.of(tables, task, options, progress)
     for row in tables.rows:
         if row.name not in kept.cells:
@@ -56,7 +63,23 @@ def compare_routes(
         columns=names,
         rows=tuple(row.name for row in tables.rows),
         cells=cells,
+        metric=METRICS[task.metric].title,
+        task_uses=used_data(uses).get("task_uses"),
     )
     pictures = {"accuracy.png": lambda path: plot_routes(done, path)}
     write_all(out, {"table.md": table_markdown(done)}, pictures, done.to_data())
     return done
+
+
+def _check_rows(tables: RouteTables, sources: Mapping[str, Source]) -> None:
+    """Raise InputError for a row that can't run under a budget, or that measures layers without questions."""
+    for row in tables.rows:
+        source = sources[row.folder or tables.model]
+        settings = router_settings(source, row.parsed())
+        for budget in tables.budgets:
+            try:
+                budget.check(settings, source.num_layers)
+            except ValueError as error:
+                raise InputError(f"row '{row.name}': {error}") from error
+        if row.parsed().layers == "shortgpt" and tables.calibration is None:
+            raise InputError(f"row '{row.name}': shortgpt measures layers on questions: add calibration: FILE.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..clean_room import greedy_answers
 from ..data.batches import Batch, make_batch, size_order
 from ..data.resumable import ResumableLines
 from ..data.task import Task
-from ..evaluation.judge import Judge, Reference
+from ..evaluation.judge import HALF, Judge, Reference
 from ..evaluation.loaded import Loaded, influence_of, load
 from ..evaluation.metrics.table import METRICS
 from ..evaluation.results import ModelResult
@@ -76,7 +76,9 @@ class RoutesRunner:
             found = replace(self.unrouted, path=row.folder, source=source, model=model, influence=None)
             self.loaded = {row.folder: found}
         if row.parsed().layers == "shortgpt" and found.influence is None:
-            found.influence = influence_of(found, str(self.tables.calibration), self.options.batch_size)
+            found.influence = influence_of(
+                found, str(self.tables.calibration), self.options.batch_size, self.tables.seed
+            )
         return replace(found, seed=self.tables.seed)
 
     # budgets at equal cost
@@ -217,7 +219,9 @@ class RoutesRunner:
         data = loaded.ask.to_data() | {"rule": row.rule}
         return RouteCell(
             row=row.name, column=column, budget=data, **as_kept(result, self.original.accuracy),
-            flops_share=total, decoder_flops_share=decoder, searched=str(self.tables.oracle) if row.searches else None,
+            flops_share=total, decoder_flops_share=decoder,
+            wrong=tuple(index for index, right in enumerate(correct) if right < HALF),
+            searched=str(self.tables.oracle) if row.searches else None,
         )  # fmt: skip
 
 
@@ -231,7 +235,8 @@ class FinishedRows:
     """Rows of the tables on disk as they are done."""
 
     def __init__(self, out: Path, tables: RouteTables) -> None:
-        self.file = CellsFile(out / "rows.jsonl", asdict(tables) | {"task": tables.task.to_data()})
+        columns = [f.name for f in fields(RouteCell)]
+        self.file = CellsFile(out / "rows.jsonl", [asdict(tables) | {"task": tables.task.to_data()}, columns])
         self.cells: dict[str, list[RouteCell]] = dict(self.file.read(row_from_data))
 
     def add(self, name: str, cells: list[RouteCell]) -> None:

@@ -6,21 +6,28 @@ from pathlib import Path
 
 from ..cards.plots import MARKERS, PALETTE, figure, save
 from ..cards.tables import table
-from .routes import RouteComparison
+from .routes import RouteCell, RouteComparison
 
 
 def table_rows(done: RouteComparison) -> tuple[list[str], list[list[str]]]:
-    """Return the header and rows: exact match, in brackets the share of the unrouted model's, and decoder FLOPs."""
-    header = ["exact match % (kept %) at decoder FLOPs %", *done.columns]
+    """Return the header and rows: the score, in brackets the share of the unrouted model's, and decoder FLOPs."""
+    header = [f"{done.metric} % (kept %) at decoder FLOPs %; p", *done.columns]
     rows = []
     for name in done.rows:
         cells = [done.cell(name, column) for column in range(len(done.columns))]
-        shown = [
-            "–" if c is None else f"{100 * c.accuracy:.1f} ({100 * c.kept:.1f}) at {100 * c.decoder_flops_share:.1f}"
-            for c in cells
-        ]
-        rows.append([name, *shown])
+        rows.append([name, *("–" if cell is None else _shown(done, cell) for cell in cells)])
     return header, rows
+
+
+def _shown(done: RouteComparison, cell: RouteCell) -> str:
+    text = f"{100 * cell.accuracy:.1f} ({100 * cell.kept:.1f}) at {100 * cell.decoder_flops_share:.1f}"
+    p_value = done.p_corrected.get((cell.row, cell.column))
+    return text if p_value is None else f"{text}; {p_value:.2g}"
+
+
+P_NOTE = (
+    "p: of a cell against the best one of its column, on the same questions (McNemar, exact), by Holm for all cells"
+)
 
 
 def table_text(done: RouteComparison) -> str:
@@ -29,6 +36,7 @@ def table_text(done: RouteComparison) -> str:
     text += (
         f"\n\nunrouted: {100 * done.original.accuracy:.1f} % ({100 * low:.1f}-{100 * high:.1f}) of {done.original.n}"
     )
+    text += f"\n{P_NOTE}" + (f"\n{done.task_uses['sentence']}" if done.task_uses else "")
     for searched in dict.fromkeys((cell.row, cell.searched) for cell in done.cells if cell.searched):
         text += f"\n{searched[0]}: {searched[1]}"
     return text
@@ -37,11 +45,13 @@ def table_text(done: RouteComparison) -> str:
 def table_markdown(done: RouteComparison) -> str:
     header, rows = table_rows(done)
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * len(done.columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", done.task_uses["sentence"]] if done.task_uses else []
+    return "\n".join(lines) + "\n"
 
 
 def plot_routes(done: RouteComparison, path: Path) -> None:
-    """Draw exact match against the decoder's FLOPs, a line a row."""
+    """Draw the score against the decoder's FLOPs, a line a row."""
     drawn, axes = figure(8.5, 4.6)
     for number, name in enumerate(done.rows):
         cells = sorted((c for c in done.cells if c.row == name), key=lambda c: c.decoder_flops_share)
@@ -52,6 +62,6 @@ def plot_routes(done: RouteComparison, path: Path) -> None:
         )  # fmt: skip
     axes.plot(100, 100 * done.original.accuracy, "*", color="black", markersize=11, label="unrouted", linestyle="")
     axes.set_xlabel("decoder FLOPs of the prompt (% of the unrouted model's)")
-    axes.set_ylabel("exact match (%)")
+    axes.set_ylabel(f"{done.metric} (%)")
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     save(drawn, path)

@@ -47,7 +47,7 @@ def samples_per_second(
     """
     job = prepare(grid.recipe(), options, progress)
     model, _ = job.load_model()
-    samples = compared_task(grid.task, timing.samples, grid.seed).samples
+    samples = compared_task(grid.task, timing.samples, grid.questions_seed).samples
     batches = [make_batch([sample], job.processor, job.source.config).to(model.device) for sample in samples]
     plans = {0: (), **drops}
     times: dict[int, list[float]] = {count: [] for count in plans}

@@ -6,67 +6,33 @@ that the rows name are trained first. Rows that can't be made stand in the table
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ..cards import tables as report
-from ..cards.plots import MARKERS, PALETTE, figure, save
 from ..checkpoints.record import RECORD, read_record
 from ..checkpoints.source import open_source
 from ..clean_room import load_processor
 from ..errors import InputError
 from ..evaluation.metrics.task import compared_task
+from ..evaluation.scoring import rights
 from ..pipeline import route
 from ..progress import Progress, silent
 from ..recipe import RunOptions
 from ..routing.cost import few_prompts
 from ..routing.requests import router_settings
-from .grid import Comparison, Grid
-from .layers import compare
+from .grid import Comparison, Grid, Key, key_of
+from .layers import compare_together
 from .routers import compare_routes
 from .routes import RouteComparison, RouteTables
 from .saved import write_all
+from .seeds import folder_of, made_folder
 from .speed import Ratio, samples_per_second
+from .task_rows import TaskRow, TasksComparison, over_seeds
 from .tasks_recipe import Line, TasksRecipe
+from .tasks_table import plot_tasks, tasks_markdown
 from .theory import Shape, fastv_tflops
-
-ROUTERS = "routers"  # the folder of those that are trained
-
-
-@dataclass(frozen=True)
-class TaskRow:
-    """A method under a budget on all tasks. Figures that there are none of are None, or missing."""
-
-    table: str
-    method: str
-    layers: int | None = None
-    visual_tokens: float | None = None  # share that is kept
-    tflops: float | None = None  # by the papers' formula
-    flops_share: float | None = None  # counted, of the decoder's; of a router and of rules
-    parameters: int | None = None
-    accuracy: dict[str, float] = field(default_factory=dict)
-    kept: dict[str, float] = field(default_factory=dict)  # of the original's
-    speed: Ratio | None = None
-    reason: str | None = None  # why there are no figures
-
-    @property
-    def mean(self) -> float | None:
-        return sum(self.accuracy.values()) / len(self.accuracy) if self.accuracy else None
-
-
-@dataclass(frozen=True)
-class TasksComparison:
-    """All rows; the first of each table is the original."""
-
-    out: Path
-    tasks: tuple[str, ...]
-    rows: tuple[TaskRow, ...]
-
-    def to_data(self) -> dict[str, Any]:
-        return asdict(self) | {"out": str(self.out)}
 
 
 def compare_tasks(
@@ -77,41 +43,76 @@ def compare_tasks(
     Raises: InputError for wrong input; what was measured before stays in `out`, and the same command goes on from it.
     """
     out = Path(out)
-    parts = {name: wanted.of(name, out / ROUTERS) for name in wanted.tasks}
-    shape = shape_of(wanted, parts)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        train_routers(wanted, out / ROUTERS, options, progress)
-        done = {name: _compared(part, out / name, options, progress) for name, part in parts.items()}
-    except InputError:
-        with contextlib.suppress(OSError):
-            out.rmdir()  # unless it holds something
-        raise
-    first = next(iter(parts.values()))
+    parts = parts_of(wanted, out)
+    shape = shape_of(wanted, parts[0])
+    with made_folder(out):
+        for seed in wanted.seeds or (None,):
+            train_routers(wanted, wanted.routers_in(out, seed), seed, options, progress)
+        done = _compared(parts, out, options, progress)
+    first = next(iter(parts[0].values()))
     if isinstance(first, Grid):
-        drops = {len(cell.drop): cell.drop for cell in _first(done).cells}
+        drops = {len(cell.drop): cell.drop for cell in _first(done[0]).cells}
         speeds = {} if wanted.speed is None else samples_per_second(first, drops, wanted.speed, options, progress)
-        rows = _grid_tables(wanted, done, shape, speeds)
+        there = set.intersection(*({key_of(cell) for cell in _first(one).cells} for one in done))  # with every seed
+        rows = [_grid_tables(wanted, one, shape, speeds, there) for one in done]
+        refused = {fold: reason for one in done for fold, reason in _first(one).refused.items()}
+        for of_seed in rows:
+            of_seed += [TaskRow("Not taken by this model", fold, reason=reason) for fold, reason in refused.items()]
     else:
-        rows = _route_tables(wanted, first, done, shape)
-    result = TasksComparison(out, tuple(wanted.tasks), tuple(rows))
+        rows = [_route_tables(wanted, _first(tables), one, shape) for tables, one in zip(parts, done, strict=True)]
+    result = TasksComparison(
+        out=out,
+        tasks=tuple(wanted.tasks),
+        rows=tuple(over_seeds(rows)),
+        metrics={name: one.metric for name, one in done[0].items()},
+        seeds=wanted.seeds,
+        task_uses={name: one.task_uses for name, one in done[0].items() if one.task_uses},
+    )
     pictures = {"accuracy.png": lambda path: plot_tasks(result, path)}
     write_all(out, {"table.md": tasks_markdown(result)}, pictures, result.to_data())
     return result
 
 
-def _compared(part: Grid | RouteTables, out: Path, options: RunOptions, progress: Progress) -> Any:
-    if isinstance(part, Grid):
-        return compare(part, out, options, progress)
-    return compare_routes(part, out, options, progress)
+def parts_of(wanted: TasksRecipe, out: Path) -> list[dict[str, Grid | RouteTables]]:
+    """Return for each seed, or for the one of the recipe, the comparison on each task."""
+    if not wanted.seeds:
+        return [{name: wanted.of(name, wanted.routers_in(out, None)) for name in wanted.tasks}]
+    return [
+        {name: wanted.of(name, wanted.routers_in(out, seed)).of_seed(seed) for name in wanted.tasks}
+        for seed in wanted.seeds
+    ]
 
 
-def train_routers(wanted: TasksRecipe, out: Path, options: RunOptions, progress: Progress) -> None:
-    """Train the routers that are not there yet. Raises: InputError for a folder that holds another one."""
-    for name, router in wanted.routers.items():
+def _compared(
+    parts: Sequence[Mapping[str, Grid | RouteTables]], out: Path, options: RunOptions, progress: Progress
+) -> list[dict[str, Any]]:
+    """Fill each comparison in its folder: `out`/TASK, or `out`/TASK/seed-N."""
+    folders = [
+        {name: folder_of(out / name, part.seed) if len(parts) > 1 else out / name for name, part in one.items()}
+        for one in parts
+    ]
+    every = {folders[n][name]: part for n, one in enumerate(parts) for name, part in one.items()}
+    for folder in every:
+        folder.parent.mkdir(exist_ok=True)
+    if isinstance(_first(parts[0]), Grid):
+        done: dict[Path, Any] = dict(compare_together(cast("dict[Path, Grid]", every), out, options, progress))
+    else:
+        tables = cast("dict[Path, RouteTables]", every)
+        done = {folder: compare_routes(part, folder, options, progress, out) for folder, part in tables.items()}
+    return [{name: done[folder] for name, folder in one.items()} for one in folders]
+
+
+def train_routers(wanted: TasksRecipe, out: Path, seed: int | None, options: RunOptions, progress: Progress) -> None:
+    """Train the routers that are not there yet. Raises: InputError for a folder that holds another one.
+
+    Args:
+        seed: in place of the routers' own; None: as the recipe says.
+    """
+    for name, recipe in wanted.routers.items():
         folder = out / name
+        router = recipe if seed is None else replace(recipe, seed=seed)
         if not folder.exists():
-            out.mkdir(exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
             route(wanted.model, router, folder, replace(options, batch_size=min(options.batch_size, 16)), progress)
         elif read_record(folder).to_data()["recipe"].get("router") != router.to_data():
             raise InputError(f"{folder / RECORD} tells of a router that was trained otherwise: remove {folder}.")
@@ -125,7 +126,7 @@ def shape_of(wanted: TasksRecipe, parts: Mapping[str, Grid | RouteTables]) -> Sh
     source = open_source(wanted.model)
     processor, prompts = load_processor(source.folder), []
     for part in parts.values():
-        samples = compared_task(part.task, part.task_samples, part.seed).samples
+        samples = compared_task(part.task, part.task_samples, part.questions_seed).samples
         prompts += few_prompts(samples, processor, source.config)
     text = source.config.get_text_config()
     return Shape(
@@ -157,24 +158,21 @@ def _original(done: Mapping[str, Comparison | RouteComparison], shape: Shape) ->
 
 
 def _grid_tables(
-    wanted: TasksRecipe, done: Mapping[str, Comparison], shape: Shape, speeds: Mapping[int, Ratio]
+    wanted: TasksRecipe, done: Mapping[str, Comparison], shape: Shape, speeds: Mapping[int, Ratio], there: set[Key]
 ) -> list[TaskRow]:
     """Return a table for each number of dropped layers, and one of what can't be made.
 
     Args:
         speeds: by number of dropped layers; empty where they were not timed.
+        there: the cells that stand in the tables.
     """
     first, rows = _first(done), []
     original = replace(_original(done, shape), speed=(1.0, 1.0, 1.0) if speeds else None)
     for count in dict.fromkeys(first.counts):
         title = f"{100 * count / shape.layers:.0f} % of the layers gone"
         rows.append(replace(original, table=title))
-        for cell in (cell for cell in first.cells if len(cell.drop) == count):
-            key = (cell.localizer, cell.fold, count)
-            same = {
-                name: next(c for c in one.cells if (c.localizer, c.fold, len(c.drop)) == key)
-                for name, one in done.items()
-            }
+        for cell in (cell for cell in first.cells if len(cell.drop) == count and key_of(cell) in there):
+            same = {name: next(c for c in one.cells if key_of(c) == key_of(cell)) for name, one in done.items()}
             rows.append(
                 TaskRow(
                     table=title,
@@ -186,9 +184,9 @@ def _grid_tables(
                     accuracy={name: c.accuracy for name, c in same.items()},
                     kept={name: c.kept for name, c in same.items()},
                     speed=speeds.get(count),
+                    right={name: tuple(rights(c.n, c.wrong)) for name, c in same.items()},
                 )
             )
-    rows += [TaskRow("Not taken by this model", fold, reason=reason) for fold, reason in first.refused.items()]
     rows += [TaskRow(title, line.row, reason=line.reason) for title, lines in wanted.tables.items() for line in lines]
     return rows
 
@@ -230,88 +228,5 @@ def _route_row(title: str, line: Line, done: Mapping[str, RouteComparison], shap
         flops_share=sum(cell.decoder_flops_share for cell in there.values()) / len(there),
         accuracy={name: cell.accuracy for name, cell in there.items()},
         kept={name: cell.kept for name, cell in there.items()},
+        right={name: tuple(rights(cell.n, cell.wrong)) for name, cell in there.items()},
     )
-
-
-# --- what people read -------------------------------------------------------------------------------------------------
-
-
-def header(done: TasksComparison) -> tuple[str, ...]:
-    counted = any(row.flops_share is not None for row in done.rows)
-    speed = any(row.speed is not None for row in done.rows)
-    cost = ("decoder FLOPs %",) if counted else ("parameters",)
-    timed = ("samples/s ÷ original's",) if speed else ()
-    return ("method", "layers", "visual tokens %", "GFLOPs (formula)", *cost, *timed, "mean %", "kept %", *done.tasks)
-
-
-def cells_of(done: TasksComparison, row: TaskRow) -> tuple[str, ...]:
-    """Return a row as texts; a reason stands where the figures would."""
-    if row.reason is not None:
-        return (row.method, f"– {row.reason}", *[""] * (len(header(done)) - 2))
-    counted = any(other.flops_share is not None for other in done.rows)
-    cost = f"{100 * (row.flops_share or 0):.1f}" if counted else f"{row.parameters or 0:,}"
-    timed = [f"{row.speed[0]:.2f} ({row.speed[1]:.2f}-{row.speed[2]:.2f})"] if row.speed else []
-    kept = sum(row.kept.values()) / len(row.kept)
-    formula = "–" if row.tflops is None else f"{1000 * row.tflops:.4g}"
-    return (
-        row.method,
-        str(row.layers),
-        f"{100 * (row.visual_tokens or 1):.1f}",
-        formula,
-        cost,
-        *timed,
-        f"{100 * (row.mean or 0):.1f}",
-        f"{100 * kept:.1f}",
-        *(f"{100 * row.accuracy[name]:.1f}" for name in done.tasks),
-    )
-
-
-def by_table(done: TasksComparison) -> dict[str, list[tuple[str, ...]]]:
-    """Return the rows as texts, by the title of their table."""
-    titles = dict.fromkeys(row.table for row in done.rows)
-    return {title: [cells_of(done, row) for row in done.rows if row.table == title] for title in titles}
-
-
-NOTE = (
-    "GFLOPs by FastV's formula, which PAR counts by, for a mean prompt of these tasks; shares of FLOPs in percent are "
-    "counted."
-)
-
-
-def tasks_text(done: TasksComparison) -> str:
-    """Return the tables as text for the terminal."""
-    tables = [f"{title}\n{report.table(header(done), rows)}" for title, rows in by_table(done).items()]
-    return "\n\n".join([*tables, NOTE])
-
-
-def tasks_markdown(done: TasksComparison) -> str:
-    names = header(done)
-    head = f"| {' | '.join(names)} |\n|---|" + "---:|" * (len(names) - 1)
-    parts = []
-    for title, rows in by_table(done).items():
-        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts.append(f"## {title}\n\n{head}\n{lines}\n")
-    return "\n".join(parts) + f"\n{NOTE}\n"
-
-
-def plot_tasks(done: TasksComparison, path: Path) -> None:
-    """Draw the mean over the tasks against the cost: counted FLOPs, or parameters; a colour and marker a method."""
-    drawn, axes = figure(8.5, 4.6)
-    shown = [row for row in done.rows if row.accuracy]
-    counted = any(row.flops_share is not None for row in shown)
-    for number, name in enumerate(dict.fromkeys(row.method for row in shown)):
-        points = sorted(
-            {
-                (100 * (row.flops_share or 0) if counted else (row.parameters or 0) / 1e6, 100 * (row.mean or 0))
-                for row in shown
-                if row.method == name
-            }
-        )
-        style = {"marker": "*", "color": "black", "markersize": 11} if name == "original" else {
-            "marker": MARKERS[number % len(MARKERS)], "color": PALETTE[number % len(PALETTE)], "markersize": 5,
-        }  # fmt: skip
-        axes.plot(*zip(*points, strict=True), linewidth=1, label=name, **style)
-    axes.set_xlabel("decoder FLOPs of the prompt (% of the original's)" if counted else "parameters (millions)")
-    axes.set_ylabel("mean over the tasks (%)")
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    save(drawn, path)

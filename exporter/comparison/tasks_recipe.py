@@ -13,8 +13,10 @@ from ..errors import InputError, nearest
 from ..recipe import RouterRecipe, calibration_from_data, check_keys, check_types, router_from_data
 from .grid import Grid, grid_from_data
 from .routes import RouteTables, tables_from_data
+from .seed_list import seeds_from_data
 from .speed import Timing
 
+ROUTERS = "routers"  # the folder of those that are trained
 OWN = ("tasks", "tables", "routers", "speed")  # keys that a comparison on one task has not
 
 
@@ -38,6 +40,11 @@ class TasksRecipe:
     tables: dict[str, list[Line]] = field(default_factory=dict)
     routers: dict[str, RouterRecipe] = field(default_factory=dict)  # by the name that rows call them by
     speed: Timing | None = None
+    seeds: tuple[int, ...] = ()
+
+    def routers_in(self, out: Path, seed: int | None) -> Path:
+        """Return the folder of the routers that are trained, with a seed where there are several."""
+        return out / ROUTERS if seed is None else out / ROUTERS / f"seed-{seed}"
 
     def of(self, task: str, routers: Path) -> Grid | RouteTables:
         """Return the comparison on one of the tasks; its rows find their routers in the folder `routers`."""
@@ -77,6 +84,7 @@ def tasks_from_data(data: Any) -> TasksRecipe:
         tables={str(title): _lines(lines, title) for title, lines in data.get("tables", {}).items()},
         routers={name: _router(router, shared, name) for name, router in data.get("routers", {}).items()},
         speed=_timing(data.get("speed")),
+        seeds=seeds_from_data(shared),
     )
     parts = [read.of(name, Path()) for name in read.tasks]  # so that every task is checked
     _check_lines(read, parts[0])

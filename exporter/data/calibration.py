@@ -20,6 +20,7 @@ from .images import open_bytes, short
 from .records import read_records
 from .samples import Sample, TextOnlyError, sample_from
 from .tables import is_saved, open_table
+from .uses import check_not_kept_aside
 
 logger = logging.getLogger(__name__)
 DEFAULT_PROMPT = "Describe this image."
@@ -129,7 +130,8 @@ def drawn(found: Sequence[Sample], samples: int | None, seed: int, left_out: lis
 
 
 def questions_of(data: CalibrationData, seed: int) -> Calibration:
-    """Load the questions that a recipe names."""
+    """Load the questions that a recipe names. Raises InputError, also for those that are kept for a last test."""
+    check_not_kept_aside(data.data, "calibration")
     return load_calibration(
         data.data,
         samples=data.samples,

@@ -15,6 +15,7 @@ from ..checkpoints.record import check_updatable
 from ..checkpoints.source import open_source
 from ..data.resumable import ResumableLines, files_key
 from ..data.task import Task
+from ..data.uses import warned_of_uses
 from ..errors import InputError
 from ..modeling.routed_route import Budget
 from ..recipe import RunOptions, TaskData
@@ -80,6 +81,7 @@ def evaluate(
         suffix=measure.suffix,
     )
     questions = measured_task(data, samples, seed)
+    uses = warned_of_uses(str(task))
     ratings = _ratings(questions.metric, rated_by, predictions)
     kept = ResumableLines(None if predictions is None else Path(predictions), ROW_FIELDS, "answer of an evaluation")
     check_same_task(kept, questions)
@@ -116,7 +118,10 @@ def evaluate(
         reference=None if reference is None else str(reference),
         pairs=pairs,
         shown=shown,
+        uses=uses,
     )
+    if uses is not None:
+        uses.note("evaluate", list(asked), len(questions.samples), questions.fingerprint)
     if update_cards:
         for path in paths:
             with results_first(Path(path)):

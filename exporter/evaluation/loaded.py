@@ -14,6 +14,7 @@ from ..clean_room import load_processor
 from ..data.batches import Batch, by_size, check_prompt, make_batches
 from ..data.calibration import load_calibration
 from ..data.task import Task
+from ..data.uses import check_not_kept_aside
 from ..errors import InputError
 from ..modeling.routed_route import Route
 from ..models.answers import AnsweredBatch
@@ -105,7 +106,8 @@ def load(
     return loaded
 
 
-def influence_of(loaded: Loaded, calibration: str, batch_size: int) -> Tensor:
+def influence_of(loaded: Loaded, calibration: str, batch_size: int, seed: int = 0) -> Tensor:
     """Return the block influence of the layers, [L], on a few calibration questions."""
-    chosen = by_size(load_calibration(calibration, samples=DEFAULT_SAMPLES).samples)
+    check_not_kept_aside(calibration, "calibration")
+    chosen = by_size(load_calibration(calibration, samples=DEFAULT_SAMPLES, seed=seed).samples)
     return block_influences(loaded.model, make_batches(chosen, loaded.processor, loaded.model.config, batch_size))

@@ -11,6 +11,7 @@ from ..cards.figures import describe
 from ..checkpoints.record import RECORD, read_record, write_record
 from ..data.samples import Sample
 from ..data.task import Task
+from ..data.uses import TaskUses, used_data
 from .metrics.judged import Ratings
 from .metrics.table import DEFAULT_METRIC, METRICS
 from .scoring import PairedTest, Rate, TaskResult
@@ -101,6 +102,7 @@ class Evaluation:
     reference: str | None
     pairs: tuple[PairedTest, ...]
     shown: Shown | None = field(default=None, repr=False)
+    uses: TaskUses | None = None  # of a task that is kept for a last test: those before this one
 
     @property
     def base(self) -> ModelResult | None:
@@ -117,11 +119,11 @@ class Evaluation:
         return "" if self.metric == DEFAULT_METRIC else f" ({METRICS[self.metric].title})"
 
     def to_data(self) -> dict[str, Any]:
-        data = asdict(replace(self, shown=None))
+        data = asdict(replace(self, shown=None, uses=None))
         for model in data["models"]:
             del model["kept"]
-        del data["shown"]
-        return data
+        del data["shown"], data["uses"]
+        return data | {"metric_title": METRICS[self.metric].title} | used_data(self.uses)
 
 
 def record_evaluation(folder: Path, done: Evaluation) -> bool:
@@ -157,4 +159,7 @@ def figures(result: ModelResult) -> dict[str, Any]:
     keys = ("budget", "n", "accuracy", "interval", "by_type", "kl", "agreement", "tokens", "flops_share",
             "decoder_flops_share", "answers_kept")  # fmt: skip
     told = {key: data[key] for key in keys}
-    return told if result.metric == DEFAULT_METRIC else told | {"metric": result.metric, "figures": result.figures}
+    if result.metric == DEFAULT_METRIC:
+        return told
+    title = METRICS[result.metric].title
+    return told | {"metric": result.metric, "metric_title": title, "figures": result.figures}

@@ -70,6 +70,12 @@ class PairedTest:
     p_corrected: float = 1.0  # for the number of tests that were made beside it
 
 
+def rights(n: int, wrong: Iterable[int]) -> list[bool]:
+    """Return which of n questions are right, of those that are wrong by their numbers."""
+    numbers = set(wrong)
+    return [number not in numbers for number in range(n)]
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number, in their order (S. Holm, 1979)."""
     order = sorted(range(len(p_values)), key=lambda n: p_values[n])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..cards.figures import metric_figure
 from ..cards.plots import percent_or_dash
 from ..cards.tables import table
 from .metrics.table import METRICS
@@ -73,6 +74,8 @@ def evaluation_table(done: Any) -> str:
             )
         if model.no_kl_because:
             text += f"\n{model.path}: no KL, {model.no_kl_because}"
+    if done.uses is not None:
+        text += f"\n{done.uses.sentence}"
     return text
 
 
@@ -86,12 +89,5 @@ def metric_figures(done: Any) -> str:
     names = list(dict.fromkeys(name for model in done.models for name in model.figures))
     if not names:
         return ""
-    rows = [(name, *(shown_figure(name, model.figures.get(name)) for model in done.models)) for name in names]
+    rows = [(name, *(metric_figure(name, model.figures.get(name)) for model in done.models)) for name in names]
     return "\n\n" + table((done.metric, *(Path(m.label).name for m in done.models)), rows)
-
-
-def shown_figure(name: str, value: float | None) -> str:
-    """Return a figure as it is read."""
-    if value is None:
-        return "–"
-    return f"{value:.1f}" if name.endswith("(points)") else f"{100 * value:.1f} %"

@@ -17,6 +17,7 @@ from ..checkpoints.writer import carry_companions
 from ..clean_room import load_processor
 from ..data.batches import make_batches
 from ..data.calibration import DEFAULT_PROMPT, load_calibration
+from ..data.uses import check_not_kept_aside
 from ..errors import InputError
 from ..modeling.routed_route import RouterSettings
 from ..models.loading import compute_dtype, load_model
@@ -165,6 +166,7 @@ def needed_bytes(source: Source, dtype: str, quantize: str | None) -> int:
 def questions(source: Source, options: ExportOptions) -> list[dict[str, Any]]:
     if options.calibration is None:
         return []
+    check_not_kept_aside(str(options.calibration), "calibration")
     calibration = load_calibration(options.calibration, samples=options.samples, prompt=DEFAULT_PROMPT)
     processor = load_processor(source.folder)
     return [batch.inputs for batch in make_batches(calibration.samples, processor, source.config, 4)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cards.figures import EXACT_MATCH
 from ..evaluation.scoring import Rate, mcnemar, pareto_front
 from .candidate import Candidate
 from .goal import SearchGoal
@@ -110,6 +111,7 @@ class SearchResult:
     seconds: float
     chosen: Path | None  # the folder that was written
     chosen_label: str | None
+    metric: str = EXACT_MATCH  # of the task, by its title
 
     @property
     def front(self) -> list[Found]:
@@ -152,6 +154,7 @@ class SearchResult:
         best = {one.candidate for one in self.front}
         return {
             "goal": goal,
+            "metric": self.metric,
             "max_loss": self.max_loss,
             "met": self.met,
             "verdict": self.verdict,

@@ -13,6 +13,7 @@ from ..compression.job import CompressionJob
 from ..compression.job import prepare as prepare_compression
 from ..data.batches import Batch
 from ..data.task import Task
+from ..data.uses import check_not_kept_aside
 from ..errors import InputError
 from ..evaluation.metrics.task import compared_task
 from ..healing.healed import check_healing
@@ -99,6 +100,7 @@ def prepare_search(wanted: SearchRecipe, options: RunOptions, progress: Progress
         raise InputError(f"{wanted.model} has a router, which was trained for its layers: search from the one without.")
     if job.device == "auto":
         raise InputError("what runs on several devices is not timed: name one with --device.")
+    check_not_kept_aside(wanted.task.data, "a search, which chooses by its task")
     task = compared_task(wanted.task, wanted.task_samples, wanted.seed)
     for sample in task.samples:
         sample.open_images()

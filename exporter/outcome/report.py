@@ -16,9 +16,12 @@ from .goal import SearchRecipe
 from .prediction import Predictor
 
 RESULTS, TABLE, PICTURE, RECIPES = "search.json", "table.md", "front.png", "recipes"
-HEADER = ("candidate", "times as fast", "95 %", "image", "prompt", "answer", "ms", "exact match %", "points lost",
-          "parameters", "FLOPs", "MB", "same answers %", "")  # fmt: skip
 EXPECTED_HEADER = ("candidate", "times as fast", "parameters", "FLOPs", "MB", "minutes")
+
+
+def header(result: SearchResult) -> tuple[str, ...]:
+    return ("candidate", "times as fast", "95 %", "image", "prompt", "answer", "ms", f"{result.metric} %",
+            "points lost", "parameters", "FLOPs", "MB", "same answers %", "")  # fmt: skip
 
 
 def rows(result: SearchResult) -> list[tuple[str, ...]]:
@@ -73,8 +76,8 @@ def notes(result: SearchResult) -> list[str]:
         f"Times as fast: the whole answer to the task's first question, image, prompt and "
         f"{result.original_figures['answer_tokens']} further tokens, in turn with the original; then each of these by "
         "itself. Milliseconds are those of the machine as it was at that moment: compare the ratios.",
-        f"Points lost: exact match on {result.original.n} questions of the task, with 95 % intervals; the choice was "
-        "made by them, so that other questions may show a little more.",
+        f"Points lost: {result.metric} on {result.original.n} questions of the task, with 95 % intervals; the choice "
+        "was made by them, so that other questions may show a little more.",
         "Same answers: of questions held out when layers went or when it was healed, without labels.",
     ]
     if any(not one.figures["memory_measured"] for one in result.found):
@@ -87,11 +90,11 @@ def notes(result: SearchResult) -> list[str]:
 
 def text(result: SearchResult) -> str:
     """Return the report as text for the terminal."""
-    return "\n".join([table(HEADER, rows(result)), "", *notes(result), "", result.verdict])
+    return "\n".join([table(header(result), rows(result)), "", *notes(result), "", result.verdict])
 
 
 def markdown(result: SearchResult) -> str:
-    lines = [f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 2) + "---|"]
+    lines = [f"| {' | '.join(header(result))} |", "|---|" + "---:|" * (len(header(result)) - 2) + "---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(result)]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(result)), "", result.verdict]) + "\n"
 
@@ -111,7 +114,7 @@ def expected_rows(
 
 
 def plot(result: SearchResult, path: Path) -> None:
-    """Draw exact match against the goal's figure: a colour a mix, numbers of layers gone, the front as a line."""
+    """Draw the score against the goal's figure: a colour a mix, numbers of layers gone, the front as a line."""
     drawn, axes = figure(8.5, 4.6)
     goal = result.goal
     shown = [one for one in result.found if one.figures.get(goal.kind.measure) is not None]
@@ -130,7 +133,7 @@ def plot(result: SearchResult, path: Path) -> None:
     if len(front) > 1:
         axes.plot(*zip(*sorted(front), strict=True), color="black", linewidth=1, zorder=0)
     axes.set_xlabel(AXES[goal.kind.measure])
-    axes.set_ylabel("exact match (%)")
+    axes.set_ylabel(f"{result.metric} (%)")
     _legend(axes, found_mixes, with_front=len(front) > 1)
     save(drawn, path)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..checkpoints.temporary import LOCK, held
 from ..errors import CheckFailed, InputError
+from ..evaluation.metrics.table import METRICS
 from ..evaluation.scoring import Rate
 from ..progress import Progress, silent
 from ..publishing.folder_kinds import verify
@@ -294,4 +295,5 @@ class SearchRun:
             seconds=seconds,
             chosen=folder if best else None,
             chosen_label=best[0].label if best else None,
+            metric=METRICS[self.job.task.metric].title,
         )

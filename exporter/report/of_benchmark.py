@@ -15,6 +15,7 @@ def report_of_benchmark(
     rows: Sequence[Sequence[Any]],
     names: Sequence[str],
     commands: Sequence[str],
+    loads: tuple[tuple[str, ...], tuple[tuple[str, ...], ...], str] | None = None,
 ) -> Report:
     """Return the page of a benchmark.
 
@@ -22,25 +23,35 @@ def report_of_benchmark(
         done: a `Benchmark`.
         header, rows: of its table of figures.
         names: of its models.
+        loads: header, rows and note of its table of requests in flight, if there is one.
     """
     found: list[Part] = [Table("Figures", tuple(header), tuple(tuple(map(str, row)) for row in rows))]
     for place, batch in enumerate(done.options.batches):
-        ratios = [
-            (name, model.batches[place].ratio_to_reference) for name, model in zip(names, done.models, strict=True)
-        ]
-        for what, said in (("prefill_ms", "prefill"), ("decode_ms", "a decoding step")):
-            bars = tuple(
-                Bar(name, ratio[what], tuple(ratio["intervals"][what]), f"{ratio[what]:.3f}")
-                for name, ratio in ratios
-                if ratio is not None
-            )
-            if bars:
-                found.append(Bars(f"Time of {said} as a share of the reference's, batch {batch}", bars))
-        points = tuple(
-            Point(name, model.batches[place].first_token_ms, model.batches[place].tokens_per_s)
-            for name, model in zip(names, done.models, strict=True)
-        )
-        title = f"Throughput and time to the first token, batch {batch}"
-        found.append(Scatter(title, "first token (ms)", "answer tokens a second", points))
+        found += _of_batch(done, names, place, batch)
+    if loads is not None:
+        found.append(Table("Requests in flight", *loads))
     where = tuple((str(name), str(value)) for name, value in done.hardware.items())
-    return Report("Time, memory and operations", tuple(commands), tuple(found), (*facts(), *where))
+    return Report(
+        "Time, memory and operations", tuple(commands), tuple(found), (*facts(), *where), tuple(done.slower())
+    )
+
+
+def _of_batch(done: Any, names: Sequence[str], place: int, batch: int) -> list[Part]:
+    """Return ratios of times, and throughput beside the first token's time, at one batch size."""
+    found: list[Part] = []
+    ratios = [(name, model.batches[place].ratio_to_reference) for name, model in zip(names, done.models, strict=True)]
+    for what, said in (("prefill_ms", "prefill"), ("decode_ms", "a decoding step")):
+        bars = tuple(
+            Bar(name, ratio[what], tuple(ratio["intervals"][what]), f"{ratio[what]:.3f}")
+            for name, ratio in ratios
+            if ratio is not None
+        )
+        if bars:
+            found.append(Bars(f"Time of {said} as a share of the reference's, batch {batch}", bars))
+    points = tuple(
+        Point(name, model.batches[place].first_token_ms, model.batches[place].tokens_per_s)
+        for name, model in zip(names, done.models, strict=True)
+    )
+    title = f"Throughput and time to the first token, batch {batch}"
+    found.append(Scatter(title, "first token (ms)", "answer tokens a second", points))
+    return found

@@ -23,12 +23,40 @@ def report_of_grid(done: Any, header: Sequence[str], rows: Sequence[Sequence[Any
         Point(_name(cell), cell.parameters / 1e6, 100 * cell.accuracy, _percent(cell.interval)) for cell in done.cells
     ]
     found: list[Part] = [
-        Scatter("What is left and what it scores", "parameters (millions)", "exact match (%)", tuple(points)),
+        Scatter("What is left and what it scores", "parameters (millions)", f"{done.metric} (%)", tuple(points)),
         Table("All cells", tuple(header), tuple(tuple(map(str, row)) for row in rows),
               NOTE),
         _types({_name(cell): cell.by_type for cell in done.best.values()}),
     ]  # fmt: skip
-    return Report("Methods side by side", tuple(commands), tuple(found), facts())
+    return Report("Methods side by side", tuple(commands), tuple(found), facts(), uses_note(done))
+
+
+def uses_note(done: Any) -> tuple[str, ...]:
+    """Return what a comparison's task, kept for a last test, tells of its uses."""
+    return (done.task_uses["sentence"],) if done.task_uses else ()
+
+
+def report_of_seeds(
+    done: Any, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], commands: Sequence[str]
+) -> Report:
+    """Return the page of a comparison over several seeds.
+
+    Args:
+        done: a `SeedsComparison`.
+        header, rows, notes: of its table.
+    """
+    points = [Point("original", done.parameters / 1e6, 100 * done.original.accuracy, _percent(done.original.interval))]
+    points += [
+        Point(f"{row.localizer} + {row.fold}, {row.count} layers gone", row.parameters / 1e6,
+              100 * sum(row.accuracy) / len(row.accuracy), _percent((min(row.accuracy), max(row.accuracy))))
+        for row in done.rows
+    ]  # fmt: skip
+    found: list[Part] = [
+        Scatter("What is left and what it scores", "parameters (millions)", f"{done.metric} (%)", tuple(points),
+                "A line spans the lowest and the highest seed; that of the original is its 95 % interval."),
+        Table("All rows", tuple(header), tuple(map(tuple, rows))),
+    ]  # fmt: skip
+    return Report("Methods side by side, over seeds", tuple(commands), tuple(found), facts(), tuple(notes))
 
 
 def _name(cell: Any) -> str:
@@ -63,19 +91,21 @@ def report_of_routes(
     ]  # fmt: skip
     cost = "decoder FLOPs of the prompt (% of the unrouted model's)"
     found: list[Part] = [
-        Scatter("What a prompt costs and what it scores", cost, "exact match (%)", tuple(points)),
+        Scatter("What a prompt costs and what it scores", cost, f"{done.metric} (%)", tuple(points)),
         Table("All rows", tuple(header), tuple(tuple(map(str, row)) for row in rows)),
         _types({f"{cell.row}, {done.columns[cell.column]}": cell.by_type for cell in done.cells[:8]}),
     ]
-    return Report("Routers side by side", tuple(commands), tuple(found), facts())
+    return Report("Routers side by side", tuple(commands), tuple(found), facts(), uses_note(done))
 
 
-def report_of_tasks(done: Any, header: Sequence[str], by_table: Mapping[str, Any], commands: Sequence[str]) -> Report:
+def report_of_tasks(
+    done: Any, header: Sequence[str], by_table: Mapping[str, Any], notes: Sequence[str], commands: Sequence[str]
+) -> Report:
     """Return the page of a comparison on several tasks.
 
     Args:
         done: a `TasksComparison`.
-        header, by_table: of its tables, their rows by their titles.
+        header, by_table, notes: of its tables, their rows by their titles.
     """
     shown = [row for row in done.rows if row.accuracy]
     counted = any(row.flops_share is not None for row in shown)
@@ -89,7 +119,7 @@ def report_of_tasks(done: Any, header: Sequence[str], by_table: Mapping[str, Any
                 tuple(Point(name, x, y, None) for name, x, y in sorted(points))),
         *(Table(title, tuple(header), tuple(rows)) for title, rows in by_table.items()),
     ]  # fmt: skip
-    return Report("Methods on several tasks", tuple(commands), tuple(found), facts())
+    return Report("Methods on several tasks", tuple(commands), tuple(found), facts(), tuple(notes))
 
 
 def report_of_zoo(tables: dict[str, Any], header: Sequence[str], cells: Any, commands: Sequence[str]) -> Report:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..cards.figures import metric_figure
 from ..cards.plots import percent_or_dash
 from ..evaluation.metrics.table import METRICS
 from ..evaluation.results import Evaluation, ModelResult
-from ..evaluation.table import shown_figure
 from ..routing.pictures import question_of
 from .page import facts
 from .parts import Answers, Bar, Bars, Kept, Part, Point, Report, Said, Scatter, ShownQuestion, Table
@@ -41,7 +41,8 @@ def report_of_evaluation(done: Evaluation, commands: Sequence[str]) -> Report:
         *_pairs(done),
         *_answers(done),
     ]
-    return Report(f"{title} on {done.task}", tuple(commands), tuple(found), facts())
+    notes = () if done.uses is None else (done.uses.sentence,)
+    return Report(f"{title} on {done.task}", tuple(commands), tuple(found), facts(), notes)
 
 
 def name_of(model: ModelResult) -> str:
@@ -76,7 +77,7 @@ def _table(done: Evaluation, title: str) -> Table:
 
 def _figures(done: Evaluation) -> list[Part]:
     names = list(dict.fromkeys(name for model in done.models for name in model.figures))
-    rows = [(name, *(shown_figure(name, model.figures.get(name)) for model in done.models)) for name in names]
+    rows = [(name, *(metric_figure(name, model.figures.get(name)) for model in done.models)) for name in names]
     header = (done.metric, *(name_of(model) for model in done.models))
     return [Table(f"What {done.metric} tells beside", header, tuple(rows))] if rows else []
 

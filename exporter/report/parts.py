@@ -220,3 +220,4 @@ class Report:
     commands: tuple[str, ...]
     parts: tuple[Part, ...]
     facts: tuple[tuple[str, str], ...] = field(default=())  # beside the commands: date, versions, machine
+    notes: tuple[str, ...] = ()  # what has to be known of all of it

@@ -8,18 +8,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from tiny_models import build
 
 from exporter.benchmark.bench import bench
 from exporter.benchmark.figures import BenchOptions
 from exporter.benchmark.workload import Workload
+from exporter.cards.card_file import OUR_METRIC
 from exporter.cards.model_card import sureness
 from exporter.checkpoints.choice_types import FoldPart, JudgedPart, RunnerUp
 from exporter.checkpoints.record import read_record, write_record
 from exporter.cli.entry import main
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
+from exporter.evaluation.metrics.task import Measure
 from exporter.publishing.folder_kinds import card
 from exporter.recipe import RunOptions
 from exporter.routing.requests import BudgetGrid
@@ -183,3 +186,37 @@ def test_a_broken_period_is_warned_of_and_stands_in_the_card(questions, tmp_path
     whole = ["--layers", "0,1,2"]
     assert main(["compress", str(model), "--out", str(tmp_path / "c"), *options, *whole]) == 0
     assert "period" not in caplog.text and "the period of" not in (tmp_path / "c" / "README.md").read_text()
+
+
+def test_a_figure_is_called_by_its_metric_everywhere(folder, tiny, task, questions, tmp_path, capsys):
+    """POPE's accuracy is not called exact match in the card, the model-index, a comparison's table or its picture."""
+    path = tmp_path / "pope.jsonl"
+    lines = [json.loads(line) | {"category": "random"} for line in task.read_text().splitlines()]
+    said = [line | {"answer": ("yes", "no")[number % 2]} for number, line in enumerate(lines)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in said))
+    wanted = BudgetGrid(presets=("off", "fast"))
+    evaluate([folder], path, reference=tiny("llava"), measure=Measure("pope"), budgets=wanted, **TOKENS)
+    text = (folder / "README.md").read_text()
+    assert "exact match" not in text and "Exact match" not in text
+    assert "| pope.jsonl (POPE accuracy) | 12 |" in text and "*Kept* is this model's POPE accuracy" in text
+    assert "| decoder FLOPs | POPE accuracy |" in text
+    assert "What the metric of pope.jsonl (POPE accuracy) tells beside" in text and "| F1 |" in text
+    (result, *_) = ModelCard.load(folder / "README.md").data.eval_results
+    assert result.metric_type == "pope" and result.metric_name.startswith("POPE accuracy, n=12, ")
+    assert OUR_METRIC.match("judge's score, n=3, 95% CI ")  # so that it is known for ours
+    evaluate([folder], task, reference=tiny("llava"), **TOKENS)
+    text = (folder / "README.md").read_text()
+    assert "which stands in brackets behind the task where it is not exact match" in text
+    assert f"| {task.name} | 12 |" in text and "*Kept* is this model's score as a share" in text
+    recipe = tmp_path / "compare.yaml"
+    grid = {"model": str(tiny("llava")), "calibration": {"data": str(questions), "samples": 4}, "drop_layers": [1],
+            "localizers": ["block_influence"], "folds": ["none"]}  # fmt: skip
+    pope = {"data": str(path), "metric": "pope"}
+    for shape in ({"task": pope}, {"tasks": {"hallucinations": pope, "others": str(task)}}):
+        recipe.write_text(yaml.safe_dump(grid | shape))
+        out = tmp_path / next(iter(shape))
+        assert main(["compare", str(recipe), "--out", str(out), "--quiet", "--batch-size", "6"]) == 0
+        printed = capsys.readouterr().out
+        assert "POPE accuracy %" in printed or "hallucinations (POPE accuracy)" in printed
+        assert ("exact match" in printed) == ("tasks" in shape)
+    assert json.loads((tmp_path / "task" / "results.json").read_text())["metric"] == "POPE accuracy"
