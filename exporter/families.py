@@ -47,8 +47,8 @@ class Decoder:
 
         A layer that has none of a kind is left without.
         """
-        found = {"o_proj": self.o_proj_of(layer), "down_proj": self.down_proj_of(layer)}
-        return [name for kind, name in found.items() if kind in kinds and name is not None]
+        paths = {"o_proj": self.o_proj_of(layer), "down_proj": self.down_proj_of(layer)}
+        return [name for kind, name in paths.items() if kind in kinds and name is not None]
 
     @property
     def post_norm(self) -> bool:
@@ -163,8 +163,8 @@ def protected_layers(config: Any) -> tuple[int, ...]:
 
 def _deepstack_indexes(config: Any) -> list[int]:
     """Return the layers of the vision tower whose features enter the decoder after its first layers, in that order."""
-    found = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
-    return list(found or [])
+    indexes = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+    return list(indexes or [])
 
 
 def _forced(text: Any) -> set[int]:
@@ -213,8 +213,8 @@ def text_path(config: Any) -> tuple[str, ...]:
         for name, value in vars(part).items():
             if value is text:
                 return (name,)
-            if hasattr(value, "get_text_config") and (found := below(value)) is not None:
-                return (name, *found)
+            if hasattr(value, "get_text_config") and (rest := below(value)) is not None:
+                return (name, *rest)
         return None
 
     return below(config) or ()

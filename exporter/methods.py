@@ -228,7 +228,7 @@ def in_words(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"a list of {in_words(arguments[0])}"
     if arguments:
-        return " or ".join(in_words(one) for one in arguments)
+        return " or ".join(in_words(argument) for argument in arguments)
     words = {float: "a number from 0 up", int: "a whole number from 0 up", str: "a text", bool: "true or false"}
-    said: str = words.get(hint, "null" if hint is type(None) else hint.__name__)
-    return said
+    word: str = words.get(hint, "null" if hint is type(None) else hint.__name__)
+    return word

@@ -54,7 +54,7 @@ def compress(
     check_target(out)
     stored = load_scores(scores) if isinstance(scores, Path | str) else scores
     if recipe.router is None and recipe.heal is None:
-        return _compress(recipe, out, options, progress, stored)
+        return _compress(recipe, out, options=options, progress=progress, stored=stored)
     questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
         check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration)
@@ -62,19 +62,19 @@ def compress(
         (stage / "folded").mkdir()
         (stage / "healed").mkdir()
         plain = dataclasses.replace(recipe, heal=None, router=None)
-        made = _compress(plain, stage / "folded" / out.name, options, progress, stored)
+        folder = _compress(plain, stage / "folded" / out.name, options=options, progress=progress, stored=stored)
         if recipe.heal is not None:
             target = out if recipe.router is None else stage / "healed" / out.name
             if healed is not None:
-                made = merged_again(made, Path(healed), target, options)
+                folder = merged_again(folder, Path(healed), target, options)
             else:
-                made = _heal(made, recipe.heal, recipe, target=target, out=out, options=options, progress=progress)
+                folder = _heal(folder, recipe.heal, recipe, target=target, out=out, options=options, progress=progress)
         if recipe.router is not None:
             data = router_data(recipe.router, recipe.calibration)
-            made = with_router(
-                made, recipe.router, data, out=out, options=options, progress=progress, questions=questions
+            folder = with_router(
+                folder, recipe.router, data, out=out, options=options, progress=progress, questions=questions
             )
-    return made
+    return folder
 
 
 def heal(
@@ -108,10 +108,12 @@ def check_heal(model: str | Path, healing: HealRecipe, out: Path, options: RunOp
     """Check what `heal` is given; return what it would cost. Nothing is loaded or written."""
     check_target(out)
     assert healing.calibration is not None and healing.teacher is not None
-    job = prepare_healing(str(model), healing, healing.calibration, healing.teacher, options)
+    job = prepare_healing(str(model), healing, data=healing.calibration, teacher=healing.teacher, options=options)
     kept = job.source.num_layers / job.teacher.num_layers
     samples, tokens = job.calibration.samples, job.answer_tokens
-    return healing_cost(job.schedule, job.teacher, samples, tokens, kept, job.dtype.itemsize)
+    return healing_cost(
+        job.schedule, job.teacher, samples=samples, answer_tokens=tokens, kept_layers=kept, itemsize=job.dtype.itemsize
+    )
 
 
 def healing_of(recipe: Recipe, source: Source, gone: int, itemsize: int) -> dict[str, Any]:
@@ -124,7 +126,14 @@ def healing_of(recipe: Recipe, source: Source, gone: int, itemsize: int) -> dict
     data = recipe.heal.calibration or recipe.calibration
     calibration, fit, held_out = check_healing(recipe.heal.seeded(recipe.seed), data)
     schedule, kept = Schedule(recipe.heal, len(fit), len(held_out)), 1 - gone / source.num_layers
-    return healing_cost(schedule, source, calibration.samples, data.answer_tokens, kept, itemsize)
+    return healing_cost(
+        schedule,
+        source,
+        samples=calibration.samples,
+        answer_tokens=data.answer_tokens,
+        kept_layers=kept,
+        itemsize=itemsize,
+    )
 
 
 def _heal(

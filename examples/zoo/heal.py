@@ -32,7 +32,7 @@ from exporter.data.calibration import load_calibration
 from exporter.evaluation.scoring import is_right
 from exporter.healing.healed import HealingJob, ask_teacher, prepare_healing
 from exporter.healing.student import Student, prepared
-from exporter.healing.teacher import AnswerStore, ask
+from exporter.healing.teacher import AnswerStore, store_answers
 from exporter.healing.training import HealingQuestions, HealTraining, judged, train
 from exporter.models.loading import load_model
 from exporter.plan import LayerBudget
@@ -195,7 +195,7 @@ class Test:
         self.processor = load_processor(source.folder)
         if self.store.missing(len(self.samples)):
             model = load_model(source, "cpu", torch.float32)[0]
-            ask(model, self.processor, self.samples, self.store, BATCH, 64, silent)
+            store_answers(model, self.processor, self.samples, self.store, BATCH, 64, silent)
         self.said = [self._text(self.store.targets([index]).tokens[0]) for index in range(len(self.samples))]
         self.right = [is_right(said, s.answers) for said, s in zip(self.said, self.samples, strict=True)]
 

@@ -69,8 +69,10 @@ def bench(
     subjects = open_subjects(runtimes, [str(path) for path in paths], reference, budgets)
     prompts = [[workload.batch(s.processor, s.config, sequences) for s in subjects] for sequences in options.batches]
     waiting = [[workload.batch(s.processor, s.config, sequences) for s in subjects] for sequences in options.in_flight]
-    models = measure(subjects, prompts, options, device, runtimes.torch.compile, progress)
-    loads = measure_loads(subjects, waiting, options, device, workload.seed, progress)
+    models = measure(
+        subjects, prompts, options=options, device=device, compile_all=runtimes.torch.compile, progress=progress
+    )
+    loads = measure_loads(subjects, waiting, options=options, device=device, seed=workload.seed, progress=progress)
     done = Benchmark(
         workload=workload,
         options=options,
@@ -155,7 +157,11 @@ def measure_loads(
         for server in servers:  # the first pass at a size is slower
             server.more(server.first())
         lengths = answer_lengths(in_flight, options.new_tokens, seed)
-        columns.append(measure_load(servers, lengths, in_flight, options.rounds, lambda: now(device), progress))
+        columns.append(
+            measure_load(
+                servers, lengths, in_flight=in_flight, rounds=options.rounds, now=lambda: now(device), progress=progress
+            )
+        )
     return [tuple(column[number] for column in columns) for number in range(len(subjects))]
 
 

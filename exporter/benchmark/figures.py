@@ -125,18 +125,18 @@ class Benchmark:
 
     def slower(self) -> list[str]:
         """Say of each model where its throughput is below the reference's, under equal conditions."""
-        said = []
+        sentences = []
         for model in self.models[1:]:
             for batch in model.batches:
                 ratio = batch.ratio_to_reference
                 if ratio is not None and ratio["tokens_per_s"] < 1:
                     low, high = (1 / end for end in reversed(ratio["intervals"]["total_ms"]))
-                    said.append(slower(model, f"at batch {batch.batch}", ratio["tokens_per_s"], (low, high)))
+                    sentences.append(slower(model, f"at batch {batch.batch}", ratio["tokens_per_s"], (low, high)))
             for load in model.loads:
                 if load.throughput_ratio is not None and load.throughput_ratio < 1 and load.throughput_interval:
                     where = f"with {load.in_flight} in flight"
-                    said.append(slower(model, where, load.throughput_ratio, load.throughput_interval))
-        return said
+                    sentences.append(slower(model, where, load.throughput_ratio, load.throughput_interval))
+        return sentences
 
     def to_data(self) -> dict[str, Any]:
         return {
@@ -154,8 +154,8 @@ class Benchmark:
 
 def slower(model: ModelBenchmark, where: str, ratio: float, interval: tuple[float, float]) -> str:
     """Say that a model's throughput is below the full model's, and whether that is beyond the error of measurement."""
-    asked = ", ".join(f"{name}={value}" for name, value in (model.budget or {}).items() if value is not None)
-    what = f"{model.path} under {asked}" if asked else model.path
+    budget = ", ".join(f"{name}={value}" for name, value in (model.budget or {}).items() if value is not None)
+    what = f"{model.path} under {budget}" if budget else model.path
     sure = "" if interval[1] < 1 else ", which is within the error of measurement"
     return (
         f"{what} gives fewer tokens a second than the reference {where}: {ratio:.2f} times as many "

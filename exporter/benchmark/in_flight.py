@@ -61,7 +61,7 @@ class Round:
 
     @property
     def seconds_per_token(self) -> float:
-        return self.seconds / sum(len(one.tokens) for one in self.answered)
+        return self.seconds / sum(len(request.tokens) for request in self.answered)
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Load:
             group = [waiting.popleft() for _ in range(self.in_flight)]
             done, following = self._batch(group)
             if group[0][0] == 0:
-                begin = max(one.tokens[-1] for one in done)
+                begin = max(request.tokens[-1] for request in done)
             else:
                 answered += done
-                end = max(one.tokens[-1] for one in done)
+                end = max(request.tokens[-1] for request in done)
             waiting.extend(following)
         self.rounds.append(Round(tuple(answered), end - begin))
 
@@ -114,14 +114,17 @@ class Load:
             state = self.server.more(state)
             times.append(self.now())
         done = [Answered(sent, tuple(times[: self.lengths[number]])) for number, sent in group]
-        ends = sorted(one.tokens[-1] for one in done)
+        ends = sorted(request.tokens[-1] for request in done)
         following = max(number for number, _ in group) + 1
         more = [(following + place, at) for place, at in enumerate(ends) if following + place < len(self.lengths)]
         return done, more
 
     def figures(self) -> LoadFigures:
-        requests = [one for each in self.rounds for one in each.answered]
-        firsts, between = [one.first_token_ms for one in requests], [ms for one in requests for ms in one.token_ms]
+        requests = [request for each in self.rounds for request in each.answered]
+        firsts, between = (
+            [request.first_token_ms for request in requests],
+            [ms for request in requests for ms in request.token_ms],
+        )
         return LoadFigures(
             in_flight=self.in_flight,
             requests=len(requests),
@@ -171,12 +174,12 @@ def measure_load(
                 loads[number].run()
                 collect()
     per_token = [[each.seconds_per_token for each in load.rounds] for load in loads]
-    found = [load.figures() for load in loads]
-    for number in range(1, len(found)):
+    measured = [load.figures() for load in loads]
+    for number in range(1, len(measured)):
         spread = paired(per_token[number], per_token[0])
-        found[number] = replace(
-            found[number],
+        measured[number] = replace(
+            measured[number],
             throughput_ratio=1 / spread.median,
             throughput_interval=(1 / spread.high, 1 / spread.low),
         )
-    return found
+    return measured

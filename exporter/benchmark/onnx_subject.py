@@ -70,10 +70,10 @@ class OnnxSubject:
     def prefill(self, prompt: Batch, seen: Seen) -> OnnxOutputs:
         return self._prefill(seen, self.new_tokens)
 
-    def _prefill(self, seen: Seen, room: int) -> OnnxOutputs:
+    def _prefill(self, seen: Seen, new_tokens: int) -> OnnxOutputs:
         if isinstance(self.model, RoutedOnnxModel):
             self.model.budget = self._limits
-        logits, state = self.model.prefill(seen.prompt, room, seen.features)
+        logits, state = self.model.prefill(seen.prompt, new_tokens, seen.features)
         return OnnxOutputs(state, logits.argmax(-1))
 
     @cached_property
@@ -160,7 +160,7 @@ class OnnxRuntime:
         self.device, self.new_tokens, self.threads = device, new_tokens, threads
         self._loaded: dict[str, OnnxSubject] = {}
 
-    def open(self, path: str, asked: GenerateKwargs | None) -> OnnxSubject:
+    def open(self, path: str, request: GenerateKwargs | None) -> OnnxSubject:
         from transformers import AutoConfig
 
         if path not in self._loaded:
@@ -177,11 +177,11 @@ class OnnxRuntime:
                 new_tokens=self.new_tokens,
             )
         whole = self._loaded[path]
-        return replace(whole, budget=budget_of(whole.model, asked, path))
+        return replace(whole, budget=budget_of(whole.model, request, path))
 
 
-def budget_of(model: OnnxModel, asked: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
+def budget_of(model: OnnxModel, request: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
     """Return the budget that a folder is timed under. Raises InputError for one that it can't run under."""
     if not isinstance(model, RoutedOnnxModel):
         return None
-    return budget_to_run(path, asked, model.router_facts["default"], model.budget_for)
+    return budget_to_run(path, request, model.router_facts["default"], model.budget_for)

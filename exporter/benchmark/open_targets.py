@@ -29,8 +29,8 @@ class Runtimes:
         threads = None if setup.device.startswith("cuda") else torch.get_num_threads()
         return cls(TorchRuntime(setup), OnnxRuntime(setup.device, new_tokens, threads))
 
-    def open(self, path: str, asked: GenerateKwargs | None) -> Subject:
-        return self.onnx.open(path, asked) if is_onnx(path) else self.torch.open(path, asked)
+    def open(self, path: str, request: GenerateKwargs | None) -> Subject:
+        return self.onnx.open(path, request) if is_onnx(path) else self.torch.open(path, request)
 
 
 def onnx_device(paths: Sequence[str]) -> str | None:

@@ -91,20 +91,20 @@ class Subject(Protocol):
 
 
 def budget_to_run(
-    path: str, asked: GenerateKwargs | None, default: str, checked: Callable[..., Any]
+    path: str, request: GenerateKwargs | None, default: str, checked: Callable[..., Any]
 ) -> GenerateKwargs | None:
     """Return the budget that a routed model is timed under, None where it is none: the model runs whole.
 
     Args:
-        asked: None: the model's own default.
+        request: None: the model's own default.
         default: the preset of that name.
         checked: gives the budget of `generate`'s keyword arguments, with numbers of Python. Raises ValueError.
     """
-    asked = {"preset": default} if asked is None else asked
+    request = {"preset": default} if request is None else request
     try:
-        budget = checked(**asked)
+        budget = checked(**request)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     if budget.is_off:
         return None
-    return asked if "preset" in asked else {name: getattr(budget, name) for name in asked}
+    return request if "preset" in request else {name: getattr(budget, name) for name in request}

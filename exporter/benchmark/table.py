@@ -112,8 +112,8 @@ def roofline_table(done: Any) -> str:
 
 def benchmark_name(model: Any) -> str:
     """Return 'folder (keep_visual_tokens=144)'."""
-    asked = ", ".join(f"{k}={v}" for k, v in (model.budget or {}).items() if v is not None)
-    return f"{model.path} ({asked})" if asked else str(model.path)
+    budget = ", ".join(f"{k}={v}" for k, v in (model.budget or {}).items() if v is not None)
+    return f"{model.path} ({budget})" if budget else str(model.path)
 
 
 def _ratio_cells(ratio: dict[str, Any]) -> list[str]:

@@ -192,7 +192,7 @@ def clone_that_shares_weights(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def budget_of(model: Any, asked: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
+def budget_of(model: Any, request: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
     """Return the budget that a model is timed under. Raises InputError for one that it can't run under."""
     if not is_routed(model):
         return None
@@ -207,7 +207,7 @@ def budget_of(model: Any, asked: GenerateKwargs | None, path: str) -> GenerateKw
         budget.check(settings, model.num_layers)
         return budget
 
-    return budget_to_run(path, asked, settings.default, checked)
+    return budget_to_run(path, request, settings.default, checked)
 
 
 class TorchRuntime:
@@ -218,14 +218,14 @@ class TorchRuntime:
         self._loaded: dict[str, tuple[Any, Any]] = {}  # model, processor
         self._to_compile: list[Any] = []
 
-    def open(self, path: str, asked: GenerateKwargs | None) -> TorchSubject:
+    def open(self, path: str, request: GenerateKwargs | None) -> TorchSubject:
         if path not in self._loaded:
             source = open_source(path)
             self._loaded[path] = load_torch(source, self.setup), load_processor(source.folder)
         model, processor = self._loaded[path]
         runtime = describe_way(model) + (", dense parts compiled" if self.setup.compile else "")
         return TorchSubject(
-            path=path, budget=budget_of(model, asked, path), model=model, processor=processor, runtime=runtime
+            path=path, budget=budget_of(model, request, path), model=model, processor=processor, runtime=runtime
         )
 
     def other_ways(self, subject: TorchSubject) -> list[TorchSubject]:

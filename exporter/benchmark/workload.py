@@ -57,8 +57,8 @@ class Workload:
                 self.task, columns=self.columns, split=self.split, config=self.config, allow_urls=self.allow_urls
             )
             return make_batch([lines[index % len(lines)] for index in range(number)], processor, config)
-        asked = self.visual_tokens
-        side, count = (DEFAULT_SIDE, 1) if asked is None else image_shape(processor, config, asked)
+        tokens = self.visual_tokens
+        side, count = (DEFAULT_SIDE, 1) if tokens is None else image_shape(processor, config, tokens)
         samples = []
         for index in range(number):
             draw = random.Random(self.seed + index)
@@ -105,21 +105,21 @@ def image_shape(processor: Any, config: Any, tokens: int) -> tuple[int, int]:
 
     from PIL import Image
 
-    def made(side: int) -> int:
+    def visual_tokens(side: int) -> int:
         sample = question([Image.new("RGB", (side, side))], REFERENCE_QUESTION)
         return int(make_batch([sample], processor, config).is_visual.sum())
 
-    usual = made(DEFAULT_SIDE)
+    usual = visual_tokens(DEFAULT_SIDE)
     if tokens % usual == 0:
         return DEFAULT_SIDE, tokens // usual
     low, high = 1, LARGEST_SIDE  # processors for images of any size make more tokens of larger ones
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if made(middle) >= tokens else (middle + 1, high)
-    above = made(low)
+        low, high = (low, middle) if visual_tokens(middle) >= tokens else (middle + 1, high)
+    above = visual_tokens(low)
     if above == tokens:
         return low, 1
-    below = made(max(1, low - 1))
+    below = visual_tokens(max(1, low - 1))
     near = sorted({n for n in (below, above, tokens // usual * usual, (tokens // usual + 1) * usual) if n})
     raise InputError(
         f"visual_tokens={tokens}: this model's processor makes no square images of that many tokens: ask for "

@@ -140,11 +140,11 @@ def merge(theirs: str | None, metadata: str, body: str) -> Merged:
         return Merged(f"---\n{metadata}---\n\n{mark}{body}", ())
     assert theirs is not None
     own_metadata, own_body = split_card(theirs.replace("\r\n", "\n"))
-    found = MARK.search(own_body)
-    base = _read_mark(found[1]) if found else Base()
+    match = MARK.search(own_body)
+    base = _read_mark(match[1]) if match else Base()
     own_body = MARK.sub("", own_body)
     front, kept_keys = _merge_metadata(own_metadata, metadata, base)
-    if found:
+    if match:
         text, sections = _merge_body(own_body, body, base)
     elif _paragraph_sums(own_body) == _paragraph_sums(body):
         text, sections = body, []

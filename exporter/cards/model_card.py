@@ -129,8 +129,8 @@ def body(record: CheckpointRecord, name: str) -> str:
         ratio=ratio_cell,
         budget_name=budget_name,
         model_type=record.source.model_type,
-        family_example=one.example if (one := OWN_FAMILIES.get(record.source.model_type)) else "",
-        own_code=f"{own.module}.py" if (own := OWN_TYPES.get(record.source.model_type)) else "",
+        family_example=family.example if (family := OWN_FAMILIES.get(record.source.model_type)) else "",
+        own_code=f"{our_type.module}.py" if (our_type := OWN_TYPES.get(record.source.model_type)) else "",
         recipe_yaml=yaml.safe_dump(record.recipe, sort_keys=False),
         base_sentence=_base_sentence(record),
         licence_sentence=licence_sentence(data["source"]),
@@ -228,9 +228,9 @@ def _tags(record: CheckpointRecord) -> list[str]:
     routed = ["token-pruning", "custom_code"] if record.router is not None else []
     if record.router is not None and record.router.settings.candidates:
         routed.append("layer-skipping")
-    own = ["custom_code"] if record.source.model_type in OWN_TYPES else []
+    custom_code = ["custom_code"] if record.source.model_type in OWN_TYPES else []
     healed = ["distillation"] if is_healed(record) else []
-    return ["lvlm-exporter", *pruned, *healed, *routed, *own]
+    return ["lvlm-exporter", *pruned, *healed, *routed, *custom_code]
 
 
 def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:

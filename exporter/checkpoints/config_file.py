@@ -117,8 +117,8 @@ def load_config(folder: Path, raw_config: dict[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = raw_config.get("model_type")
-    if (own := own_type(raw_config)) is not None:
-        register(own)
+    if (our_type := own_type(raw_config)) is not None:
+        register(our_type)
     elif not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         raise InputError(_unknown_type(folder, model_type, "auto_map" in raw_config))
     try:
@@ -129,13 +129,13 @@ def load_config(folder: Path, raw_config: dict[str, Any]) -> Any:
 
 def check_feature_layers(name: str, config: Any) -> None:
     """Refuse layers of the vision tower that there are not: the first question would end in an IndexError."""
-    asked = getattr(config, "vision_feature_layer", None)
+    value = getattr(config, "vision_feature_layer", None)
     total = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
-    several = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    several = value if isinstance(value, list) else [] if value is None else [value]
     for layer in several:
         if type(layer) is not int or (isinstance(total, int) and not -total - 1 <= layer <= total):
             raise InputError(
-                f"{name}: config.json says vision_feature_layer={_shown(asked)}; the number of a layer is needed, from "
+                f"{name}: config.json says vision_feature_layer={_shown(value)}; the number of a layer is needed, from "
                 f"{-(total or 0) - 1} to {total}, or a list of them."
             )
 

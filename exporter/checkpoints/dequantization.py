@@ -176,7 +176,7 @@ def _bitsandbytes(name: str, quantized: Quantized, folder: Path, weights: Weight
     plan: Plan = {}
     for absmax in (part for part in quantized.parts if part.endswith(".weight.absmax")):
         weight = absmax.removesuffix(".absmax")
-        plan[weight] = _four_bits(name, quantized, folder, weights, weight)
+        plan[weight] = _four_bits(name, quantized, folder=folder, weights=weights, weight=weight)
     for weight in (part for part in quantized.parts if part.endswith(".weight") and part not in plan):
         scale = f"{weight.removesuffix('.weight')}.SCB"
         if scale not in weights.entries or weights.entries[weight].dtype != "I8":
@@ -254,7 +254,7 @@ def _gptq(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Pl
         )
     plan: Plan = {}
     for module in _modules(quantized):
-        words, zeros, scales, index = _entries(name, quantized, folder, weights, module)
+        words, zeros, scales, index = _entries(name, quantized, folder=folder, weights=weights, module=module)
         columns, rows = words[0] * 32 // bits, words[1]
         groups = scales[0]
         if zeros != (groups, rows * bits // 32) or scales != (groups, rows) or index not in ((columns,), None):
@@ -293,7 +293,7 @@ def _awq(name: str, quantized: Quantized, folder: Path, weights: Weights) -> Pla
         raise refusal(name, quantized, folder, f"this version reads 4 bits of the version gemm, not {bits} of {form}")
     plan: Plan = {}
     for module in _modules(quantized):
-        words, zeros, scales, _ = _entries(name, quantized, folder, weights, module)
+        words, zeros, scales, _ = _entries(name, quantized, folder=folder, weights=weights, module=module)
         columns, rows, groups = words[0], words[1] * 8, scales[0]
         if zeros != (groups, words[1]) or scales != (groups, rows) or not groups or columns % groups:
             raise refusal(

@@ -54,7 +54,7 @@ def _wanted(key: str, value: Any, channels: int, patch: int | None) -> str | Non
         (key.startswith("do_"), lambda v: v in (True, False), "true or false is needed"),
         (key == "resample", lambda v: type(v) is int and v in RESAMPLE, "the number of a filter of PIL is needed, 0-5"),
     ]
-    return next((needed for asked, fits, needed in rules if asked and not fits(value)), None)
+    return next((needed for applies, fits, needed in rules if applies and not fits(value)), None)
 
 
 def _wanted_number(key: str, value: Any, channels: int) -> str | None:
@@ -117,18 +117,20 @@ def _known(image_processor: Any) -> set[str]:
     """Return the names of the settings that an image processor's class reads."""
     cls = type(image_processor)
     allowed = getattr(getattr(cls, "valid_kwargs", None), "__annotations__", {})
-    own = {name for name, value in vars(cls).items() if not name.startswith("_") and not callable(value)}
-    return {*allowed, *own, *TEXTS}
+    declared = {name for name, value in vars(cls).items() if not name.startswith("_") and not callable(value)}
+    return {*allowed, *declared, *TEXTS}
 
 
 def _check(where: str, settings: dict[str, Any], read: Any, known: set[str]) -> None:
     for entry, meant in misspelt(settings, known):
-        counts, said = getattr(read, meant, None), settings[entry]
+        counts, stated = getattr(read, meant, None), settings[entry]
         told = f"{where} has no entry '{meant}', and one called {entry!r:.60}, which nothing reads"
-        if meant in TEXTS or _plain(counts) == _plain(said):
+        if meant in TEXTS or _plain(counts) == _plain(stated):
             logger.warning("%s: it changes no picture", told)
             continue
-        raise InputError(f"{told}: {_plain(counts)!r:.80} would count instead of {said!r:.80}. Did you mean '{meant}'?")
+        raise InputError(
+            f"{told}: {_plain(counts)!r:.80} would count instead of {stated!r:.80}. Did you mean '{meant}'?"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -41,16 +41,16 @@ OWN_TYPES = {
 def own_type(raw_config: dict[str, Any]) -> OwnType | None:
     """Return what config.json names of ours; None for every other configuration, an original one among them."""
     model_type, named = raw_config.get("model_type"), raw_config.get("auto_map")
-    own = OWN_TYPES.get(model_type) if isinstance(model_type, str) else None
-    return own if own is not None and isinstance(named, dict) and named == own.auto_map else None
+    our_type = OWN_TYPES.get(model_type) if isinstance(model_type, str) else None
+    return our_type if our_type is not None and isinstance(named, dict) and named == our_type.auto_map else None
 
 
-def register(own: OwnType) -> None:
+def register(our_type: OwnType) -> None:
     """Let transformers' Auto classes know a type of ours in this process: the file does it when it is imported."""
-    importlib.import_module(f"{modeling.__name__}.{own.module}")
+    importlib.import_module(f"{modeling.__name__}.{our_type.module}")
 
 
-def carry_modeling_files(own: OwnType, folder: Path) -> None:
+def carry_modeling_files(our_type: OwnType, folder: Path) -> None:
     """Put the package's modeling files of a type into a folder."""
-    for module in (own.module, *own.siblings):
+    for module in (our_type.module, *our_type.siblings):
         shutil.copyfile(Path(modeling.__file__).parent / f"{module}.py", folder / f"{module}.py")

@@ -110,7 +110,7 @@ def _pickled_pieces(path: Path) -> tuple[TensorRange, ...]:
         if dtype is None:
             raise InputError(f"{path} holds '{name}' as {tensor.dtype}, which safetensors files do not hold.")
         size = tensor.numel() * tensor.element_size()
-        pieces.append(TensorRange(name, TensorEntry(path, dtype, tuple(tensor.shape), 0, size), tensor))
+        pieces.append(TensorRange(name, TensorEntry(path, dtype, shape=tuple(tensor.shape), begin=0, end=size), tensor))
     return tuple(pieces)
 
 

@@ -113,12 +113,12 @@ def load_for(name: str, folder: Path, config: Any) -> Any:
 
 def _check_names(name: str, read: dict[str, dict[str, Any]], processor: Any) -> None:
     """Refuse or say entries of the processor's files whose names are slips."""
-    own = read.get(PROCESSOR, {})
-    for file, settings in ((IMAGES, read.get(IMAGES)), (PROCESSOR, own.get(IMAGE_PART))):
+    processor_settings = read.get(PROCESSOR, {})
+    for file, settings in ((IMAGES, read.get(IMAGES)), (PROCESSOR, processor_settings.get(IMAGE_PART))):
         if isinstance(settings, dict):
             check_image_names(f"{name}: {file}", settings, processor.image_processor)
     parameters = inspect.signature(type(processor)).parameters
-    check_processor_names(f"{name}: {PROCESSOR}", own, processor, parameters)
+    check_processor_names(f"{name}: {PROCESSOR}", processor_settings, processor, parameters)
 
 
 def _why(folder: Path, error: Exception) -> str:
@@ -266,9 +266,9 @@ def _placeholder(name: str, processor: Any) -> int | None:
     return added.most_common(1)[0][0] if added else None
 
 
-def _probe(name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _probe(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return ask()
+        return run()
     except InputError:
         raise
     except PromptError as error:

@@ -119,13 +119,13 @@ def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
     """Tell whether two tensors are equal bit for bit; a chunk of each is in memory at a time."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    with first.path.open("rb") as one, second.path.open("rb") as other:
-        one.seek(first.begin)
-        other.seek(second.begin)
+    with first.path.open("rb") as first_file, second.path.open("rb") as second_file:
+        first_file.seek(first.begin)
+        second_file.seek(second.begin)
         left = first.num_bytes
         while left:
             size = min(left, COPY_CHUNK_BYTES)
-            if one.read(size) != other.read(size):
+            if first_file.read(size) != second_file.read(size):
                 return False
             left -= size
     return True

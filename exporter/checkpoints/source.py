@@ -159,8 +159,8 @@ def open_weights_only(folder: Path) -> Source:
     config, weights = load_config(folder, raw_config), open_weights(folder)
     check_names(str(folder), raw_config, config)
     check_types(str(folder), weights.entries)
-    source = _with_layers(Source(str(folder), folder, None, config, raw_config, weights, family_of(config),
-                                 decoder_of(config), folder, weights))  # fmt: skip
+    source = _with_layers(Source(str(folder), folder, revision=None, config=config, raw_config=raw_config, weights=weights, family=family_of(config),
+                                 decoder=decoder_of(config), original=folder, stored=weights))  # fmt: skip
     check_fit(source)
     return source
 
@@ -242,15 +242,15 @@ def _refuse_own(name: str, folder: Path, reason: str) -> None:
 
 def _attention_repairs(source: Source) -> Repairs:
     """Return config.json without an attention that needs a package or a GPU: it would not load elsewhere either."""
-    asked: set[str] = set()
+    attentions: set[str] = set()
     entries: dict[str, Any] = {}
     for settings in places(source.raw_config).values():
-        asked |= {str(settings[key]) for key in ATTENTION_KEYS if settings.get(key) not in (None, *ATTENTION_HERE)}
-    if not asked:
+        attentions |= {str(settings[key]) for key in ATTENTION_KEYS if settings.get(key) not in (None, *ATTENTION_HERE)}
+    if not attentions:
         return {}
     logger.warning(
         "%s: config.json asks for the attention %s, which depends on the machine: sdpa is used, and the entry is left "
-        "out of what is written", source.name, ", ".join(sorted(asked)),
+        "out of what is written", source.name, ", ".join(sorted(attentions)),
     )  # fmt: skip
     for key, value in source.raw_config.items():
         if key in ATTENTION_KEYS:
@@ -296,8 +296,8 @@ def _layout(source: Source) -> dict[str, Any]:
         raise InputError(
             f"{source.name}: transformers can't build a model from config.json and the weights: {first_lines(error)}"
         ) from error
-    found: dict[str, Any] = report
-    return found
+    layout: dict[str, Any] = report
+    return layout
 
 
 def ignored_keys(source: Source) -> list[str]:
@@ -308,10 +308,10 @@ def ignored_keys(source: Source) -> list[str]:
 def refuse_report(name: str, report: dict[str, Any]) -> None:
     """Raise InputError for what transformers reports of keys that are missing or of another shape."""
     if shapes := sorted(report["mismatched_keys"], key=str):
-        key, held, wanted = shapes[0] if isinstance(shapes[0], tuple) else (shapes[0], "?", "?")
+        key, held, expected = shapes[0] if isinstance(shapes[0], tuple) else (shapes[0], "?", "?")
         raise InputError(
             f"{name}: {len(shapes)} tensors have another shape than config.json asks for, {key} {list(held)} instead "
-            f"of {list(wanted)} among them: weights and config.json do not belong together."
+            f"of {list(expected)} among them: weights and config.json do not belong together."
         )
     if names := sorted(map(str, report["missing_keys"])):
         raise InputError(

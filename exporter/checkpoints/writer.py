@@ -84,8 +84,8 @@ def write_checkpoint(
     write_shards(folder, kept_pieces(source, plan, folded), advance, metadata)
     # Without the mention of code, which stays behind: the plain class is what the checkpoint is verified with.
     config = pruned_config(source.raw_config, source.config, plan)
-    if (own := own_type(source.raw_config)) is not None:
-        carry_modeling_files(own, folder)
+    if (our_type := own_type(source.raw_config)) is not None:
+        carry_modeling_files(our_type, folder)
     else:
         config = without_auto_map(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -199,18 +199,18 @@ def compare_batch(
             if preset is not None:
                 model.set_budget(preset)
                 runner.set_budget(preset)
-            rows = np.ones(len(inputs["input_ids"]), bool)
+            compared = np.ones(len(inputs["input_ids"]), bool)
             if preset is not None and not job["quantize"]:
-                wrong, rows = compare_routes(model, runner, inputs, prompt, tolerance)
+                wrong, compared = compare_routes(model, runner, inputs=inputs, prompt=prompt, tolerance=tolerance)
                 findings.problems += [f"router, {what}: {problem}" for problem in wrong]
             generated = generate(model, inputs, NEW_TOKENS)
             findings.equal_tokens += compare_decoder(
-                runner, inputs, prompt=prompt, generated=generated, rows=rows, differences=findings.outputs
+                runner, inputs, prompt=prompt, generated=generated, compared=compared, differences=findings.outputs
             )
-            findings.tokens[part] += NEW_TOKENS * int(rows.sum())
-            findings.left_out += int((~rows).sum())
+            findings.tokens[part] += NEW_TOKENS * int(compared.sum())
+            findings.left_out += int((~compared).sum())
             if not job["quantize"]:
-                answers = compare_answers(model, runner, inputs=inputs, rows=rows, tolerance=tolerance)
+                answers = compare_answers(model, runner, inputs=inputs, compared=compared, tolerance=tolerance)
                 findings.problems += [f"generate, {what}: {problem}" for problem in answers]
     except Exception as error:
         findings.problems.append(f"{part}: fails for {what}: {type(error).__name__}: {_first_line(error)}")

@@ -49,8 +49,8 @@ def torch_features(model: Any, inputs: dict[str, Any]) -> Any:
     import torch
 
     accepted = inspect.signature(model.model.get_image_features).parameters
-    wanted = ("pixel_values", "image_sizes", "pixel_attention_mask", "image_grid_thw", "batch_num_images")
-    image_inputs = {name: inputs[name] for name in wanted if name in inputs and name in accepted}
+    names = ("pixel_values", "image_sizes", "pixel_attention_mask", "image_grid_thw", "batch_num_images")
+    image_inputs = {name: inputs[name] for name in names if name in inputs and name in accepted}
     features = model.model.get_image_features(**image_inputs).pooler_output
     if isinstance(features, torch.Tensor):
         features = [features]
@@ -73,20 +73,20 @@ def compare_parts(
 
 
 def compare_decoder(
-    runner: Any, inputs: dict[str, Any], prompt: Any, generated: Any, rows: Any, differences: dict[str, Difference]
+    runner: Any, inputs: dict[str, Any], prompt: Any, generated: Any, compared: Any, differences: dict[str, Difference]
 ) -> int:
     """Compare the logits of the prompt and of each step of torch's answer, the best tokens, and the cache at the end.
 
     Args:
-        rows: [B] True: those that are compared.
+        compared: [B] True: those that are compared.
     """
     length = inputs["input_ids"].shape[1]
     answer = generated.sequences[:, length:].numpy()  # [B, N]
     logits, state = runner.prefill(prompt, NEW_TOKENS)
     equal = 0
     for step in range(NEW_TOKENS):
-        expected = generated.logits[step].float().numpy()[rows]  # [b, V]
-        chosen = logits[rows]
+        expected = generated.logits[step].float().numpy()[compared]  # [b, V]
+        chosen = logits[compared]
         name = "decoder (prompt): logits" if step == 0 else "decoder (step): logits"
         differences[name].add(chosen, expected)
         equal += int((chosen.argmax(-1) == expected.argmax(-1)).sum())
@@ -119,11 +119,11 @@ def compare_cache(
             differences[f"decoder: present.{layer_idx}.{part}"].add(mine.swapaxes(1, 2)[real], theirs)
 
 
-def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], rows: Any, tolerance: float) -> list[str]:
+def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], compared: Any, tolerance: float) -> list[str]:
     """Compare whole answers by each side's own `generate`, with the folder's generation settings, greedily.
 
     Args:
-        rows: [B] True: those that are compared.
+        compared: [B] True: those that are compared.
     """
     import numpy as np
     import torch
@@ -139,17 +139,18 @@ def compare_answers(model: Any, runner: Any, inputs: dict[str, Any], rows: Any, 
     best = scores.topk(2).values
     largest = torch.where(scores.isfinite(), scores.abs(), 0).amax(-1)
     margins = (best[..., 0] - best[..., 1]) / largest
-    if tokens.shape != expected.shape and rows.all():
+    if tokens.shape != expected.shape and compared.all():
         return [f"{tokens.shape[1]} tokens instead of {expected.shape[1]}"]
-    width = min(tokens.shape[1], expected.shape[1])  # rows that are not compared may go on for longer
+    width = min(tokens.shape[1], expected.shape[1])  # sequences that are not compared may go on for longer
     tokens, expected = tokens[:, :width], expected[:, :width]
     problems = []
-    for row in np.flatnonzero(rows).tolist():
-        rest = margins[row].nan_to_num(0).tolist()
-        at = first_difference(tokens[row].tolist(), expected[row].tolist(), rest, tolerance)
+    for sequence in np.flatnonzero(compared).tolist():
+        rest = margins[sequence].nan_to_num(0).tolist()
+        at = first_difference(tokens[sequence].tolist(), expected[sequence].tolist(), rest, tolerance)
         if at is not None:
-            problems.append(f"token {at + 1} of question {row + 1} is {tokens[row][at]}, not {expected[row][at]}")
-    return problems if not np.array_equal(tokens[rows], expected[rows]) else []
+            mine, theirs = tokens[sequence][at], expected[sequence][at]
+            problems.append(f"token {at + 1} of question {sequence + 1} is {mine}, not {theirs}")
+    return problems if not np.array_equal(tokens[compared], expected[compared]) else []
 
 
 def compare_routes(
@@ -157,28 +158,31 @@ def compare_routes(
 ) -> tuple[list[str], Any]:
     """Return which visual tokens stay and which layers run, under the budget that both sides have now.
 
-    Returns: problems, and in which rows both sides go the same way, [B]. Where they don't, and the router's logits say
-        that it is all the same within the tolerance, there is no problem, and nothing behind it can be compared.
+    Returns: problems, and in which sequences both sides go the same way, [B]. Where they don't, and the router's
+        logits say that it is all the same within the tolerance, there is no problem, and nothing behind it can be
+        compared.
     """
     import numpy as np
 
     _, state = runner.prefill(prompt, 1)
     theirs = model.route(**inputs)
     mask, problems, same = inputs["attention_mask"].bool(), [], []
-    for row, real in enumerate(mask):
-        tokens, layers = (None if x is None else x[row] for x in (theirs.token_logits, theirs.layer_logits))
-        visual = theirs.visual[row][real].numpy()  # all others stay
-        kept = theirs.keep[row][real].numpy()
-        count = int(state.kept[row])
+    for sequence, real in enumerate(mask):
+        tokens, layers = (None if x is None else x[sequence] for x in (theirs.token_logits, theirs.layer_logits))
+        visual = theirs.visual[sequence][real].numpy()  # all others stay
+        kept = theirs.keep[sequence][real].numpy()
+        count = int(state.kept[sequence])
         mine = np.zeros_like(kept)
-        mine[np.arange(count) if state.index is None else state.index[row, :count]] = True
+        mine[np.arange(count) if state.index is None else state.index[sequence, :count]] = True
         among = None if tokens is None else tokens[real][visual]
         if not mine[~visual].all() or not undecided(mine[visual], kept[visual], among, tolerance):
-            problems.append(f"{int((mine != kept).sum())} tokens of question {row + 1} are chosen by one side only")
-        runs = theirs.layers[row][runner.manifest["router"]["candidates"]].numpy()
-        if not undecided(state.runs[row], runs, layers, tolerance):
-            problems.append(f"question {row + 1} runs other layers")
-        same.append(np.array_equal(mine, kept) and np.array_equal(runs, state.runs[row]))
+            problems.append(
+                f"{int((mine != kept).sum())} tokens of question {sequence + 1} are chosen by one side only"
+            )
+        executed = theirs.layers[sequence][runner.manifest["router"]["candidates"]].numpy()
+        if not undecided(state.runs[sequence], executed, layers, tolerance):
+            problems.append(f"question {sequence + 1} runs other layers")
+        same.append(np.array_equal(mine, kept) and np.array_equal(executed, state.runs[sequence]))
     return problems, np.array(same)
 
 

@@ -113,7 +113,7 @@ def cache_difference(model: Any, processor: Any, **routing: Any) -> float:
 
 def first_difference(actual: list[int], expected: list[int], margins: list[float], tolerance: float) -> int | None:
     """Return the position of the first token that differs; None behind a tie within rounding, where nothing counts."""
-    for position, (token, wanted, margin) in enumerate(zip(actual, expected, margins, strict=True)):
-        if token != wanted:
+    for position, (token, right, margin) in enumerate(zip(actual, expected, margins, strict=True)):
+        if token != right:
             return None if margin <= tolerance else position
     return None

@@ -57,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
         loads = tuple(tuple(map(str, row)) for row in loads_rows(done))
         waits = (LOADS_HEADER, loads, loads_note(done)) if loads else None
         write_report(
-            options, lambda commands: report_of_benchmark(done, BENCHMARK_HEADER, rows, names, commands, waits)
+            options,
+            lambda commands: report_of_benchmark(
+                done, BENCHMARK_HEADER, rows=rows, names=names, commands=commands, loads=waits
+            ),
         )
     done.check_caches()
     return 0

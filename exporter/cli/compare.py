@@ -62,69 +62,71 @@ def run(options: argparse.Namespace) -> None:
             return tasks_from_data(data)
         return tables_from_data(data) if isinstance(data, dict) and "rows" in data else grid_from_data(data)
 
-    wanted = from_yaml(options.recipe, parse)
-    if isinstance(wanted, tuple):
+    recipe = from_yaml(options.recipe, parse)
+    if isinstance(recipe, tuple):
         compared = _zoo
-    elif isinstance(wanted, TasksRecipe):
+    elif isinstance(recipe, TasksRecipe):
         compared = _tasks
-    elif isinstance(wanted, RouteTables):
+    elif isinstance(recipe, RouteTables):
         compared = _routes
     else:
-        compared = _seeds if wanted.seeds else _layers
-    done = compared(wanted, options.out, run, progress_bar(options))
+        compared = _seeds if recipe.seeds else _layers
+    done = compared(recipe, options.out, run, progress_bar(options))
     print(done.text)
     write_json(options, done.data)
     write_report(options, done.report)
     _say_where(options, *done.files)
 
 
-def _zoo(*asked: Any) -> Compared:
+def _zoo(*arguments: Any) -> Compared:
     from ..comparison.zoo import HEADER, compare_zoo, zoo_cells, zoo_text
     from ..report.of_comparison import report_of_zoo
 
-    tables = compare_zoo(*asked)
+    tables = compare_zoo(*arguments)
     data = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
     files = ("table.md", "results.json")
-    return Compared(zoo_text(tables), data, lambda said: report_of_zoo(tables, HEADER, zoo_cells, said), files)
+    return Compared(zoo_text(tables), data, lambda commands: report_of_zoo(tables, HEADER, zoo_cells, commands), files)
 
 
-def _tasks(*asked: Any) -> Compared:
+def _tasks(*arguments: Any) -> Compared:
     from ..comparison.tasks import compare_tasks
     from ..comparison.tasks_table import by_table, header, notes, tasks_text
     from ..report.of_comparison import report_of_tasks
 
-    done = compare_tasks(*asked)
+    done = compare_tasks(*arguments)
     table = header(done), by_table(done), notes(done)
-    return Compared(tasks_text(done), done.to_data(), lambda said: report_of_tasks(done, *table, said))
+    return Compared(tasks_text(done), done.to_data(), lambda commands: report_of_tasks(done, *table, commands))
 
 
-def _routes(*asked: Any) -> Compared:
+def _routes(*arguments: Any) -> Compared:
     from ..comparison.routers import compare_routes
     from ..comparison.routes_table import table_rows, table_text
     from ..report.of_comparison import report_of_routes
 
-    done = compare_routes(*asked)
-    return Compared(table_text(done), done.to_data(), lambda said: report_of_routes(done, *table_rows(done), said))
+    done = compare_routes(*arguments)
+    return Compared(
+        table_text(done), done.to_data(), lambda commands: report_of_routes(done, *table_rows(done), commands)
+    )
 
 
-def _seeds(*asked: Any) -> Compared:
+def _seeds(*arguments: Any) -> Compared:
     from ..comparison.seeds import compare_seeds, seeds_header, seeds_notes, seeds_rows, seeds_text
     from ..report.of_comparison import report_of_seeds
 
-    done = compare_seeds(*asked)
+    done = compare_seeds(*arguments)
     table = seeds_header(done), seeds_rows(done), seeds_notes(done)
     files = ("table.md", "results.json")
-    return Compared(seeds_text(done), done.to_data(), lambda said: report_of_seeds(done, *table, said), files)
+    return Compared(seeds_text(done), done.to_data(), lambda commands: report_of_seeds(done, *table, commands), files)
 
 
-def _layers(*asked: Any) -> Compared:
+def _layers(*arguments: Any) -> Compared:
     from ..comparison.grid_table import comparison_header, comparison_rows, comparison_table
     from ..comparison.layers import compare
     from ..report.of_comparison import report_of_grid
 
-    done = compare(*asked)
+    done = compare(*arguments)
     table = comparison_header(done), comparison_rows(done)
-    return Compared(comparison_table(done), done.to_data(), lambda said: report_of_grid(done, *table, said))
+    return Compared(comparison_table(done), done.to_data(), lambda commands: report_of_grid(done, *table, commands))
 
 
 def _say_where(options: argparse.Namespace, *names: str) -> None:

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.table import evaluation_table
     from ..routing.requests import BudgetGrid
 
-    wanted = BudgetGrid(
+    budgets = BudgetGrid(
         keep_visual_tokens=options.keep_visual_tokens,
         keep_layers=options.keep_layers,
         presets=options.preset,
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         options.folders,
         options.task,
         reference=options.reference,
-        budgets=wanted,
+        budgets=budgets,
         calibration=options.calibration,
         options=run,
         samples=options.samples,

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(cost_lines(cost)))
         return
     try:
-        folder = heal(options.model, healing, options.out, run, progress_bar(options))
+        folder = heal(options.model, healing, out=options.out, options=run, progress=progress_bar(options))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from what is saved.") from None
     healed = read_record(folder).data["heal"]

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     from ..pipeline import route
 
     try:
-        folder = route(options.model, router, options.out, run, progress_bar(options))
+        folder = route(options.model, router, out=options.out, options=run, progress=progress_bar(options))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from the last saved step.") from None
     record = read_record(folder)

@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     goal = SearchGoal(
         **{name: getattr(options, name) for name in ("speedup", "latency_ms", "params", "flops", "memory")}
     )
-    wanted = SearchRecipe(
+    recipe = SearchRecipe(
         model=options.model,
         calibration=calibration_from_data(calibration_from_flags(options)),
         task=task_from_data(options.task),
@@ -100,10 +100,10 @@ def run(options: argparse.Namespace) -> None:
     if options.time is not None and options.time <= 0:
         raise InputError(f"--time {options.time:g}: minutes above 0 are needed.")
     if options.dry_run:
-        dry_run(options, wanted, run)
+        dry_run(options, recipe, run)
         return
     try:
-        result = search(wanted, options.out, run, options.time, progress_bar(options))
+        result = search(recipe, options.out, options=run, minutes=options.time, progress=progress_bar(options))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from what is measured.") from None
     write_json(options, result.to_data())
@@ -114,12 +114,12 @@ def run(options: argparse.Namespace) -> None:
         raise CheckFailed(result.verdict)
 
 
-def dry_run(options: argparse.Namespace, wanted: object, run: object) -> None:
+def dry_run(options: argparse.Namespace, recipe: object, run: object) -> None:
     from ..cards.tables import table
     from ..outcome.plan_ahead import plan_ahead
     from ..outcome.report import EXPECTED_HEADER, expected_rows
 
-    ahead = plan_ahead(wanted, options.out, run, progress_bar(options))  # type: ignore[arg-type]
+    ahead = plan_ahead(recipe, options.out, run, progress_bar(options))  # type: ignore[arg-type]
     write_json(options, ahead.to_data())
     print(table(EXPECTED_HEADER, expected_rows(ahead.predictor, ahead.candidates, ahead.seconds)))
     print(

@@ -52,9 +52,9 @@ class CellsFile:
     Raises: InputError for a folder of another run, and for a file that holds something else.
     """
 
-    def __init__(self, path: Path, asked: Any, what: str = "comparison") -> None:
+    def __init__(self, path: Path, depends_on: Any, what: str = "comparison") -> None:
         self.what = what
-        self.fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         self.path = path
         if not path.exists():
             check_target(path.parent)  # and made with the first cell: what is refused meanwhile leaves no folder

@@ -38,9 +38,9 @@ class TaskJudge:
     def timed(self, what: str, begin: float) -> None:
         self.clock.setdefault(what, []).append(time.monotonic() - begin)
 
-    def rate(self, made: Mapping[Key, Variant]) -> dict[Key, Cell]:
+    def rate(self, variants: Mapping[Key, Variant]) -> dict[Key, Cell]:
         """Judge variants against the original's answers, and generate where one departs from them."""
-        distinct = list({id(variant): variant for variant in made.values()}.values())
+        distinct = list({id(variant): variant for variant in variants.values()}.values())
         begin = time.monotonic()
         steps = len(distinct) * len(self.reference_answers)
         bar = iter(self.progress(range(steps), "judge", steps))
@@ -50,7 +50,7 @@ class TaskJudge:
         correct = [self._correct(v, a) for v, a in zip(distinct, agreements, strict=True)]
         self.timed("judge", begin)
         judged = {id(v): (a, right) for v, a, right in zip(distinct, agreements, correct, strict=True)}
-        return {key: self._cell(key, variant.plan.drop, *judged[id(variant)]) for key, variant in made.items()}
+        return {key: self._cell(key, variant.plan.drop, *judged[id(variant)]) for key, variant in variants.items()}
 
     @functools.cached_property
     def reference_answers(self) -> list[AnsweredBatch]:

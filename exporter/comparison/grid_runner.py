@@ -101,11 +101,11 @@ class GridRunner:
     def keys(self, choices: dict[tuple[str, int], LayerScores]) -> list[Key]:
         return [(name, label(fold), count) for name, count in choices for fold in self.grid.folds]
 
-    def made(self, choices: dict[tuple[str, int], LayerScores], keys: Sequence[Key]) -> dict[Key, Variant]:
+    def variants(self, choices: dict[tuple[str, int], LayerScores], keys: Sequence[Key]) -> dict[Key, Variant]:
         """Return the cells' models: equal layers and folds share one, and folds that are refused are left out."""
         folds = {label(fold): fold for fold in self.grid.folds}
         distinct: dict[tuple[PruningPlan, str], Variant] = {}
-        found = {}
+        variants = {}
         for key in keys:
             at = (make_plan(self.job.source.num_layers, choices[key[0], key[2]].drop), key[1])
             try:
@@ -114,8 +114,8 @@ class GridRunner:
             except FoldRefused as error:
                 self.refused[at[1]] = str(error)
             if at in distinct:
-                found[key] = distinct[at]
-        return found
+                variants[key] = distinct[at]
+        return variants
 
     def fold(self, plan: PruningPlan, method: Method) -> Folded:
         if not plan.drop:
@@ -150,10 +150,10 @@ class FinishedCells:
     def __init__(self, out: Path, grid: Grid) -> None:
         self.out = out
         columns = [f.name for f in dataclasses.fields(Cell)]
-        asked = asdict(grid) | {"task": grid.task.to_data()}
+        depends_on = asdict(grid) | {"task": grid.task.to_data()}
         for name in ("seeds", "task_seed"):  # so that a folder of before they were there is that of the same comparison
-            asked = {key: value for key, value in asked.items() if key != name or value}
-        self.file = CellsFile(out / "cells.jsonl", [asked, columns])
+            depends_on = {key: value for key, value in depends_on.items() if key != name or value}
+        self.file = CellsFile(out / "cells.jsonl", [depends_on, columns])
         self.cells: dict[Key, Cell] = {}
         for cell in self.file.read(cell_from_data):
             self.cells[cell.localizer, cell.fold, len(cell.drop)] = cell

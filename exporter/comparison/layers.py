@@ -54,7 +54,7 @@ def compare_together(
         run: the folder of all of it: one use of a task that counts its uses.
     """
     kept = {out: FinishedCells(out, grid) for out, grid in parts.items()}
-    done = {out: found for out, cells in kept.items() if (found := cells.finished())}
+    done = {out: finished for out, cells in kept.items() if (finished := cells.finished())}
     todo = {out: grid for out, grid in parts.items() if out not in done}
     shared = Shared(options, progress, run)
     for seed in dict.fromkeys(grid.seed for grid in todo.values()):
@@ -81,7 +81,7 @@ class Shared:
             task = replace(task, samples=tuple(by_size(task.samples)))
             who = (grid.task.data, "compare", [grid.model])
             uses = begin_use(*who, len(task.samples), task.fingerprint, run_of(self.run))
-            self.judges[key] = TaskJudge(job, self.model, task, self.progress, uses)
+            self.judges[key] = TaskJudge(job, self.model, task=task, progress=self.progress, uses=uses)
         return self.judges[key]
 
 
@@ -95,14 +95,14 @@ def _of_one_seed(
         shared.model, _ = job.load_model()
     judges = {out: shared.judge_of(part, job) for out, part in parts.items()}
     counts = tuple(job.count_of(budget) for budget in grid.budgets)
-    runner = GridRunner(grid, job, shared.model, shared.progress, tuple(dict.fromkeys(counts)))
+    runner = GridRunner(grid, job, model=shared.model, progress=shared.progress, counts=tuple(dict.fromkeys(counts)))
     choices = runner.choose()
     todo = {out: [key for key in runner.keys(choices) if key not in kept[out].cells] for out in parts}
-    wanted = [key for key in runner.keys(choices) if any(key in keys for keys in todo.values())]
-    for some in alike_together(wanted, choices):
-        made = runner.made(choices, some)
+    needed = [key for key in runner.keys(choices) if any(key in keys for keys in todo.values())]
+    for some in alike_together(needed, choices):
+        variants = runner.variants(choices, some)
         for out, judge in judges.items():
-            kept[out].add(judge.rate({key: variant for key, variant in made.items() if key in todo[out]}))
+            kept[out].add(judge.rate({key: variant for key, variant in variants.items() if key in todo[out]}))
     seconds = (time.monotonic() - begin) / len(parts)
     done = {}
     for out, judge in judges.items():

@@ -78,7 +78,9 @@ def search(
     batch = batch.to(model.device)
     best: Route | None = None
     lowest = torch.full((len(batch.samples),), torch.inf)
-    for route in _selections(model, batch, budget, effort, layers, drop_at, seed, influence):
+    for route in _selections(
+        model, batch, budget=budget, effort=effort, layers=layers, drop_at=drop_at, seed=seed, influence=influence
+    ):
         best, lowest = better(best, lowest, route, divergence(route))
     assert best is not None
     for number in range(effort.swaps):

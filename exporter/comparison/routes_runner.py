@@ -61,37 +61,39 @@ class RoutesRunner:
         routable(unrouted.model, settings and {**settings, "presets": {}})
         unrouted.prompts = few_prompts(task.samples, unrouted.processor, unrouted.model.config)
         unrouted.unrouted = flops_of(unrouted.model, unrouted.prompts, None)
-        return cls(tables, task, options, progress, original, reference, unrouted)
+        return cls(
+            tables, task, options=options, progress=progress, original=original, reference=reference, unrouted=unrouted
+        )
 
     def model_of(self, row: Row) -> Loaded:
         """Return the row's model, loaded if the row before it had another."""
         if row.folder is None:
-            found = self.unrouted
+            loaded = self.unrouted
         elif row.folder in self.loaded:
-            found = self.loaded[row.folder]
+            loaded = self.loaded[row.folder]
         else:
             source, device = open_source(row.folder), pick_device(self.options.device)
             dtype = compute_dtype(self.options.dtype, source.config, device)
             model = load_routed(source, device, dtype, self.options.memory)
-            found = replace(self.unrouted, path=row.folder, source=source, model=model, influence=None)
-            self.loaded = {row.folder: found}
-        if row.parsed().layers == "shortgpt" and found.influence is None:
-            found.influence = influence_of(
-                found, str(self.tables.calibration), self.options.batch_size, self.tables.seed
+            loaded = replace(self.unrouted, path=row.folder, source=source, model=model, influence=None)
+            self.loaded = {row.folder: loaded}
+        if row.parsed().layers == "shortgpt" and loaded.influence is None:
+            loaded.influence = influence_of(
+                loaded, str(self.tables.calibration), self.options.batch_size, self.tables.seed
             )
-        return replace(found, seed=self.tables.seed)
+        return replace(loaded, seed=self.tables.seed)
 
     # budgets at equal cost
 
-    def asks(self, row: Row, loaded: Loaded) -> list[BudgetRequest | None]:
+    def requests(self, row: Row, loaded: Loaded) -> list[BudgetRequest | None]:
         """Return what the row runs under in each column; None where it can't cost so little."""
         if not self.targets:
             first = self.tables.rows[0]
             model = self.model_of(first)
             self.targets = [self._share(model, self._plain(first, model, budget)) for budget in self.tables.budgets]
         columns = enumerate(zip(self.tables.budgets, self.targets, strict=True))
-        wanted = range(len(self.targets)) if row.columns is None else row.columns
-        return [self.fitted(row, loaded, *pair) if number in wanted else None for number, pair in columns]
+        numbers = range(len(self.targets)) if row.columns is None else row.columns
+        return [self.fitted(row, loaded, *pair) if number in numbers else None for number, pair in columns]
 
     def _plain(self, row: Row, loaded: Loaded, budget: Budget) -> BudgetRequest:
         """Return the column's counts, as far as the row uses them."""
@@ -100,57 +102,57 @@ class RoutesRunner:
         layers = None if rule.layers == "all" else budget.keep_layers
         return BudgetRequest(Budget(tokens, layers), rule)
 
-    def _share(self, loaded: Loaded, ask: BudgetRequest) -> float:
+    def _share(self, loaded: Loaded, request: BudgetRequest) -> float:
         """Return decoder FLOPs under a budget, whoever chooses, as a share of the unrouted model's."""
-        rule = Rule("random", "random", ask.rule.drops_at(loaded.model.router_settings))
+        rule = Rule("random", "random", request.rule.drops_at(loaded.model.router_settings))
         prompts = loaded.prompts[:FIT_PROMPTS]
-        for request in (None, BudgetRequest(ask.budget, rule)):
-            key = request and (request.budget, rule.drop_at)
+        for counted in (None, BudgetRequest(request.budget, rule)):
+            key = counted and (counted.budget, rule.drop_at)
             if key not in self.shares:
-                self.shares[key] = flops_of(loaded.model, prompts, request).decoder
-        return self.shares[ask.budget, rule.drop_at] / self.shares[None]
+                self.shares[key] = flops_of(loaded.model, prompts, counted).decoder
+        return self.shares[request.budget, rule.drop_at] / self.shares[None]
 
     def fitted(self, row: Row, loaded: Loaded, column: Budget, target: float) -> BudgetRequest | None:
         """Return the column's budget made to cost what its first row costs."""
-        ask = self._plain(row, loaded, column)
-        if ask.budget.is_off and self.tables.equal == "budget":
+        request = self._plain(row, loaded, column)
+        if request.budget.is_off and self.tables.equal == "budget":
             return None
-        if self.tables.equal == "budget" or abs(self._share(loaded, ask) - target) < 1e-3:
-            return ask
-        rule, layers = ask.rule, ask.budget.keep_layers
+        if self.tables.equal == "budget" or abs(self._share(loaded, request) - target) < 1e-3:
+            return request
+        rule, layers = request.rule, request.budget.keep_layers
         if rule.tokens == "all":
             settings = loaded.model.router_settings
             least = loaded.model.num_layers - len(settings.candidates)
-            tried = [replace(ask, budget=Budget(None, count)) for count in range(least, loaded.model.num_layers)]
-            ask = min(tried, key=lambda candidate: abs(self._share(loaded, candidate) - target))
+            tried = [replace(request, budget=Budget(None, count)) for count in range(least, loaded.model.num_layers)]
+            request = min(tried, key=lambda candidate: abs(self._share(loaded, candidate) - target))
         else:
-            ask = self._fewer_tokens(loaded, rule, layers, target)
-        return ask if abs(self._share(loaded, ask) - target) <= OUT_OF_REACH else None
+            request = self._fewer_tokens(loaded, rule, layers, target)
+        return request if abs(self._share(loaded, request) - target) <= OUT_OF_REACH else None
 
     def _fewer_tokens(self, loaded: Loaded, rule: Rule, layers: int | None, target: float) -> BudgetRequest:
         """Interpolate the share of tokens at which the FLOPs are the target's: they are nearly linear in it."""
 
-        def ask(share: float) -> BudgetRequest:
+        def request_at(share: float) -> BudgetRequest:
             return BudgetRequest(Budget(round(min(1.0, max(FEWEST, share)), 4), layers), rule)
 
-        (low, below), (high, above) = ((share, self._share(loaded, ask(share))) for share in (FEWEST, 1.0))
+        (low, below), (high, above) = ((share, self._share(loaded, request_at(share))) for share in (FEWEST, 1.0))
         middle = low
         for _ in range(FIT_STEPS):
             if not below < target < above:
-                return ask(low if target <= below else high)
+                return request_at(low if target <= below else high)
             middle = low + (high - low) * (target - below) / (above - below)
-            found = self._share(loaded, ask(middle))
+            cost = self._share(loaded, request_at(middle))
             (low, below), (high, above) = (
-                ((low, below), (middle, found)) if found > target else ((middle, found), (high, above))
+                ((low, below), (middle, cost)) if cost > target else ((middle, cost), (high, above))
             )
-        return ask(middle)
+        return request_at(middle)
 
     # cells
 
     def fill(self, row: Row) -> list[RouteCell]:
         loaded = self.model_of(row)
-        asks = self.asks(row, loaded)
-        answers: list[dict[int, dict[str, Any]]] = [{} for _ in asks]
+        requests = self.requests(row, loaded)
+        answers: list[dict[int, dict[str, Any]]] = [{} for _ in requests]
         size, samples = self.options.batch_size, self.task.samples
         order = size_order(samples)
         starts = range(0, len(samples), size)
@@ -158,13 +160,15 @@ class RoutesRunner:
             indices = order[start : start + size]
             batch = make_batch([samples[i] for i in indices], loaded.processor, loaded.model.config)
             batch = batch.to(loaded.model.device)
-            for ask, found in zip(asks, answers, strict=True):
-                if ask is not None:
-                    found |= dict(zip(indices, self.judged(row, replace(loaded, ask=ask), batch, indices), strict=True))
+            for request, results in zip(requests, answers, strict=True):
+                if request is not None:
+                    results |= dict(
+                        zip(indices, self.judged(row, replace(loaded, request=request), batch, indices), strict=True)
+                    )
         return [
-            self._cell(row, column, replace(loaded, ask=ask), found)
-            for column, (ask, found) in enumerate(zip(asks, answers, strict=True))
-            if ask is not None
+            self._cell(row, column, replace(loaded, request=request), results)
+            for column, (request, results) in enumerate(zip(requests, answers, strict=True))
+            if request is not None
         ]
 
     def judged(self, row: Row, loaded: Loaded, batch: Batch, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -179,28 +183,30 @@ class RoutesRunner:
             few = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
             route_of_few = last_columns(route.select(torch.tensor(departs)), few.is_visual.shape[1])
             longest = self.task.longest(loaded.processor)
-            said = greedy_answers(loaded.model, few.inputs, longest, route=route_of_few)
-            texts = loaded.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+            tokens = greedy_answers(loaded.model, few.inputs, longest, route=route_of_few)
+            texts = loaded.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for place, text, sample in zip(departs, texts, samples, strict=True):
                 right[place] = METRICS[self.task.metric].value(sample, text)
         return iter([result | {"correct": correct} for result, correct in zip(compared, right, strict=True)])
 
     def _route(self, loaded: Loaded, batch: Batch) -> Route:
-        assert loaded.ask is not None
-        ask = loaded.ask
-        return make_route(loaded.model, batch, ask.budget, ask.rule, seed=loaded.seed, influence=loaded.influence)
+        assert loaded.request is not None
+        request = loaded.request
+        return make_route(
+            loaded.model, batch, request.budget, request.rule, seed=loaded.seed, influence=loaded.influence
+        )
 
     def _searched(self, loaded: Loaded, batch: Batch, indices: Sequence[int]) -> Route:
-        assert loaded.ask is not None
+        assert loaded.request is not None
 
         def divergence(route: Route) -> torch.Tensor:
             return torch.tensor([result["kl"] for result in self.reference.compare(loaded, batch, indices, route)])
 
-        rule = loaded.ask.rule
+        rule = loaded.request.rule
         return search(
             loaded.model,
             batch,
-            budget=loaded.ask.budget,
+            budget=loaded.request.budget,
             divergence=divergence,
             effort=self.tables.oracle,
             layers=rule.layers,
@@ -210,13 +216,13 @@ class RoutesRunner:
         )
 
     def _cell(self, row: Row, column: int, loaded: Loaded, results: dict[int, dict[str, Any]]) -> RouteCell:
-        assert loaded.ask is not None
+        assert loaded.request is not None
         correct = [results[i]["correct"] for i in range(len(results))]
         fidelity = Fidelity.of(*(sum(told[name] for told in results.values()) for name in ("kl", "same", "tokens")))
         result = TaskResult.of([sample.type for sample in self.task.samples], correct, fidelity)
         total, decoder = loaded.flops_shares()
         assert total is not None and decoder is not None
-        data = loaded.ask.to_data() | {"rule": row.rule}
+        data = loaded.request.to_data() | {"rule": row.rule}
         return RouteCell(
             row=row.name, column=column, budget=data, **as_kept(result, self.original.accuracy),
             flops_share=total, decoder_flops_share=decoder,
@@ -227,7 +233,7 @@ class RoutesRunner:
 
 def last_columns(route: Route, length: int) -> Route:
     """Return the route for the same questions padded to a smaller length, on the left."""
-    cut = {name: getattr(route, name) for name in ("keep", "visual", "places", "token_logits")}
+    cut = {name: getattr(route, name) for name in ("keep", "visual", "coordinates", "token_logits")}
     return replace(route, **{name: part if part is None else part[:, -length:] for name, part in cut.items()})
 
 

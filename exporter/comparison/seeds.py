@@ -58,7 +58,9 @@ class SeedsComparison:
         data: dict[str, Any] = {"out": str(self.out), "seeds": list(self.seeds), "metric": self.metric, "rows": rows}
         data |= {"original": asdict(self.original), "parameters": self.parameters, "task_uses": self.task_uses}
         return data | {
-            "cells": {seed: one.to_data()["cells"] for seed, one in zip(self.seeds, self.of_seed, strict=True)}
+            "cells": {
+                seed: comparison.to_data()["cells"] for seed, comparison in zip(self.seeds, self.of_seed, strict=True)
+            }
         }
 
 
@@ -109,15 +111,15 @@ def made_folder(out: Path) -> Any:
 def over_seeds(out: Path, seeds: Sequence[int], of_seed: tuple[Comparison, ...]) -> SeedsComparison:
     """Put the comparisons of all seeds together; rows that a seed has not (a fold was refused) are left out."""
     first = of_seed[0]
-    cells = [{key_of(cell): cell for cell in one.cells} for one in of_seed]
-    keys = [key for key in cells[0] if all(key in one for one in cells)]
-    rows = [_row(key, [one[key] for one in cells]) for key in keys]
+    cells = [{key_of(cell): cell for cell in comparison.cells} for comparison in of_seed]
+    keys = [key for key in cells[0] if all(key in by_key for by_key in cells)]
+    rows = [_row(key, [by_key[key] for by_key in cells]) for key in keys]
     best = {row.count: max((r for r in rows if r.count == row.count), key=mean) for row in rows}
     tested = []
     for key, row in zip(keys, rows, strict=True):
         first_of_all = best[row.count]
         rival = (first_of_all.localizer, first_of_all.fold, row.count)
-        tested.append(replace(row, p_value=max(_p_value(one, rival, key) for one in cells)))
+        tested.append(replace(row, p_value=max(_p_value(by_key, rival, key) for by_key in cells)))
     rest = [number for number, row in enumerate(rows) if row is not best[row.count]]
     for number, p_value in zip(rest, holm([tested[n].p_value for n in rest]), strict=True):
         tested[number] = replace(tested[number], p_corrected=p_value)
@@ -183,15 +185,15 @@ def seeds_rows(done: SeedsComparison) -> list[tuple[str, ...]]:
 def seeds_notes(done: SeedsComparison) -> list[str]:
     """Return what a reader of the table has to know."""
     low, high = done.original.interval
-    said = [
+    notes = [
         f"original: {100 * done.original.accuracy:.1f} % ({100 * low:.1f}-{100 * high:.1f}) of {done.original.n} "
         f"questions, {done.parameters:,} parameters; calibration questions drawn by the seeds "
         f"{', '.join(map(str, done.seeds))}",
         P_NOTE,
     ]
-    refused = {fold: reason for one in done.of_seed for fold, reason in one.refused.items()}
-    said += [f"{fold}, left out: {reason}" for fold, reason in refused.items()]
-    return said + ([done.task_uses["sentence"]] if done.task_uses else [])
+    refused = {fold: reason for comparison in done.of_seed for fold, reason in comparison.refused.items()}
+    notes += [f"{fold}, left out: {reason}" for fold, reason in refused.items()]
+    return notes + ([done.task_uses["sentence"]] if done.task_uses else [])
 
 
 def seeds_text(done: SeedsComparison) -> str:

@@ -58,7 +58,7 @@ def samples_per_second(
             if number:  # the first round warms up
                 times[count].append(seconds)
     ratios = {count: [whole / few for whole, few in zip(times[0], times[count], strict=True)] for count in drops}
-    return {count: (statistics.median(found), min(found), max(found)) for count, found in ratios.items()}
+    return {count: (statistics.median(values), min(values), max(values)) for count, values in ratios.items()}
 
 
 def _seconds(model: Any, batches: list[Batch], new_tokens: int) -> float:

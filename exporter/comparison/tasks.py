@@ -36,50 +36,58 @@ from .theory import Shape, fastv_tflops
 
 
 def compare_tasks(
-    wanted: TasksRecipe, out: Path | str, options: RunOptions = RunOptions(batch_size=32), progress: Progress = silent
+    recipe: TasksRecipe, out: Path | str, options: RunOptions = RunOptions(batch_size=32), progress: Progress = silent
 ) -> TasksComparison:
     """Train the routers, fill each task's comparison in `out`/TASK; write table.md, accuracy.png and results.json.
 
     Raises: InputError for wrong input; what was measured before stays in `out`, and the same command goes on from it.
     """
     out = Path(out)
-    parts = parts_of(wanted, out)
-    shape = shape_of(wanted, parts[0])
+    parts = parts_of(recipe, out)
+    shape = shape_of(recipe, parts[0])
     with made_folder(out):
-        for seed in wanted.seeds or (None,):
-            train_routers(wanted, wanted.routers_in(out, seed), seed, options, progress)
+        for seed in recipe.seeds or (None,):
+            train_routers(recipe, recipe.routers_in(out, seed), seed=seed, options=options, progress=progress)
         done = _compared(parts, out, options, progress)
     first = next(iter(parts[0].values()))
     if isinstance(first, Grid):
         drops = {len(cell.drop): cell.drop for cell in _first(done[0]).cells}
-        speeds = {} if wanted.speed is None else samples_per_second(first, drops, wanted.speed, options, progress)
-        there = set.intersection(*({key_of(cell) for cell in _first(one).cells} for one in done))  # with every seed
-        rows = [_grid_tables(wanted, one, shape, speeds, there) for one in done]
-        refused = {fold: reason for one in done for fold, reason in _first(one).refused.items()}
+        speeds = (
+            {}
+            if recipe.speed is None
+            else samples_per_second(first, drops, timing=recipe.speed, options=options, progress=progress)
+        )
+        there = set.intersection(
+            *({key_of(cell) for cell in _first(by_task).cells} for by_task in done)
+        )  # with every seed
+        rows = [_grid_tables(recipe, by_task, shape=shape, speeds=speeds, there=there) for by_task in done]
+        refused = {fold: reason for by_task in done for fold, reason in _first(by_task).refused.items()}
         for of_seed in rows:
             of_seed += [TaskRow("Not taken by this model", fold, reason=reason) for fold, reason in refused.items()]
     else:
-        rows = [_route_tables(wanted, _first(tables), one, shape) for tables, one in zip(parts, done, strict=True)]
+        rows = [
+            _route_tables(recipe, _first(tables), by_task, shape) for tables, by_task in zip(parts, done, strict=True)
+        ]
     result = TasksComparison(
         out=out,
-        tasks=tuple(wanted.tasks),
+        tasks=tuple(recipe.tasks),
         rows=tuple(over_seeds(rows)),
-        metrics={name: one.metric for name, one in done[0].items()},
-        seeds=wanted.seeds,
-        task_uses={name: one.task_uses for name, one in done[0].items() if one.task_uses},
+        metrics={name: compared.metric for name, compared in done[0].items()},
+        seeds=recipe.seeds,
+        task_uses={name: compared.task_uses for name, compared in done[0].items() if compared.task_uses},
     )
     pictures = {"accuracy.png": lambda path: plot_tasks(result, path)}
     write_all(out, {"table.md": tasks_markdown(result)}, pictures, result.to_data())
     return result
 
 
-def parts_of(wanted: TasksRecipe, out: Path) -> list[dict[str, Grid | RouteTables]]:
+def parts_of(recipe: TasksRecipe, out: Path) -> list[dict[str, Grid | RouteTables]]:
     """Return for each seed, or for the one of the recipe, the comparison on each task."""
-    if not wanted.seeds:
-        return [{name: wanted.of(name, wanted.routers_in(out, None)) for name in wanted.tasks}]
+    if not recipe.seeds:
+        return [{name: recipe.comparison_on(name, recipe.routers_in(out, None)) for name in recipe.tasks}]
     return [
-        {name: wanted.of(name, wanted.routers_in(out, seed)).of_seed(seed) for name in wanted.tasks}
-        for seed in wanted.seeds
+        {name: recipe.comparison_on(name, recipe.routers_in(out, seed)).of_seed(seed) for name in recipe.tasks}
+        for seed in recipe.seeds
     ]
 
 
@@ -88,32 +96,41 @@ def _compared(
 ) -> list[dict[str, Any]]:
     """Fill each comparison in its folder: `out`/TASK, or `out`/TASK/seed-N."""
     folders = [
-        {name: folder_of(out / name, part.seed) if len(parts) > 1 else out / name for name, part in one.items()}
-        for one in parts
+        {name: folder_of(out / name, part.seed) if len(parts) > 1 else out / name for name, part in by_task.items()}
+        for by_task in parts
     ]
-    every = {folders[n][name]: part for n, one in enumerate(parts) for name, part in one.items()}
+    every = {folders[n][name]: part for n, by_task in enumerate(parts) for name, part in by_task.items()}
     for folder in every:
         folder.parent.mkdir(exist_ok=True)
     if isinstance(_first(parts[0]), Grid):
         done: dict[Path, Any] = dict(compare_together(cast("dict[Path, Grid]", every), out, options, progress))
     else:
         tables = cast("dict[Path, RouteTables]", every)
-        done = {folder: compare_routes(part, folder, options, progress, out) for folder, part in tables.items()}
-    return [{name: done[folder] for name, folder in one.items()} for one in folders]
+        done = {
+            folder: compare_routes(part, folder, options=options, progress=progress, run=out)
+            for folder, part in tables.items()
+        }
+    return [{name: done[folder] for name, folder in by_task.items()} for by_task in folders]
 
 
-def train_routers(wanted: TasksRecipe, out: Path, seed: int | None, options: RunOptions, progress: Progress) -> None:
+def train_routers(recipe: TasksRecipe, out: Path, seed: int | None, options: RunOptions, progress: Progress) -> None:
     """Train the routers that are not there yet. Raises: InputError for a folder that holds another one.
 
     Args:
         seed: in place of the routers' own; None: as the recipe says.
     """
-    for name, recipe in wanted.routers.items():
+    for name, router_recipe in recipe.routers.items():
         folder = out / name
-        router = recipe if seed is None else replace(recipe, seed=seed)
+        router = router_recipe if seed is None else replace(router_recipe, seed=seed)
         if not folder.exists():
             out.mkdir(parents=True, exist_ok=True)
-            route(wanted.model, router, folder, replace(options, batch_size=min(options.batch_size, 16)), progress)
+            route(
+                recipe.model,
+                router,
+                out=folder,
+                options=replace(options, batch_size=min(options.batch_size, 16)),
+                progress=progress,
+            )
         elif read_record(folder).to_data()["recipe"].get("router") != router.to_data():
             raise InputError(f"{folder / RECORD} tells of a router that was trained otherwise: remove {folder}.")
 
@@ -121,9 +138,9 @@ def train_routers(wanted: TasksRecipe, out: Path, seed: int | None, options: Run
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def shape_of(wanted: TasksRecipe, parts: Mapping[str, Grid | RouteTables]) -> Shape:
+def shape_of(recipe: TasksRecipe, parts: Mapping[str, Grid | RouteTables]) -> Shape:
     """Return what the papers' formula counts: the decoder's sizes, and the tokens of a few prompts of each task."""
-    source = open_source(wanted.model)
+    source = open_source(recipe.model)
     processor, prompts = load_processor(source.folder), []
     for part in parts.values():
         samples = compared_task(part.task, part.task_samples, part.questions_seed).samples
@@ -152,13 +169,13 @@ def _original(done: Mapping[str, Comparison | RouteComparison], shape: Shape) ->
         tflops=fastv_tflops(shape, shape.layers),
         flops_share=None if isinstance(first, Comparison) else 1.0,
         parameters=first.parameters if isinstance(first, Comparison) else None,
-        accuracy={name: one.original.accuracy for name, one in done.items()},
+        accuracy={name: comparison.original.accuracy for name, comparison in done.items()},
         kept=dict.fromkeys(done, 1.0),
     )
 
 
 def _grid_tables(
-    wanted: TasksRecipe, done: Mapping[str, Comparison], shape: Shape, speeds: Mapping[int, Ratio], there: set[Key]
+    recipe: TasksRecipe, done: Mapping[str, Comparison], shape: Shape, speeds: Mapping[int, Ratio], there: set[Key]
 ) -> list[TaskRow]:
     """Return a table for each number of dropped layers, and one of what can't be made.
 
@@ -172,7 +189,9 @@ def _grid_tables(
         title = f"{100 * count / shape.layers:.0f} % of the layers gone"
         rows.append(replace(original, table=title))
         for cell in (cell for cell in first.cells if len(cell.drop) == count and key_of(cell) in there):
-            same = {name: next(c for c in one.cells if key_of(c) == key_of(cell)) for name, one in done.items()}
+            same = {
+                name: next(c for c in compared.cells if key_of(c) == key_of(cell)) for name, compared in done.items()
+            }
             rows.append(
                 TaskRow(
                     table=title,
@@ -187,12 +206,12 @@ def _grid_tables(
                     right={name: tuple(rights(c.n, c.wrong)) for name, c in same.items()},
                 )
             )
-    rows += [TaskRow(title, line.row, reason=line.reason) for title, lines in wanted.tables.items() for line in lines]
+    rows += [TaskRow(title, line.row, reason=line.reason) for title, lines in recipe.tables.items() for line in lines]
     return rows
 
 
 def _route_tables(
-    wanted: TasksRecipe, part: RouteTables, done: Mapping[str, RouteComparison], shape: Shape
+    recipe: TasksRecipe, part: RouteTables, done: Mapping[str, RouteComparison], shape: Shape
 ) -> list[TaskRow]:
     """Return the tables that the recipe names, the original first in each."""
     drop_at = {}
@@ -200,9 +219,9 @@ def _route_tables(
         rule = row.parsed()
         drop_at[row.name] = rule.drops_at(router_settings(open_source(row.folder or part.model), rule))
     rows = []
-    for title, lines in wanted.tables.items():
+    for title, lines in recipe.tables.items():
         rows.append(replace(_original(done, shape), table=title))
-        rows += [_route_row(title, line, done, shape, drop_at.get(line.row, 0)) for line in lines]
+        rows += [_route_row(title, line, done=done, shape=shape, drop_at=drop_at.get(line.row, 0)) for line in lines]
     return rows
 
 
@@ -212,13 +231,13 @@ def _route_row(title: str, line: Line, done: Mapping[str, RouteComparison], shap
     if line.reason is not None:
         return TaskRow(title, method, reason=line.reason)
     assert line.budget is not None
-    cells = {name: one.cell(line.row, line.budget) for name, one in done.items()}
+    cells = {name: comparison.cell(line.row, line.budget) for name, comparison in done.items()}
     there = {name: cell for name, cell in cells.items() if cell is not None}
     if len(there) < len(cells):
         return TaskRow(title, method, reason="this row can't keep to this budget")
     budget = next(iter(there.values())).budget
-    layers, asked = budget["keep_layers"] or shape.layers, budget["keep_visual_tokens"]
-    share = 1.0 if asked is None else asked if isinstance(asked, float) else min(1.0, asked / shape.visual)
+    layers, tokens = budget["keep_layers"] or shape.layers, budget["keep_visual_tokens"]
+    share = 1.0 if tokens is None else tokens if isinstance(tokens, float) else min(1.0, tokens / shape.visual)
     return TaskRow(
         table=title,
         method=method,

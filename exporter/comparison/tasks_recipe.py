@@ -46,7 +46,7 @@ class TasksRecipe:
         """Return the folder of the routers that are trained, with a seed where there are several."""
         return out / ROUTERS if seed is None else out / ROUTERS / f"seed-{seed}"
 
-    def of(self, task: str, routers: Path) -> Grid | RouteTables:
+    def comparison_on(self, task: str, routers: Path) -> Grid | RouteTables:
         """Return the comparison on one of the tasks; its rows find their routers in the folder `routers`."""
         data = {**self.shared, "task": self.tasks[task]}
         if "rows" not in data:
@@ -55,15 +55,15 @@ class TasksRecipe:
         for row in data["rows"]:
             trained = isinstance(row, Mapping) and row.get("folder") in self.routers
             rows.append({**row, "folder": str(routers / row["folder"])} if trained else row)
-        wanted = tables_from_data({**data, "rows": rows})
+        tables = tables_from_data({**data, "rows": rows})
         if not self.tables:
-            return wanted
-        used: dict[str, set[int]] = {row.name: set() for row in wanted.rows}
+            return tables
+        used: dict[str, set[int]] = {row.name: set() for row in tables.rows}
         for line in (line for lines in self.tables.values() for line in lines):
             if line.budget is not None and line.row in used:
                 used[line.row].add(line.budget)
-        rows_of_tables = [replace(row, columns=tuple(sorted(used[row.name]))) for row in wanted.rows if used[row.name]]
-        return replace(wanted, rows=tuple(rows_of_tables))
+        rows_of_tables = [replace(row, columns=tuple(sorted(used[row.name]))) for row in tables.rows if used[row.name]]
+        return replace(tables, rows=tuple(rows_of_tables))
 
 
 def tasks_from_data(data: Any) -> TasksRecipe:
@@ -86,7 +86,7 @@ def tasks_from_data(data: Any) -> TasksRecipe:
         speed=_timing(data.get("speed")),
         seeds=seeds_from_data(shared),
     )
-    parts = [read.of(name, Path()) for name in read.tasks]  # so that every task is checked
+    parts = [read.comparison_on(name, Path()) for name in read.tasks]  # so that every task is checked
     _check_lines(read, parts[0])
     return read
 
@@ -119,21 +119,21 @@ def _timing(data: Any) -> Timing | None:
     return Timing(**read)
 
 
-def _check_lines(wanted: TasksRecipe, part: Grid | RouteTables) -> None:
+def _check_lines(recipe: TasksRecipe, part: Grid | RouteTables) -> None:
     """Raise InputError for lines that name a row or a budget that there is not."""
-    lines = [line for lines in wanted.tables.values() for line in lines if line.reason is None]
+    lines = [line for lines in recipe.tables.values() for line in lines if line.reason is None]
     if isinstance(part, Grid):
-        if lines or wanted.routers:
+        if lines or recipe.routers:
             raise InputError(
                 "a comparison of localizers and folds has no lines with 'row' and no 'routers': its tables are its "
                 "budgets, and 'tables' may name what can't be made, with a 'reason'."
             )
         return
-    if wanted.speed is not None:
+    if recipe.speed is not None:
         raise InputError("speed is timed for fewer layers: leave it out with 'rows'.")
     if not lines:
         raise InputError("a comparison of routes on several tasks needs 'tables' with lines of 'row' and 'budget'.")
-    names = [row["name"] for row in wanted.shared["rows"]]
+    names = [row["name"] for row in recipe.shared["rows"]]
     for line in lines:
         if line.row not in names:
             raise InputError(f"tables: there is no row '{line.row}': {nearest(line.row, tuple(names))}")

@@ -66,12 +66,12 @@ P_NOTE = "p: of a row against its table's best, on the questions of all tasks (M
 def notes(done: TasksComparison) -> list[str]:
     """Return what a reader of the tables has to know."""
     exact = EXACT_MATCH in done.metrics.values()
-    said = ["Tasks are scored by exact match, but where their column names another metric."] if exact else []
-    said += [FLOPS_NOTE, f"{P_NOTE}; the largest over the seeds." if done.seeds else f"{P_NOTE}."]
+    sentences = ["Tasks are scored by exact match, but where their column names another metric."] if exact else []
+    sentences += [FLOPS_NOTE, f"{P_NOTE}; the largest over the seeds." if done.seeds else f"{P_NOTE}."]
     if done.seeds:
         numbers = ", ".join(map(str, done.seeds))
-        said.append(f"±: standard deviation over the seeds {numbers}, by which calibration questions are drawn.")
-    return said + [f"{name}: {uses['sentence']}" for name, uses in done.task_uses.items()]
+        sentences.append(f"±: standard deviation over the seeds {numbers}, by which calibration questions are drawn.")
+    return sentences + [f"{name}: {uses['sentence']}" for name, uses in done.task_uses.items()]
 
 
 def tasks_text(done: TasksComparison) -> str:

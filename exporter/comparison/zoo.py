@@ -56,20 +56,20 @@ def zoo_from_data(data: Any) -> tuple[ZooModel, ...]:
     if not isinstance(models, list) or not models:
         raise InputError(f"models must be a list, not {models!r}.")
     shared = {key: value for key, value in data.items() if key != "models"}
-    found = []
+    zoo = []
     for entry in models:
         check_keys(entry, ["name", "in_view", *(f.name for f in dataclasses.fields(Grid))], "a model of the zoo")
-        own = dict(entry)
-        name, in_view = own.pop("name", Path(str(own.get("model"))).name), own.pop("in_view", False)
+        grid_data = dict(entry)
+        name, in_view = grid_data.pop("name", Path(str(grid_data.get("model"))).name), grid_data.pop("in_view", False)
         if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .=+-]{0,99}", name):  # its folder's name, too
             raise InputError(f"a model of the zoo is called {name!r:.80}: letters, digits and . _ - are fine.")
         if not isinstance(in_view, bool):
             raise InputError(f"{name}: in_view must be true or false, not {in_view!r:.80}.")
-        found.append(ZooModel(name, grid_from_data(shared | own), in_view))
-    names = [model.name for model in found]
+        zoo.append(ZooModel(name, grid_from_data(shared | grid_data), in_view))
+    names = [model.name for model in zoo]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two models are called '{twice[0]}'.")
-    return tuple(found)
+    return tuple(zoo)
 
 
 def zoo_in_folder(data: Any, folder: Path, calibration: str = "unseen", task: str = "validation") -> dict[str, Any]:
@@ -123,7 +123,7 @@ def compare_zoo(
             out.rmdir()  # unless it holds something
         raise
     # what a model does not take is said, since its row then is over fewer models
-    refused = {name: one.refused for name, one in done.items() if one.refused}
+    refused = {name: comparison.refused for name, comparison in done.items() if comparison.refused}
     tables = {"all": rows(done)}
     left_out = {model.name: done[model.name] for model in zoo if not model.in_view}
     if left_out and len(left_out) < len(done):
@@ -138,23 +138,23 @@ def compare_zoo(
 def rows(done: dict[str, Comparison]) -> list[ZooRow]:
     """Return every method at every share of the layers, the highest worst case first."""
     cells: dict[tuple[str, str, float], dict[str, Cell]] = {}
-    for name, one in done.items():
-        for share, count in _budgets(one):
-            for cell in one.cells:
+    for name, comparison in done.items():
+        for share, count in _budgets(comparison):
+            for cell in comparison.cells:
                 if len(cell.drop) == count:
                     cells.setdefault((cell.localizer, cell.fold, share), {})[name] = cell
-    found = []
+    zoo_rows = []
     for (localizer, fold, share), of_model in cells.items():
-        places, gaps = [], []
+        ranks, gaps = [], []
         for name, cell in of_model.items():
             rivals = [other[name].kept for key, other in cells.items() if key[2] == share and name in other]
-            places.append(1 + sum(kept > cell.kept for kept in rivals))
+            ranks.append(1 + sum(kept > cell.kept for kept in rivals))
             gaps.append(100 * (max(rivals) - cell.kept))
         kept = {name: cell.kept for name, cell in of_model.items()}
         worst = min(kept, key=lambda name: kept[name])
         mean = sum(kept.values()) / len(kept)
-        rank = sum(places) / len(places)
-        found.append(
+        rank = sum(ranks) / len(ranks)
+        zoo_rows.append(
             ZooRow(
                 localizer=localizer,
                 fold=fold,
@@ -167,7 +167,7 @@ def rows(done: dict[str, Comparison]) -> list[ZooRow]:
                 below_best=max(gaps),
             )
         )
-    return sorted(found, key=lambda row: (row.drop_share, -row.worst, -row.mean))
+    return sorted(zoo_rows, key=lambda row: (row.drop_share, -row.worst, -row.mean))
 
 
 def _budgets(done: Comparison) -> list[tuple[float, int]]:

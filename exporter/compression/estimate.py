@@ -87,8 +87,8 @@ def _reading(job: CompressionJob) -> tuple[int, int | None]:
     Raises: InputError where --memory allows less than streaming needs.
     """
     sizes = PartSizes.of(job.source, job.dtype.itemsize)
-    stay, _ = sizes.share_out(parse_size(job.options.memory or ""), job.source.name)
-    if stay == len(sizes.layers):
+    num_held, _ = sizes.share_out(parse_size(job.options.memory or ""), job.source.name)
+    if num_held == len(sizes.layers):
         return 0, None
     size = _likely(job)
     sweeps = 0
@@ -97,7 +97,7 @@ def _reading(job: CompressionJob) -> tuple[int, int | None]:
     if job.count:
         sweeps += _sweeps(FOLDS[job.fold.name].sweeps, size, job.fold)
     answers = min(ANSWER_GUESS, job.recipe.calibration.answer_tokens) if sweeps else 0
-    on_disk = sum(sizes.layers[stay:]) / sum(sizes.layers) * layer_bytes(job)
+    on_disk = sum(sizes.layers[num_held:]) / sum(sizes.layers) * layer_bytes(job)
     left = 1 - job.count / len(sizes.layers)
     read = job.source.weights.num_bytes + (sweeps + answers - 1 + left * REFERENCE_TOKENS) * on_disk
     return sweeps + answers + REFERENCE_TOKENS, round(read)

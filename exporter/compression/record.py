@@ -117,12 +117,12 @@ def scores_to_keep(job: CompressionJob, questions: Questions, scores: LayerScore
     )
 
 
-def write_verified(folder: Path, record: dict[str, Any], found: Verification) -> None:
+def write_verified(folder: Path, record: dict[str, Any], verification: Verification) -> None:
     """Write down how a new checkpoint was verified, and its first answer where none was known before."""
-    reason = found.details.get("structure_only", "")
+    reason = verification.details.get("structure_only", "")
     record["verification"] = {"loaded": not reason, "reason": reason}
-    if record["reference"] is None and "tokens" in found.details:
-        answer = {name: found.details[name] for name in ("tokens", "margins")}
+    if record["reference"] is None and "tokens" in verification.details:
+        answer = {name: verification.details[name] for name in ("tokens", "margins")}
         record["reference"] = reference_part(answer, record["run"]["dtype"])
     if reason:
         logger.warning("%s: its structure was verified, it was not loaded: %s", stage_name(folder), reason)

@@ -48,7 +48,7 @@ def changes_of(job: CompressionJob) -> Changes:
         reference = reference_answer(model, job.processor)
     ranges = ranges_of(model)
     del model, questions.model  # verification loads the checkpoint again: there is memory for one
-    record = describe(job, questions, scores, plan, fold, reference)
+    record = describe(job, questions, scores=scores, plan=plan, fold=fold, reference=reference)
     record["source"]["unexpected_keys"] = ignored
     return Changes(plan, folded, record, None if ranges is None else ranges.bytes_read)
 
@@ -59,7 +59,7 @@ def _without_model(job: CompressionJob) -> Changes:
     scores = localize(job, None, questions)
     plan = make_plan(job.source.num_layers, scores.drop)
     fold = {"name": "none", "options": {}, "reason": "", "tensors": []}
-    record = describe(job, questions, scores, plan, fold, None)
+    record = describe(job, questions, scores=scores, plan=plan, fold=fold, reference=None)
     record["source"]["unexpected_keys"] = ignored_keys(job.source)
     return Changes(plan, {}, record)
 

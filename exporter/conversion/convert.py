@@ -58,15 +58,17 @@ def convert(
     original = open_original(str(model), None if vision_tower is None else str(vision_tower), allow_pickle)
     converted = format_of(original.name, original.raw)(original)
     check_space(out, sum(piece.entry.num_bytes for shard in converted.shards for piece in shard))
-    asked = {"vision_tower": original.tower[0] if original.tower else None, "allow_pickle": allow_pickle}
+    named = {"vision_tower": original.tower[0] if original.tower else None, "allow_pickle": allow_pickle}
     if base_model is not None:
-        asked["base_model"] = base_model
+        named["base_model"] = base_model
     with staged(out) as stage:
         write_converted(converted, original.folder, stage, progress)
         source = open_source(str(stage))
         used = compute_dtype(dtype, source.config, chosen)
         reference = _reference(source, chosen, used)
-        record = describe_conversion(original, converted, source.config, used, reference, asked)
+        record = describe_conversion(
+            original, converted, config=source.config, dtype=used, reference=reference, flags=named
+        )
         record["measured"] = {
             "parameters": source.weights.num_parameters,
             "bytes": source.weights.num_bytes,
@@ -105,7 +107,7 @@ def open_original(name: str, vision_tower: str | None, allow_pickle: bool) -> Or
     if vision_tower is not None:
         place, commit = resolve(vision_tower)
         tower = (vision_tower, place, _stored(vision_tower, place, commit, allow_pickle))
-    return Original(name, revision, folder, raw, stored, tower)
+    return Original(name, revision, folder=folder, raw=raw, stored=stored, tower=tower)
 
 
 def _stored(name: str, folder: Path, commit: str | None, allow_pickle: bool) -> StoredTensors:
@@ -126,8 +128,8 @@ def write_converted(converted: Converted, source: Path, folder: Path, progress: 
         converted.tokenizer.save_pretrained(folder)
     for name, text in converted.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if converted.own is not None:
-        carry_modeling_files(converted.own, folder)
+    if converted.our_type is not None:
+        carry_modeling_files(converted.our_type, folder)
     licences = [path for path in source.iterdir() if path.is_file() and is_licence(path.name)]
     for path in (*converted.copied, *licences):
         if not (folder / path.name).exists():

@@ -210,9 +210,9 @@ def image_prompt(tokenizer: Any) -> tuple[str, str]:
     parts = [tokenizer(part)["input_ids"] for part in (begin, question)]
     start = [tokenizer.bos_token_id] if parts[1][:1] == [tokenizer.bos_token_id] else []
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    wanted = [*parts[0], image_id, *parts[1][len(start) :]]
+    right = [*parts[0], image_id, *parts[1][len(start) :]]
     for behind in ("\n", " \n"):
-        if tokenizer(begin + IMAGE + behind + question[1:])["input_ids"] == wanted:
+        if tokenizer(begin + IMAGE + behind + question[1:])["input_ids"] == right:
             return behind, ""
     return "\n", "The tokens around an image are not quite those that the original code makes."
 

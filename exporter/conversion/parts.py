@@ -34,5 +34,5 @@ class Converted:
     texts: dict[str, str]
     tokenizer: Any  # None: its files are among the others
     copied: tuple[Path, ...] = ()  # files that go along as they are
-    own: OwnType | None = None  # our modeling file, which goes along
+    our_type: OwnType | None = None  # our modeling file, which goes along
     notes: tuple[str, ...] = field(default=())  # what a user should know of it, a sentence each

@@ -50,15 +50,15 @@ PLAIN = (  # of the model that was not trained to chat
 def convert_qwen_vl(original: Original) -> Converted:
     """Return a Qwen-VL with our modeling file. Raises InputError for what is none, or not whole."""
     check_qwen_vl(original)
-    own, raw = OWN_TYPES["qwen"], original.raw
+    our_type, raw = OWN_TYPES["qwen"], original.raw
     settings = original.folder / "generation_config.json"
     chat = (parse_json(settings) if settings.exists() else {}).get("chat_format") == "chatml"
     ranks = read_ranks(original.folder / VOCABULARY)
     end = "<|im_end|>" if chat else "<|endoftext|>"
     tokenizer = make_tokenizer(ranks, (*CONTROL, *VISION), pad_token="<|endoftext|>", eos_token=end)
-    if (found := tokenizer.convert_tokens_to_ids("<img>")) != raw["visual"]["image_start_id"]:
+    if (token_id := tokenizer.convert_tokens_to_ids("<img>")) != raw["visual"]["image_start_id"]:
         raise InputError(
-            f"{original.name}: <img> is token {found} by {VOCABULARY}, config.json says "
+            f"{original.name}: <img> is token {token_id} by {VOCABULARY}, config.json says "
             f"image_start_id={raw['visual']['image_start_id']}: the vocabulary is of another checkpoint."
         )
     ends = ("<|im_end|>", "<|im_start|>", "<|endoftext|>") if chat else ("<|endoftext|>",)
@@ -72,7 +72,7 @@ def convert_qwen_vl(original: Original) -> Converted:
     notice = {} if (original.folder / "NOTICE").exists() else {"NOTICE": NOTICE}
     return Converted(
         title="Qwen-VL's own format",
-        config={**config, "auto_map": own.auto_map},
+        config={**config, "auto_map": our_type.auto_map},
         shards=tuple(
             tuple(piece for piece in pieces if not piece.name.endswith("rotary_emb.inv_freq"))
             for pieces in original.stored.files
@@ -84,7 +84,7 @@ def convert_qwen_vl(original: Original) -> Converted:
         notes=() if has_licence else (
             "The source folder has no LICENSE: put the Tongyi Qianwen agreement beside the weights before you publish.",
         ),
-        own=own,
+        our_type=our_type,
     )  # fmt: skip
 
 

@@ -17,21 +17,21 @@ NO_QUESTIONS = {"data": "none", "samples": 0, "of": 0, "fingerprint": "none", "t
 
 
 def describe_conversion(
-    original: Original, converted: Converted, config: Any, dtype: Any, reference: dict[str, Any], asked: dict[str, Any]
+    original: Original, converted: Converted, config: Any, dtype: Any, reference: dict[str, Any], flags: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the record of a conversion, which drops and folds nothing.
 
     Args:
         config: of the model that was written; dtype: in which it gave the `reference` answer.
-        asked: what the user named beside the source, by which it can be done again.
+        flags: what the user named beside the source, by which it can be done again.
     """
     layers = list(range(config.get_text_config().num_hidden_layers))
-    base_model = base_model_of(original.name, original.folder, asked.get("base_model"))
+    base_model = base_model_of(original.name, original.folder, flags.get("base_model"))
     named = str(dtype).removeprefix("torch.")
     entries = [piece.entry for piece in original.stored.pieces.values()]
     return {
         "format": 1,
-        "recipe": {"model": original.name, "convert": asked},
+        "recipe": {"model": original.name, "convert": flags},
         "run": {"device": "cpu", "dtype": named, "batch_size": 1, "memory": None},
         "source": {
             "name": original.name,
@@ -52,7 +52,7 @@ def describe_conversion(
         "reference": {**reference, "question": REFERENCE_QUESTION, "dtype": named},
         "evaluations": [],
         "versions": versions(),
-        "conversion": {"format": converted.title, "notes": list(converted.notes), **asked},
+        "conversion": {"format": converted.title, "notes": list(converted.notes), **flags},
     }
 
 

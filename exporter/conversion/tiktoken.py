@@ -71,14 +71,14 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | N
     """Return the two parts that make a token when the bytes of it are merged by lower ranks alone; None: never two."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        found = [
+        pairs = [
             (rank, index)
             for index, (left, right) in enumerate(itertools.pairwise(parts))
             if (rank := ranks.get(left + right)) is not None and rank < ranks[token]
         ]
-        if not found:
+        if not pairs:
             return None
-        _, at = min(found)
+        _, at = min(pairs)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
 

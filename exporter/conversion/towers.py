@@ -37,20 +37,20 @@ class Tower:
 
 
 def tower_of(
-    name: str, raw: dict[str, Any], stored: StoredTensors, given: tuple[str, Path, StoredTensors] | None
+    name: str, raw: dict[str, Any], stored: StoredTensors, named: tuple[str, Path, StoredTensors] | None
 ) -> Tower:
     """Return the tower of an original LLaVA: a fine-tuned one lies among its weights, others in a folder of their own.
 
     Args:
         name: the checkpoint, as the user wrote it; raw: its config.json.
-        given: the tower that the user named, as (name, folder, tensors).
+        named: the tower that the user named, as (name, folder, tensors).
     Raises: InputError where there is none, or it is no CLIP tower.
     """
     stated = str(raw.get("mm_vision_tower", ""))
-    own = _below(stored, INSIDE)
-    if given is None:
+    inside = _below(stored, INSIDE)
+    if named is None:
         settings = KNOWN.get(Path(stated).name)
-        if not own:
+        if not inside:
             raise InputError(
                 f"{name} holds no vision tower, config.json names '{stated}': give it with --vision-tower (a folder or "
                 "hub id)."
@@ -60,10 +60,10 @@ def tower_of(
                 f"{name} holds a vision tower and not its settings ('{stated}' is none of {', '.join(KNOWN)}): give "
                 "the tower that it began as with --vision-tower (a folder or hub id)."
             )
-        return Tower({"model_type": "clip_vision_model", **settings}, own, CLIP_MEAN, CLIP_STD)
-    tower, folder, tensors = given
+        return Tower({"model_type": "clip_vision_model", **settings}, inside, CLIP_MEAN, CLIP_STD)
+    tower, folder, tensors = named
     config = _clip_settings(tower, read_json(folder / "config.json"))
-    pieces = own or tuple(piece for piece in _below(tensors, "") if piece.name.startswith("vision_model."))
+    pieces = inside or tuple(piece for piece in _below(tensors, "") if piece.name.startswith("vision_model."))
     if not pieces:
         raise InputError(f"{tower} holds no tensor of a CLIP vision tower (vision_model.…).")
     images = parse_json(folder / IMAGES) if (folder / IMAGES).exists() else {}

@@ -120,11 +120,11 @@ def _without_letters(texts: list[str]) -> list[str]:
     return texts
 
 
-def answers_among(answers: tuple[str, ...], given: Any, choices: Mapping[str, str], origin: str) -> tuple[str, ...]:
+def answers_among(answers: tuple[str, ...], value: Any, choices: Mapping[str, str], origin: str) -> tuple[str, ...]:
     """Return the texts of the choices that answers mean: a choice itself, its letter or key, or its index from 0.
 
     Args:
-        answers: `given` as texts.
+        answers: `value` as texts.
     Raises: InputError where none of the answers is among the choices.
     """
     if not choices or not answers:
@@ -140,8 +140,8 @@ def answers_among(answers: tuple[str, ...], given: Any, choices: Mapping[str, st
             if list(choices).index(key) != LETTERS.find(key.lower()):
                 meant.append(key)
     if not meant:
-        shown = given if isinstance(given, str | int | float) else answers[0]
-        hint = f" Indices are counted from 0, to {len(choices) - 1}." if isinstance(given, int) else ""
+        shown = value if isinstance(value, str | int | float) else answers[0]
+        hint = f" Indices are counted from 0, to {len(choices) - 1}." if isinstance(value, int) else ""
         raise InputError(
             f"{origin}: the answer {shown!r} is none of the choices ({', '.join(choices.values())}).{hint}"
         )

@@ -82,7 +82,7 @@ def load_calibration(
         raise InputError(f"samples={samples}: at least 1 is needed.")
     spec = str(spec)
     left_out: list[str] | None = [] if skip_text_only else None
-    found = read_samples(
+    available = read_samples(
         spec,
         columns=columns,
         split=split,
@@ -92,36 +92,38 @@ def load_calibration(
         left_out=left_out,
         text_only=text_only,
     )
-    chosen = drawn(found, samples, seed, left_out)
+    chosen = drawn(available, samples, seed, left_out)
     if left_out and not chosen:
         raise InputError(f"{left_out[0].removesuffix('.')}; of {len(left_out)} questions none has one.")
     if left_out:
         logger.warning(
             "%s: questions without an image are left out (%d); %d are read", short(spec), len(left_out), len(chosen)
         )
-    return Calibration(tuple(chosen), spec, len(found), seed)
+    return Calibration(tuple(chosen), spec, len(available), seed)
 
 
-def drawn(found: Sequence[Sample], samples: int | None, seed: int, left_out: list[str] | None = None) -> list[Sample]:
+def drawn(
+    available: Sequence[Sample], samples: int | None, seed: int, left_out: list[str] | None = None
+) -> list[Sample]:
     """Choose samples in the order of the source; those of a table are read here.
 
     Args:
         left_out: takes the origins of questions without an image, in whose place others are drawn; None: an error.
     """
-    order = list(range(len(found)))
-    wanted = len(order) if samples is None else min(samples, len(order))
-    if wanted < len(order):
+    order = list(range(len(available)))
+    number = len(order) if samples is None else min(samples, len(order))
+    if number < len(order):
         random_order = random.Random(seed)
-        first = random_order.sample(order, wanted)
+        first = random_order.sample(order, number)
         rest = sorted(set(order) - set(first))
         random_order.shuffle(rest)
         order = sorted(first) + rest
     chosen: dict[int, Sample] = {}
     for index in order:
-        if len(chosen) == wanted:
+        if len(chosen) == number:
             break
         try:
-            chosen[index] = found[index]
+            chosen[index] = available[index]
         except TextOnlyError as error:
             if left_out is None:
                 raise
@@ -177,15 +179,15 @@ def read_samples(
 
 
 def _from_file(path: Path, how: Mapping[str, bool], left_out: list[str] | None) -> list[Sample]:
-    found = []
+    samples = []
     for origin, record in read_records(path):
         try:
-            found.append(sample_from(record, origin, path.parent, **how))
+            samples.append(sample_from(record, origin, path.parent, **how))
         except TextOnlyError as error:
             if left_out is None:
                 raise
             left_out.append(str(error))
-    return found
+    return samples
 
 
 def _from_folder(path: Path, prompt: str) -> list[Sample]:

@@ -45,9 +45,9 @@ def read_turns(value: Any, origin: str) -> tuple[list[Turn], list[Any]]:
         if not isinstance(role, str) or role.lower() not in ROLES:
             hint = f" {role!r} is no such role: {nearest(role, ROLES)}" if isinstance(role, str) else ""
             raise InputError(_needed(origin) + hint)
-        read, found = _content(content, origin)
+        read, part_images = _content(content, origin)
         turns.append({"role": ROLES[role.lower()], "content": read})
-        images += found
+        images += part_images
     if not any(turn["role"] == "user" for turn in turns):
         raise InputError(_needed(origin))
     return turns, images
@@ -72,9 +72,9 @@ def _content(content: Any, origin: str) -> tuple[str | list[Turn], list[Any]]:
         raise InputError(_needed(origin))
     parts, images = [], []
     for part in content:
-        read, found = _part(part, origin)
+        read, part_images = _part(part, origin)
         parts += read
-        images += found
+        images += part_images
     return parts, images
 
 
@@ -92,7 +92,7 @@ def _part(part: Any, origin: str) -> tuple[list[Turn], list[Any]]:
             raise InputError(f"{origin}: a part of type '{kind}' holds no text.")
         check_text(text, origin)
         placed = _placed(text)
-        images = [None] * sum(one["type"] == "image" for one in placed)
+        images = [None] * sum(piece["type"] == "image" for piece in placed)
         return (placed if images else [{"type": "text", "text": text}]), images
     if kind in IMAGE_PARTS:
         return [{"type": "image"}], [_inline(held)]
@@ -103,10 +103,10 @@ def _inline(part: Mapping[str, Any]) -> Any:
     """Return the image that stands in a part, as `image_from` takes it; None for a mere place."""
     for key in ("image_url", "image", "url", "path", "base64", "bytes", "data"):
         if key in part:
-            found = part[key]
-            if key == "image_url" and isinstance(found, Mapping):
-                return found.get("url")
-            return {key: found} if key in ("base64", "bytes") else found
+            value = part[key]
+            if key == "image_url" and isinstance(value, Mapping):
+                return value.get("url")
+            return {key: value} if key in ("base64", "bytes") else value
     return None
 
 

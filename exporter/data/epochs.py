@@ -23,7 +23,9 @@ def questions_of_step(indices: Sequence[int], sizes: Sequence[int], step: int, b
     Args:
         sizes: of all questions, in pixels.
     """
-    drawn = draws_of_step(len(indices), lambda epoch, number: sizes[indices[number]], step, batch_size, seed)
+    drawn = draws_of_step(
+        len(indices), lambda epoch, number: sizes[indices[number]], step=step, batch_size=batch_size, seed=seed
+    )
     return [indices[number] for _, number in drawn]
 
 

@@ -82,7 +82,7 @@ def _content(image: object) -> str:
     return hashlib.sha256(image.tobytes()).hexdigest()  # type: ignore[attr-defined]
 
 
-def split_by_picture(samples: Sequence[Sample], wanted: int, seed: int) -> Split:
+def split_by_picture(samples: Sequence[Sample], number: int, seed: int) -> Split:
     """Hold out about as many questions as are wanted, by picture; of each type its share, where types are given."""
     pictures = pictures_of(samples)
     questions: dict[int, list[int]] = {}
@@ -92,7 +92,7 @@ def split_by_picture(samples: Sequence[Sample], wanted: int, seed: int) -> Split
     random.Random(seed).shuffle(order)
     held_out: list[int] = []
     if len(order) >= FEWEST:
-        held_out = _held_out([questions[picture] for picture in order], samples, wanted)
+        held_out = _held_out([questions[picture] for picture in order], samples, number)
     out = {pictures[index] for index in held_out}
     fit = [picture for picture in order if picture not in out]
     return Split(
@@ -103,12 +103,12 @@ def split_by_picture(samples: Sequence[Sample], wanted: int, seed: int) -> Split
     )
 
 
-def _held_out(groups: Sequence[Sequence[int]], samples: Sequence[Sample], wanted: float) -> list[int]:
+def _held_out(groups: Sequence[Sequence[int]], samples: Sequence[Sample], number: float) -> list[int]:
     """Choose questions of some of the groups: those whose types are still short of their share, in the order given."""
     totals: dict[str | None, int] = {}
     for sample in samples:
         totals[sample.type] = totals.get(sample.type, 0) + 1
-    share = wanted / len(samples)
+    share = number / len(samples)
     short = {name: share * total for name, total in totals.items()}
     held_out: list[int] = []
     later: list[Sequence[int]] = []
@@ -123,7 +123,7 @@ def _held_out(groups: Sequence[Sequence[int]], samples: Sequence[Sample], wanted
         else:
             later.append(group)
     for group in later:  # types too rare for a share of their own
-        if taken >= 2 and len(held_out) + len(group) / 2 > wanted:
+        if taken >= 2 and len(held_out) + len(group) / 2 > number:
             break
         held_out += group
         taken += 1

@@ -84,8 +84,8 @@ def sample_from(
     images = [] if text_only and _names_no_image(record, inline) else _images(record, inline, origin)
     if not images and not text_only:
         raise TextOnlyError(f"{origin}: a question without an image ('image' or 'images' is missing).")
-    given = next((record[key] for key in ANSWER_COLUMNS if record.get(key) is not None), None)
-    answers = read_answers(given, origin)
+    answer = next((record[key] for key in ANSWER_COLUMNS if record.get(key) is not None), None)
+    answers = read_answers(answer, origin)
     if turns[-1]["role"] == "assistant":  # the wanted answer, written as a turn
         answers = answers or read_answers(text_of(turns[-1]), origin)
         turns = turns[:-1]
@@ -96,22 +96,22 @@ def sample_from(
         origin=origin,
         images=tuple(image_from(image, folder, origin, allow_urls=allow_urls) for image in images),
         messages=tuple(turns),
-        answers=answers_among(answers, given, choices, origin),
+        answers=answers_among(answers, answer, choices, origin),
         type=read_type(record.get("type")),
         choices=tuple(choices.values()),
-        fields=_fields(record, given, origin),
+        fields=_fields(record, answer, origin),
     )
 
 
-def _fields(record: Mapping[str, Any], given: Any, origin: str) -> dict[str, Any]:
+def _fields(record: Mapping[str, Any], answer: Any, origin: str) -> dict[str, Any]:
     """Return what a metric may read of a record, under the names of METRIC_COLUMNS, and its answer as it stands."""
-    found = {"answer": given}
+    fields = {"answer": answer}
     for name, columns in METRIC_COLUMNS.items():
-        if (column := next((one for one in columns if one in record), None)) is not None:
-            found[name] = record[column]
-    if "direct_answers" in found:
-        found["direct_answers"] = read_listed(found["direct_answers"], "direct_answers", origin)
-    return found | {key: record[key] for key in ("A", "B", "choice_a", "choice_b") if key in record}
+        if (column := next((candidate for candidate in columns if candidate in record), None)) is not None:
+            fields[name] = record[column]
+    if "direct_answers" in fields:
+        fields["direct_answers"] = read_listed(fields["direct_answers"], "direct_answers", origin)
+    return fields | {key: record[key] for key in ("A", "B", "choice_a", "choice_b") if key in record}
 
 
 def _names_no_image(record: Mapping[str, Any], inline: list[Any]) -> bool:

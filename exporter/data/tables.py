@@ -140,7 +140,9 @@ def open_table(
     classes = {c: table.features[c] for cs in column_of.values() for c in cs if hasattr(table.features[c], "int2str")}
     path = Path(name).expanduser()
     folder = path if path.is_dir() else path.parent if path.is_file() else Path()
-    return TableSamples(name, table, column_of, classes, folder, allow_urls, text_only)
+    return TableSamples(
+        name, table, column_of=column_of, class_names=classes, folder=folder, allow_urls=allow_urls, text_only=text_only
+    )
 
 
 def _loaded(name: str, split: str | None, config: str | None) -> Any:
@@ -201,15 +203,17 @@ def _only_split(names: Sequence[str], shown: str) -> str:
     return names[0]
 
 
-def _columns(name: str, there: Sequence[str], asked: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def _columns(name: str, there: Sequence[str], requested: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Return which columns play which role: those that are asked for, then the usual names."""
-    for role in asked:
+    for role in requested:
         if role not in ROLES:
-            raise InputError(f"--columns {role}={asked[role]}: '{role}' is no role of a column: {nearest(role, ROLES)}")
+            raise InputError(
+                f"--columns {role}={requested[role]}: '{role}' is no role of a column: {nearest(role, ROLES)}"
+            )
     chosen: dict[str, tuple[str, ...]] = {}
-    for role, column in asked.items():
+    for role, column in requested.items():
         names = tuple(part.strip() for part in str(column).split(",")) if column not in there else (column,)
-        if missing := [one for one in names if one not in there]:
+        if missing := [candidate for candidate in names if candidate not in there]:
             raise InputError(
                 f"data set '{name}' has no column '{missing[0]}' for the {role}; it has: {', '.join(there)}. Say which "
                 f"with --columns {role}=NAME."
@@ -220,8 +224,8 @@ def _columns(name: str, there: Sequence[str], asked: Mapping[str, str]) -> dict[
     else:
         usual = {role: names for role, names in USUAL.items() if role != "question" or "messages" not in chosen}
     for role, names in usual.items():
-        if role not in chosen and (found := next((one for one in names if one in there), None)):
-            chosen[role] = (found,)
+        if role not in chosen and (known := next((candidate for candidate in names if candidate in there), None)):
+            chosen[role] = (known,)
     if "image" not in chosen and "messages" not in chosen:
         _refuse(name, "image", there)
     if "question" not in chosen and "messages" not in chosen:

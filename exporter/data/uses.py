@@ -73,7 +73,14 @@ class TaskUses:
         others = self if run is None else self.without(run)
         if len(others.earlier) == len(self.earlier):
             names = tuple(Path(model).name for model in models)
-            use = Use(datetime.date.today().isoformat(), by, names, questions, fingerprint, run)
+            use = Use(
+                datetime.date.today().isoformat(),
+                by,
+                models=names,
+                questions=questions,
+                fingerprint=fingerprint,
+                run=run,
+            )
             try:
                 with self.file.open("a") as file:
                     file.write(json.dumps(asdict(use)) + "\n")
@@ -116,20 +123,20 @@ def uses_of(task: str) -> TaskUses | None:
 
 def warned_of_uses(task: str) -> TaskUses | None:
     """Return who has used a task, None where its uses are not counted, and warn where it is no fresh test any more."""
-    found = uses_of(task)
-    if found is not None and found.earlier:
-        logger.warning("%s", found.sentence)
-    return found
+    uses = uses_of(task)
+    if uses is not None and uses.earlier:
+        logger.warning("%s", uses.sentence)
+    return uses
 
 
 def begin_use(
     task: str, by: str, models: Sequence[str], questions: int, fingerprint: str, run: str | None
 ) -> TaskUses | None:
     """Count a use that begins, and warn of earlier ones; return those, None where uses are not counted."""
-    found = uses_of(task)
-    if found is None:
+    uses = uses_of(task)
+    if uses is None:
         return None
-    others = found.note(by, models, questions, fingerprint, run)
+    others = uses.note(by, models, questions, fingerprint, run)
     if others.earlier:
         logger.warning("%s", others.sentence)
     return others

@@ -86,28 +86,28 @@ def evaluate(
     kept = ResumableLines(None if predictions is None else Path(predictions), ROW_FIELDS, "answer of an evaluation")
     check_same_task(kept, questions)
     shown = Shown.spread(show, questions.samples) if show else None
-    asked = budgets_of([str(path) for path in paths], reference, budgets, update_cards)
+    requests_by_model = budgets_of([str(path) for path in paths], reference, budgets, update_cards)
     says: Reference | None = None
     results = []
-    for name, asks in asked.items():
-        loaded = load(name, options, asks, questions, calibration)
-        for ask in asks:
+    for name, requests in requests_by_model.items():
+        loaded = load(name, options, requests=requests, task=questions, calibration=calibration)
+        for request in requests:
             longest = max_new_tokens or questions.longest(loaded.processor)
-            judge = Judge(replace(loaded, ask=ask, seed=seed), questions, options.batch_size, longest)
+            judge = Judge(replace(loaded, request=request, seed=seed), questions, options.batch_size, longest)
             if shown is not None:
                 judge.show = frozenset(shown.numbers)
                 shown = replace(shown, processor=shown.processor or loaded.processor)
-            if reference is not None and name == str(reference) and ask is None:
+            if reference is not None and name == str(reference) and request is None:
                 says = judge.remember = Reference.of(loaded, files_key(loaded.source))
             elif says is not None:
                 judge.compare_with(says)
             result = judge.run(kept, progress)
             if rated_by is not None and ratings is not None:
-                said = rate_all(rated_by, questions.samples, result.answers, ratings, progress)
-                result = result.rated(said, questions)
+                scores = rate_all(rated_by, questions.samples, answers=result.answers, kept=ratings, progress=progress)
+                result = result.rated(scores, questions)
             results.append(result)
-        results[-len(asks) :] = with_answers_kept(results[-len(asks) :])
-        if update_cards and (budget := tightest(asks, results[-len(asks) :])):
+        results[-len(requests) :] = with_answers_kept(results[-len(requests) :])
+        if update_cards and (budget := tightest(requests, results[-len(requests) :])):
             show_in_card(loaded, questions, budget)
         del loaded, judge
     pairs = paired_tests([result.label for result in results], [result.trials for result in results])
@@ -121,7 +121,7 @@ def evaluate(
         uses=uses,
     )
     if uses is not None:
-        uses.note("evaluate", list(asked), len(questions.samples), questions.fingerprint)
+        uses.note("evaluate", list(requests_by_model), len(questions.samples), questions.fingerprint)
     if update_cards:
         for path in paths:
             with results_first(Path(path)):
@@ -136,19 +136,22 @@ def budgets_of(
 
     Raises: InputError for whatever is wrong with any of them, before hours are spent on the first.
     """
-    asked: dict[str, list[BudgetRequest | None]] = {}
+    requests_by_model: dict[str, list[BudgetRequest | None]] = {}
     if reference is not None:
         open_source(str(reference))
-        asked[str(reference)] = [None]
+        requests_by_model[str(reference)] = [None]
     for path in paths:
-        known = asked.setdefault(path, [])
-        asks = [ask for ask in budgets.of(open_source(path)) if ask not in known]
-        if any(ask is not None and ask.budget.quality is not None for ask in asks) and None not in known + asks:
-            asks.insert(0, None)  # answers are kept that it gives without a budget
-        known += asks
+        known = requests_by_model.setdefault(path, [])
+        requests = [request for request in budgets.requests_for(open_source(path)) if request not in known]
+        if (
+            any(request is not None and request.budget.quality is not None for request in requests)
+            and None not in known + requests
+        ):
+            requests.insert(0, None)  # answers are kept that it gives without a budget
+        known += requests
         if update_cards:
             check_updatable(Path(path))
-    return asked
+    return requests_by_model
 
 
 def show_in_card(loaded: Loaded, questions: Task, budget: Budget) -> None:
@@ -167,15 +170,15 @@ def _ratings(metric: str, rated_by: JudgeClient | None, predictions: str | Path 
     if rated_by is None:
         raise InputError(f"the metric '{metric}' needs a judge: give --judge URL and --judge-model NAME.")
     ratings = ratings_file(None if predictions is None else Path(predictions))
-    rated_by.ask("Answer with the word yes.")
+    rated_by.reply_to("Answer with the word yes.")
     return ratings
 
 
-def tightest(asks: Sequence[BudgetRequest | None], results: Sequence[ModelResult]) -> Budget | None:
+def tightest(requests: Sequence[BudgetRequest | None], results: Sequence[ModelResult]) -> Budget | None:
     """Return the budget under which a router chose and least ran: its routes have the most to show."""
     chosen = [
-        (result.decoder_flops_share or 1.0, ask.budget)
-        for ask, result in zip(asks, results, strict=True)
-        if ask is not None and ask.natural
+        (result.decoder_flops_share or 1.0, request.budget)
+        for request, result in zip(requests, results, strict=True)
+        if request is not None and request.natural
     ]
     return min(chosen, key=lambda pair: pair[0])[1] if chosen else None

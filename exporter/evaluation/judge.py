@@ -107,7 +107,7 @@ class Judge:
         kinds = [[i for i in todo if bool(samples[i].images) == seen] for seen in (False, True)]  # in batches apart
         size = self.batch_size
         batches = [kind[i : i + size] for kind in kinds for i in range(0, len(kind), size)]
-        name = Path(self.loaded.path).name + (f" ({self.loaded.ask})" if self.loaded.ask else "")
+        name = Path(self.loaded.path).name + (f" ({self.loaded.request})" if self.loaded.request else "")
         for indices in progress(batches, f"evaluate {name}", len(batches)):
             fresh = dict(zip(indices, self._batch(indices), strict=True))
             entries |= fresh
@@ -115,7 +115,7 @@ class Judge:
         return self._result(entries, time.monotonic() - begin)
 
     def _is_open(self, index: int, entry: Entry | None) -> bool:
-        if entry is not None and index in self.show and self.loaded.ask is not None and "kept" not in entry:
+        if entry is not None and index in self.show and self.loaded.request is not None and "kept" not in entry:
             return True
         return entry is None or self.remember is not None or (self.against is not None and "kl" not in entry)
 
@@ -152,7 +152,7 @@ class Judge:
         flops_share, decoder_flops_share = self.loaded.flops_shares()
         return ModelResult(
             path=self.loaded.path,
-            budget=None if self.loaded.ask is None else self.loaded.ask.to_data(),
+            budget=None if self.loaded.request is None else self.loaded.request.to_data(),
             n=result.rate.n,
             accuracy=result.rate.accuracy,
             interval=result.rate.interval,
@@ -215,7 +215,7 @@ def run_fingerprint(judge: Judge, device: str) -> str:
     parts = {
         "task": [judge.task.fingerprint, judge.task.answers_fingerprint],
         "model": files_key(loaded.source),
-        "budget": None if loaded.ask is None else [loaded.ask.to_data(), loaded.seed, loaded.influence_key],
+        "budget": None if loaded.request is None else [loaded.request.to_data(), loaded.seed, loaded.influence_key],
         "run": [str(loaded.model.dtype), device, judge.max_new_tokens],
         "reference": judge.remember is not None or (judge.against.key if judge.against else None),
         "versions": [torch.__version__, transformers.__version__],

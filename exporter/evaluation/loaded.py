@@ -38,7 +38,7 @@ class Loaded:
     unrouted: Flops = field(default_factory=Flops)  # what they cost without a budget
     influence: Tensor | None = None  # of layers, for the rule that needs it
     seed: int = 0
-    ask: BudgetRequest | None = None
+    request: BudgetRequest | None = None
 
     @property
     def influence_key(self) -> list[float] | None:
@@ -47,9 +47,11 @@ class Loaded:
 
     def route(self, batch: Batch) -> Route | None:
         """Return the route of questions, None for the model as it is."""
-        if self.ask is None:
+        if self.request is None:
             return None
-        return make_route(self.model, batch, self.ask.budget, self.ask.rule, seed=self.seed, influence=self.influence)
+        return make_route(
+            self.model, batch, self.request.budget, self.request.rule, seed=self.seed, influence=self.influence
+        )
 
     def answer_logits(self, answered_batch: AnsweredBatch, route: Route | None) -> Tensor:
         """Return logits where answer tokens are predicted, [N, vocabulary]; `route` is that of the questions."""
@@ -64,9 +66,9 @@ class Loaded:
 
     def flops_shares(self) -> tuple[float, float] | tuple[None, None]:
         """Return the FLOPs of prompts as shares of those of the unrouted model: all of it, its decoder."""
-        if self.ask is None:
+        if self.request is None:
             return None, None
-        flops = flops_of(self.model, self.prompts, self.ask, seed=self.seed, influence=self.influence)
+        flops = flops_of(self.model, self.prompts, self.request, seed=self.seed, influence=self.influence)
         return flops.total / self.unrouted.total, flops.decoder / self.unrouted.decoder
 
     def answer_states(self, answered_batch: AnsweredBatch) -> Tensor:
@@ -81,7 +83,7 @@ class Loaded:
 def load(
     path: str,
     options: RunOptions,
-    asks: Sequence[BudgetRequest | None] = (None,),
+    requests: Sequence[BudgetRequest | None] = (None,),
     task: Task | None = None,
     calibration: str | None = None,
 ) -> Loaded:
@@ -92,14 +94,14 @@ def load(
     processor = load_processor(source.folder)
     if task is not None:
         check_prompt(task.samples, processor, source.config)
-    if not any(asks):
+    if not any(requests):
         return Loaded(path, source, load_model(source, device, dtype, options.memory)[0], processor)
     model = load_routed(source, device, dtype, options.memory)
     loaded = Loaded(path, source, model, processor)
     if task is not None:
         loaded.prompts = few_prompts(task.samples, processor, model.config)
         loaded.unrouted = flops_of(model, loaded.prompts, None)
-    if any(ask is not None and ask.rule.layers == "shortgpt" for ask in asks):
+    if any(request is not None and request.rule.layers == "shortgpt" for request in requests):
         if calibration is None:
             raise InputError("the rule 'shortgpt' measures layers on questions: give --calibration FILE.")
         loaded.influence = influence_of(loaded, calibration, options.batch_size)

@@ -89,11 +89,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def paired_tests(labels: Sequence[str], trials: Sequence[Sequence[float]]) -> tuple[PairedTest, ...]:
     """Return the test of each model against each later one, corrected for their number."""
     both = [(a, b) for a in range(len(labels)) for b in range(a + 1, len(labels))]
-    found = [mcnemar(trials[a], trials[b]) for a, b in both]
-    corrected = holm([p_value for *_, p_value in found])
+    tests = [mcnemar(trials[a], trials[b]) for a, b in both]
+    corrected = holm([p_value for *_, p_value in tests])
     return tuple(
         PairedTest(labels[a], labels[b], *counts, p_corrected=p_value)
-        for (a, b), counts, p_value in zip(both, found, corrected, strict=True)
+        for (a, b), counts, p_value in zip(both, tests, corrected, strict=True)
     )
 
 
@@ -128,11 +128,11 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> tuple[int, int, 
     return only_first, only_second, min(1.0, 2 * tail)
 
 
-def is_right(said: str, answers: Sequence[str], choices: Sequence[str] = ()) -> bool:
+def is_right(reply: str, answers: Sequence[str], choices: Sequence[str] = ()) -> bool:
     """Tell whether an answer equals one of the right ones; for multiple choice, its letter is right too."""
-    wanted = {normalise(answer) for answer in answers}
-    letters = {chr(ord("a") + index) for index, choice in enumerate(choices) if normalise(choice) in wanted}
-    return normalise(said) in wanted | letters
+    right = {normalise(answer) for answer in answers}
+    letters = {chr(ord("a") + index) for index, choice in enumerate(choices) if normalise(choice) in right}
+    return normalise(reply) in right | letters
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -39,8 +39,8 @@ class HeldOut:
         after = len(known[0].kl) if known else 0
         if known and not self.questions.indices("held_out", number, after):
             return list(known)
-        asked = self.questions.answered("judge on held-out questions", "held_out", number, after)
-        agreements = judge(self.model, variants, asked)
+        batches = self.questions.answered("judge on held-out questions", "held_out", number, after)
+        agreements = judge(self.model, variants, batches)
         indices = self.questions.indices("held_out", number, after)
         pictures = tuple(self.questions.split.pictures[i] for i in indices)
         judged = [

@@ -41,26 +41,26 @@ class Originals:
 
     store: StateStore
     lanes: list[Lane]  # what the layers get for each batch
-    room: int = 0  # bytes of states that may still be kept
+    free_bytes: int = 0  # bytes of states that may still be kept
     states: dict[tuple[int, int], Kept] = field(default_factory=dict)  # [B, S, D] input of a layer, by batch and layer
 
     def keep(self, key: tuple[int, int], state: Tensor) -> None:
         """Keep the state of a batch at the input of a layer, as long as there is room."""
         size = state.numel() * state.element_size()
-        if key not in self.states and size <= self.room:
+        if key not in self.states and size <= self.free_bytes:
             self.states[key] = self.store.keep(state)
-            self.room -= size
+            self.free_bytes -= size
 
 
 @contextlib.contextmanager
-def originals_of(model: Any, batches: Iterable[Batch], room: int = 0) -> Iterator[Originals]:
+def originals_of(model: Any, batches: Iterable[Batch], free_bytes: int = 0) -> Iterator[Originals]:
     """Give batches at the input of the first layer.
 
     Args:
-        room: bytes of the original's states that may be kept for other folds.
+        free_bytes: bytes of the original's states that may be kept for other folds.
     """
     with store_for(model) as store:
-        yield Originals(store, entered(model, enumerate(batches), store), room)
+        yield Originals(store, entered(model, enumerate(batches), store), free_bytes)
 
 
 def with_all_states(model: Any, originals: Originals) -> None:
@@ -70,9 +70,9 @@ def with_all_states(model: Any, originals: Originals) -> None:
     for layer_idx, layer in enumerate(layers):
         with held(layer, following=layers[layer_idx + 1] if layer_idx + 1 < len(layers) else None):
             for lane in originals.lanes:
-                state = originals.store.look(states[lane.number])
-                output = stepped(layer, layer_idx, lane.given, state, originals.store)
-                originals.keep((lane.number, layer_idx + 1), after(layer_idx, lane.given, output, originals.store))
+                state = originals.store.read(states[lane.number])
+                output = stepped(layer, layer_idx, trace=lane.trace, state=state, store=originals.store)
+                originals.keep((lane.number, layer_idx + 1), after(layer_idx, lane.trace, output, originals.store))
                 states[lane.number] = originals.states[lane.number, layer_idx + 1]
 
 
@@ -94,7 +94,7 @@ class FoldJob:
     @property
     def gaps(self) -> dict[int, tuple[int, ...]]:
         """Return the kept layer before each gap, and the gap. A gap that begins at layer 0 has none."""
-        return {run[0] - 1: run for run in self.plan.gaps if run[0] > 0}
+        return {gap[0] - 1: gap for gap in self.plan.gaps if gap[0] > 0}
 
     def refuse_unfoldable(self, fold: str) -> None:
         """Raise FoldRefused where no fold is exact."""
@@ -148,15 +148,15 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
     Args:
         tokens: which are counted: 'all' but padding and special ones, those of the 'prompt', or the 'important' ones of
             the dropped layer.
-        each: differences after every dropped layer of a run, not only after its last.
+        each: differences after every dropped layer of a gap, not only after its last.
     """
 
     def key(kept: int) -> tuple[Any, ...]:
         return (kept, job.gaps[kept], tokens, p, each)
 
-    wanted = {kept: run for kept, run in job.gaps.items() if key(kept) not in job.memo}
+    unmeasured = {kept: dropped for kept, dropped in job.gaps.items() if key(kept) not in job.memo}
     sums: dict[int, GapMoments] = {}
-    if wanted:
+    if unmeasured:
         batches = job.batches()  # before attention is changed: the model may have to answer them first
 
         def add(batch: Batch, kept: int, gap: Gap) -> None:
@@ -165,7 +165,7 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
             sums[kept].add(gap, gap.counted(batch, tokens, p), job.multiplier)
 
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            _cross(job, wanted, batches, reducer, each=each, add=add)
+            _cross(job, unmeasured, batches, reducer, each=each, add=add)
     job.memo.update({key(kept): moments for kept, moments in sums.items()})
     return {kept: job.memo[key(kept)] for kept in job.gaps}
 
@@ -196,7 +196,7 @@ class _Crossing:
 
     def take(self, store: StateStore, means: AttentionMeans | None) -> Gap:
         """Return the gap, and keep nothing of it."""
-        gap = Gap(store.look(self.mlp), tuple(map(store.look, self.added)), means)
+        gap = Gap(store.read(self.mlp), tuple(map(store.read, self.added)), means)
         for kept in (self.mlp, self.entered, *self.added):
             if kept is not None:
                 store.drop(kept)
@@ -205,7 +205,7 @@ class _Crossing:
 
 def _cross(
     job: FoldJob,
-    wanted: dict[int, tuple[int, ...]],
+    gaps: dict[int, tuple[int, ...]],
     batches: Iterable[Batch],
     reducer: AttentionReducer | None,
     *,
@@ -214,31 +214,31 @@ def _cross(
 ) -> None:
     """Run the batches up to the last dropped layer; hand on what each gap's moments are made of, as it closes."""
     layers = text_decoder(job.model).layers
-    before_run = {layer: kept for kept, run in wanted.items() for layer in run}
+    before_gap = {layer: kept for kept, dropped in gaps.items() for layer in dropped}
     tapped: list[Tensor] = []
     crossing: dict[tuple[int, int], _Crossing] = {}  # by batch and kept layer
 
     def seen(lane: Lane, layer_idx: int, before: Tensor, after: Tensor) -> None:
         means = reducer.take_any() if reducer is not None else None
-        if layer_idx - 1 in wanted:
+        if layer_idx - 1 in gaps:
             crossing[lane.number, layer_idx - 1].entered = store.keep(before)
-        if layer_idx in wanted:
+        if layer_idx in gaps:
             crossing[lane.number, layer_idx] = _Crossing(store.keep(tapped.pop()))
-        if layer_idx not in before_run:
+        if layer_idx not in before_gap:
             return
-        kept = before_run[layer_idx]
-        is_last = layer_idx == wanted[kept][-1]
+        kept = before_gap[layer_idx]
+        is_last = layer_idx == gaps[kept][-1]
         gap = crossing[lane.number, kept]
         if each or is_last:
             assert gap.entered is not None
-            gap.added.append(store.keep(after - store.look(gap.entered)))
+            gap.added.append(store.keep(after - store.read(gap.entered)))
         if is_last:
             add(lane.plain, kept, crossing.pop((lane.number, kept)).take(store, means))
 
     with store_for(job.model) as store, contextlib.ExitStack() as taps:
-        for kept in wanted:
+        for kept in gaps:
             module = layers[kept].get_submodule(job.decoder.down_proj_of(kept) or "")
             taps.enter_context(on_module(module, lambda _, y: tapped.append(y)))
-        last = max(run[-1] for run in wanted.values())
+        last = max(dropped[-1] for dropped in gaps.values())
         for _ in sweep(job.model, batches, before=lambda batch: aim(reducer, batch), seen=seen, stop=last + 1):
             pass

@@ -49,14 +49,14 @@ class Stream:
     store: StateStore
     weights: Tensor  # [B, S] of the tokens in the regressions; 0 for those that don't count
     half: Tensor  # [B] bool: the half of the pictures that each question belongs to
-    of: int  # batches that there are
+    num_batches: int  # batches that there are
     kept: dict[str, Kept] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a state: 'original' and 'smaller' [B, S, D]; of the layer that is refitted, with its old down_proj,
         the 'output' [B, S, D], and 'inner' [B, S, I], the input of that down_proj.
         """
-        return self.store.look(self.kept[name])
+        return self.store.read(self.kept[name])
 
     def __setitem__(self, name: str, state: Tensor) -> None:
         self.forget(name)
@@ -68,10 +68,10 @@ class Stream:
                 self.store.drop(self.kept.pop(name))
 
     def step(self, layer: Any, layer_idx: int, state: Tensor) -> Tensor:
-        return stepped(layer, layer_idx, self.lane.given, state, self.store)
+        return stepped(layer, layer_idx, trace=self.lane.trace, state=state, store=self.store)
 
     def after(self, layer_idx: int, output: Tensor) -> Tensor:
-        return after(layer_idx, self.lane.given, output, self.store)
+        return after(layer_idx, self.lane.trace, output, self.store)
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ def side_by_side(model: Any, tasks: Sequence[Steps]) -> list[Folded]:
     """Run several reconstructions through one loaded layer after the other; one by one where all layers are there."""
     if ranges_of(model) is None and len(tasks) > 1:
         return [side_by_side(model, [task])[0] for task in tasks]
-    layers, found = text_decoder(model).layers, dict[int, Folded]()
-    wanted = dict.fromkeys(range(len(tasks)), ())  # layers that each asks for
+    layers, folded = text_decoder(model).layers, dict[int, Folded]()
+    waiting = dict.fromkeys(range(len(tasks)), ())  # layers that each asks for
     current: dict[int, contextlib.ExitStack] = {}
     with contextlib.ExitStack() as whole:
-        while wanted:
-            needed: tuple[int, ...] = min(wanted.values(), key=lambda some: max(some, default=-1))
+        while waiting:
+            needed: tuple[int, ...] = min(waiting.values(), key=lambda some: max(some, default=-1))
             for layer_idx in [held_idx for held_idx in current if held_idx not in needed]:
                 current.pop(layer_idx).close()
             for layer_idx in needed:
@@ -114,13 +114,13 @@ def side_by_side(model: Any, tasks: Sequence[Steps]) -> list[Folded]:
                     following = layers[layer_idx + 1] if layer_idx + 1 < len(layers) else None
                     current[layer_idx] = whole.enter_context(contextlib.ExitStack())
                     current[layer_idx].enter_context(held(layers[layer_idx], following=following))
-            for number in [number for number, some in wanted.items() if some == needed]:
+            for number in [number for number, some in waiting.items() if some == needed]:
                 try:
-                    wanted[number] = next(tasks[number])  # type: ignore[assignment]
+                    waiting[number] = next(tasks[number])  # type: ignore[assignment]
                 except StopIteration as end:
-                    found[number] = end.value
-                    del wanted[number]
-    return [found[number] for number in range(len(tasks))]
+                    folded[number] = end.value
+                    del waiting[number]
+    return [folded[number] for number in range(len(tasks))]
 
 
 def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) -> Steps:
@@ -128,7 +128,7 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
     reached = max(0, min(job.plan.drop) - 1)  # the first layer that changes: up to its input both models are one
     refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
     streams = [_stream(job, lane, originals, fit) for lane in originals.lanes]
-    yield from _carry(job, streams, originals, 0, reached)
+    yield from _carry(job, streams, originals=originals, start=0, stop=reached)
     for stream in streams:
         stream["smaller"] = stream["original"]
     kinds = affordable(job, refitted[0], kinds, sum(int((stream.weights > 0).sum()) for stream in streams))
@@ -136,15 +136,17 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
         return {}
     folded: Folded = {}
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
-        yield from _carry(job, streams, originals, reached, following, beside=(kept,))
+        yield from _carry(job, streams, originals=originals, start=reached, stop=following, beside=(kept,))
         reached = following
         yield (kept,)
         modules = job.decoder.maps_of(kept, kinds)
         for number, module in enumerate(modules):  # fitted together with those after it, which then adapt to it
             key = (kept, f"{module}.weight")
-            folded[key] = _refit(job, kept, modules[number:], streams, folded, fit.ridge)[key]
+            weights = _refit(job, kept, modules[number:], streams=streams, folded=folded, ridge=fit.ridge)
+            folded[key] = weights[key]
         if modules and (norm := job.decoder.norm_behind(modules[-1])):
-            folded[kept, f"{norm}.weight"] = _refit_gain(job, kept, norm, streams, folded, fit.ridge)
+            gain = _refit_gain(job, kept, norm, streams=streams, folded=folded, ridge=fit.ridge)
+            folded[kept, f"{norm}.weight"] = gain
         if following < job.plan.num_layers:  # something comes behind it
             _advance(job, kept, streams, folded)
     for stream in streams:
@@ -204,8 +206,8 @@ def _stream(job: FoldJob, lane: Lane, originals: Originals, fit: Fit) -> Stream:
     """Return a batch before the first layer."""
     batch, store = lane.plain, originals.store
     half = torch.tensor([job.half_of(sample) for sample in batch.samples], device=job.model.device)
-    stream = Stream(lane, store, token_weights(batch, fit), half, len(originals.lanes))
-    stream["original"] = store.look(lane.branches[0].state)
+    stream = Stream(lane, store, weights=token_weights(batch, fit), half=half, num_batches=len(originals.lanes))
+    stream["original"] = store.read(lane.branches[0].state)
     return stream
 
 
@@ -229,7 +231,7 @@ def _carry(
         for stream in streams:
             key = (stream.lane.number, layer_idx + 1)
             if key in originals.states:
-                stream["original"] = originals.store.look(originals.states[key])
+                stream["original"] = originals.store.read(originals.states[key])
                 continue
             state = stream.after(layer_idx, stream.step(layers[layer_idx], layer_idx, stream["original"]))
             stream["original"] = state
@@ -266,12 +268,12 @@ def _refit(
     by_half = ridge == "auto"
     with replaced(job.model, _of_layer(folded, layer_idx)):
         for stream in streams:
-            inputs, wanted, weights, half = _regression(job, layer_idx, modules, stream)
-            wanted = wanted - sum(bias.to(wanted) for bias in biases if bias is not None)
+            inputs, targets, weights, half = _regression(job, layer_idx, modules, stream)
+            targets = targets - sum(bias.to(targets) for bias in biases if bias is not None)
             if not halves:
-                halves = [Moments.empty(inputs.shape[-1], wanted.shape[-1]) for _ in range(1 + by_half)]
+                halves = [Moments.empty(inputs.shape[-1], targets.shape[-1]) for _ in range(1 + by_half)]
             for moments, rows in zip(halves, (~half, half) if by_half else (half | ~half,), strict=True):
-                moments.add((inputs * weights)[rows], (wanted * weights)[rows])
+                moments.add((inputs * weights)[rows], (targets * weights)[rows])
         layer = text_decoder(job.model).layers[layer_idx]
         gains = [
             gain_of(layer.get_submodule(norm), streams[0]["smaller"])
@@ -329,16 +331,16 @@ def _regression(
     if (
         not post_norm
         and list(modules) == [job.decoder.down_proj_of(layer_idx)]
-        and inner.numel() * inner.element_size() * stream.of <= INNER_BYTES
+        and inner.numel() * inner.element_size() * stream.num_batches <= INNER_BYTES
     ):
         stream["output"], stream["inner"] = output, inner
     counted = stream.weights > 0  # [B, S]
     missing = (stream["original"] - stream.after(layer_idx, output)) / job.multiplier
-    wanted = sum(put, missing)
+    targets = sum(put, missing)
     half = stream.half[:, None].expand_as(counted)[counted]
     with torch.inference_mode():
         inputs = torch.cat([(x / root_mean_square(y) if post_norm else x)[counted] for x, y in seen], -1)
-    return inputs, wanted[counted], stream.weights[counted].sqrt()[:, None], half
+    return inputs, targets[counted], stream.weights[counted].sqrt()[:, None], half
 
 
 def _weight(job: FoldJob, layer_idx: int, module: str) -> Tensor:

@@ -39,7 +39,7 @@ class FoldedSets:
         self._fold([drop for drop in sets if drop not in self.known])
         number = self.held_out.questions.portion(judged_by)
         before = [self.judged[drop] for drop in sets if drop in self.judged]
-        alike = len(before) == len(sets) and len({len(one.kl) for one in before}) == 1
+        alike = len(before) == len(sets) and len({len(divergence.kl) for divergence in before}) == 1
         variants = [self.known[drop] for drop in sets]
         divergences = self.held_out.judge(variants, number, known=before if alike else ())
         self.judged.update(zip(sets, divergences, strict=True))

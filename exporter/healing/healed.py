@@ -33,7 +33,7 @@ from .adapter import merged, save_adapter
 from .pairs import exchanged, parted
 from .schedule import Schedule
 from .student import Student, prepared, require_peft
-from .teacher import AnswerStore, ask
+from .teacher import AnswerStore, store_answers
 from .training import HealingQuestions, HealTraining, judged, train
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ class HealingJob:
 
     def fingerprint(self, *parts: Any) -> str:
         """Return one of the questions and the original's answers to them, and of further parts."""
-        said = [file_hashes(self.teacher), self.calibration.fingerprint, self.answer_tokens, self.top, *parts]
-        said += [self.seed, str(self.dtype), self.fit[:1], len(self.fit)]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        contents = [file_hashes(self.teacher), self.calibration.fingerprint, self.answer_tokens, self.top, *parts]
+        contents += [self.seed, str(self.dtype), self.fit[:1], len(self.fit)]
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def check_healing(heal: HealRecipe, data: CalibrationData) -> tuple[Calibration, list[int], list[int]]:
@@ -136,7 +136,7 @@ def _check_same_words(source: Source, teacher: Source) -> None:
             f"{teacher.name} is a {teacher.config.model_type} model, {source.name} a {source.config.model_type} model: "
             "a model is healed by the one that it was made from."
         )
-    words = [load_processor(one.folder).tokenizer.get_vocab() for one in (source, teacher)]
+    words = [load_processor(model.folder).tokenizer.get_vocab() for model in (source, teacher)]
     if words[0] != words[1]:
         raise InputError(
             f"{teacher.name} and {source.name} have different vocabularies: a model is healed by the one that it was "
@@ -166,22 +166,22 @@ def with_healing(
     check_target(out)
     record = read_record(plain).to_data()
     refuse_healed(record, plain)
-    job = prepare_healing(str(plain), heal, data, teacher, options)
+    job = prepare_healing(str(plain), heal, data=data, teacher=teacher, options=options)
     check_space(out, job.source.weights.num_bytes)
     check_space(work, job.schedule.disk_bytes(job.answer_tokens))
     work.mkdir(exist_ok=True)
     with held(work, "another run is healing"):
         questions = ask_teacher(job, work, progress)
-        model = load_model(job.source, job.device, job.dtype)[0]
-        student = prepared(model, load_processor(job.source.folder), job.source, heal.rank, heal.norms, job.seed)
-        told, adapter = _learnt(job, student, questions, work, progress)
+        model, processor = load_model(job.source, job.device, job.dtype)[0], load_processor(job.source.folder)
+        student = prepared(model, processor, job.source, rank=heal.rank, norms=heal.norms, seed=job.seed)
+        told, adapter = _learnt(job, student, questions=questions, work=work, progress=progress)
         record["recipe"]["heal"] = {**heal.to_data(), "teacher": teacher, "calibration": data.to_data()}
         record["heal"] = {**told, "seconds": round(time.monotonic() - begin, 1)}
         if adapter is not None:
             answer = reference_answer(student.model, student.processor)
             record["reference"] = reference_part(answer, record["run"]["dtype"])
         del model, student
-        written(job.source, plain, record, adapter, out, job.device)
+        written(job.source, plain, record=record, adapter=adapter, out=out, device=job.device)
     shutil.rmtree(work, ignore_errors=True)
     return out
 
@@ -200,11 +200,19 @@ def ask_teacher(job: HealingJob, work: Path, progress: Progress) -> HealingQuest
     rounds = exchanged([samples[index] for index in job.fit], job.schedule.rounds, job.seed)
     store = AnswerStore(work, job.fingerprint(job.schedule.judging_rounds), job.top)
     judging = exchanged([samples[index] for index in job.held_out], job.schedule.judging_rounds, job.seed)
-    questions = HealingQuestions(store, [sample for row in judging for sample in row], rounds)
+    questions = HealingQuestions(store, [sample for round_samples in judging for sample in round_samples], rounds)
     if store.missing(len(questions.all)):
         model = load_model(job.teacher, job.device, job.dtype, job.options.memory)[0]
         processor = load_processor(job.teacher.folder)
-        ask(model, processor, questions.all, store, job.options.batch_size, job.answer_tokens, progress)
+        store_answers(
+            model,
+            processor,
+            samples=questions.all,
+            store=store,
+            batch_size=job.options.batch_size,
+            answer_tokens=job.answer_tokens,
+            progress=progress,
+        )
     return questions
 
 
@@ -213,10 +221,12 @@ def _learnt(
 ) -> tuple[dict[str, Any], Path | None]:
     """Train and merge. Return what the record says of it, and the adapter; None where nothing helped."""
     heal = job.recipe
-    training = HealTraining(job.schedule.steps, heal.batch_size, heal.learning_rate, heal.loss, job.seed)
+    training = HealTraining(job.schedule.steps, heal.batch_size, heal.learning_rate, loss=heal.loss, seed=job.seed)
     before = judged(student, questions, heal.batch_size)
     key = job.fingerprint(heal.to_data(), file_hashes(job.source))
-    best, curve = train(student, questions, training, before, progress, work / "training.state", key)
+    best, curve = train(
+        student, questions, training, before, progress=progress, state_file=work / "training.state", fingerprint=key
+    )
     told = {
         "questions": len(job.fit),
         "pairs": len(questions.rounds) * len(job.fit),
@@ -282,5 +292,5 @@ def merged_again(plain: Path, healed: Path, out: Path, options: RunOptions) -> P
     source, device = open_source(str(plain)), pick_device(options.device)
     record["recipe"]["heal"], record["heal"] = before["recipe"]["heal"], told
     record["reference"] = before["reference"]  # the weights will be the same
-    written(source, plain, record, path, out, device)
+    written(source, plain, record=record, adapter=path, out=out, device=device)
     return out

@@ -25,11 +25,11 @@ def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:
     out where there are too few pictures.
     """
     split = split_by_picture(samples, portion("held_out", len(samples)), seed)
-    wanted = min(MOST_HELD_OUT, max(len(samples) // SHARE_HELD_OUT, portion("held_out", len(samples)) // 2))
+    number = min(MOST_HELD_OUT, max(len(samples) // SHARE_HELD_OUT, portion("held_out", len(samples)) // 2))
     pictures: set[int] = set()
     numbers = {picture: split.pictures.count(picture) for picture in {split.pictures[i] for i in split.held_out}}
     for index in split.held_out:
-        if sum(numbers[picture] for picture in pictures) >= wanted:
+        if sum(numbers[picture] for picture in pictures) >= number:
             break
         pictures.add(split.pictures[index])
     held_out = [index for index, picture in enumerate(split.pictures) if picture in pictures]
@@ -46,20 +46,20 @@ def exchanged(samples: Sequence[Sample], rounds: int, seed: int) -> list[list[Sa
     for index, sample in enumerate(samples):
         groups.setdefault(len(sample.images), []).append(index)
     draw = random.Random(seed)
-    turns: list[tuple[list[int], list[int]]] = []
+    orders: list[tuple[list[int], list[int]]] = []
     for group in groups.values():
         order = draw.sample(group, len(group))
         shifts = draw.sample(range(1, len(group)), len(group) - 1)
-        turns.append((order, shifts or [0]))
-    made = [list(samples)]
+        orders.append((order, shifts or [0]))
+    rounds_drawn = [list(samples)]
     for number in range(rounds - 1):
-        row = list(samples)
-        for order, shifts in turns:
+        round_samples = list(samples)
+        for order, shifts in orders:
             shift = shifts[number % len(shifts)]
             for place, index in enumerate(order):
-                row[index] = with_pictures(samples[index], samples[order[(place + shift) % len(order)]])
-        made.append(row)
-    return made[:rounds]
+                round_samples[index] = with_pictures(samples[index], samples[order[(place + shift) % len(order)]])
+        rounds_drawn.append(round_samples)
+    return rounds_drawn[:rounds]
 
 
 def with_pictures(question: Sample, pictured: Sample) -> Sample:

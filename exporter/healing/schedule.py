@@ -48,14 +48,14 @@ class Schedule:
         return self.judging_rounds * self.held_out
 
     @property
-    def asked(self) -> int:
+    def num_answers(self) -> int:
         """Return how many questions the original answers."""
         return self.judging + self.rounds * self.fit
 
     def disk_bytes(self, answer_tokens: int) -> int:
         """Return most of what its answers take on disk."""
         token, likely = ANSWER_BYTES
-        return self.asked * answer_tokens * (token + likely * self.recipe.top)
+        return self.num_answers * answer_tokens * (token + likely * self.recipe.top)
 
     def forward_passes(self, kept: float) -> float:
         """Return what it costs, in passes of all questions through the original.
@@ -65,4 +65,4 @@ class Schedule:
         """
         learning = (1 + BACKWARD) * self.steps * self.recipe.batch_size
         judging = (JUDGED + 2) * self.judging
-        return (self.asked + kept * (learning + judging)) / max(1, self.fit + self.held_out)
+        return (self.num_answers + kept * (learning + judging)) / max(1, self.fit + self.held_out)

@@ -104,7 +104,7 @@ class AnswerStore:
         return sum(length for _, length in self._spans.values())
 
 
-def ask(
+def store_answers(
     model: Any,
     processor: Any,
     samples: Sequence[Sample],
@@ -120,10 +120,10 @@ def ask(
     for start in progress(starts, "ask the original", len(starts)):
         indices = missing[start : start + batch_size]
         batch = make_batch([samples[index] for index in indices], processor, model.config)
-        store.add(indices, *said(model, batch, answer_tokens, top))
+        store.add(indices, *teacher_outputs(model, batch, answer_tokens, top))
 
 
-def said(model: Any, batch: Batch, answer_tokens: int, top: int) -> tuple[list[Tensor], Tensor, Tensor]:
+def teacher_outputs(model: Any, batch: Batch, answer_tokens: int, top: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """Let a model answer. Return answers [A] each, up to and with their end tokens, and the likeliest tokens there.
 
     The distributions are those that the answers come from: they cost no pass of their own.

@@ -39,7 +39,7 @@ class HealingQuestions:
 
     @property
     def all(self) -> list[Sample]:
-        return [*self.held_out, *(sample for row in self.rounds for sample in row)]
+        return [*self.held_out, *(sample for round_samples in self.rounds for sample in round_samples)]
 
     def number(self, epoch: int, place: int) -> int:
         """Return the number of what is learnt from in an epoch: rounds take turns."""
@@ -144,7 +144,7 @@ def train(
 def one_step(student: Student, questions: HealingQuestions, training: HealTraining, step: int) -> Tensor:
     """Return the loss of a step's questions, the mean over their answers' tokens."""
     number = len(questions.rounds[0])
-    chosen = draws_of_step(number, questions.size, step, training.batch_size, training.seed)
+    chosen = draws_of_step(number, questions.size, step=step, batch_size=training.batch_size, seed=training.seed)
     samples = [questions.rounds[epoch % len(questions.rounds)][place] for epoch, place in chosen]
     targets = questions.store.targets([questions.number(*pair) for pair in chosen])
     log_q = student.log_q(student.batch(samples, targets.tokens))

@@ -199,20 +199,21 @@ def by_best_of(
         folded: whether the last few sets are judged with a fold, on held-out questions.
         search: whether a greedy search by the error of the last states proposes a set too.
     """
-    samples = samples or job.asked.portion("rank")
-    judged_by = judged_by or judges(len(job.asked.samples), sets_judged(job.num_layers, count, exchanges, search))
-    batches = list(job.asked.batches("score layers", part="fit", number=samples))
+    questions = job.required_questions
+    samples = samples or questions.portion("rank")
+    judged_by = judged_by or judges(len(questions.samples), sets_judged(job.num_layers, count, exchanges, search))
+    batches = list(questions.batches("score layers", part="fit", number=samples))
     statistics = list(layer_statistics(job.model, batches))
-    few = job.asked.batches("score layers", part="fit", number=judged_by)
-    loss = StateError.of(job.model, few, job.asked.progress)
+    few = questions.batches("score layers", part="fit", number=judged_by)
+    loss = StateError.of(job.model, few, questions.progress)
     judge = job.folded if folded else None
     scores = best_of(
         statistics, count, protect=tuple(protect), loss=loss, exchanges=exchanges, folded=judge, search=search
     )
-    read = len(job.asked.indices("fit", max(samples, judged_by)))
+    read = len(questions.indices("fit", max(samples, judged_by)))
     if judge is not None:
-        fitted_on = job.asked.indices("fit", max(samples, judged_by, job.asked.portion("fold_sets")))
-        read = len(fitted_on) + len(job.asked.indices("held_out", job.asked.portion("judge_few_sets")))
+        fitted_on = questions.indices("fit", max(samples, judged_by, questions.portion("fold_sets")))
+        read = len(fitted_on) + len(questions.indices("held_out", questions.portion("judge_few_sets")))
     return replace(scores, details=scores.details | {"questions": read})
 
 

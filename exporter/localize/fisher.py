@@ -130,7 +130,7 @@ def by_fisher(
             "fisher takes gradients through all layers at once, which have to be in memory: allow more --memory, or "
             "take another localizer."
         )
-    batches = list(job.asked.answered("score layers", number=samples))
+    batches = list(job.required_questions.answered("score layers", number=samples))
     return with_question_count(fisher(information(job.model, batches, draws, job.seed), count, protect), batches)
 
 

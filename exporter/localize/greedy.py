@@ -39,7 +39,8 @@ def greedy(loss: SetLoss, count: int, protect: tuple[int, ...] = (), width: int 
 
 def by_greedy(job: LocalizeJob, count: int, protect: Sequence[int]) -> LayerScores:
     """Remove layers greedily by the divergence from the original at its own answers, over all questions."""
-    loss = AnswerDivergence.of(job.model, list(job.asked.answered("score layers")), job.asked.progress)
+    questions = job.required_questions
+    loss = AnswerDivergence.of(job.model, list(questions.answered("score layers")), questions.progress)
     return greedy(loss, count, tuple(protect))
 
 

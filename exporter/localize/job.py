@@ -43,7 +43,7 @@ class LocalizeJob:
     folded: FoldedLoss | None = None  # judges sets of layers with a fold; None where nothing can be held out
 
     @property
-    def asked(self) -> Questions:
+    def required_questions(self) -> Questions:
         assert self.questions is not None
         return self.questions
 
@@ -56,7 +56,7 @@ def run_localizer(method: Method, job: LocalizeJob, count: int, protect: Sequenc
     row = LOCALIZERS[method.name]
     measured: Any = job
     if row.from_statistics:
-        measured = layer_statistics(job.model, job.asked.batches("score layers"), attention=row.attention)
+        measured = layer_statistics(job.model, job.required_questions.batches("score layers"), attention=row.attention)
     scores: LayerScores = resolve(row.run)(measured, count, tuple(protect), **method.options)
     if len(scores.drop) != count:
         raise InputError(f"{scores.method} chose {len(scores.drop)} layers instead of {count}.")

@@ -234,7 +234,7 @@ class QWenVLModel(QWenPreTrainedModel):
         self._refuse_long(attention_mask, inputs_embeds.shape[1], before)
         known = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         mask = create_causal_mask(**known, **{MASK_CACHE: cache}, position_ids=position_ids)
-        given = {
+        layer_inputs = {
             "attention_mask": mask,
             "position_embeddings": self._rotary(inputs_embeds, position_ids),
             "cache": cache,
@@ -243,7 +243,7 @@ class QWenVLModel(QWenPreTrainedModel):
         }
         states = inputs_embeds
         for layer in self.h:
-            states = layer(states, **given)
+            states = layer(states, **layer_inputs)
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(states), **{CACHE: cache if use_cache else None})
 
     def _with_pictures(self, input_ids: Tensor | None, embeds: Tensor, pixel_values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ A question's way from `generate` to the next token:
 
     call                                        file
     RoutedModel.generate, .forward              modeling_routed   arguments to a request: budget, visual tokens, cache
-    places_of                                   routed_places     where the visual tokens lie in their images
+    coordinates_of                              routed_places     where the visual tokens lie in their images
     _RoutedDecoder.forward -> RoutedForward     routed_pass       takes over the cache, knows padding and drop layer
     prepared_cache -> RoutedCache.take_over     routed_cache      a cache that can hold a route
     _RoutedLayer.forward -> RoutedForward.layer routed_pass       for each decoder layer; at layer `read_at`:
@@ -72,14 +72,14 @@ from .routed_api import (
 from .routed_cache import RoutedCache, RoutedStaticCache  # all siblings: older loaders copy what this file names
 from .routed_cost import DecoderCost
 from .routed_pass import make_routable
-from .routed_places import GRIDS, any_resolution_shape, part_of, places_of
+from .routed_places import GRIDS, any_resolution_shape, coordinates_of, pass_coordinates
 from .routed_request import (
     GENERATION,
     Generation,
     Request,
     RouterInputs,
     hidden_tokens,
-    number_of_rows,
+    number_of_sequences,
     prompt_length,
     tell_of_default,
     warn_of_excess,
@@ -109,9 +109,9 @@ __all__ = [
     "cache_of",
     "checkpointing_spares_caches",
     "class_name",
+    "coordinates_of",
     "logger",
     "make_routable",
-    "places_of",
     "routed",
 ]
 
@@ -156,8 +156,7 @@ class RoutedModel:
 
     @property
     def num_layers(self) -> int:
-        number: int = self.config.get_text_config().num_hidden_layers
-        return number
+        return int(self.config.get_text_config().num_hidden_layers)
 
     # --- budgets ---
 
@@ -200,7 +199,7 @@ class RoutedModel:
         preset: str | None = None,
         route: Route | None = None,
         visual_mask: Tensor | None = None,
-        places: Tensor | None = None,
+        coordinates: Tensor | None = None,
         prompt_length: int | None = None,
         run: bool = True,
     ) -> Request | None:
@@ -224,12 +223,13 @@ class RoutedModel:
         if visual is None and route is None and held is None:
             return None
         router = getattr(self, "router", None)  # none: routes are imposed
-        request = Request(router, self.router_settings, budget, visual, self._deepstack(), route, run=run)
+        request = Request(router, self.router_settings, budget, visual, imposed=route, run=run)
+        request.deepstack = self._deepstack()
         labels = named.get("labels")
         request.labels = None if labels is None else labels.clone()
         if visual is not None:
             warn_of_excess(budget, visual)
-            request.places = places_of(self.config, visual, named) if places is None else part_of(places, past, visual)
+            request.coordinates = pass_coordinates(self.config, visual, named, whole=coordinates, past=past)
             request.hidden = hidden_tokens(visual, labels, prompt_length, past)
         return request
 
@@ -269,8 +269,8 @@ class RoutedModel:
 
     @torch.no_grad()
     def _up_to_router(self, **inputs: Any) -> Request | None:
-        given = {name: inputs.pop(name) for name in ROUTING_ARGUMENTS if name in inputs}
-        request = self._request(inputs, **given, run=False)
+        routing = {name: inputs.pop(name) for name in ROUTING_ARGUMENTS if name in inputs}
+        request = self._request(inputs, **routing, run=False)
         inputs.pop("labels", None)
         if request is not None:
             inputs = with_cache_as(cache_name(self._stock.forward), inputs)
@@ -289,37 +289,37 @@ class RoutedModel:
                 "prefill_chunk_size would choose the route by the first chunk of the prompt: leave it out."
             )
         kwargs = with_cache_as(cache_name(self._stock.forward), kwargs)
-        asked = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
-        limits = Budget(**{one.name: asked.get(one.name) for one in fields(Budget)})
-        self._budget(asked.get("preset"), limits)
-        if self._budget_is_default and limits == OFF and asked.get("preset") is None and asked.get("route") is None:
+        routing = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
+        limits = Budget(**{field.name: routing.get(field.name) for field in fields(Budget)})
+        self._budget(routing.get("preset"), limits)
+        if self._budget_is_default and limits == OFF and routing.get("preset") is None and routing.get("route") is None:
             tell_of_default(self.router_settings)
-        asked.setdefault("prompt_length", prompt_length(inputs, kwargs))
-        if asked.get("places") is None:
-            asked["places"] = self._places(inputs, kwargs, asked["prompt_length"])
+        routing.setdefault("prompt_length", prompt_length(inputs, kwargs))
+        if routing.get("coordinates") is None:
+            routing["coordinates"] = self._coordinates(inputs, kwargs, routing["prompt_length"])
         kwargs.setdefault("disable_compile", True)  # of the whole pass, as transformers does with static caches
-        generation = Generation(self, asked)
+        generation = Generation(self, routing)
         before = GENERATION.set(generation)
         try:
-            made = super().generate(inputs, *args, **kwargs)
+            output = super().generate(inputs, *args, **kwargs)
         finally:
             GENERATION.reset(before)
-        if not isinstance(made, Tensor):
-            held = getattr(cache_of(made), "route", None)
-            made.route = generation.route if held is None else held
-        return made
+        if not isinstance(output, Tensor):
+            held = getattr(cache_of(output), "route", None)
+            output.route = generation.route if held is None else held
+        return output
 
-    def _places(self, inputs: Tensor | None, kwargs: dict[str, Any], total: int | None) -> Tensor | None:
-        """Return places for the whole text, [B, T, 3]: `generate` encodes images itself and keeps their grids."""
+    def _coordinates(self, inputs: Tensor | None, kwargs: dict[str, Any], total: int | None) -> Tensor | None:
+        """Return coordinates for the whole text, [B, T, 3]: `generate` encodes images itself and keeps their grids."""
         tokens = kwargs.get("input_ids") if inputs is None else inputs
         if tokens is None or total is None or all(kwargs.get(name) is None for name in GRIDS):
             return None
         cache = cache_in(kwargs)
         new = tokens if cache is None or tokens.shape[1] < total else tokens[:, cache.get_seq_length() :]
         visual = self._visual({"input_ids": new}, None)
-        return (
-            None if visual is None else F.pad(places_of(self.config, visual, kwargs), (0, 0, total - new.shape[1], 0))
-        )
+        if visual is None:
+            return None
+        return F.pad(coordinates_of(self.config, visual, kwargs), (0, 0, total - new.shape[1], 0))
 
     # --- the router's file ---
 
@@ -366,13 +366,13 @@ class RoutedModel:
         """Save as the stock class does, with this file and the router's weights in a folder of their own."""
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
-            given = kwargs.get("state_dict") or {f"router.{n}": t for n, t in self.router.state_dict().items()}
-            own = {n.removeprefix("router."): t for n, t in given.items() if n.startswith("router.")}
-            if any(tensor.is_meta for tensor in own.values()):
+            tensors = kwargs.get("state_dict") or {f"router.{n}": t for n, t in self.router.state_dict().items()}
+            router = {n.removeprefix("router."): t for n, t in tensors.items() if n.startswith("router.")}
+            if any(tensor.is_meta for tensor in router.values()):
                 raise ValueError("the router's weights are offloaded: move it to a device to save it.")
             path = os.path.join(save_directory, ROUTER_FILE)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            save_file({n: t.detach().cpu().contiguous() for n, t in own.items()}, path, metadata={"format": "pt"})
+            save_file({n: t.detach().cpu().contiguous() for n, t in router.items()}, path, metadata={"format": "pt"})
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -416,11 +416,11 @@ def routed(stock: Any) -> Any:
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         named = with_cache_as(cache, {**dict(zip(names, args, strict=False)), **kwargs})
-        given = {name: named.pop(name) for name in ROUTING_ARGUMENTS if name in named}
+        routing = {name: named.pop(name) for name in ROUTING_ARGUMENTS if name in named}
         generation = GENERATION.get()
         if generation is not None and generation.model is self:
-            given = generation.arguments(number_of_rows(named)) | given
-        request = self._request(named, **given)
+            routing = generation.arguments(number_of_sequences(named)) | routing
+        request = self._request(named, **routing)
         if request is None:
             return stock.forward(self, **named)
         if request.labels is not None:
@@ -433,8 +433,8 @@ def routed(stock: Any) -> Any:
             output.route = request.route
         return output
 
-    *own, rest = signature.parameters.values()  # `generate` reads the signature
-    forward.__signature__ = signature.replace(parameters=[*own, *ROUTING_ARGUMENTS.values(), rest])
+    *stock_parameters, rest = signature.parameters.values()  # `generate` reads the signature
+    forward.__signature__ = signature.replace(parameters=[*stock_parameters, *ROUTING_ARGUMENTS.values(), rest])
     name = f"Routed{stock.__name__}"
     model_type = stock.config_class.model_type
     mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(model_type)

@@ -18,11 +18,11 @@ POSITIONS = 256  # learned ones of the tower, a square that is scaled to the pat
 
 def scaled_positions(table: Tensor, count: int) -> Tensor:
     """Scale learned positions of a square grid to another one, bicubically: [P, W] -> [count, W]."""
-    side, wanted = math.isqrt(table.shape[0]), math.isqrt(count)
-    if side == wanted:
+    side, new_side = math.isqrt(table.shape[0]), math.isqrt(count)
+    if side == new_side:
         return table
     grid = table.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
 

@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     listed = with_present_files(RELEASED)
     if options.release:
-        listed = {sha: (name, options.release if of == COMING else of) for sha, (name, of) in listed.items()}
+        listed = {
+            sha: (name, options.release if version == COMING else version) for sha, (name, version) in listed.items()
+        }
     LIST.write_text(json.dumps(listed, indent=2) + "\n")
 
 

@@ -123,7 +123,7 @@ def _static_layers_count() -> bool:
 
 def _caches_are_asked_by_these_names() -> bool:
     """Tell whether the methods that routed caches override have the parameters that they expect."""
-    asked = {
+    known = {
         "get_seq_length": ["layer_idx"],
         "get_mask_sizes": ["query_length", "layer_idx"],
         "reorder_cache": ["beam_idx"],
@@ -134,7 +134,7 @@ def _caches_are_asked_by_these_names() -> bool:
         "reset": [],
     }
     return all(
-        names in (None, [*inspect.signature(getattr(Cache, method)).parameters][1:]) for method, names in asked.items()
+        names in (None, [*inspect.signature(getattr(Cache, method)).parameters][1:]) for method, names in known.items()
     )
 
 

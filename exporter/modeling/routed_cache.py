@@ -111,7 +111,7 @@ class _RoutedCache(Cache):
     def group(self, layer_idx: int, drop_at: int) -> Group:
         return layer_idx >= drop_at, self.windows[layer_idx]
 
-    def select_rows(self, chosen: Tensor) -> None:
+    def select_sequences(self, chosen: Tensor) -> None:
         """Make this the cache of a batch of the chosen sequences, in the order given."""
         self.entries = {group: entries.select(chosen) for group, entries in self.entries.items()}
         self.route = self.route and self.route.select(chosen)
@@ -120,22 +120,22 @@ class _RoutedCache(Cache):
                 take_sequences(layer, chosen)
                 continue
             stored = {sequence: index for index, sequence in enumerate(sequences)}
-            found = [stored.get(sequence) for sequence in chosen.tolist()]
-            self.sequences[layer_idx] = tuple(new for new, index in enumerate(found) if index is not None)
-            there = torch.tensor([index for index in found if index is not None], dtype=torch.long)
+            indices = [stored.get(sequence) for sequence in chosen.tolist()]
+            self.sequences[layer_idx] = tuple(new for new, index in enumerate(indices) if index is not None)
+            there = torch.tensor([index for index in indices if index is not None], dtype=torch.long)
             take_sequences(layer, chosen if self.whole_batch else there)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx)
+        self.select_sequences(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(indices)
+        self.select_sequences(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows(torch.arange(len(self.route.layers)).repeat_interleave(repeats))
+        self.select_sequences(torch.arange(len(self.route.layers)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens (a negative number); not those of a routed prompt, some of which are not there."""
@@ -236,13 +236,13 @@ def routed_cache(cache: Any, num_layers: int) -> RoutedCache | RoutedStaticCache
 def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | RoutedStaticCache | None:
     """Put the pass's cache, able to hold a route, into its inputs: a new one if a cache is wanted and there is none."""
     name, cache = decoder.routed_cache_name, cache_in(inputs)
-    wanted = inputs.get("use_cache")
-    wanted = decoder.config.use_cache if wanted is None else wanted
+    use_cache = inputs.get("use_cache")
+    use_cache = decoder.config.use_cache if use_cache is None else use_cache
     checkpointed = decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)
     if checkpointed and (torch.is_grad_enabled() or not checkpointing_spares_caches()):
-        wanted, cache = False, None  # transformers takes it away from the layers
+        use_cache, cache = False, None  # transformers takes it away from the layers
         inputs[name], inputs["use_cache"] = None, False
-    if cache is None and wanted:
+    if cache is None and use_cache:
         cache = inputs[name] = DynamicCache(config=decoder.config)
     if cache is None:
         return None
@@ -254,11 +254,11 @@ def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | Routed
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def narrowed_mask(mask: Tensor, entries: Entries, stay: Entries | None, num_sequences: int) -> Tensor:
+def narrowed_mask(mask: Tensor, entries: Entries, kept: Entries | None, num_sequences: int) -> Tensor:
     """Narrow a mask to rows of kept tokens and columns of cache entries: [B, 1, S, T] -> [B, 1, K, P]."""
     mask = mask.expand(num_sequences, *mask.shape[1:])
-    if stay is not None:
-        index = stay.index.to(mask.device)[:, None, :, None]
+    if kept is not None:
+        index = kept.index.to(mask.device)[:, None, :, None]
         mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
     index = entries.index.to(mask.device)[:, None, None, :]
     mask = mask.gather(3, index.expand(-1, *mask.shape[1:3], -1))

@@ -42,13 +42,13 @@ class DecoderCost:
 
     @classmethod
     def of(cls, settings: RouterSettings) -> DecoderCost:
-        given = settings.budgets["cost"]
-        own: dict[str, Any] = {
+        counts = settings.budgets["cost"]
+        router: dict[str, Any] = {
             "router_width": settings.bottleneck,
             "drop_at": settings.drop_at,
             "candidates": settings.candidates,
         }
-        return cls(**{**given, "layers": tuple(given["layers"])}, **own)
+        return cls(**{**counts, "layers": tuple(counts["layers"])}, **router)
 
     @property
     def least_layers(self) -> int:
@@ -74,7 +74,7 @@ class DecoderCost:
         return sum(costs) - sum(cheapest[: len(self.layers) - layers]) + self.router(length)
 
     def share(self, length: int, visual: int, kept: int, layers: int, past: int = 0) -> float:
-        return self.routed(length, visual, kept, layers, past) / self.whole(length, past)
+        return self.routed(length, visual, kept=kept, layers=layers, past=past) / self.whole(length, past)
 
     def most_tokens(self, flops: float, length: int, visual: int, layers: int, past: int = 0) -> int:
         """Find the most visual tokens that a share of the operations pays for in so many layers; 0: not even one."""
@@ -82,7 +82,7 @@ class DecoderCost:
         low, high = 0, visual  # low is paid for, or 0; above high nothing is
         while low < high:
             middle = (low + high + 1) // 2
-            if self.routed(length, visual, middle, layers, past) <= limit:
+            if self.routed(length, visual, kept=middle, layers=layers, past=past) <= limit:
                 low = middle
             else:
                 high = middle - 1
@@ -101,12 +101,12 @@ class DecoderCost:
         if not visual:
             return 0, len(self.layers) if held is None else held
         layers = layers_at(front, flops, len(self.layers)) if held is None else held
-        kept = self.most_tokens(flops, length, visual, layers, past)
+        kept = self.most_tokens(flops, length, visual=visual, layers=layers, past=past)
         while not kept and held is None and layers > self.least_layers:
             layers -= 1
-            kept = self.most_tokens(flops, length, visual, layers, past)
+            kept = self.most_tokens(flops, length, visual=visual, layers=layers, past=past)
         if kept == visual and held is None:  # what is left over goes into layers
-            while layers < len(self.layers) and self.share(length, visual, visual, layers + 1, past) <= flops:
+            while layers < len(self.layers) and self.share(length, visual, visual, layers + 1, past=past) <= flops:
                 layers += 1
         return max(kept, 1), layers
 
@@ -153,7 +153,7 @@ def amounts(
     cost, front = DecoderCost.of(settings), settings.budgets["front"]
     running = [None] * len(visual) if held is None else held.sum(1).tolist()
     sequences = list(zip(visible.sum(1).tolist(), available.tolist(), running, strict=True))
-    mixes = [cost.mix(budget.flops, front, length, count, past, run) for length, count, run in sequences]
+    mixes = [cost.mix(budget.flops, front, length, count, past=past, held=run) for length, count, run in sequences]
     least = max(
         (
             cost.share(length, count, *mix, past)

@@ -65,21 +65,32 @@ class RoutedForward:
         else:
             visual = request.visual.to(states.device)
             visible = self.real if request.hidden is None else self.real & ~request.hidden.to(self.real.device)
-            inputs = RouterInputs(states, visual, visible, request.places)
+            inputs = RouterInputs(states, visual, visible, request.coordinates)
             if not request.run:
                 request.router_inputs = inputs
             tokens, layers = (logits.to(states.device) for logits in request.router(*inputs))
             shown = visual & self.real
             held = self.cache.route.layers if self.cache is not None and self.cache.route is not None else None
             counts, kept_layers = amounts(
-                request.budget, request.settings, self.num_layers, shown, visible, tokens, self.past, held
+                request.budget,
+                request.settings,
+                self.num_layers,
+                shown,
+                visible=visible,
+                logits=tokens,
+                past=self.past,
+                held=held,
             )
-            keep = best_tokens(tokens, shown, counts, request.places, request.settings.image_floor)
+            keep = best_tokens(
+                tokens, shown, budget=counts, patches=request.coordinates, image_floor=request.settings.image_floor
+            )
             if request.run and not request.budget.is_off:
                 warn_of_no_question(visible, shown)
             run = best_layers(layers, request.settings, kept_layers, self.num_layers)
             run |= ~visual.any(1)[:, None]  # a sequence of text alone runs whole
-            route = Route(keep, run, visual, request.places, tokens, layers)
+            route = Route(
+                keep, run, visual=visual, coordinates=request.coordinates, token_logits=tokens, layer_logits=layers
+            )
         self._prepare(replace(route, drop_at=self.drop_at))
 
     def _imposed(self, route: Route) -> Route:
@@ -97,7 +108,7 @@ class RoutedForward:
         visual = self.request.visual
         if visual is not None and bool((~keep & ~visual.to(device) & self.real).any()):
             raise ValueError("the route given drops text: only visual tokens can leave.")
-        return replace(route, keep=keep, layers=layers, visual=visual, places=self.request.places)
+        return replace(route, keep=keep, layers=layers, visual=visual, coordinates=self.request.coordinates)
 
     def _prepare(self, route: Route) -> None:
         """Prepare what the layers need to know. Looks at the values, which synchronises on a GPU."""
@@ -163,7 +174,7 @@ class RoutedForward:
             )
         if self.cache is not None:
             groups = {self.cache.group(layer_idx, self.drop_at) for layer_idx in range(self.num_layers)}
-            entries = {group: found for group in groups if (found := self._entries(group)) is not None}
+            entries = {group: held for group in groups if (held := self._entries(group)) is not None}
             self.cache.extend(entries, self.num_tokens, self.drop_at)
         if self.kept is None or self.compact_from >= self.num_layers or not self.request.run:
             return output
@@ -178,11 +189,11 @@ class RoutedForward:
         index: Tensor = self.kept.index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
         return index
 
-    def _once(self, key: Any, make: Any, given: Any = None) -> Any:
+    def _once(self, key: Any, make: Any, source: Any = None) -> Any:
         """Make a mask or positions once a pass, since all layers are given the same objects, told apart by identity."""
-        key = (key, id(given))
+        key = (key, id(source))
         if key not in self._memo:
-            self._memo[key] = (make(), given)  # held, so that no other object gets its identity
+            self._memo[key] = (make(), source)  # held, so that no other object gets its identity
         return self._memo[key][0]
 
     # --- what the layers are given ---
@@ -252,25 +263,25 @@ class RoutedForward:
             raise ValueError(f"a route cannot narrow a mask of type {type(mask).__name__}: use sdpa, eager or flash.")
         narrowed = mask
         if (entries := self._entries(group)) is not None:
-            stay = self.kept if group[0] else None
+            kept = self.kept if group[0] else None
             if mask is None:
-                narrowed = self._explicit_mask(entries, stay)
+                narrowed = self._explicit_mask(entries, kept)
             elif mask.ndim == 2:  # flash attention's: True at entries that are no padding
                 narrowed = mask.gather(1, entries.index.to(mask.device)) & entries.valid.to(mask.device)
             else:
-                narrowed = narrowed_mask(mask, entries, stay, self.num_sequences)
+                narrowed = narrowed_mask(mask, entries, kept, self.num_sequences)
         if self.static and narrowed is not None:  # layers are as long as the cache, sliding ones too
             spare = self.cache.layers[0].max_cache_len - narrowed.shape[-1]
             narrowed = F.pad(narrowed, (0, spare), value=masked_value(narrowed))
         return narrowed
 
-    def _explicit_mask(self, entries: Entries, stay: Entries | None) -> Tensor | None:
+    def _explicit_mask(self, entries: Entries, kept: Entries | None) -> Tensor | None:
         """Make the mask that transformers left out: without padding, a token sees all that come before it."""
         if entries.all_valid and not self.static:
             return None
         if uses_flash_attention(self.config):
             return entries.valid
-        tokens = Entries.counted(0, self.num_tokens, self.num_sequences, entries.index.device) if stay is None else stay
+        tokens = Entries.counted(0, self.num_tokens, self.num_sequences, entries.index.device) if kept is None else kept
         before = entries.index[:, None, None, :] <= self.past + tokens.index[:, None, :, None]
         return before & entries.valid[:, None, None, :]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 GRIDS = ("image_grid_thw", "video_grid_thw", "image_sizes")  # inputs that say how visual tokens lie in their images
 
 
-def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
+def coordinates_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Return the image number, row and column of each visual token, [B, S, 3]; zero at text.
 
     Visual tokens come in runs, one or more an image. The grids are read from the inputs where they hold them
@@ -24,21 +24,28 @@ def places_of(config: Any, visual: Tensor, inputs: dict[str, Any]) -> Tensor:
     such. In other runs the row is how far the token is in the run and the column is the middle.
     """
     runs = runs_of(visual)
-    places = torch.zeros(*visual.shape, 3)
+    coordinates = torch.zeros(*visual.shape, 3)
     shapes = run_shapes(config, [end - start for _, start, end in runs], inputs)
     number, previous = -1, None
     for (sequence, start, end), shape in zip(runs, shapes, strict=True):
         if shape.first_of_image:
             number = 0 if sequence != previous else number + 1
             previous = sequence
-        places[sequence, start:end] = F.pad(shape.coordinates(end - start), (1, 0), value=number)
-    return places.to(visual.device)
+        coordinates[sequence, start:end] = F.pad(shape.coordinates(end - start), (1, 0), value=number)
+    return coordinates.to(visual.device)
 
 
-def part_of(places: Tensor, past: int, visual: Tensor) -> Tensor:
-    """Cut a pass's places from those of the text, zero for what was generated since: [B, T, 3] -> [B, S, 3]."""
+def pass_coordinates(config: Any, visual: Tensor, inputs: dict[str, Any], whole: Tensor | None, past: int) -> Tensor:
+    """Return the coordinates of a pass, [B, S, 3]: a part of the whole text's, or read from the pass's own inputs.
+
+    Args:
+        whole: [B, T, 3] of the text, zero for what was generated since; None: not known.
+        past: tokens of the text before this pass.
+    """
+    if whole is None:
+        return coordinates_of(config, visual, inputs)
     end = past + visual.shape[1]
-    return F.pad(places, (0, 0, 0, max(0, end - places.shape[1])))[:, past:end]
+    return F.pad(whole, (0, 0, 0, max(0, end - whole.shape[1])))[:, past:end]
 
 
 def runs_of(visual: Tensor) -> list[tuple[int, int, int]]:
@@ -52,7 +59,7 @@ class RunShape:
     """The layout of consecutive visual tokens in an image: tiles of rows and columns one after the other.
 
     In LLaVA-NeXT and its kin one coarse tile is followed by a finer grid over the same image, whose rows each end with
-    a token that only says so: its place is the right edge.
+    a token that only says so: it lies at the right edge.
     """
 
     height: int
@@ -93,11 +100,15 @@ def run_shapes(config: Any, lengths: list[int], inputs: dict[str, Any]) -> list[
         side = vision.patch_size * getattr(config, "spatial_merge_size", 1)
         for h, w in torch.as_tensor(sizes).tolist():  # a run is one row of patches, then comes [IMG_BREAK]
             count = int(h) // side
-            known += [RunShape(1, int(w) // side, row / count, 1 / count, row == 0) for row in range(count)]
+            known += [
+                RunShape(1, int(w) // side, top=row / count, share=1 / count, first_of_image=row == 0)
+                for row in range(count)
+            ]
     elif getattr(config, "image_grid_pinpoints", None) and (sizes := inputs.get("image_sizes")) is not None:
         counts = inputs.get("batch_num_images")  # LLaVA-OneVision's: several images are not cut into tiles
         alone = [n == 1 for n in counts.tolist() for _ in range(n)] if counts is not None else [True] * len(sizes)
-        known = [any_resolution_shape(config, *of) for of in zip(torch.as_tensor(sizes).tolist(), alone, strict=True)]
+        images = zip(torch.as_tensor(sizes).tolist(), alone, strict=True)
+        known = [any_resolution_shape(config, *image) for image in images]
     if [shape.length for shape in known] == lengths:
         return known
     return [guessed_shape(config, length) for length in lengths]

@@ -30,7 +30,7 @@ class Request:
     imposed: Route | None = None
     hidden: Tensor | None = None  # [B, S] tokens that the router must not see: answers
     labels: Tensor | None = None  # [B, S] a copy of ours
-    places: Any = None  # Tensor [B, S, 3]
+    coordinates: Any = None  # Tensor [B, S, 3]
     run: bool = True  # False: only up to the router
     route: Any = None  # result: a Route
     router_inputs: Any = None  # result, if not run: RouterInputs
@@ -48,10 +48,10 @@ class RouterInputs:
     states: Tensor  # [B, S, D]
     visual: Tensor  # [B, S]
     visible: Tensor  # [B, S]
-    places: Tensor  # [B, S, 3]
+    coordinates: Tensor  # [B, S, 3]
 
     def __iter__(self) -> Any:
-        return iter((self.states, self.visual, self.visible, self.places))
+        return iter((self.states, self.visual, self.visible, self.coordinates))
 
 
 @dataclass
@@ -62,12 +62,12 @@ class Generation:
     """
 
     model: Any
-    asked: dict[str, Any]  # by the names of ROUTING_ARGUMENTS
+    routing: dict[str, Any]  # by the names of ROUTING_ARGUMENTS
     route: Any = None  # of its first routed pass
 
     def arguments(self, num_sequences: int) -> dict[str, Any]:
         """Return the arguments of a pass: tensors with their sequences repeated, as for beams and samples."""
-        return {name: repeated(value, num_sequences) for name, value in self.asked.items()}
+        return {name: repeated(value, num_sequences) for name, value in self.routing.items()}
 
 
 GENERATION: ContextVar[Generation | None] = ContextVar("generation", default=None)
@@ -79,7 +79,7 @@ def repeated(value: Any, num_sequences: int) -> Any:
     return value.repeat_interleave(num_sequences // len(value), 0)
 
 
-def number_of_rows(named: dict[str, Any]) -> int:
+def number_of_sequences(named: dict[str, Any]) -> int:
     tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
     return len(tokens)
 

@@ -25,8 +25,8 @@ class Budget:
     quality: float | None = None  # the share of answers that are to stay what they were; tokens follow from it
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            object.__setattr__(self, one.name, plain_number(getattr(self, one.name)))
+        for limit in fields(self):
+            object.__setattr__(self, limit.name, plain_number(getattr(self, limit.name)))
 
     @property
     def is_off(self) -> bool:
@@ -123,13 +123,13 @@ class RouterSettings:
     @classmethod
     def of(cls, config: Any) -> RouterSettings:
         """Read and check them against the model that the rest of the configuration describes."""
-        given = getattr(config, "router", None)
-        if not isinstance(given, dict):
+        entry = getattr(config, "router", None)
+        if not isinstance(entry, dict):
             raise ValueError("config.json has no entry 'router': this folder is a plain model, load its own class.")
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(given) - known):
+        if unknown := sorted(set(entry) - known):
             raise ValueError(f"config.json: router has no setting {unknown[0]!r}; it has: {', '.join(sorted(known))}.")
-        settings = cls(**{**given, "candidates": tuple(given["candidates"])})
+        settings = cls(**{**entry, "candidates": tuple(entry["candidates"])})
         settings._check(config)
         return settings
 
@@ -198,7 +198,7 @@ class Route:
     keep: Any = None  # Tensor [B, S] False: a visual token that leaves at layer drop_at
     layers: Any = None  # Tensor [B, L] False: a layer that the sequence skips
     visual: Any = None  # Tensor [B, S] True: a visual token
-    places: Any = None  # Tensor [B, S, 3] of visual tokens: number of the image, row and column in it, from 0 to 1
+    coordinates: Any = None  # Tensor [B, S, 3] of visual tokens: number of the image, row and column in it, from 0 to 1
     token_logits: Tensor | None = None  # [B, S]
     layer_logits: Tensor | None = None  # [B, N]
     drop_at: int | None = None  # visual tokens leave before this layer; None: where the settings say
@@ -208,15 +208,15 @@ class Route:
         """Make the route of text alone [B, S]: all of it."""
         everything = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
         layers = everything.new_ones(len(tokens), num_layers)
-        return cls(everything, layers, ~everything, places=torch.zeros(*tokens.shape, 3, device=tokens.device))
+        return cls(everything, layers, ~everything, coordinates=torch.zeros(*tokens.shape, 3, device=tokens.device))
 
     def kept_tokens(self) -> list[Tensor]:
         """Return for each sequence which of its visual tokens are kept: 0 is the first of the first image."""
         return [keep[visual].nonzero()[:, 0] for keep, visual in zip(self.keep, self.visual, strict=True)]
 
-    def kept_places(self) -> list[Tensor]:
+    def kept_coordinates(self) -> list[Tensor]:
         """Return for each sequence the patch coordinates of its visual tokens that stay: [K, 3] each."""
-        return [p[k & v] for p, k, v in zip(self.places, self.keep, self.visual, strict=True)]
+        return [p[k & v] for p, k, v in zip(self.coordinates, self.keep, self.visual, strict=True)]
 
     def executed_layers(self) -> list[list[int]]:
         return [runs.nonzero()[:, 0].tolist() for runs in self.layers]
@@ -229,7 +229,9 @@ class Route:
 
     def for_sequences(self, num_sequences: int) -> Route:
         """Return the route for a batch in which each sequence was repeated, as for beams."""
-        own = next(len(part) for part in (self.keep, self.layers) if part is not None)
-        if num_sequences % own:
-            raise ValueError(f"the route given is for {own} sequences, the batch has {num_sequences}.")
-        return self if own == num_sequences else self.select(torch.arange(own).repeat_interleave(num_sequences // own))
+        routed = next(len(part) for part in (self.keep, self.layers) if part is not None)
+        if num_sequences % routed:
+            raise ValueError(f"the route given is for {routed} sequences, the batch has {num_sequences}.")
+        if routed == num_sequences:
+            return self
+        return self.select(torch.arange(routed).repeat_interleave(num_sequences // routed))

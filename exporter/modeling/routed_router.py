@@ -45,7 +45,7 @@ class Router(nn.Module):
         self.layer_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
 
     def forward(
-        self, states: Tensor, visual: Tensor, visible: Tensor, places: Tensor | None = None
+        self, states: Tensor, visual: Tensor, visible: Tensor, coordinates: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return logits, higher is more needed, without meaning at text tokens. Differentiable in the weights.
 
@@ -53,16 +53,16 @@ class Router(nn.Module):
             states: [B, S, D] what enters layer `read_at`.
             visual: [B, S] True at visual tokens.
             visible: [B, S] False at padding, and at answer tokens, which no question comes with.
-            places: [B, S, 3] image number, row and column of each visual token, as `places_of` has them.
+            coordinates: [B, S, 3] image number, row and column of each visual token, as `coordinates_of` has them.
 
         Returns:
             Token logits [B, S] and layer logits [B, N], float32.
         """
         states, visual, visible = self._here(states), self._here(visual), self._here(visible)
         x = self.down(self.input_norm(states)) + self.kind(visual.long())  # [B, S, R]
-        if places is not None:
-            places = self._here(places)
-            x = x + self.place(sinusoidal_features(places[..., 1:], self.OCTAVES).to(x.dtype)) * visual[..., None]
+        if coordinates is not None:
+            coordinates = self._here(coordinates)
+            x = x + self.place(sinusoidal_features(coordinates[..., 1:], self.OCTAVES).to(x.dtype)) * visual[..., None]
         numbers = torch.arange(self.num_candidates, device=x.device)
         layers = self.layer(numbers).to(x.dtype) + question_features(x, visible, visual)[:, None]  # [B, N, R]
         x = torch.cat([x, layers], 1)  # [B, S + N, R]
@@ -73,9 +73,9 @@ class Router(nn.Module):
 
     def _here(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the router's device and dtype. Weights on meta are offloaded: a hook moves inputs."""
-        own = next(self.parameters())
-        tensor = tensor if own.is_meta else tensor.to(own.device)
-        return tensor.to(own.dtype) if tensor.is_floating_point() else tensor
+        weight = next(self.parameters())
+        tensor = tensor if weight.is_meta else tensor.to(weight.device)
+        return tensor.to(weight.dtype) if tensor.is_floating_point() else tensor
 
     def _attend(self, x: Tensor, visible: Tensor) -> Tensor:
         """Attend from everything to every visible token and every layer: [B, S + N, R] -> [B, S + N, R]."""
@@ -92,11 +92,11 @@ class Router(nn.Module):
 def load_weights(router: Router, weights: dict[str, Tensor], file: str) -> None:
     """Give a router the weights of a file. Raises ValueError where they are those of another one."""
     expected = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if expected != found:
-        name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
+    stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != stored:
+        name = next(n for n in [*expected, *stored] if expected.get(n) != stored.get(n))
         raise ValueError(
-            f"{file} is not the router that config.json describes: {name} has the shape {found.get(name)}, not "
+            f"{file} is not the router that config.json describes: {name} has the shape {stored.get(name)}, not "
             f"{expected.get(name)}."
         )
     router.load_state_dict(weights)
@@ -145,7 +145,9 @@ def best_tokens(
     ranked = logits.masked_fill(~visual, -math.inf).argsort(dim=1, descending=True, stable=True)
     count = budget if isinstance(budget, Tensor) else budget.tokens_of(visual.sum(1))  # [B]
     if image_floor and patches is not None:
-        ranked = floors_first(ranked, visual, patches[..., 0].to(visual.device), count, image_floor)
+        ranked = floors_first(
+            ranked, visual, images=patches[..., 0].to(visual.device), count=count, image_floor=image_floor
+        )
     first = torch.arange(logits.shape[1], device=logits.device) < count[:, None]
     return torch.zeros_like(visual).scatter(1, ranked, first) | ~visual
 

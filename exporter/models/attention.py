@@ -39,7 +39,9 @@ def attention_replaced(model: Any, name: str, attend: Callable[[AttentionCall], 
         softcap: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        return attend(AttentionCall.of(query, key, value, attention_mask, scaling, softcap)), None
+        return attend(
+            AttentionCall.of(query, key, value=value, mask=attention_mask, scaling=scaling, softcap=softcap)
+        ), None
 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -76,7 +78,7 @@ class AttentionCall:
         scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
         groups = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (key, value))
-        return cls(query * scaling, key.transpose(-1, -2), value, mask, softcap)
+        return cls(query * scaling, key.transpose(-1, -2), values=value, mask=mask, softcap=softcap)
 
     def probabilities(self, start: int, stop: int) -> Tensor:
         """Return float32 probabilities [B, H, Q, K] of the queries from `start` to `stop`.

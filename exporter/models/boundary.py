@@ -49,7 +49,7 @@ class Emptied:
     num_bytes: int
 
 
-def _room(size: int) -> int:
+def _block_bytes(size: int) -> int:
     """Return the bytes of a place for so many, up to an eighth more: caches grow, and mostly stay in their places."""
     step = 1 << max(0, size.bit_length() - 4)
     return -(-size // step) * step
@@ -69,7 +69,7 @@ class StateStore(contextlib.ExitStack):
         self._file: int | None = None
         self._folder = Path()
         self._end = 0
-        self._free: dict[int, list[int]] = {}  # places by their room, given up
+        self._free: dict[int, list[int]] = {}  # offsets by their block size, given up
 
     def keep(self, tensor: Tensor) -> Kept:
         """Keep a tensor. Raises: InputError where the disk is full."""
@@ -77,17 +77,17 @@ class StateStore(contextlib.ExitStack):
         if self.limit is None or self.in_memory + size <= self.limit:
             self.in_memory += size
             return tensor
-        room = _room(size)
-        free = self._free.get(room)
+        block = _block_bytes(size)
+        free = self._free.get(block)
         begin = free.pop() if free else self._end
-        self._end = max(self._end, begin + room)
+        self._end = max(self._end, begin + block)
         slot = Slot(begin, tensor.shape, tensor.dtype, tensor.device)
         there = tensor.detach().cpu().contiguous()
         self._write(memoryview((ctypes.c_char * size).from_address(there.data_ptr())).cast("B"), begin)
         self.in_file += size
         return slot
 
-    def look(self, kept: Kept) -> Tensor:
+    def read(self, kept: Kept) -> Tensor:
         """Return a tensor that is kept."""
         if isinstance(kept, Tensor):
             return kept
@@ -102,7 +102,7 @@ class StateStore(contextlib.ExitStack):
             self.in_memory -= kept.numel() * kept.element_size()
             return
         self.in_file -= kept.num_bytes
-        self._free.setdefault(_room(kept.num_bytes), []).append(kept.begin)
+        self._free.setdefault(_block_bytes(kept.num_bytes), []).append(kept.begin)
 
     def park(self, value: Any, known: dict[int, Any] | None = None) -> Any:
         """Return a nest of dicts, tuples and lists with its tensors kept, each once, however often it stands there."""
@@ -120,7 +120,7 @@ class StateStore(contextlib.ExitStack):
     def fetch(self, value: Any) -> Any:
         """Return what was parked, with its tensors."""
         if isinstance(value, Slot):
-            return self.look(value)
+            return self.read(value)
         if isinstance(value, dict):
             return {key: self.fetch(item) for key, item in value.items()}
         if type(value) in (tuple, list):
@@ -152,7 +152,7 @@ class StateStore(contextlib.ExitStack):
         if isinstance(emptied.kept, Slot):
             emptied.storage.resize_(emptied.num_bytes)
             there = torch.empty(0, dtype=torch.uint8, device=emptied.kept.device).set_(emptied.storage)
-            there.copy_(self.look(emptied.kept))
+            there.copy_(self.read(emptied.kept))
         self.drop(emptied.kept)
 
     def forget(self, emptied: Emptied) -> None:

@@ -106,7 +106,7 @@ class AttentionReducer:
         visual, text = (kind.to(query.device, torch.float32) for kind in (self.is_visual, self.is_text))  # [B, S]
         batch, heads, length = query.shape[:3]
         received = query.new_zeros(batch, 2, length, dtype=torch.float32)  # by each key from visual, from text queries
-        given = query.new_zeros(batch, length, 2, dtype=torch.float32)  # by each query to visual, to text keys
+        paid = query.new_zeros(batch, length, 2, dtype=torch.float32)  # by each query to visual, to text keys
         output = torch.empty(batch, length, heads, values.shape[-1], dtype=query.dtype, device=query.device)
         kinds = torch.stack([visual, text], dim=1)  # [B, 2, S]
         block = max(1, BLOCK_BYTES // (batch * heads * length * 4))  # queries
@@ -116,10 +116,10 @@ class AttentionReducer:
             seen = probabilities.shape[-1]
             mean = probabilities.mean(1)  # [B, Q, K]
             received[:, :, :seen] += kinds[:, :, start:stop] @ mean
-            given[:, start:stop] = mean @ kinds[:, :, :seen].transpose(1, 2)
+            paid[:, start:stop] = mean @ kinds[:, :, :seen].transpose(1, 2)
             attended = torch.matmul(probabilities.to(values.dtype), values[:, :, :seen])
             output[:, start:stop] = attended.transpose(1, 2)
-        self.means = _normalised(received, given, visual, text)
+        self.means = _normalised(received, paid, visual, text)
         return output
 
     def take(self) -> AttentionMeans:
@@ -134,15 +134,15 @@ class AttentionReducer:
         return means
 
 
-def _normalised(received: Tensor, given: Tensor, visual: Tensor, text: Tensor) -> AttentionMeans:
+def _normalised(received: Tensor, paid: Tensor, visual: Tensor, text: Tensor) -> AttentionMeans:
     visual_count = visual.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
     text_count = text.sum(1, keepdim=True).clamp(min=1)
     earlier_text = text.cumsum(1).clamp(min=1)  # [B, S] causal rows have unequal lengths
     return AttentionMeans(
         visual_from_visual=received[:, 0] / visual_count,
         visual_from_text=received[:, 1] / text_count,
-        text_to_visual=given[..., 0] / visual_count,
-        text_to_text=given[..., 1] / earlier_text,
+        text_to_visual=paid[..., 0] / visual_count,
+        text_to_text=paid[..., 1] / earlier_text,
         text_from_text=received[:, 1] / text_count,
     )
 
@@ -166,10 +166,10 @@ def layer_statistics(model: Any, batches: Iterable[Batch], *, attention: bool = 
             batches,
             before=lambda batch: aim(reducer, batch),
             seen=lambda lane, layer_idx, state, output: taken.setdefault(lane.number, _Statistics()).add(
-                lane.plain, layer_idx, state, output, reducer
+                lane.plain, layer_idx, before=state, after=output, reducer=reducer
             ),
         ):
-            yield taken.pop(passed.number).of(passed.batch)
+            yield taken.pop(passed.number).result(passed.batch)
 
 
 def aim(reducer: AttentionReducer | None, batch: Batch) -> None:
@@ -234,7 +234,7 @@ class _Statistics:
             self.rows.append((means.text_to_visual + means.text_to_text) * text / 2)
             self.columns.append((means.text_to_visual + means.text_from_text) * text / 2)
 
-    def of(self, batch: Batch) -> BatchStatistics:
+    def result(self, batch: Batch) -> BatchStatistics:
         text_scores = None
         if self.rows:
             text_scores = {"rows": torch.stack(self.rows).cpu(), "columns": torch.stack(self.columns).cpu()}
@@ -251,7 +251,7 @@ class _Statistics:
 def _alike(visual: Tensor, text: Tensor) -> AttentionMeans:
     """Return equal means for all tokens [B, S], for linear layers and state spaces before the first attention."""
     ones = torch.ones_like(visual, dtype=torch.float32)
-    return AttentionMeans(ones, ones, ones, ones, ones)
+    return AttentionMeans(ones, ones, text_to_visual=ones, text_to_text=ones, text_from_text=ones)
 
 
 def _cosine(before: Tensor, after: Tensor, counted: Tensor, layer_idx: int) -> Tensor:

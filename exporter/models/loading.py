@@ -37,9 +37,9 @@ def load_model(
     states_bytes = 0
     if memory:
         sizes = PartSizes.of(source, dtype.itemsize)
-        stay, states_bytes = sizes.share_out(parse_size(memory), source.name)
+        num_held, states_bytes = sizes.share_out(parse_size(memory), source.name)
         placement = {
-            "device_map": _placed(source, device, stay, cls),
+            "device_map": _placed(source, device, num_held, cls),
             "offload_folder": str(folder_of_process("offload", "the folder for what --memory leaves on disk")),
         }
     with warnings.catch_warnings():  # parameters that are no module are named one by one, which accelerate wonders at
@@ -86,11 +86,11 @@ class PartSizes:
                 f"{self.beside / 1e9:.3f} for what is no decoder layer, and {AT_ONCE} layers of "
                 f"{max(self.layers) / 1e9:.3f} GB. Allow more, or take --dtype bfloat16."
             )
-        stay = min(int(left / 2 / max(self.layers)), len(self.layers) - 1)
-        return stay, left - stay * max(self.layers)
+        num_held = min(int(left / 2 / max(self.layers)), len(self.layers) - 1)
+        return num_held, left - num_held * max(self.layers)
 
 
-def _placed(source: Source, device: str, stay: int, cls: Any) -> dict[str, Any]:
+def _placed(source: Source, device: str, num_held: int, cls: Any) -> dict[str, Any]:
     """Return where each part of the model is to lie: on the device, or on disk."""
     import torch
 
@@ -102,7 +102,7 @@ def _placed(source: Source, device: str, stay: int, cls: Any) -> dict[str, Any]:
     layers, path = text_decoder(model).layers, stack_path(model)
     main = device if device != "auto" else 0
     placed: dict[str, Any] = dict.fromkeys(beside_layers(model, layers), main)
-    placed |= {f"{path}.{index}": main if index < stay else "disk" for index in range(len(layers))}
+    placed |= {f"{path}.{index}": main if index < num_held else "disk" for index in range(len(layers))}
     return placed
 
 

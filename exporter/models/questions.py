@@ -132,10 +132,10 @@ class Questions:
         by then.
         """
         chosen = self.indices(part, number, after)
-        wanted = [self.indices(part, max(len(chosen), self.portion("fit")) if part == "fit" else None)]
+        groups = [self.indices(part, max(len(chosen), self.portion("fit")) if part == "fit" else None)]
         if self._streamed and part != "all":  # the other side will be read too, and weights are read once a token
-            wanted.append(self.indices("held_out" if part == "fit" else "fit"))
-        self.answer(*wanted)
+            groups.append(self.indices("held_out" if part == "fit" else "fit"))
+        self.answer(*groups)
         return self._answered(what, chosen)
 
     def _answered(self, what: str, chosen: list[int]) -> Iterator[AnsweredBatch]:
@@ -156,10 +156,10 @@ class Questions:
         """Tell whether layers lie on disk."""
         return self.model is not None and ranges_of(self.model) is not None
 
-    def answer(self, *wanted: Sequence[int]) -> None:
+    def answer(self, *groups: Sequence[int]) -> None:
         """Let the model answer those of the questions that it has not: like ones together, with answers as long."""
         parts: list[list[int]] = []
-        for indices in wanted:
+        for indices in groups:
             order = sorted((index for index in indices if index not in self.answers), key=self._kind)
             parts += [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         for some, answered_batch in zip(

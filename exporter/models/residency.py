@@ -80,8 +80,8 @@ def read_by_ranges(model: Any, weights: Weights, name: str, states_bytes: int) -
 
 def ranges_of(model: Any) -> Ranges | None:
     """Return what is read from disk for a model; None where all of it is in memory."""
-    found = next(iter(_offloaded(model, held_too=True)), None)
-    dataset = getattr(found[1].weights_map, "dataset", None) if found else None
+    offloaded = next(iter(_offloaded(model, held_too=True)), None)
+    dataset = getattr(offloaded[1].weights_map, "dataset", None) if offloaded else None
     return dataset if isinstance(dataset, Ranges) else None
 
 
@@ -89,11 +89,11 @@ def _offloaded(part: Any, held_too: bool = False) -> Iterator[tuple[Any, Any]]:
     """Yield the modules of a part whose weights are on disk, each with its hook."""
     for module in part.modules():
         hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if not hasattr(getattr(one, "weights_map", None), "dataset"):
+        for inner in getattr(hook, "hooks", (hook,)):
+            if not hasattr(getattr(inner, "weights_map", None), "dataset"):
                 continue
-            if one is not None and (one.offload or (held_too and getattr(one, "held", False))):
-                yield module, one
+            if inner is not None and (inner.offload or (held_too and getattr(inner, "held", False))):
+                yield module, inner
 
 
 def _read(part: Any) -> Loaded:

@@ -79,7 +79,7 @@ class Lane:
 
     number: int
     batch: Any  # Batch or AnsweredBatch, without what the vision tower was given
-    given: Trace  # what the layers get beside the state, parked in the store
+    trace: Trace  # what the layers get beside the state, parked in the store
     branches: list[Branch]
 
     @property
@@ -120,11 +120,13 @@ def sweep(
     last = len(text_decoder(model).layers) if stop is None else stop
     ranges = ranges_of(model)
     numbered = enumerate(batches)
-    for chunk in [numbered] if ranges is not None else ([one] for one in numbered):
+    for chunk in [numbered] if ranges is not None else ([numbered_batch] for numbered_batch in numbered):
         with store_for(model) as store:
-            lanes = entered(model, chunk, store, len(changes), before)
+            lanes = entered(model, chunk, store=store, variants=len(changes), before=before)
             for layer_idx in range(last):
-                _through(model, layer_idx, lanes, changes, store, before=before, seen=seen, last=last)
+                _through(
+                    model, layer_idx, lanes=lanes, changes=changes, store=store, before=before, seen=seen, last=last
+                )
             for lane in lanes:
                 yield Passed(lane.number, lane.batch, functools.partial(_outputs, lane, store))
                 for branch in lane.branches:
@@ -180,15 +182,15 @@ def _through(
         for action in sorted(work):
             with replaced(model, changes[action].of_layer(layer_idx) if action >= 0 else {}):
                 for lane, branch, numbers in work[action]:
-                    state = store.look(branch.state)
+                    state = store.read(branch.state)
                     if action == OFF:
-                        part = _left_out(branch, numbers, after(layer_idx, lane.given, state, store), store)
+                        part = _left_out(branch, numbers, after(layer_idx, lane.trace, state, store), store)
                     else:
                         before(lane.plain)
-                        output = stepped(layers[layer_idx], layer_idx, lane.given, state, store)
+                        output = stepped(layers[layer_idx], layer_idx, trace=lane.trace, state=state, store=store)
                         if 0 in numbers and action == PLAIN:
                             seen(lane, layer_idx, state, output)
-                        part = _behind(numbers, output, after(layer_idx, lane.given, output, store), store)
+                        part = _behind(numbers, output, after(layer_idx, lane.trace, output, store), store)
                     lane.branches.append(part)
                     branch.give_up(len(numbers), store)
 
@@ -217,26 +219,26 @@ def _behind(numbers: list[int], output: Tensor, state: Tensor, store: StateStore
 
 def _left_out(branch: Branch, numbers: list[int], state: Tensor, store: StateStore) -> Branch:
     """Return variants behind a layer that did not run: their last output is that of the layer before."""
-    return Branch(numbers, store.keep(state), store.keep(store.look(branch.output)))
+    return Branch(numbers, store.keep(state), store.keep(store.read(branch.output)))
 
 
-def stepped(layer: Any, layer_idx: int, given: Trace, state: Tensor, store: StateStore) -> Tensor:
+def stepped(layer: Any, layer_idx: int, trace: Trace, state: Tensor, store: StateStore) -> Tensor:
     """Return what a layer puts out [B, S, D]; what it is given beside the state may be parked in the store."""
     with torch.inference_mode():
-        return Trace(state, (store.fetch(given.keywords[layer_idx]),)).step(layer, 0, state)
+        return Trace(state, (store.fetch(trace.keywords[layer_idx]),)).step(layer, 0, state)
 
 
-def after(layer_idx: int, given: Trace, output: Tensor, store: StateStore) -> Tensor:
+def after(layer_idx: int, trace: Trace, output: Tensor, store: StateStore) -> Tensor:
     """Return the state that the next layer gets, [B, S, D]."""
-    if layer_idx not in given.added:
+    if layer_idx not in trace.added:
         return output
     with torch.inference_mode():
-        state: Tensor = output + store.fetch(given.added[layer_idx])
+        state: Tensor = output + store.fetch(trace.added[layer_idx])
         return state
 
 
 def _outputs(lane: Lane, store: StateStore) -> Iterator[tuple[int, Tensor]]:
     """Yield the last output of each variant, in their order."""
-    of = {number: branch for branch in lane.branches for number in branch.numbers}
-    for number in sorted(of):
-        yield number, store.look(of[number].output)
+    branch_of = {number: branch for branch in lane.branches for number in branch.numbers}
+    for number in sorted(branch_of):
+        yield number, store.read(branch_of[number].output)

@@ -95,7 +95,7 @@ class Speaker:
             pass
         except BaseException as error:
             self.error = error
-        for emptied in (one for some in self._emptied.values() for one in some):
+        for emptied in (tensor for some in self._emptied.values() for tensor in some):
             self.store.forget(emptied)
         self.layer_idx = None
         self._back.release()
@@ -127,8 +127,8 @@ def answered_together(model: Any, batches: Iterable[Batch], max_new_tokens: int)
     for group in groups(batches, max(limit, INPUTS_BYTES)):
         group = [batch.to(model.device) for batch in group]
         with greedy(model, max_new_tokens=max_new_tokens) as settings:
-            found = _answer_group(model, group, settings)
-        for batch, answers in zip(group, found, strict=True):
+            group_answers = _answer_group(model, group, settings)
+        for batch, answers in zip(group, group_answers, strict=True):
             yield with_answers(model, batch, answers)
 
 
@@ -155,18 +155,18 @@ def _is_tensor(value: Any) -> bool:
 def _answer_group(model: Any, batches: Sequence[Batch], settings: Any) -> list[Tensor]:
     layers = text_decoder(model).layers
     noted_in = [module for module in model.modules() if any(inner is layers for inner in _below(module))]
-    own = threading.local()
+    local = threading.local()
 
     def answer_of(batch: Batch, number: int) -> Callable[[], Tensor]:
         def answer() -> Tensor:
-            own.speaker = speakers[number]
+            local.speaker = speakers[number]
             answers: Tensor = model.generate(**batch.inputs, generation_config=settings)
             return answers[:, batch.inputs["input_ids"].shape[1] :]
 
         return answer
 
     def waiting(layer_idx: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: own.speaker.at_layer(layer_idx, run, args, kwargs)
+        return lambda *args, **kwargs: local.speaker.at_layer(layer_idx, run, args, kwargs)
 
     shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)  # caches that other layers read too
     with StateStore() if shared else store_for(model) as store, forwards_replaced(layers, waiting):

@@ -140,8 +140,8 @@ def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> 
         return float(((after - before).square().sum(-1) / before.square().sum(-1)).sum())
 
 
-def _add(result: AnswerAgreement, answered_batch: AnsweredBatch, log_p: Tensor, own: Tensor) -> None:
-    log_q = own.log_softmax(-1)
+def _add(result: AnswerAgreement, answered_batch: AnsweredBatch, log_p: Tensor, logits: Tensor) -> None:
+    log_q = logits.log_softmax(-1)
     result.nll -= float(log_q.gather(1, answered_batch.targets[:, None]).sum())
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [N]
     result.kl += float(kl.sum())

@@ -92,15 +92,15 @@ class Candidate:
         """Return the budget that it runs under, as `generate` takes it."""
         return None if self.mix.tokens is None else {"keep_visual_tokens": self.mix.tokens}
 
-    def recipe(self, wanted: SearchRecipe) -> Recipe:
+    def recipe(self, search: SearchRecipe) -> Recipe:
         """Return the recipe that `compress` makes its folder by; int8 weights are what `onnx` makes of it."""
         budget = LayerBudget(drop_layers=self.drop) if self.drop else LayerBudget(layers=())
-        recipe = Recipe(wanted.model, wanted.calibration, budget, seed=wanted.seed)
+        recipe = Recipe(search.model, search.calibration, budget, seed=search.seed)
         if self.mix.healed:
-            own = None if wanted.heal_samples is None else wanted.heal_calibration
-            recipe = dataclasses.replace(recipe, heal=HealRecipe(calibration=own))
+            calibration = None if search.heal_samples is None else search.heal_calibration
+            recipe = dataclasses.replace(recipe, heal=HealRecipe(calibration=calibration))
         if self.mix.tokens is not None:
-            router = RouterRecipe(calibration=wanted.calibration, seed=wanted.seed)
+            router = RouterRecipe(calibration=search.calibration, seed=search.seed)
             recipe = dataclasses.replace(recipe, router=router)
         return recipe
 

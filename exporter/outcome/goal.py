@@ -20,7 +20,7 @@ class GoalKind:
 
     measure: str  # the entry of a candidate's figures that it is about
     at_least: bool  # the figure is to be at least the target; else at most
-    said: str  # of a figure, with {} for it
+    template: str  # of a figure, with {} for it
 
 
 GOALS = {
@@ -51,12 +51,12 @@ class SearchGoal:
     memory: int | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in GOALS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise InputError(f"a search has one goal, not {len(given)} ({', '.join(given)}): take one.")
-        if not given:
+        named = [name for name in GOALS if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise InputError(f"a search has one goal, not {len(named)} ({', '.join(named)}): take one.")
+        if not named:
             return
-        name, value = given[0], getattr(self, given[0])
+        name, value = named[0], getattr(self, named[0])
         if isinstance(value, bool) or not isinstance(value, float | int) or not math.isfinite(value) or value <= 0:
             raise InputError(f"{name}={value!r}: a number above 0 is needed.")
         if name == "speedup" and value <= 1:
@@ -96,10 +96,10 @@ class SearchGoal:
             return -math.inf
         return float(value) if self.kind.at_least else -float(value)
 
-    def said(self, value: float | None = None) -> str:
+    def in_words(self, value: float | None = None) -> str:
         """Return the goal, or another value of its figure, in words."""
         shown = self.target if value is None else value
-        return "as fast as can be" if shown is None else self.kind.said.format(shown)
+        return "as fast as can be" if shown is None else self.kind.template.format(shown)
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,6 @@ class SearchRecipe:
     def to_data(self) -> dict[str, Any]:
         """Return plain data, of everything that a result depends on."""
         goal = {name: value for name, value in vars(self.goal).items() if value is not None}
-        own = {name: getattr(self, name) for name in ("model", "max_loss", "task_samples", "heal_samples", "seed")}
+        fields = {name: getattr(self, name) for name in ("model", "max_loss", "task_samples", "heal_samples", "seed")}
         data = {"calibration": self.calibration.to_data(), "task": self.task.to_data(), "without": list(self.without)}
-        return {**own, **data, "goal": goal}
+        return {**fields, **data, "goal": goal}

@@ -40,7 +40,7 @@ EXPORT_S_A_GB = 120.0
 class SearchJob:
     """A search, opened and checked."""
 
-    wanted: SearchRecipe
+    recipe: SearchRecipe
     options: RunOptions
     compression: CompressionJob
     task: Task
@@ -56,18 +56,18 @@ class SearchJob:
 
     @property
     def workload(self) -> Workload:
-        return Workload(self.wanted.task.data, seed=self.wanted.seed, **self.wanted.task.options)
+        return Workload(self.recipe.task.data, seed=self.recipe.seed, **self.recipe.task.options)
 
     def question(self, answer: int = ANSWER_GUESS) -> Question:
         real = int(self.prompt.inputs.get("attention_mask", self.prompt.is_visual | True).sum())
         visual = int(self.prompt.is_visual.sum())
         return Question(visual, real - visual, answer)
 
-    def asked(self) -> list[Any]:
+    def depends_on(self) -> list[Any]:
         """Return everything that a result depends on."""
         compression = self.compression
         return [
-            self.wanted.to_data(),
+            self.recipe.to_data(),
             file_hashes(compression.source),
             compression.calibration.fingerprint,
             self.task.fingerprint,
@@ -80,7 +80,9 @@ class SearchJob:
         per_layer = source.parameters_per_layer
         average = sum(per_layer) / len(per_layer)
         itemsize = self.compression.dtype.itemsize
-        return Sizes(len(per_layer), source.weights.num_parameters, average, itemsize, self.free)
+        return Sizes(
+            len(per_layer), source.weights.num_parameters, layer_parameters=average, itemsize=itemsize, free=self.free
+        )
 
     def predictor(self) -> Predictor:
         """Return what is expected by numbers of parameters alone, before anything was timed."""
@@ -88,42 +90,52 @@ class SearchJob:
         text = self.compression.source.config.get_text_config()
         head = text.vocab_size * text.hidden_size
         others = max(0, sizes.parameters - sizes.layers * sizes.layer_parameters - head)
-        cost: AnswerCost = by_size(sizes.layers, sizes.layer_parameters, head, others, question)
+        cost: AnswerCost = by_size(
+            sizes.layers, sizes.layer_parameters, head_parameters=head, other_parameters=others, question=question
+        )
         return Predictor(sizes, question, cost, cost, timed=False)
 
 
-def prepare_search(wanted: SearchRecipe, options: RunOptions, progress: Progress = silent) -> SearchJob:
+def prepare_search(recipe: SearchRecipe, options: RunOptions, progress: Progress = silent) -> SearchJob:
     """Open and check everything, the cheap things first. Raises: InputError for whatever is wrong with it."""
-    recipe = Recipe(wanted.model, wanted.calibration, LayerBudget(drop_layers=0), seed=wanted.seed)
-    job = prepare_compression(recipe, options, progress)
+    compression = Recipe(recipe.model, recipe.calibration, LayerBudget(drop_layers=0), seed=recipe.seed)
+    job = prepare_compression(compression, options, progress)
     if "router" in job.source.raw_config:
-        raise InputError(f"{wanted.model} has a router, which was trained for its layers: search from the one without.")
+        raise InputError(f"{recipe.model} has a router, which was trained for its layers: search from the one without.")
     if job.device == "auto":
         raise InputError("what runs on several devices is not timed: name one with --device.")
-    check_not_kept_aside(wanted.task.data, "a search, which chooses by its task")
-    task = compared_task(wanted.task, wanted.task_samples, wanted.seed)
+    check_not_kept_aside(recipe.task.data, "a search, which chooses by its task")
+    task = compared_task(recipe.task, recipe.task_samples, recipe.seed)
     for sample in task.samples:
         sample.open_images()
-    left_out = dict.fromkeys(wanted.without, "it was asked to be left out")
-    for name, check in _checks(wanted, job).items():
+    left_out = dict.fromkeys(recipe.without, "it was asked to be left out")
+    for name, check in _checks(recipe, job).items():
         try:
             if name not in left_out:
                 check()
         except InputError as error:
             left_out[name] = str(error)
-    workload = Workload(wanted.task.data, seed=wanted.seed, **wanted.task.options)
+    workload = Workload(recipe.task.data, seed=recipe.seed, **recipe.task.options)
     prompt = workload.batch(job.processor, job.source.config, 1)
-    found = SearchJob(wanted, options, job, task, prompt, tuple(e for e in EXTRAS if e not in left_out), left_out)
-    _check_goal(found)
-    return found
+    search_job = SearchJob(
+        recipe,
+        options,
+        compression=job,
+        task=task,
+        prompt=prompt,
+        available=tuple(e for e in EXTRAS if e not in left_out),
+        left_out=left_out,
+    )
+    _check_goal(search_job)
+    return search_job
 
 
-def _checks(wanted: SearchRecipe, job: CompressionJob) -> dict[str, Callable[[], object]]:
+def _checks(recipe: SearchRecipe, job: CompressionJob) -> dict[str, Callable[[], object]]:
     """Return what each of EXTRAS needs, as functions that raise InputError."""
 
     def router() -> None:
         check_routable(job.source.config)
-        unlabelled(wanted.calibration, wanted.seed)
+        unlabelled(recipe.calibration, recipe.seed)
 
     def int8() -> None:
         if job.device != "cpu":
@@ -132,7 +144,7 @@ def _checks(wanted: SearchRecipe, job: CompressionJob) -> dict[str, Callable[[],
         support_of(job.source.config)
 
     return {
-        "heal": lambda: check_healing(HealRecipe(seed=wanted.seed), wanted.heal_calibration),
+        "heal": lambda: check_healing(HealRecipe(seed=recipe.seed), recipe.heal_calibration),
         "router": router,
         "int8": int8,
     }
@@ -141,8 +153,8 @@ def _checks(wanted: SearchRecipe, job: CompressionJob) -> dict[str, Callable[[],
 def _check_goal(job: SearchJob) -> None:
     """Raise InputError for goals that no number of layers reaches, where that is known from sizes alone."""
     if job.free < 1:
-        raise InputError(f"{job.wanted.model}: no layer may go, so that there is nothing to search among.")
-    goal, sizes = job.wanted.goal, job.sizes()
+        raise InputError(f"{job.recipe.model}: no layer may go, so that there is nothing to search among.")
+    goal, sizes = job.recipe.goal, job.sizes()
     if goal.params is not None:
         least = sizes.parameters_without(job.free)
         if goal.params < least:
@@ -167,7 +179,7 @@ def step_costs(job: SearchJob) -> StepCosts:
     one_pass = 2 * guess.tokens * sum(compression.source.parameters_per_layer) / flops_per_second(compression)
     guesses = {"compress": 4 * one_pass + 5.0, "measure": 3 * one_pass * len(job.task.samples) / questions + 10.0}
     if "heal" in job.available:
-        _, fit, held_out = check_healing(HealRecipe(seed=job.wanted.seed), job.wanted.heal_calibration)
+        _, fit, held_out = check_healing(HealRecipe(seed=job.recipe.seed), job.recipe.heal_calibration)
         passes = Schedule(HealRecipe(), len(fit), len(held_out)).forward_passes(0.75)
         guesses["heal"] = passes * one_pass * (len(fit) + len(held_out)) / questions + 5.0
     if "router" in job.available:

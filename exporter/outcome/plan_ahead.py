@@ -33,8 +33,13 @@ class SearchAhead:
         ahead = zip(self.candidates, self.seconds, strict=True)
         return {
             "candidates": [
-                {"label": one.label, **candidate_data(one), "expected": self.predictor.expect(one), "seconds": seconds}
-                for one, seconds in ahead
+                {
+                    "label": candidate.label,
+                    **candidate_data(candidate),
+                    "expected": self.predictor.expect(candidate),
+                    "seconds": seconds,
+                }
+                for candidate, seconds in ahead
             ],
             "left_out": self.left_out,
             "minutes": self.minutes,
@@ -43,20 +48,20 @@ class SearchAhead:
 
 
 def plan_ahead(
-    wanted: SearchRecipe, out: Path, options: RunOptions = RunOptions(), progress: Progress = silent
+    recipe: SearchRecipe, out: Path, options: RunOptions = RunOptions(), progress: Progress = silent
 ) -> SearchAhead:
     """Check everything that a search is given; return what it would look at. Raises: InputError, as `search` does."""
-    job = prepare_search(wanted, options, progress)
-    StepsFile(out, job.asked())
+    job = prepare_search(recipe, options, progress)
+    StepsFile(out, job.depends_on())
     predictor, costs = job.predictor(), step_costs(job)
-    candidates = wanted_candidates(predictor, wanted.goal, mixes(job.available))
+    candidates = wanted_candidates(predictor, recipe.goal, mixes(job.available))
     num_bytes = FOLDERS * job.compression.source.weights.num_bytes
     check_space(out, num_bytes)
     return SearchAhead(
         predictor,
         tuple(candidates),
-        tuple(costs.of(candidate, ()) for candidate in candidates),
-        job.left_out,
-        (costs.of_all(candidates) + costs.expect("measure")) / 60,
-        num_bytes,
+        seconds=tuple(costs.seconds_of(candidate, ()) for candidate in candidates),
+        left_out=job.left_out,
+        minutes=(costs.seconds_of_all(candidates) + costs.expect("measure")) / 60,
+        disk_bytes=num_bytes,
     )

@@ -101,14 +101,14 @@ def wanted_candidates(
         counts = sorted({min(predictor.sizes.free, max(1, round(predictor.sizes.layers * share))) for share in FRONT})
         both = [Candidate(gone, mix) for mix in mixes for gone in (counts if not _alone(mix) else [0, *counts])]
         return [candidate for candidate in both if candidate.drop <= predictor.sizes.free]
-    found: list[Candidate] = []
+    worthwhile: list[Candidate] = []
     for mix in mixes:
-        above = max((one.drop for one in missed if one.mix.unhealed == mix.unhealed), default=-1)
+        above = max((failure.drop for failure in missed if failure.mix.unhealed == mix.unhealed), default=-1)
         candidate = predictor.least(mix, goal, above)
-        if candidate is None or any(_as_good(other, candidate) for other in found):
+        if candidate is None or any(_as_good(other, candidate) for other in worthwhile):
             continue
-        found.append(candidate)
-    return found
+        worthwhile.append(candidate)
+    return worthwhile
 
 
 def _alone(mix: Mix) -> bool:

@@ -24,11 +24,11 @@ from ..publishing.folder_kinds import verify
 from ..recipe import RunOptions
 from .answer_cost import AnswerCost
 from .candidate import Candidate, Mix, mixes
-from .found import Found, SearchResult, choice, nearest_ones
 from .goal import SearchRecipe
 from .job import SearchJob, prepare_search, step_costs
 from .prediction import Predictor, wanted_candidates
 from .report import write_report
+from .result import MeasuredCandidate, SearchResult, choice, nearest_ones
 from .steps_file import MEASURED, ORIGINAL, PASSED, StepsFile, candidate_data
 from .workshop import Workshop
 
@@ -41,7 +41,7 @@ CHOSEN, NEAREST, WORK, ANSWERS = "chosen", "nearest", "work", "answers.jsonl"
 
 
 def search(
-    wanted: SearchRecipe,
+    recipe: SearchRecipe,
     out: Path | str,
     options: RunOptions = RunOptions(batch_size=16),
     minutes: float | None = None,
@@ -59,11 +59,11 @@ def search(
     out, begin = Path(out), time.monotonic()
     if minutes is not None and not 0 < minutes < 1e6:
         raise InputError(f"time={minutes:g}: minutes above 0 are needed.")
-    job = prepare_search(wanted, options, progress)
-    steps = StepsFile(out, job.asked())
+    job = prepare_search(recipe, options, progress)
+    steps = StepsFile(out, job.depends_on())
     steps.begin()
     with held(out, "another run is searching"):
-        shop = Workshop(job, out / WORK, out / ANSWERS, step_costs(job), progress)
+        shop = Workshop(job, out / WORK, answers=out / ANSWERS, costs=step_costs(job), progress=progress)
         run = SearchRun(job, steps, shop, None if minutes is None else begin + 60 * minutes)
         run.take_back(out)
         try:
@@ -73,7 +73,7 @@ def search(
             raise
         run.look_at_candidates()
         result = run.result(out, time.monotonic() - begin)
-        write_report(result, wanted)
+        write_report(result, recipe)
         (out / LOCK).unlink(missing_ok=True)
     return result
 
@@ -96,7 +96,7 @@ class SearchRun:
         if self.steps.original is not None:
             return
         begin = time.monotonic()
-        model = Path(self.job.wanted.model)
+        model = Path(self.job.recipe.model)
         correct, answers = self.shop.answered(model)
         if not any(correct):
             raise InputError(
@@ -129,27 +129,29 @@ class SearchRun:
             times, operations = (rough.times.scaled(rough.question, at[0][unit]) for unit in ("ms", "flops"))
         question = self.job.question(self.original["answer_tokens"])
         sizes = replace(rough.sizes, beyond=self.original["beyond"])
-        made = Predictor(sizes, question, times, operations, timed=True)
-        for candidate, step in self.steps.of(MEASURED).items():
-            made.learn(candidate, step["figures"])
-        return made
+        expected = Predictor(sizes, question, times, operations, timed=True)
+        for candidate, step in self.steps.of_kind(MEASURED).items():
+            expected.learn(candidate, step["figures"])
+        return expected
 
     # candidates
 
     @property
-    def found(self) -> list[Found]:
+    def candidates(self) -> list[MeasuredCandidate]:
         original = self.original["correct"]
-        return [Found.of(candidate, step, original) for candidate, step in self.steps.of(MEASURED).items()]
+        return [
+            MeasuredCandidate.of(candidate, step, original) for candidate, step in self.steps.of_kind(MEASURED).items()
+        ]
 
     def look_at_candidates(self) -> None:
         """Make and measure one candidate after the other, until none is worth it or the time is up."""
         self.not_reached = []
         self.shop.costs.add("measure", self.original["seconds"])
-        for known in self.steps.of(MEASURED).values():
+        for known in self.steps.of_kind(MEASURED).values():
             for name, seconds in known["seconds"].items():
                 self.shop.costs.add(name, seconds)
         for candidate in self._next_ones():
-            seconds = self.shop.costs.of(candidate, self.shop.made)
+            seconds = self.shop.costs.seconds_of(candidate, self.shop.folders)
             if self.deadline is not None and time.monotonic() + seconds > self.deadline:
                 self.not_reached.append(candidate)
                 continue
@@ -162,7 +164,7 @@ class SearchRun:
     def _next_ones(self) -> Iterator[Candidate]:
         """Yield what is to be looked at next, each time by all that is known by then."""
         while True:
-            seen = self.steps.settled | {*self.not_reached, *self.failed}
+            seen = self.steps.done | {*self.not_reached, *self.failed}
             todo = [candidate for candidate in self.worth() if candidate not in seen]
             if not todo:
                 todo = [candidate for candidate in self._retreat() if candidate not in seen]
@@ -173,25 +175,29 @@ class SearchRun:
 
     def worth(self) -> list[Candidate]:
         """Return the candidates that are worth making, seen or not, as far as is known now."""
-        goal, found = self.job.wanted.goal, self.found
-        missed = [one.candidate for one in found if not goal.met(one.figures)]
+        goal, candidates = self.job.recipe.goal, self.candidates
+        missed = [measured.candidate for measured in candidates if not goal.met(measured.figures)]
         given_up = {candidate.mix for candidate in self.failed}
         possible = [mix for mix in mixes(self.job.available) if mix not in given_up]
-        wanted = wanted_candidates(self.predictor(), goal, possible, missed)
+        worthwhile = wanted_candidates(self.predictor(), goal, possible, missed)
         if goal.target is None:
-            return wanted
+            return worthwhile
         counts: dict[Mix, int] = {}
-        for one in found:
-            counts[one.candidate.mix] = counts.get(one.candidate.mix, 0) + 1
-        return [candidate for candidate in wanted if counts.get(candidate.mix, 0) < MOST_OF_A_MIX]
+        for measured in candidates:
+            counts[measured.candidate.mix] = counts.get(measured.candidate.mix, 0) + 1
+        return [candidate for candidate in worthwhile if counts.get(candidate.mix, 0) < MOST_OF_A_MIX]
 
     def _retreat(self) -> list[Candidate]:
         """Return a candidate with fewer layers gone than the best one, where nothing keeps to the loss: the nearest."""
-        wanted, found = self.job.wanted, self.found
-        if not found or wanted.goal.target is None or any(one.loss <= wanted.max_loss for one in found):
+        recipe, candidates = self.job.recipe, self.candidates
+        if (
+            not candidates
+            or recipe.goal.target is None
+            or any(measured.loss <= recipe.max_loss for measured in candidates)
+        ):
             return []
-        best = min(found, key=lambda one: one.loss)
-        tried = [one for one in found if not wanted.goal.met(one.figures)]
+        best = min(candidates, key=lambda measured: measured.loss)
+        tried = [measured for measured in candidates if not recipe.goal.met(measured.figures)]
         fewer = Candidate(best.candidate.drop - 1, best.candidate.mix)
         if len(tried) >= RETREATS or fewer.drop < 0 or fewer.is_original or (fewer.mix.healed and not fewer.drop):
             return []
@@ -199,10 +205,10 @@ class SearchRun:
 
     def _best(self) -> list[Candidate]:
         """Return what would be written now."""
-        wanted, found = self.job.wanted, self.found
-        best = choice(found, wanted.goal, wanted.max_loss)
-        near = nearest_ones(found, wanted.goal, wanted.max_loss)
-        return [best.candidate] if best else [one.candidate for one in near[:1]]
+        recipe, candidates = self.job.recipe, self.candidates
+        best = choice(candidates, recipe.goal, recipe.max_loss)
+        near = nearest_ones(candidates, recipe.goal, recipe.max_loss)
+        return [best.candidate] if best else [measured.candidate for measured in near[:1]]
 
     def _look_at(self, candidate: Candidate) -> None:
         """Make a candidate, and measure it unless held-out questions say that it loses far too much."""
@@ -237,7 +243,7 @@ class SearchRun:
         if candidate.mix != Mix() or "heal" not in self.job.available or not told or "same_answers" not in told:
             return None
         loss = 100 * (1 - told["same_answers"])
-        allowed = HOPELESS * max(self.job.wanted.max_loss, LEAST_LOSS)
+        allowed = HOPELESS * max(self.job.recipe.max_loss, LEAST_LOSS)
         return loss if loss > allowed else None
 
     # the end
@@ -257,16 +263,16 @@ class SearchRun:
 
     def result(self, out: Path, seconds: float) -> SearchResult:
         """Write the chosen folder under its name, verify it, and return what was found."""
-        wanted, found = self.job.wanted, self.found
+        recipe, candidates = self.job.recipe, self.candidates
         best = self._best()
-        met = choice(found, wanted.goal, wanted.max_loss) is not None
+        met = choice(candidates, recipe.goal, recipe.max_loss) is not None
         folder = out / (CHOSEN if met else NEAREST)
         if best:
-            made = self.shop.folder_of(best[0])
+            candidate_folder = self.shop.folder_of(best[0])
             if self.not_reached:  # the next call goes on from there
-                shutil.copytree(made, folder)
+                shutil.copytree(candidate_folder, folder)
             else:
-                made.rename(folder)
+                candidate_folder.rename(folder)
             self.shop.set_default(folder, best[0])
             verified = verify(folder)
             if not verified.holds:
@@ -276,8 +282,8 @@ class SearchRun:
         whole, tokens = self.original["depths"]["0"]["ms"], self.original["answer_tokens"]
         return SearchResult(
             out=out,
-            goal=wanted.goal,
-            max_loss=wanted.max_loss,
+            goal=recipe.goal,
+            max_loss=recipe.max_loss,
             original=Rate.of(map(bool, self.original["correct"])),
             original_figures={
                 "ms": whole,
@@ -287,8 +293,8 @@ class SearchRun:
                 "parameters": self.job.sizes().parameters,
                 "answer_tokens": tokens,
             },
-            found=tuple(found),
-            passed={candidate.label: step["expected_loss"] for candidate, step in self.steps.of(PASSED).items()},
+            candidates=tuple(candidates),
+            passed={candidate.label: step["expected_loss"] for candidate, step in self.steps.of_kind(PASSED).items()},
             failed={candidate.label: reason for candidate, reason in self.failed.items()},
             left_out=self.job.left_out,
             open=tuple(candidate.label for candidate in self.not_reached),

@@ -24,21 +24,21 @@ class StepCosts:
         """Return the longest that was seen of a kind, so that a limit is kept; a guess where none was."""
         return max(self.seen.get(step, [self.guesses.get(step, 0.0)]))
 
-    def of(self, candidate: Candidate, made: Collection[str]) -> float:
+    def seconds_of(self, candidate: Candidate, folders: Collection[str]) -> float:
         """Return seconds to make and to measure a candidate.
 
         Args:
-            made: folders that are there already.
+            folders: folders that are there already.
         """
-        return sum(self.expect(step_of(one)) for one in chain(candidate, made)) + self.expect("measure")
+        return sum(self.expect(step_of(link)) for link in chain(candidate, folders)) + self.expect("measure")
 
-    def of_all(self, candidates: Collection[Candidate]) -> float:
+    def seconds_of_all(self, candidates: Collection[Candidate]) -> float:
         """Return seconds of several candidates, which share what they are made from."""
-        made: set[str] = set()
+        folders: set[str] = set()
         total = 0.0
         for candidate in candidates:
-            total += self.of(candidate, made)
-            made |= {one.folder for one in chain(candidate, made)}
+            total += self.seconds_of(candidate, folders)
+            folders |= {link.folder for link in chain(candidate, folders)}
         return total
 
 
@@ -48,9 +48,9 @@ def step_of(candidate: Candidate) -> str:
     return "export" if mix.int8 else "route" if mix.tokens is not None else "heal" if mix.healed else "compress"
 
 
-def chain(candidate: Candidate, made: Collection[str]) -> Iterator[Candidate]:
+def chain(candidate: Candidate, folders: Collection[str]) -> Iterator[Candidate]:
     """Yield the candidate and those that it is made from, but for the original and for folders that are there."""
-    one: Candidate | None = candidate
-    while one is not None and not one.is_original and one.folder not in made:
-        yield one
-        one = one.before
+    link: Candidate | None = candidate
+    while link is not None and not link.is_original and link.folder not in folders:
+        yield link
+        link = link.before

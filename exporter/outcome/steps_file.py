@@ -49,8 +49,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 class StepsFile:
     """Finished steps of a search."""
 
-    def __init__(self, out: Path, asked: Any) -> None:
-        self.file = CellsFile(out / STEPS_FILE, asked, "search")
+    def __init__(self, out: Path, depends_on: Any) -> None:
+        self.file = CellsFile(out / STEPS_FILE, depends_on, "search")
         self.steps: list[dict[str, Any]] = list(self.file.read(checked))
 
     def begin(self) -> None:
@@ -67,14 +67,14 @@ class StepsFile:
         """Return what is known of the original."""
         return next((step for step in self.steps if step["step"] == ORIGINAL), None)
 
-    def of(self, kind: str) -> dict[Candidate, dict[str, Any]]:
+    def of_kind(self, kind: str) -> dict[Candidate, dict[str, Any]]:
         """Return the steps of a kind, by candidate, in the order in which they were taken."""
         return {candidate_from(step["candidate"]): step for step in self.steps if step["step"] == kind}
 
     @property
-    def settled(self) -> set[Candidate]:
+    def done(self) -> set[Candidate]:
         """Return the candidates that need not be looked at again."""
-        return {candidate for kind in (MEASURED, PASSED) for candidate in self.of(kind)}
+        return {candidate for kind in (MEASURED, PASSED) for candidate in self.of_kind(kind)}
 
 
 def checked(step: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Workshop:
     # making
 
     @property
-    def made(self) -> set[str]:
+    def folders(self) -> set[str]:
         """Return the folders that are there."""
         return {path.name for path in self.work.glob("[!.]*")} if self.work.is_dir() else set()
 
@@ -68,13 +68,13 @@ class Workshop:
         Raises: InputError, CheckFailed, as the steps do.
         """
         if candidate.is_original:
-            return Path(self.job.wanted.model)
+            return Path(self.job.recipe.model)
         folder = self.work / candidate.folder
         if folder.exists():
             return folder
         assert candidate.before is not None
         plain = step_of(candidate) == "compress"
-        base = Path(self.job.wanted.model) if plain else self.folder_of(candidate.before)
+        base = Path(self.job.recipe.model) if plain else self.folder_of(candidate.before)
         self.work.mkdir(exist_ok=True)
         begin = time.monotonic()
         self._make(candidate, str(base), folder)
@@ -82,16 +82,16 @@ class Workshop:
         return folder
 
     def _make(self, candidate: Candidate, base: str, folder: Path) -> None:
-        wanted, options = self.job.wanted, self.job.options
+        recipe, options = self.job.recipe, self.job.options
         step = step_of(candidate)
         if step == "compress":
-            compress(candidate.recipe(wanted), folder, options, self.progress)
+            compress(candidate.recipe(recipe), folder, options, self.progress)
         elif step == "heal":
-            healing = HealRecipe(wanted.heal_calibration, teacher=wanted.model, seed=wanted.seed)
-            heal(base, healing, folder, options, self.progress)
+            healing = HealRecipe(recipe.heal_calibration, teacher=recipe.model, seed=recipe.seed)
+            heal(base, healing, out=folder, options=options, progress=self.progress)
         elif step == "route":
-            router = RouterRecipe(calibration=wanted.calibration, seed=wanted.seed)
-            route(base, router, folder, options, self.progress)
+            router = RouterRecipe(calibration=recipe.calibration, seed=recipe.seed)
+            route(base, router, out=folder, options=options, progress=self.progress)
         else:
             export(base, folder, ExportOptions(quantize="int8"))
 
@@ -128,11 +128,11 @@ class Workshop:
         """Remove folders that nothing needs any more: candidates, and what they are made from."""
         keep = set()
         for candidate in needed:
-            one: Candidate | None = candidate
-            while one is not None:
-                keep.add(one.folder)
-                one = one.before
-        for name in self.made - keep:
+            link: Candidate | None = candidate
+            while link is not None:
+                keep.add(link.folder)
+                link = link.before
+        for name in self.folders - keep:
             shutil.rmtree(self.work / name, ignore_errors=True)
 
     # measuring
@@ -153,17 +153,17 @@ class Workshop:
 
     def answered(self, folder: Path, candidate: Candidate = Candidate(0)) -> tuple[list[bool], tuple[str, ...]]:
         """Return which of the task's questions are right, and the answers."""
-        wanted = self.job.wanted
+        recipe = self.job.recipe
         budgets = BudgetGrid() if candidate.budget is None else BudgetGrid((candidate.mix.tokens,))
         done = evaluate(
             [folder],
-            wanted.task.data,
+            recipe.task.data,
             budgets=budgets,
             options=self.job.options,
-            samples=wanted.task_samples,
-            seed=wanted.seed,
-            **wanted.task.options,
-            measure=Measure(self.job.task.metric, wanted.task.suffix),
+            samples=recipe.task_samples,
+            seed=recipe.seed,
+            **recipe.task.options,
+            measure=Measure(self.job.task.metric, recipe.task.suffix),
             predictions=self.answers,
             update_cards=False,
             progress=self.progress,
@@ -196,7 +196,7 @@ class Workshop:
         int8 = candidate.mix.int8
         done = bench(
             [folder],
-            reference=self.job.wanted.model,
+            reference=self.job.recipe.model,
             budgets=[candidate.budget] if candidate.budget else [],
             workload=self.job.workload,
             options=BenchOptions(
@@ -229,7 +229,9 @@ class Workshop:
             for count in gone:
                 shown = clone_that_shares_weights(model) if count else model
                 stack.enter_context(assembled(shown, Variant(make_plan(job.source.num_layers, self._spread(count)))))
-                subject = TorchSubject(job.source.name, None, shown, job.processor, describe_way(shown))
+                subject = TorchSubject(
+                    job.source.name, None, model=shown, processor=job.processor, runtime=describe_way(shown)
+                )
                 timed.append(TimedModel(subject, ready(self.job.prompt, job.device), answer_tokens, job.device))
             costs = [run.subject.cost(run.prompt, answer_tokens) for run in timed]
             peaks = [run.peak_beyond(0) for run in timed]
@@ -255,7 +257,7 @@ def figures_of(mine: Figures, original: Figures, answer_tokens: int) -> dict[str
     ratio = mine.ratio_to_reference
     assert ratio is not None
     low, high = ratio["intervals"]["total_ms"]
-    operations = [_operations(dataclasses.asdict(one), answer_tokens) for one in (mine, original)]
+    operations = [_operations(dataclasses.asdict(figures), answer_tokens) for figures in (mine, original)]
     kv = mine.kv_bytes or 0
     return {
         "speedup": 1 / ratio["total_ms"],

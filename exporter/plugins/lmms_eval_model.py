@@ -62,11 +62,19 @@ class LvlmExporter(lmms):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"--batch_size {batch_size}: a whole number from 1 up is needed.")
         self.batch_size = int(batch_size)
-        asked = budget_asked(pretrained, preset, keep_visual_tokens, keep_layers, flops, rule, drop_at)
+        request = budget_asked(
+            pretrained,
+            preset,
+            keep_visual_tokens=keep_visual_tokens,
+            keep_layers=keep_layers,
+            flops=flops,
+            rule=rule,
+            drop_at=drop_at,
+        )
         options = RunOptions(device=device, dtype=dtype, memory=memory, batch_size=self.batch_size)
-        self.loaded: Loaded = load(pretrained, options, [asked], calibration=calibration)
-        self.loaded.ask, self.loaded.seed = asked, seed
-        logger.warning("lvlm_exporter: %s under %s", pretrained, asked or "no budget: all of it runs")
+        self.loaded: Loaded = load(pretrained, options, [request], calibration=calibration)
+        self.loaded.request, self.loaded.seed = request, seed
+        logger.warning("lvlm_exporter: %s under %s", pretrained, request or "no budget: all of it runs")
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
         """Return the greedy answers to all requests, in their order."""
@@ -146,9 +154,9 @@ def budget_asked(
         rule=rule,
         drop_at=drop_at,
     )
-    asked = grid.of(open_source(pretrained))
-    if len(asked) != 1:
+    requests = grid.requests_for(open_source(pretrained))
+    if len(requests) != 1:
         raise InputError(
-            f"lvlm_exporter runs under one budget, and {len(asked)} are named: leave out preset, or the rest."
+            f"lvlm_exporter runs under one budget, and {len(requests)} are named: leave out preset, or the rest."
         )
-    return asked[0]
+    return requests[0]

@@ -88,7 +88,7 @@ def push(
     for name in names:
         require_file(folder / name, "a file to publish")
     api = client(token_needed=not dry_run)
-    existed, seen = look(api, repo_id, may_fail=dry_run)
+    existed, seen = repository_state(api, repo_id, may_fail=dry_run)
     check_request(repo_id, seen, existed=existed, private=private, create_pr=create_pr)
     check_kind(repo_id, seen, kind)
     kind.require(folder, device, trust_remote_code)
@@ -147,7 +147,7 @@ def client(token_needed: bool) -> HfApi:
     return HfApi(token=token or False, library_name="lvlm-exporter")
 
 
-def look(api: HfApi, repo_id: str, may_fail: bool) -> tuple[bool | None, ModelInfo | None]:
+def repository_state(api: HfApi, repo_id: str, may_fail: bool) -> tuple[bool | None, ModelInfo | None]:
     """Return whether there is such a repository (None: the hub can't be asked), and what it is like."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

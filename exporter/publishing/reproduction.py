@@ -66,34 +66,34 @@ def reproduce(
         _check_data(recipe, record.calibration.fingerprint)
     run = record.run
     options = RunOptions(run.device, run.dtype, run.memory, run.batch_size)
-    made = compress(recipe, out, options, progress, healed, stored_in(record))  # type: ignore[arg-type]
-    return _compared(folder, made, record)
+    remade = compress(recipe, out, options=options, progress=progress, healed=healed, scores=stored_in(record))  # type: ignore[arg-type]
+    return _compared(folder, remade, record)
 
 
-def _compared(folder: Path, made: Path, record: CheckpointRecord) -> Reproduction:
+def _compared(folder: Path, remade: Path, record: CheckpointRecord) -> Reproduction:
     """Compare what was made again with what the record says of every file."""
-    fresh = read_record(made).measured.files
+    fresh = read_record(remade).measured.files
     before = {name: digest.lower() for name, digest in record.measured.files.items()}
     differing = tuple(name for name, digest in before.items() if fresh.get(name) != digest)
     misrecorded = tuple(name for name in differing if name in fresh and fresh[name] == _hash_of(folder / name))
-    largest = _largest_difference(folder, made) if differing else 0.0
-    return Reproduction(made, not differing, differing, largest, misrecorded)
+    largest = _largest_difference(folder, remade) if differing else 0.0
+    return Reproduction(remade, not differing, differing=differing, largest_difference=largest, misrecorded=misrecorded)
 
 
 def _convert_again(
     record: CheckpointRecord, out: Path | str, model: str | Path | None, progress: Callable[..., object]
 ) -> Path:
     """Convert a converted checkpoint's source once more. Raises InputError where it is not what it was."""
-    asked, source = record.conversion, record.source
-    assert asked is not None
+    conversion, source = record.conversion, record.source
+    assert conversion is not None
     name = str(model) if model is not None else str(record.recipe["model"])
     if model is None and source.revision:
         name = f"{name.split('@')[0]}@{source.revision}"
-    original = open_original(name, asked.vision_tower, asked.allow_pickle)
+    original = open_original(name, conversion.vision_tower, conversion.allow_pickle)
     _refuse_changes(name, source_hashes(original), source.files)
     return convert(
-        name, out, vision_tower=asked.vision_tower, allow_pickle=asked.allow_pickle, base_model=source.base_model,
-        device=record.run.device, dtype=record.run.dtype, progress=progress,  # type: ignore[arg-type]
+        name, out, vision_tower=conversion.vision_tower, allow_pickle=conversion.allow_pickle,
+        base_model=source.base_model, device=record.run.device, dtype=record.run.dtype, progress=progress,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -102,9 +102,9 @@ def _check_source(name: str, revision: str | None, expected: dict[str, str]) -> 
     _refuse_changes(name, {file: _hash_of(folder / file) for file in expected}, expected)
 
 
-def _refuse_changes(name: str, found: Mapping[str, str | None], expected: dict[str, str]) -> None:
+def _refuse_changes(name: str, hashes: Mapping[str, str | None], expected: dict[str, str]) -> None:
     """Raise InputError where files of a source have another SHA-256 than its record says."""
-    changed = sorted(file for file, digest in expected.items() if found.get(file) != digest.lower())
+    changed = sorted(file for file, digest in expected.items() if hashes.get(file) != digest.lower())
     if changed:
         others = " and others" if len(changed) > 3 else ""
         raise InputError(

@@ -22,13 +22,13 @@ def report_of_grid(done: Any, header: Sequence[str], rows: Sequence[Sequence[Any
     points += [
         Point(_name(cell), cell.parameters / 1e6, 100 * cell.accuracy, _percent(cell.interval)) for cell in done.cells
     ]
-    found: list[Part] = [
+    parts: list[Part] = [
         Scatter("What is left and what it scores", "parameters (millions)", f"{done.metric} (%)", tuple(points)),
         Table("All cells", tuple(header), tuple(tuple(map(str, row)) for row in rows),
               NOTE),
         _types({_name(cell): cell.by_type for cell in done.best.values()}),
     ]  # fmt: skip
-    return Report("Methods side by side", tuple(commands), tuple(found), facts(), uses_note(done))
+    return Report("Methods side by side", tuple(commands), parts=tuple(parts), facts=facts(), notes=uses_note(done))
 
 
 def uses_note(done: Any) -> tuple[str, ...]:
@@ -51,12 +51,14 @@ def report_of_seeds(
               100 * sum(row.accuracy) / len(row.accuracy), _percent((min(row.accuracy), max(row.accuracy))))
         for row in done.rows
     ]  # fmt: skip
-    found: list[Part] = [
-        Scatter("What is left and what it scores", "parameters (millions)", f"{done.metric} (%)", tuple(points),
-                "A line spans the lowest and the highest seed; that of the original is its 95 % interval."),
+    parts: list[Part] = [
+        Scatter("What is left and what it scores", "parameters (millions)", score_name=f"{done.metric} (%)", points=tuple(points),
+                note="A line spans the lowest and the highest seed; that of the original is its 95 % interval."),
         Table("All rows", tuple(header), tuple(map(tuple, rows))),
     ]  # fmt: skip
-    return Report("Methods side by side, over seeds", tuple(commands), tuple(found), facts(), tuple(notes))
+    return Report(
+        "Methods side by side, over seeds", tuple(commands), parts=tuple(parts), facts=facts(), notes=tuple(notes)
+    )
 
 
 def _name(cell: Any) -> str:
@@ -68,9 +70,10 @@ def _percent(interval: Sequence[float]) -> tuple[float, float]:
 
 
 def _types(by_type: dict[str, dict[str, float]]) -> Table:
-    types = sorted({name for one in by_type.values() for name in one})
+    types = sorted({name for shares in by_type.values() for name in shares})
     rows = tuple(
-        (name, *(f"{100 * one[name]:.1f}" if name in one else "–" for one in by_type.values())) for name in types
+        (name, *(f"{100 * shares[name]:.1f}" if name in shares else "–" for shares in by_type.values()))
+        for name in types
     )
     return Table("By type of question, in percent", ("type", *by_type), rows)
 
@@ -90,12 +93,12 @@ def report_of_routes(
               _percent(cell.interval)) for cell in done.cells
     ]  # fmt: skip
     cost = "decoder FLOPs of the prompt (% of the unrouted model's)"
-    found: list[Part] = [
+    parts: list[Part] = [
         Scatter("What a prompt costs and what it scores", cost, f"{done.metric} (%)", tuple(points)),
         Table("All rows", tuple(header), tuple(tuple(map(str, row)) for row in rows)),
         _types({f"{cell.row}, {done.columns[cell.column]}": cell.by_type for cell in done.cells[:8]}),
     ]
-    return Report("Routers side by side", tuple(commands), tuple(found), facts(), uses_note(done))
+    return Report("Routers side by side", tuple(commands), parts=tuple(parts), facts=facts(), notes=uses_note(done))
 
 
 def report_of_tasks(
@@ -114,12 +117,12 @@ def report_of_tasks(
         (row.method, 100 * (row.flops_share or 0) if counted else (row.parameters or 0) / 1e6, 100 * row.mean)
         for row in shown
     }
-    found: list[Part] = [
+    parts: list[Part] = [
         Scatter("What it costs and what it scores", cost, "mean over the tasks (%)",
                 tuple(Point(name, x, y, None) for name, x, y in sorted(points))),
         *(Table(title, tuple(header), tuple(rows)) for title, rows in by_table.items()),
     ]  # fmt: skip
-    return Report("Methods on several tasks", tuple(commands), tuple(found), facts(), tuple(notes))
+    return Report("Methods on several tasks", tuple(commands), parts=tuple(parts), facts=facts(), notes=tuple(notes))
 
 
 def report_of_zoo(tables: dict[str, Any], header: Sequence[str], cells: Any, commands: Sequence[str]) -> Report:
@@ -129,11 +132,11 @@ def report_of_zoo(tables: dict[str, Any], header: Sequence[str], cells: Any, com
         tables: rows by the name of their table.
         cells: makes texts of a row.
     """
-    found: list[Part] = []
+    parts: list[Part] = []
     for name, rows in tables.items():
         bars = tuple(
             Bar(f"{row.localizer} + {row.fold}, {100 * row.drop_share:.0f} %", 100 * row.worst, None,
                 f"{100 * row.worst:.1f} %") for row in rows
         )  # fmt: skip
-        found += [Bars(f"Worst of the models: kept, {name}", bars), Table(name, tuple(header), tuple(map(cells, rows)))]
-    return Report("Methods over many models", tuple(commands), tuple(found), facts())
+        parts += [Bars(f"Worst of the models: kept, {name}", bars), Table(name, tuple(header), tuple(map(cells, rows)))]
+    return Report("Methods over many models", tuple(commands), tuple(parts), facts())

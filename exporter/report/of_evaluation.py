@@ -11,7 +11,7 @@ from ..evaluation.metrics.table import METRICS
 from ..evaluation.results import Evaluation, ModelResult
 from ..routing.pictures import question_of
 from .page import facts
-from .parts import Answers, Bar, Bars, Kept, Part, Point, Report, Said, Scatter, ShownQuestion, Table
+from .parts import Answers, Bar, Bars, Kept, ModelAnswer, Part, Point, Report, Scatter, ShownQuestion, Table
 from .pictures import thumbnail
 
 LONGEST = 600  # characters of an answer or a question that are shown
@@ -20,7 +20,7 @@ LONGEST = 600  # characters of an answer or a question that are shown
 def report_of_evaluation(done: Evaluation, commands: Sequence[str]) -> Report:
     """Return the page of an evaluation that was run for a report."""
     title = METRICS[done.metric].title
-    found: list[Part] = [
+    parts: list[Part] = [
         Bars(
             f"{title}, with 95 % intervals",
             tuple(
@@ -42,7 +42,7 @@ def report_of_evaluation(done: Evaluation, commands: Sequence[str]) -> Report:
         *_answers(done),
     ]
     notes = () if done.uses is None else (done.uses.sentence,)
-    return Report(f"{title} on {done.task}", tuple(commands), tuple(found), facts(), notes)
+    return Report(f"{title} on {done.task}", tuple(commands), parts=tuple(parts), facts=facts(), notes=notes)
 
 
 def name_of(model: ModelResult) -> str:
@@ -97,7 +97,9 @@ def _front(done: Evaluation, title: str) -> Scatter:
     routed = any(model.flops_share is not None for model in done.models)
     cost = "parameters × prefill FLOPs under the budget" if routed else "parameters"
     note = f"The line joins what nothing beats in both. {title} above, {cost} as a share of the largest model's below."
-    return Scatter("What it costs and what it scores", f"{cost} (%)", f"{title} (%)", points, note)
+    return Scatter(
+        "What it costs and what it scores", f"{cost} (%)", score_name=f"{title} (%)", points=points, note=note
+    )
 
 
 def _types(done: Evaluation) -> list[Part]:
@@ -110,14 +112,14 @@ def _types(done: Evaluation) -> list[Part]:
         (name, str(rate.n), *(f"{100 * model.by_type[name].accuracy:.1f}" for model in done.models))
         for name, rate in first.by_type.items()
     ]
-    found: list[Part] = [Table("By type of question", header, tuple(rows))]
+    parts: list[Part] = [Table("By type of question", header, tuple(rows))]
     for model in others[:6]:
         differences = {
             name: 100 * (model.by_type[name].accuracy - rate.accuracy) for name, rate in first.by_type.items()
         }
         bars = tuple(Bar(name, value, None, f"{value:+.1f}") for name, value in differences.items())
-        found.append(Bars(f"{name_of(model)} less {name_of(first)}, in points", bars))
-    return found
+        parts.append(Bars(f"{name_of(model)} less {name_of(first)}, in points", bars))
+    return parts
 
 
 def _pairs(done: Evaluation) -> list[Part]:
@@ -139,16 +141,24 @@ def _answers(done: Evaluation) -> list[Part]:
     for number in shown.numbers:
         sample = shown.samples[number]
         picture, size = thumbnail(sample, shown.processor)
-        said = tuple(
-            Said(_cut(model.answers[number]), model.correct[number], _kept(model.kept.get(number)))
+        answers = tuple(
+            ModelAnswer(_cut(model.answers[number]), model.correct[number], _kept(model.kept.get(number)))
             for model in done.models
         )
         right = ", ".join(sample.answers[:4])
         questions.append(
-            ShownQuestion(number, _cut(question_of(sample)), _cut(right), sample.type or "", said, picture, size)
+            ShownQuestion(
+                number,
+                _cut(question_of(sample)),
+                right=_cut(right),
+                type=sample.type or "",
+                answers=answers,
+                picture=picture,
+                size=size,
+            )
         )
-    of = len(shown.samples)
-    note = "" if len(questions) == of else f"{len(questions)} of {of} questions, evenly spread over the task."
+    total = len(shown.samples)
+    note = "" if len(questions) == total else f"{len(questions)} of {total} questions, evenly spread over the task."
     return [Answers("Answers beside each other", names, tuple(questions), note)]
 
 

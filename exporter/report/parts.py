@@ -132,8 +132,8 @@ class Scatter:
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    room = 0.07 * (high - low) or 0.07 * abs(high) or 1.0
-    return low - room, high + room
+    margin = 0.07 * (high - low) or 0.07 * abs(high) or 1.0
+    return low - margin, high + margin
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
@@ -177,7 +177,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Said:
+class ModelAnswer:
     """What one model answered."""
 
     answer: str
@@ -193,7 +193,7 @@ class ShownQuestion:
     text: str
     right: str
     type: str
-    said: tuple[Said, ...]
+    answers: tuple[ModelAnswer, ...]
     picture: str = ""  # a data URI, '' for none
     size: tuple[int, int] = (0, 0)
 

@@ -75,7 +75,7 @@ def few_prompts(samples: Sequence[Sample], processor: Any, config: Any, number: 
     return [make_batch([sample], processor, config) for sample in chosen]
 
 
-def flops_of(model: Any, prompts: Sequence[Batch], ask: BudgetRequest | None, **rule_options: Any) -> Flops:
+def flops_of(model: Any, prompts: Sequence[Batch], request: BudgetRequest | None, **rule_options: Any) -> Flops:
     """Count FLOPs under a budget, or of the unrouted model (None): the router counts, a rule's own cost does not.
 
     Args:
@@ -83,11 +83,11 @@ def flops_of(model: Any, prompts: Sequence[Batch], ask: BudgetRequest | None, **
     """
     total = Flops()
     for batch in prompts:
-        if ask is None:
+        if request is None:
             options: dict[str, Any] = {"preset": "off"}
-        elif ask.natural:
-            options = {name: value for name, value in vars(ask.budget).items() if value is not None}
+        elif request.natural:
+            options = {name: value for name, value in vars(request.budget).items() if value is not None}
         else:
-            options = {"route": make_route(model, batch, ask.budget, ask.rule, **rule_options)}
+            options = {"route": make_route(model, batch, request.budget, request.rule, **rule_options)}
         total += prefill_flops(model, batch, **options)
     return total

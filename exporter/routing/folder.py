@@ -72,7 +72,7 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
         if (path := source.folder / ROUTER_FILE).is_file():  # else loading says so
             check_types(f"{source.name}'s router", read_shard(path).entries, all_learnt=True)
         cls = getattr(modeling_routed, class_name(source.config.model_type))
-        model = load_model(source, device, dtype, memory, cls)[0]
+        model = load_model(source, device, dtype=dtype, memory=memory, cls=cls)[0]
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise

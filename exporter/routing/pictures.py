@@ -43,19 +43,19 @@ class PatchGrid:
         return np.asarray(self.kept.numpy()[rows[:, None], columns[None]])
 
 
-def grids(places: Tensor, kept: Tensor) -> list[PatchGrid]:
+def grids(coordinates: Tensor, kept: Tensor) -> list[PatchGrid]:
     """Return the grids of one image, in order: a finer one or a further tile begins where the rows begin again.
 
     Args:
-        places: [V, 2] row and column, 0 to 1; a column of 1 is the end of a line, which shows nothing.
+        coordinates: [V, 2] row and column, 0 to 1; a column of 1 is the end of a line, which shows nothing.
         kept: [V]
     """
-    inside = places[:, 1] < 1
-    places, kept = places[inside], kept[inside]
-    starts = [0, *(torch.nonzero(places[1:, 0] < places[:-1, 0])[:, 0] + 1).tolist(), len(places)]
+    inside = coordinates[:, 1] < 1
+    coordinates, kept = coordinates[inside], kept[inside]
+    starts = [0, *(torch.nonzero(coordinates[1:, 0] < coordinates[:-1, 0])[:, 0] + 1).tolist(), len(coordinates)]
     grids = []
     for begin, end in itertools.pairwise(starts):
-        part = places[begin:end]
+        part = coordinates[begin:end]
         (rows, row), (columns, column) = (torch.unique(part[:, axis], return_inverse=True) for axis in (0, 1))
         cells = torch.zeros(len(rows), len(columns), dtype=torch.bool)
         cells[row, column] = kept[begin:end]
@@ -66,9 +66,9 @@ def grids(places: Tensor, kept: Tensor) -> list[PatchGrid]:
 def image_grids(route: Route, sequence: int) -> list[list[PatchGrid]]:
     """Return for each image of a sequence its grids."""
     visual = route.visual[sequence].cpu()
-    places, kept = route.places[sequence].cpu()[visual], route.keep[sequence].cpu()[visual]
-    numbers = places[:, 0].long()
-    return [grids(places[numbers == n, 1:], kept[numbers == n]) for n in numbers.unique().tolist()]
+    coordinates, kept = route.coordinates[sequence].cpu()[visual], route.keep[sequence].cpu()[visual]
+    numbers = coordinates[:, 0].long()
+    return [grids(coordinates[numbers == n, 1:], kept[numbers == n]) for n in numbers.unique().tolist()]
 
 
 def draw_route(images: Sequence[Any], route: Route, sequence: int, question: str, answer: str, path: Path) -> None:

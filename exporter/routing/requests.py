@@ -67,8 +67,8 @@ class BudgetGrid:
     def any(self) -> bool:
         return bool(self.keep_visual_tokens or self.keep_layers or self.presets or self.flops or self.quality)
 
-    def of(self, source: Source) -> list[BudgetRequest | None]:
-        """Return the asks for one folder, checked against it; None is the model as it is. Raises InputError."""
+    def requests_for(self, source: Source) -> list[BudgetRequest | None]:
+        """Return the requests for one folder, checked against it; None is the model as it is. Raises InputError."""
         rule = Rule.parse(self.rule, self.drop_at)
         if not self.any:
             if self.rule != "router" or self.drop_at is not None:
@@ -77,27 +77,27 @@ class BudgetGrid:
                 )
             return [None]
         settings = router_settings(source, rule)
-        asked = [
+        budgets = [
             Budget(*pair) for pair in itertools.product(self.keep_visual_tokens or (None,), self.keep_layers or (None,))
         ]
-        asked = [] if not (self.keep_visual_tokens or self.keep_layers) else asked
-        asked += [Budget(flops=share) for share in self.flops] + [Budget(quality=share) for share in self.quality]
-        asks = [BudgetRequest(budget, rule) for budget in asked]
+        budgets = [] if not (self.keep_visual_tokens or self.keep_layers) else budgets
+        budgets += [Budget(flops=share) for share in self.flops] + [Budget(quality=share) for share in self.quality]
+        requests = [BudgetRequest(budget, rule) for budget in budgets]
         try:
-            asks += [BudgetRequest(settings.preset(name), rule, name) for name in self.presets]
-            for ask in asks:
-                ask.budget.check(settings, source.num_layers)
-                ask.rule.check(ask.budget)
-                if rule != ROUTER and any(getattr(ask.budget, name) is not None for name in OUTCOMES):
+            requests += [BudgetRequest(settings.preset(name), rule, name) for name in self.presets]
+            for request in requests:
+                request.budget.check(settings, source.num_layers)
+                request.rule.check(request.budget)
+                if rule != ROUTER and any(getattr(request.budget, name) is not None for name in OUTCOMES):
                     raise ValueError(
-                        f"only a router can keep a share of FLOPs or of answers ({ask}): leave out --rule and "
+                        f"only a router can keep a share of FLOPs or of answers ({request}): leave out --rule and "
                         "--drop-at. `compare` compares rules with it at equal FLOPs."
                     )
         except ValueError as error:
             raise InputError(f"{source.name}: {error}") from error
         if rule.drop_at is not None and not 0 <= rule.drop_at <= source.num_layers:
             raise InputError(f"--drop-at {rule.drop_at}: give a number from 0 to {source.num_layers}.")
-        return [ask if not ask.budget.is_off else None for ask in asks]
+        return [request if not request.budget.is_off else None for request in requests]
 
 
 def router_settings(source: Source, rule: Rule = ROUTER) -> RouterSettings:

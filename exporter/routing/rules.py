@@ -27,7 +27,7 @@ from ..data.batches import Batch
 from ..data.samples import Sample
 from ..errors import InputError
 from ..localize.block_influence import block_influence
-from ..modeling.routed_places import places_of
+from ..modeling.routed_places import coordinates_of
 from ..modeling.routed_route import Budget, Route, RouterSettings
 from ..modeling.routed_router import best_layers, best_tokens
 from ..models.capture import attention_means, layer_statistics
@@ -195,8 +195,8 @@ def make_route(
         if routed is not None and (budget.flops is not None or budget.quality is not None):
             limited: Route = replace(routed, visual=visual)
             return limited  # how much of each sequence is the router's affair too
-    tokens = _token_scores(model, batch, rule, routed, seed)
-    layers = _layer_scores(model, batch, rule, routed, seed, influence)
+    tokens = _token_scores(model, batch, rule=rule, routed=routed, seed=seed)
+    layers = _layer_scores(model, batch, rule=rule, routed=routed, seed=seed, influence=influence)
     return assemble(
         model, batch, budget=budget, tokens=tokens.to(visual.device), layers=layers.to(visual.device), rule=rule
     )
@@ -206,13 +206,13 @@ def assemble(model: Any, batch: Batch, budget: Budget, tokens: Tensor, layers: T
     """Return the route that keeps the highest tokens [B, S] and layers [B, N]; sequences without images run whole."""
     settings, visual = model.router_settings, batch.is_visual
     run = best_layers(layers, settings, budget.keep_layers, model.num_layers) | ~visual.any(1)[:, None]
-    places = places_of(model.config, visual, batch.inputs)
-    keep = best_tokens(tokens, visual, budget=budget, patches=places, image_floor=settings.image_floor)
+    coordinates = coordinates_of(model.config, visual, batch.inputs)
+    keep = best_tokens(tokens, visual, budget=budget, patches=coordinates, image_floor=settings.image_floor)
     return Route(
         keep=keep,
         layers=run,
         visual=visual,
-        places=places,
+        coordinates=coordinates,
         token_logits=tokens,
         layer_logits=layers,
         drop_at=rule.drops_at(settings),

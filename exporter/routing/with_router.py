@@ -51,7 +51,7 @@ def with_router(
     """
     begin = time.monotonic()
     check_target(out)
-    job = prepare_router(plain, router, data, options, questions)
+    job = prepare_router(plain, router, data=data, options=options, questions=questions)
     check_space(out, job.source.weights.num_bytes)
     record = read_record(plain).to_data()
     state_file = out.absolute().parent / f".{out.name}.training"

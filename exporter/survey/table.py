@@ -111,12 +111,12 @@ def main(arguments: Sequence[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    def said(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    def announced(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
         for number, item in enumerate(items, 1):
             print(f"{number}/{total} {item}", flush=True)
             yield item
 
-    bar: Callable[..., Iterable[Any]] = said
+    bar: Callable[..., Iterable[Any]] = announced
     write(try_types((), bar), Path(arguments[0]))
 
 

@@ -133,10 +133,10 @@ def test_reviews_without_two_numbers_are_asked_for_again(judge):
 def test_what_is_wrong_with_a_judge(judge, tiny, bench, task, tmp_path):
     _, silent = judge(lambda _: None)
     with pytest.raises(JudgeSilentError, match=r"the judge http://127.* \(judge\) does not answer: HTTP 503"):
-        silent.ask("well?")
+        silent.reply_to("well?")
     _, empty = judge(lambda _: " ")
     with pytest.raises(JudgeSilentError, match="it answers with no text"):
-        empty.ask("well?")
+        empty.reply_to("well?")
     nobody = JudgeClient("http://127.0.0.1:9", "judge", attempts=1)
     with pytest.raises(InputError, match="does not answer: "):
         evaluate([tiny("llava")], bench, rated_by=nobody, predictions=tmp_path / "p.jsonl")

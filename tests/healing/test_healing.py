@@ -31,7 +31,7 @@ from exporter.healing.losses import divergence, reverse, symmetric
 from exporter.healing.pairs import exchanged, parted
 from exporter.healing.schedule import Schedule
 from exporter.healing.student import prepared
-from exporter.healing.teacher import AnswerStore, said
+from exporter.healing.teacher import AnswerStore, teacher_outputs
 from exporter.models.answers import answered
 from exporter.models.loading import load_model, text_decoder
 from exporter.pipeline import check_heal, compress, heal
@@ -114,7 +114,7 @@ def test_what_is_read_while_answering_is_what_a_whole_pass_gives(tiny, questions
     source = open_source(str(tiny("qwen2_5_vl")))
     model, processor = load_model(source, "cpu", torch.float32)[0], load_processor(source.folder)
     batch = make_batch(load_calibration(str(questions), samples=3).samples, processor, model.config)
-    answers, ids, log_p = said(model, batch, 4, 5)
+    answers, ids, log_p = teacher_outputs(model, batch, 4, 5)
     one = answered(model, batch, 4)
     assert torch.cat(answers).tolist() == one.targets.tolist()
     whole = model(**one.batch.inputs).logits[one.predicts].float().log_softmax(-1)
@@ -186,7 +186,7 @@ def test_healing_costs_thirty_forward_passes_at_most():
         for questions in (16, 256, 2048):
             assert Schedule(HealRecipe(), questions * 7 // 8, questions // 8).forward_passes(kept) <= 30
     few = Schedule(HealRecipe(steps=3, batch_size=4), 20, 4)
-    assert (few.epoch, few.rounds, few.judging, few.asked) == (5, 1, 12, 32)
+    assert (few.epoch, few.rounds, few.judging, few.num_answers) == (5, 1, 12, 32)
 
 
 # --- whole ------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_generate_shows_the_router_what_forward_does(case):
             generated(case, batch, **budget, **options)
         for _, visual, _, places in seen:
             repeats, length = len(visual) // 3, batch["input_ids"].shape[1]
-            torch.testing.assert_close(places[:, :length], expected.places.repeat_interleave(repeats, 0))
+            torch.testing.assert_close(places[:, :length], expected.coordinates.repeat_interleave(repeats, 0))
         assert len(seen) == (NEW if "use_cache" in options else 1)
 
 
@@ -593,13 +593,13 @@ def test_router_is_small():
 def test_places_of_visual_tokens(routed):
     """A square image, an image of any shape, rows of patches."""
     case = routed("llava")
-    places = case.model.route(**case.prompts([0])).kept_places()[0]
+    places = case.model.route(**case.prompts([0])).kept_coordinates()[0]
     assert places.shape == (25, 3)
     assert torch.allclose(places[7], torch.tensor([0, 0.3, 0.5]))
     for family in ("qwen2_5_vl", "mistral3"):
         case = routed(family)
         batch = case.prompts([1])  # twice as wide as high
-        places = case.model.route(**batch).kept_places()[0]
+        places = case.model.route(**batch).kept_coordinates()[0]
         rows, columns = (len(places[:, i].unique()) for i in (1, 2))
         assert rows < columns and rows * columns == len(places)
         assert torch.equal(places[:columns, 1], places[:1, 1].expand(columns))
@@ -637,7 +637,7 @@ def test_places_are_known_for_any_number_of_images(family, routed):
     case = routed(family)
     for counts in ({0: 1, 1: 2}, {0: 1, 1: 1}):
         batch = case.prompts([0, 1], images=counts)
-        places, visual = case.model.route(**batch, keep_layers=6).places, case.visual(batch)
+        places, visual = case.model.route(**batch, keep_layers=6).coordinates, case.visual(batch)
         for row, count in counts.items():
             assert places[row][visual[row], 0].unique().tolist() == list(range(count))
         first = places[1][visual[1]]  # 64 x 32

@@ -163,7 +163,7 @@ def test_the_router_sees_where_the_tokens_of_a_later_image_lie(family, tiny, tmp
     whole = {**second, **{name: torch.cat([said[name], second[name]], 1) for name in text}}
     with seen_by_router(case.model) as seen:
         case.model.generate(**whole, **BUDGET, max_new_tokens=2, past_key_values=made.past_key_values)
-    expected = case.model.route(**second, **BUDGET).places
+    expected = case.model.route(**second, **BUDGET).coordinates
     ((_, visual, _, places),) = seen
     torch.testing.assert_close(places[visual], expected[case.visual(second)])
 

@@ -242,7 +242,7 @@ def test_new_routers_have_a_floor_and_rules_keep_it(case):
     batch = case.prompts([0, 1], images={0: 2, 1: 3})
     route = case.model.route(**batch, keep_visual_tokens=12)
     for row, images in ((0, 2), (1, 3)):
-        places = route.kept_places()[row]
+        places = route.kept_coordinates()[row]
         counts = places[:, 0].long().bincount(minlength=images)
         assert counts.sum() == 12 and counts.min() >= max(1, int(12 * IMAGE_FLOOR / images))
 
@@ -256,7 +256,7 @@ def test_a_rule_keeps_the_floor(case):
 
     layers = torch.zeros(1, len(case.model.router_settings.candidates))
     route = assemble(case.model, Asked, Budget(8), scores, layers, Rule("fastv", "all"))
-    assert route.kept_places()[0][:, 0].long().bincount().tolist() == [7, 1]
+    assert route.kept_coordinates()[0][:, 0].long().bincount().tolist() == [7, 1]
 
 
 def test_routers_made_before_there_was_a_floor_have_none(case):

@@ -156,7 +156,7 @@ def test_a_store_keeps_what_it_is_given():
     with StateStore(limit=40) as store:
         kept = [store.keep(torch.full((4,), value)) for value in (1.0, 2.0, 3.0, 4.0)]  # 16 bytes each
         assert [isinstance(one, boundary.Slot) for one in kept] == [False, False, True, True]
-        assert [store.look(one)[0].item() for one in kept] == [1, 2, 3, 4]
+        assert [store.read(one)[0].item() for one in kept] == [1, 2, 3, 4]
         store.drop(kept[2])
         assert store.keep(torch.zeros(4)).begin == kept[2].begin  # its place is used again
         mask = torch.ones(2, dtype=torch.bool)

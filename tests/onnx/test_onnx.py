@@ -330,7 +330,7 @@ def test_three_positions_are_those_of_transformers(tiny):
     expected, delta = model.model.get_rope_index(**{k: v for k, v in batch.items() if k != "pixel_values"})
     manifest = {"mrope": True, "vision": {"merge": 2}, "image_token_id": model.config.image_token_id}
     rows = [row[mask.bool()].numpy() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    found = prepare_module().row_positions(manifest, rows, batch["image_grid_thw"].numpy())
+    found = prepare_module().sequence_positions(manifest, rows, batch["image_grid_thw"].numpy())
     for row, positions in enumerate(found):
         real = batch["attention_mask"][row].bool()
         assert np.array_equal(positions, expected[:, row, real])
@@ -479,7 +479,7 @@ def test_questions_that_the_graphs_have_no_inputs_for(exported):
     ids = given["input_ids"]
     cases = [
         ({**given, "pixel_values_videos": ids}, "input 'pixel_values_videos' has no place in this model's graphs"),
-        ({**given, "attention_mask": ids[:, :3]}, "must be \\[rows, tokens\\]"),
+        ({**given, "attention_mask": ids[:, :3]}, "must be \\[sequences, tokens\\]"),
         ({"input_ids": ids}, r"the prompt has 25 image tokens, its images make 0 features"),
         ({"max_new_tokens": 3}, "generate needs input_ids"),
         ({**given, "beams": 3}, "generate takes no 'beams'"),

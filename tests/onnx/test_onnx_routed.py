@@ -23,12 +23,12 @@ from exporter.benchmark.onnx_counting import branch_of, graph_size
 from exporter.benchmark.workload import Workload
 from exporter.clean_room import compare_onnx, load_processor
 from exporter.clean_room.onnx_components import NEW_TOKENS, undecided
-from exporter.modeling.routed_places import places_of
+from exporter.modeling.routed_places import coordinates_of
 from exporter.onnx import ExportOptions, pipeline
 from exporter.onnx.graphs.router import Part, parts, read_settings
 from exporter.onnx.manifest import vision_settings
 from exporter.onnx.pipeline import export
-from exporter.onnx.runtime.places import places
+from exporter.onnx.runtime.places import patch_coordinates
 from exporter.onnx.runtime.routed import OnnxRouteBudget
 from exporter.onnx.support import support_of
 from exporter.routing.settings import default_settings
@@ -86,8 +86,8 @@ def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed, tmp_p
     source, _ = routed("llava")
     compare_routes = vars(compare_onnx)["compare_routes"]
 
-    def undecided_when_fast(model, runner, *others):
-        problems, same = compare_routes(model, runner, *others)
+    def undecided_when_fast(model, runner, **others):
+        problems, same = compare_routes(model, runner, **others)
         return problems, same & (runner.budget == runner.budget_for("off"))
 
     monkeypatch.setattr(pipeline, "validate", here)
@@ -210,7 +210,7 @@ def test_visual_tokens_lie_where_the_router_learnt_that_they_lie(family, tiny):
     config = AutoConfig.from_pretrained(folder)
     given = inputs(load_processor(folder), batch=3, images=[2, 0, 1])
     visual = given["input_ids"] == config.image_token_id
-    expected = places_of(config, visual, given)
+    expected = coordinates_of(config, visual, given)
     vision = config.vision_config
     size = vision.image_size if isinstance(getattr(vision, "image_size", None), int) else 0
     side = size // vision.patch_size if size else 0
@@ -220,7 +220,7 @@ def test_visual_tokens_lie_where_the_router_learnt_that_they_lie(family, tiny):
     }
     real = [mask.bool() for mask in given["attention_mask"]]
     rows = [row[keep].numpy() for row, keep in zip(visual, real, strict=True)]
-    found = places(manifest, rows, {name: tensor.numpy() for name, tensor in given.items()})
+    found = patch_coordinates(manifest, rows, {name: tensor.numpy() for name, tensor in given.items()})
     for row, keep in enumerate(real):
         np.testing.assert_allclose(found[row], expected[row][keep], atol=1e-6)
 

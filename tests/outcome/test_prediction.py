@@ -9,9 +9,9 @@ import pytest
 from exporter.errors import InputError
 from exporter.outcome.answer_cost import AnswerCost, Question, by_size, line
 from exporter.outcome.candidate import Candidate, Mix, mixes
-from exporter.outcome.found import Found, choice, front, nearest_ones
 from exporter.outcome.goal import EXTRAS, SearchGoal, SearchRecipe
 from exporter.outcome.prediction import Predictor, Sizes, wanted_candidates
+from exporter.outcome.result import MeasuredCandidate, choice, front, nearest_ones
 from exporter.outcome.step_costs import StepCosts
 from exporter.recipe import CalibrationData, TaskData, recipe_from_data
 
@@ -91,11 +91,11 @@ def test_folders_are_made_from_one_another():
     assert Candidate(3, Mix(tokens=0.25)).folder == Candidate(3, HALF).folder == "drop3-routed"
     assert Candidate(0, INT8).before == Candidate(0) and Candidate(0).is_original
     costs = StepCosts({"compress": 10.0, "heal": 100.0, "route": 50.0, "export": 20.0, "measure": 1.0})
-    assert costs.of(both, ()) == 161
-    assert costs.of(both, {"drop3"}) == 151
-    assert costs.of_all([Candidate(3), both, Candidate(3, Mix(healed=True, tokens=0.25))]) == 163
+    assert costs.seconds_of(both, ()) == 161
+    assert costs.seconds_of(both, {"drop3"}) == 151
+    assert costs.seconds_of_all([Candidate(3), both, Candidate(3, Mix(healed=True, tokens=0.25))]) == 163
     costs.add("heal", 30.0)
-    assert costs.of(both, ()) == 91
+    assert costs.seconds_of(both, ()) == 91
 
 
 @pytest.mark.parametrize("one", [Candidate(2), Candidate(2, HEALED), Candidate(0, HALF), Candidate(2, INT8)])
@@ -108,8 +108,10 @@ def test_a_candidate_is_a_recipe_that_compress_takes(one):
         assert recipe.heal.calibration.samples == 32
 
 
-def found_one(drop: int, speedup: float | None, right: list[int], original: list[int]) -> Found:
-    return Found.of(Candidate(drop), {"correct": right, "figures": {"speedup": speedup}, "held_out": None}, original)
+def found_one(drop: int, speedup: float | None, right: list[int], original: list[int]) -> MeasuredCandidate:
+    return MeasuredCandidate.of(
+        Candidate(drop), {"correct": right, "figures": {"speedup": speedup}, "held_out": None}, original
+    )
 
 
 def test_losses_are_of_the_same_questions_and_the_front_is_not_beaten():

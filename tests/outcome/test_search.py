@@ -60,7 +60,7 @@ def test_a_search_writes_what_it_chose_and_the_others_as_recipes(asked, tmp_path
     out = tmp_path / "found"
     done = search(asked(), out, OPTIONS)
     assert done.met and done.chosen == out / "chosen"
-    assert [one.candidate for one in done.found] == [Candidate(1)]
+    assert [one.candidate for one in done.candidates] == [Candidate(1)]
     assert verify(out / "chosen").holds
     told = json.loads((out / "search.json").read_text())
     assert told["met"] and told["complete"] and "1 layer gone" in told["verdict"]
@@ -96,7 +96,7 @@ def test_a_search_that_was_interrupted_goes_on(asked, tmp_path, monkeypatch):
     assert [step["step"] for step in steps(out)] == ["begun", "original", "measured"]
     monkeypatch.setattr(Workshop, "measure", lambda *all: measured.append(all[1]) or real(*all))
     done = search(wanted, out, OPTIONS)
-    assert len(measured) == len(set(measured)) == len(done.found) > 1
+    assert len(measured) == len(set(measured)) == len(done.candidates) > 1
 
 
 def test_a_time_that_is_too_short_is_said_and_the_next_call_goes_on(asked, tmp_path):
@@ -115,17 +115,17 @@ def test_what_can_not_be_made_is_left_out_and_said(asked, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Workshop, "_make", refuse)
     done = search(asked(goal=SearchGoal()), tmp_path / "found", OPTIONS)
-    assert not done.found and not done.met and set(done.failed.values()) == {"no such thing."}
+    assert not done.candidates and not done.met and set(done.failed.values()) == {"no such thing."}
 
 
 def test_what_loses_far_too_much_is_healed_before_it_is_measured(asked, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.setattr(Workshop, "held_out", lambda self, one: {"same_answers": 1.0 if one.mix.healed else 0.5})
     made = []
-    monkeypatch.setattr(workshop, "heal", lambda base, *rest: made.append(base) or shutil.copytree(base, rest[1]))
+    monkeypatch.setattr(workshop, "heal", lambda base, *_, out, **__: made.append(base) or shutil.copytree(base, out))
     done = search(asked(without=("router", "int8"), max_loss=10.0), tmp_path / "found", OPTIONS)
     assert done.passed == {"1 layer gone": 50.0}
-    assert next(one.candidate for one in done.found) == Candidate(1, Mix(healed=True))
+    assert next(one.candidate for one in done.candidates) == Candidate(1, Mix(healed=True))
     assert made[0].endswith("drop1")
 
 

@@ -211,6 +211,82 @@ def test_documents_show_the_floors(document):
     assert rows == list(FLOORS)
 
 
+PRIVATE_WORDS = frozenset("one own found made said given of asked wanted".split())
+
+
+def bound_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield every name that a file binds: variables, arguments, functions, classes, fields, errors, imports renamed.
+
+    A class's own `of` is left out: one reads it behind the class, `Rate.of(values)`, or it is an entry of a record.
+    """
+    members = {
+        id(member.target) if isinstance(member, ast.AnnAssign) else id(member)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for member in node.body
+    }
+    for node in ast.walk(tree):
+        name: str | None = None
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler | ast.MatchAs):
+            name = node.name
+        elif isinstance(node, ast.alias):
+            name = node.asname
+        if name is not None and not (name == "of" and id(node) in members):
+            yield getattr(node, "lineno", 0), name
+
+
+def test_names_say_what_they_hold():
+    """'found' may be a match, a folder or forty candidates: a reader has to go back to its making to know which."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{line} {name}"
+        for path, tree in trees()
+        for line, name in bound_names(tree)
+        if name in PRIVATE_WORDS
+    ]
+    assert not wrong
+
+
+MOST_BY_POSITION = 4  # arguments of a call
+
+
+def is_of_the_package(call: ast.Call, here: set[str], methods: set[str]) -> bool:
+    """Tell whether a call is surely one of our own functions: by a name of this file, `self.`, `cls` or a class.
+
+    Args:
+        here: functions and classes that the file defines or imports from the package.
+        methods: functions of all classes of the package.
+    """
+    called = call.func
+    if isinstance(called, ast.Name):
+        return called.id in here or called.id == "cls"
+    if not isinstance(called, ast.Attribute) or called.attr not in methods or not isinstance(called.value, ast.Name):
+        return False
+    return called.value.id in ("self", "cls") or (called.value.id in here and called.value.id[0].isupper())
+
+
+def test_many_arguments_are_passed_by_name():
+    """Five values in a row say nothing of what they are, and two that change places are no error."""
+    functions = [node for _, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    classes = [node for _, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    methods = {member.name for node in classes for member in node.body if isinstance(member, ast.FunctionDef)}
+    of_any_number = {node.name for node in functions if node.args.vararg is not None}
+    wrong = []
+    for path, tree in trees():
+        here = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                here |= {alias.asname or alias.name for alias in node.names}
+        calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and len(node.args) > MOST_BY_POSITION)
+        for call in calls:
+            if is_of_the_package(call, here - of_any_number, methods - of_any_number):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{call.lineno} {ast.unparse(call.func)}")
+    assert not wrong
+
+
 NO_VERBS = frozenset(
     "A All An Another As At Both By Each Equal Every Everything Exact Exactly For From How If In It Its Kept Known "
     "Last Left No None Not Nothing Of On One Only Plain Real Right So Some That The These They This Those To Under "

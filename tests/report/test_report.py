@@ -18,7 +18,19 @@ from exporter.cli.entry import main
 from exporter.evaluation.evaluate import evaluate
 from exporter.report.of_evaluation import report_of_evaluation
 from exporter.report.page import render, shortened
-from exporter.report.parts import Answers, Bar, Bars, Kept, Point, Report, Said, Scatter, ShownQuestion, Table, ticks
+from exporter.report.parts import (
+    Answers,
+    Bar,
+    Bars,
+    Kept,
+    ModelAnswer,
+    Point,
+    Report,
+    Scatter,
+    ShownQuestion,
+    Table,
+    ticks,
+)
 from exporter.report.pictures import LARGEST_BYTES, SIDE, data_uri, thumbnail
 from exporter.routing.requests import BudgetGrid
 
@@ -34,9 +46,11 @@ def page(text="what is it?"):
     """Return a report of every part, with `text` wherever a user's may stand."""
     kept = Kept(("110", "001"))
     questions = (
-        ShownQuestion(0, text, text, text, (Said(text, True), Said("b", False, kept)), picture_uri(), (8, 6)),
-        ShownQuestion(1, "second?", "c", "", (Said("a", False), Said("c", True)), "", (0, 0)),
-        ShownQuestion(2, "third?", "c", "", (Said("c", True), Said("c", True)), "", (0, 0)),
+        ShownQuestion(
+            0, text, text, text, (ModelAnswer(text, True), ModelAnswer("b", False, kept)), picture_uri(), (8, 6)
+        ),
+        ShownQuestion(1, "second?", "c", "", (ModelAnswer("a", False), ModelAnswer("c", True)), "", (0, 0)),
+        ShownQuestion(2, "third?", "c", "", (ModelAnswer("c", True), ModelAnswer("c", True)), "", (0, 0)),
     )
     parts = (
         Bars(text, (Bar(text, 50, (40, 60), text), Bar("b", -3, None, "-3"))),
@@ -99,7 +113,7 @@ def test_an_evaluation_shows_answers_and_kept_tokens(routed_folder, tiny, task, 
     report = report_of_evaluation(done, ("lvlm-exporter evaluate",))
     answers = report.parts[-1]
     assert isinstance(answers, Answers) and len(answers.questions) == 5
-    assert [said.kept and said.kept.count for said in answers.questions[0].said].count(6) == 1
+    assert [answer.kept and answer.kept.count for answer in answers.questions[0].answers].count(6) == 1
     uri, size = thumbnail(done.shown.samples[0], done.shown.processor)
     assert uri.startswith("data:image/") and max(size) <= SIDE
     assert "6 of 25 tokens" in render(report)

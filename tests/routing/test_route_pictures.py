@@ -42,10 +42,10 @@ def test_grids_of_a_route(family, shapes, routed):
     route = case.model.route(**batch, keep_visual_tokens=0.5)
     (found,) = image_grids(route, 0)
     assert shapes is None or [tuple(grid.kept.shape) for grid in found] == shapes
-    line_ends = int((route.places[0][route.visual[0]][:, 2] == 1).sum())
+    line_ends = int((route.coordinates[0][route.visual[0]][:, 2] == 1).sum())
     total = sum(grid.kept.numel() for grid in found)
     assert total + line_ends == int(route.visual.sum())
-    kept = route.kept_places()[0]
+    kept = route.kept_coordinates()[0]
     assert sum(int(grid.kept.sum()) for grid in found) == int((kept[:, 2] < 1).sum())
 
 

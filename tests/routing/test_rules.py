@@ -94,7 +94,7 @@ def test_a_route_does_not_depend_on_the_batch(rule, routed, samples):
         assert alone.executed_layers()[0] == together.executed_layers()[row]
         assert len(alone.executed_layers()[0]) == 4
         assert len(alone.kept_tokens()[0]) == round(0.5 * int(alone.visual.sum()))
-        assert torch.equal(alone.kept_places()[0], together.kept_places()[row])
+        assert torch.equal(alone.kept_coordinates()[0], together.kept_coordinates()[row])
 
 
 def test_random_routes_differ_by_question_and_seed(routed, samples):

@@ -39,13 +39,17 @@ def letters(sample: Sample) -> str:
 
 def right_letters(sample: Sample) -> str:
     """Return the letter of the right option; more than one where options say the same."""
-    given, texts = sample.fields.get("answer"), [normalise(choice) for choice in sample.choices]
-    if isinstance(given, str) and normalise(given) not in texts and (spelt := AS_LETTER.match(given.strip())):
+    answer_field, texts = sample.fields.get("answer"), [normalise(choice) for choice in sample.choices]
+    if (
+        isinstance(answer_field, str)
+        and normalise(answer_field) not in texts
+        and (spelt := AS_LETTER.match(answer_field.strip()))
+    ):
         letter = spelt[1].upper()
         if letter in letters(sample):
             return letter
-    wanted = {normalise(answer) for answer in sample.answers}
-    return "".join(letter for letter, text in zip(letters(sample), texts, strict=True) if text in wanted)
+    right = {normalise(answer) for answer in sample.answers}
+    return "".join(letter for letter, text in zip(letters(sample), texts, strict=True) if text in right)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -98,14 +102,14 @@ def turns(sample: Sample) -> list[Sample]:
     if _is_turned(sample):
         return [sample]
     right, count = right_letters(sample), len(sample.choices)
-    found = []
+    turned = []
     for step in range(count):
         order = [(place + step) % count for place in range(count)]
         moved = [letter for letter, old in zip(letters(sample), order, strict=True) if letters(sample)[old] in right]
         fields = {**sample.fields, "answer": moved[0] if moved else sample.fields.get("answer")}
         fields["index"] = f"{_index(sample)}+{step}"
-        found.append(replace(sample, choices=tuple(sample.choices[old] for old in order), fields=fields))
-    return found
+        turned.append(replace(sample, choices=tuple(sample.choices[old] for old in order), fields=fields))
+    return turned
 
 
 def _index(sample: Sample) -> str:
@@ -155,10 +159,10 @@ def seed_value(sample: Sample, answer: str) -> float:
 
 def scienceqa_value(sample: Sample, answer: str) -> float:
     """Return 1 for the right letter alone, or as 'B. …'."""
-    said = answer.strip()
-    if len(said) >= 2 and said[0].isupper() and said[1] == ".":
-        said = said[0]
-    return is_letter(sample, said.upper() if len(said) == 1 else "")
+    reply = answer.strip()
+    if len(reply) >= 2 and reply[0].isupper() and reply[1] == ".":
+        reply = reply[0]
+    return is_letter(sample, reply.upper() if len(reply) == 1 else "")
 
 
 def mmbench_value(sample: Sample, answer: str) -> float:
@@ -212,20 +216,20 @@ def read_freely(answer: str, valid: str) -> str:
     for mark in ",.!?;:'\"":
         text = text.strip(mark)
     bare, text = text.strip(), f" {text} "
-    found: list[tuple[int, int, str]] = []
+    readings: list[tuple[int, int, str]] = []
     for letter in valid:
-        found += [(rank, text.rfind(s), letter) for form, rank in RANKS if (s := form.format(letter)) in text]
+        readings += [(rank, text.rfind(s), letter) for form, rank in RANKS if (s := form.format(letter)) in text]
         if bare.startswith(letter) and not bare[1:2].isalpha():
-            found.append((10, 0, letter))
+            readings.append((10, 0, letter))
         if bare.endswith(letter) and not bare[:-1][-1:].isalpha():
-            found.append((9, len(text) - 1, letter))
+            readings.append((9, len(text) - 1, letter))
     lowered = text.lower()
     for phrase in PHRASES:
         if (at := lowered.find(phrase)) >= 0:
             hits = [(text.find(letter, at + len(phrase)), letter) for letter in valid]
-            found += [(7, at, letter) for at, letter in hits if at >= 0]
-    found = found or [(0, text.rfind(letter), letter) for letter in valid if letter in text]
-    return max(found, key=lambda one: one[:2])[2] if found else ""
+            readings += [(7, at, letter) for at, letter in hits if at >= 0]
+    readings = readings or [(0, text.rfind(letter), letter) for letter in valid if letter in text]
+    return max(readings, key=lambda reading: reading[:2])[2] if readings else ""
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -234,15 +238,15 @@ def read_freely(answer: str, valid: str) -> str:
 def mmbench_figures(samples: Sequence[Sample], answers: Sequence[str]) -> Figures:
     """Return the share of questions of which every turn is right, of all and by category, and of turns alone."""
     right: dict[Hashable, list[float]] = {}
-    of: dict[Hashable, str] = {}
+    categories: dict[Hashable, str] = {}
     for sample, answer in zip(samples, answers, strict=True):
         group = mmbench_group(sample)
         right.setdefault(group, []).append(mmbench_value(sample, answer))
-        of.setdefault(group, str(sample.fields.get("category")))
+        categories.setdefault(group, str(sample.fields.get("category")))
     whole = {group: float(all(values)) for group, values in right.items()}
     figures = {"circular": mean(whole.values()), "each turn": mean(v for values in right.values() for v in values)}
-    for category in sorted(set(of.values()) - {"None"}):
-        figures[f"circular ({category})"] = mean(whole[group] for group in whole if of[group] == category)
+    for category in sorted(set(categories.values()) - {"None"}):
+        figures[f"circular ({category})"] = mean(whole[group] for group in whole if categories[group] == category)
     return figures
 
 
@@ -259,7 +263,7 @@ def scienceqa_figures(samples: Sequence[Sample], answers: Sequence[str]) -> Figu
     kinds = {True: "with an image", False: "without an image"}
     there = {kind for kind, _ in values}
     return {
-        f"accuracy ({kinds[kind]})": mean(value for of, value in values if of == kind)
+        f"accuracy ({kinds[kind]})": mean(value for has_image, value in values if has_image == kind)
         for kind in (True, False)
         if kind in there
     }
@@ -276,5 +280,5 @@ def direct_answers(sample: Sample) -> list[str]:
 
 def direct_value(sample: Sample, answer: str) -> float:
     """Return a third for each person who answered so, 1 at most."""
-    said = answer.strip().lower()
-    return min(1.0, sum(given.strip().lower() == said for given in direct_answers(sample)) / 3)
+    reply = answer.strip().lower()
+    return min(1.0, sum(direct.strip().lower() == reply for direct in direct_answers(sample)) / 3)

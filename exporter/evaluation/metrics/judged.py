@@ -73,7 +73,7 @@ class JudgeClient:
         url = self.url.rstrip("/")
         return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
 
-    def ask(self, text: str) -> str:
+    def reply_to(self, text: str) -> str:
         """Return what the judge says. Raises JudgeSilentError after several attempts."""
         body = {"model": self.model, "temperature": 0, "max_tokens": 512}
         data = json.dumps(body | {"messages": [{"role": "user", "content": text}]}).encode()
@@ -87,9 +87,9 @@ class JudgeClient:
             try:
                 request = urllib.request.Request(self.endpoint, data, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    said = json.load(response)["choices"][0]["message"]["content"]
-                if isinstance(said, str) and said.strip():
-                    return said
+                    content = json.load(response)["choices"][0]["message"]["content"]
+                if isinstance(content, str) and content.strip():
+                    return content
                 reason = "it answers with no text"
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.reason}"
@@ -104,7 +104,7 @@ class JudgeClient:
         """Return a review and its two ratings; none where it says none, asked twice."""
         review = ""
         for _ in range(2):
-            review = self.ask(text)
+            review = self.reply_to(text)
             if ratings := ratings_in(review):
                 return review, ratings
         return review, []
@@ -124,9 +124,9 @@ def prompt_for(sample: Sample, answer: str, task: str) -> str:
         "Context": "\n".join(map(str, caption)) if isinstance(caption, list) else str(caption),
         "Question": text_of(sample.messages[-1]),
     }
-    text = "".join(f"[{name}]\n{said}\n\n" for name, said in parts.items())
-    for number, said in ((1, str(sample.fields["reference"])), (2, answer)):
-        text += f"[Assistant {number}]\n{said}\n\n[End of Assistant {number}]\n\n"
+    text = "".join(f"[{name}]\n{passage}\n\n" for name, passage in parts.items())
+    for number, passage in ((1, str(sample.fields["reference"])), (2, answer)):
+        text += f"[Assistant {number}]\n{passage}\n\n[End of Assistant {number}]\n\n"
     return f"{text}[System]\n{task}\n\n"
 
 

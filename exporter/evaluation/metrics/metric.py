@@ -72,10 +72,10 @@ def questions_for(name: str, metric: Metric, samples: Sequence[Sample]) -> tuple
 
 def _check_groups(name: str, metric: Metric, samples: Sequence[Sample]) -> None:
     for members in grouped(metric, samples).values():
-        wanted = metric.group_size(samples[members[0]]) if metric.group_size else len(members)
-        if len(members) != wanted:
+        size = metric.group_size(samples[members[0]]) if metric.group_size else len(members)
+        if len(members) != size:
             raise InputError(
-                f"{samples[members[0]].origin}: the metric '{name}' judges {wanted} lines together, and here are "
+                f"{samples[members[0]].origin}: the metric '{name}' judges {size} lines together, and here are "
                 f"{len(members)}: take the whole task, without --samples."
             )
 
@@ -120,7 +120,7 @@ def mean(values: Iterable[float]) -> float:
 
 def by_category(samples: Sequence[Sample]) -> dict[str, list[int]]:
     """Return the numbers of the questions of each category, in the order of the names."""
-    found: dict[str, list[int]] = {}
+    numbers: dict[str, list[int]] = {}
     for number, sample in enumerate(samples):
-        found.setdefault(str(sample.fields.get("category")), []).append(number)
-    return dict(sorted(found.items()))
+        numbers.setdefault(str(sample.fields.get("category")), []).append(number)
+    return dict(sorted(numbers.items()))

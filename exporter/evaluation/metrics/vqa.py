@@ -71,30 +71,30 @@ def without_articles(text: str) -> str:
 
 def people(sample: Sample) -> list[str]:
     """Return what each person answered, those that say the same among them."""
-    given = sample.fields.get("answer")
-    answers = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    return [str(one["answer"] if isinstance(one, dict) else one) for one in answers]
+    field = sample.fields.get("answer")
+    answers = field if isinstance(field, Sequence) and not isinstance(field, str) else [field]
+    return [str(person["answer"] if isinstance(person, dict) else person) for person in answers]
 
 
 def too_few(sample: Sample) -> str | None:
     """Say what is wrong with a line that holds fewer answers than soft accuracy leaves out."""
-    given: Any = sample.fields.get("answer")
-    if not isinstance(given, list) or len(given) < 2:
+    answers: Any = sample.fields.get("answer")
+    if not isinstance(answers, list) or len(answers) < 2:
         return "'answer' is no list of several people's answers"
-    if any(isinstance(one, dict) and "answer" not in one for one in given):
+    if any(isinstance(person, dict) and "answer" not in person for person in answers):
         return "one of the people's answers is an object without 'answer'"
     return None
 
 
-def soft(given: Sequence[str], said: str) -> float:
+def soft(answers: Sequence[str], answer: str) -> float:
     """Return the mean over leaving each person out of min(1, others who said so / 3)."""
-    same = sum(one == said for one in given)
-    return mean(min(1.0, (same - (one == said)) / 3) for one in given)
+    same = sum(other == answer for other in answers)
+    return mean(min(1.0, (same - (other == answer)) / 3) for other in answers)
 
 
 def value(sample: Sample, answer: str, compared: Callable[[str], str] = plain) -> float:
     """Return VQAv2's soft accuracy."""
-    return soft([compared(one) for one in people(sample)], compared(answer))
+    return soft([compared(person) for person in people(sample)], compared(answer))
 
 
 def value_textvqa(sample: Sample, answer: str) -> float:

@@ -48,20 +48,20 @@ def pope_figures(samples: Sequence[Sample], answers: Sequence[str]) -> Figures:
 
 
 def _confusion(samples: Sequence[Sample], answers: Sequence[str]) -> Figures:
-    said = [answer.lower().strip() for answer in answers]
-    pairs = list(zip((truth(sample) for sample in samples), said, strict=True))
+    words = [answer.lower().strip() for answer in answers]
+    pairs = list(zip((truth(sample) for sample in samples), words, strict=True))
     right, wrong = pairs.count(("yes", "yes")), pairs.count(("no", "yes"))
     precision = right / (right + wrong) if right + wrong else 0.0
-    found = right + pairs.count(("yes", "no"))  # an answer that is neither is in no row of the confusion matrix
-    recall = right / found if found else 0.0
+    positives = right + pairs.count(("yes", "no"))  # an answer that is neither is in no row of the confusion matrix
+    recall = right / positives if positives else 0.0
     return {
-        "accuracy": mean(float(wanted == word) for wanted, word in pairs),
+        "accuracy": mean(float(right_word == word) for right_word, word in pairs),
         "precision": precision,
         "recall": recall,
         "F1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        "yes ratio": mean(float(word == "yes") for word in said),
-        "yes ratio of the right answers": mean(float(wanted == "yes") for wanted, _ in pairs),
-        "neither yes nor no": mean(float(word not in ("yes", "no")) for word in said),
+        "yes ratio": mean(float(word == "yes") for word in words),
+        "yes ratio of the right answers": mean(float(right_word == "yes") for right_word, _ in pairs),
+        "neither yes nor no": mean(float(word not in ("yes", "no")) for word in words),
     }
 
 
@@ -78,10 +78,10 @@ def mme_check(sample: Sample) -> str | None:
 
 def mme_read(answer: str) -> str:
     """Return 'yes' or 'no' by the first four letters of what was said, else 'other'."""
-    said = answer.lower().strip().replace(".", "")
-    if len(said) == 1:
-        return {"y": "yes", "n": "no"}.get(said, "other")
-    begin = said[:4]
+    reply = answer.lower().strip().replace(".", "")
+    if len(reply) == 1:
+        return {"y": "yes", "n": "no"}.get(reply, "other")
+    begin = reply[:4]
     return "yes" if "yes" in begin else "no" if "no" in begin else "other"
 
 

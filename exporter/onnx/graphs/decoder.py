@@ -4,11 +4,11 @@ One decoder graph serves the prompt and every token after it; prompts come first
 with depends on its cache (`support.cache_kind`):
 
 - shared: ONNX Runtime's GroupQueryAttention, written into the graph directly, with cache buffers that it fills in
-  place. There is no mask: rows are padded on the right, and each says how many tokens it has.
+  place. There is no mask: sequences are padded on the right, and each says how many tokens it has.
 - growing: transformers' own attention, with a mask made here from the padding (left or right) and from the numbers of
   blocks of tokens that see each other both ways. Keys and values come back longer.
 
-Shapes: B rows, S tokens of this pass, P entries of the cache before it, T = P + S, Q/K heads of queries and keys,
+Shapes: B sequences, S tokens of this pass, P entries of the cache before it, T = P + S, Q/K heads of queries and keys,
 E head size, D hidden size, V vocabulary, F visual features.
 """
 
@@ -120,9 +120,9 @@ class SharedDecoder(DecoderGraph):
         """Run a prompt or a step on a cache that is shared with its caller.
 
         Args:
-            inputs_embeds: [B, S, D], rows padded on the right.
+            inputs_embeds: [B, S, D], sequences padded on the right.
             position_ids: [B, S], or [3, B, S].
-            row_lengths: [B] tokens of each row, those of this pass included, padding not.
+            row_lengths: [B] tokens of each sequence, those of this pass included, padding not.
             total_length: [] int32, the longest of them; in the first pass S.
             past_key_values: key and value of each layer, [B, K, P, E] of the full length.
         """
@@ -156,7 +156,7 @@ class GrowingDecoder(DecoderGraph):
         """Run a prompt or a step on a cache that grows.
 
         Args:
-            inputs_embeds: [B, S, D], rows padded on the left.
+            inputs_embeds: [B, S, D], sequences padded on the left.
             position_ids: [B, S], or [3, B, S].
             attention_mask: [B, T] 1 where there is a token, 0 at padding.
             block_ids: [B, S] tokens of one number see each other both ways; -1: only what comes before.
@@ -281,7 +281,7 @@ def group_query_attention(module: DecoderGraph) -> Iterator[None]:
 
 
 def last_tokens(states: Tensor, row_lengths: Tensor) -> Tensor:
-    """Return the states of each row's last token, of a prompt padded on the right or of one token: [B, 1, D]."""
+    """Return the states of each sequence's last token, of a prompt padded on the right or of one token: [B, 1, D]."""
     last = (row_lengths - 1).clamp(max=states.shape[1] - 1)
     return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2]))
 

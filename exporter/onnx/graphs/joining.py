@@ -1,4 +1,4 @@
-"""Joins the graphs of a routed decoder's parts into one, in which a layer that no row runs is a branch not taken.
+"""Joins the graphs of a routed decoder's parts into one, in which a layer that no sequence runs is a branch not taken.
 
 One graph is one call: a graph for every layer that may be skipped took twice as long for a token of a small model. A
 branch copies nothing: keys and values go into it and come out of it in the same buffer, taken or not.
@@ -45,7 +45,7 @@ class Joined:
 def join(pieces: Sequence[GraphPiece], head: Path, out: Path) -> None:
     """Write `out` from the pieces in their order and the head behind them, and remove their graph files.
 
-    Beside the pieces' own inputs it has `active.N`, whether any row runs layer N, and `runs.N`, which ones do.
+    Beside the pieces' own inputs it has `active.N`, whether any sequence runs layer N, and `runs.N`, which ones do.
     """
     import onnx
 
@@ -122,13 +122,13 @@ def hoist(joined: Joined, graph: Any, folder: Path) -> None:
             joined.weights.append(tensor)
         same[tensor.name] = known[0]
         graph.initializer.remove(tensor)
-    own = []
+    remaining = []
     for node in graph.node:
         of_shape = node.op_type == "Shape" and node.input[0] == joined.state
         shared = of_shape or all(name in same for name in node.input if name)
         node.input[:] = ["states"] if of_shape else [same.get(name, name) for name in node.input]
         if not shared:
-            own.append(node)
+            remaining.append(node)
             continue
         attributes = tuple(attribute.SerializeToString() for attribute in node.attribute)
         known = joined.known.setdefault((node.domain, node.op_type, tuple(node.input), attributes), list(node.output))
@@ -136,7 +136,7 @@ def hoist(joined: Joined, graph: Any, folder: Path) -> None:
             joined.nodes.append(node)
         same |= dict(zip(node.output, known, strict=True))
     del graph.node[:]
-    graph.node.extend(own)
+    graph.node.extend(remaining)
 
 
 def conditional(graph: Any, active: str, state: str) -> Any:

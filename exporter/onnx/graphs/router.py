@@ -1,12 +1,12 @@
 """A routed checkpoint as graphs: the router, and the decoder in two, cut where tokens leave.
 
 Tokens leave in the graph (the router's scores are sorted, what stays is gathered); the budget is an input. A layer that
-may be skipped is a branch of its graph, not taken if no row of the batch runs it (`joining.py`); layers that always run
-are traced together.
+may be skipped is a branch of its graph, not taken if no sequence of the batch runs it (`joining.py`); layers that
+always run are traced together.
 
-Rows are padded on the right, as for the shared cache: a row that keeps fewer tokens is only a shorter row.
+Sequences are padded on the right, as for the shared cache: one that keeps fewer tokens is only shorter.
 
-Shapes: B rows, S tokens, K <= S that stay, L layers, N of them that may be skipped, D hidden size.
+Shapes: B sequences, S tokens, K <= S that stay, L layers, N of them that may be skipped, D hidden size.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ class RouterGraph(nn.Module):
         Args:
             states: [B, S, D] what enters the layer where tokens leave.
             position_ids: [B, S], or [3, B, S].
-            row_lengths: [B] tokens of each row; the rest is padding.
+            row_lengths: [B] tokens of each sequence; the rest is padding.
             is_visual: [B, S] True at visual tokens.
             places: [B, S, 3] image number, row and column of visual tokens.
             keep_counts: [B] how many visual tokens stay.
             skip_count: [B] how many layers are skipped.
-            slots: [K] 0, 1 .. K - 1, K the most tokens that stay in a row.
+            slots: [K] 0, 1 .. K - 1, K the most tokens that stay in a sequence.
         """
         place = torch.arange(states.shape[1])
         real = place[None] < row_lengths[:, None]
@@ -125,7 +125,9 @@ class RouterGraph(nn.Module):
         tokens, layers = self.router(states, visual, real, places)
         scores = tokens.masked_fill(~visual, torch.finfo(tokens.dtype).min)
         if self.image_floor:
-            scores = floors_first(scores, visual, places[..., 0], keep_counts, self.image_floor)
+            scores = floors_first(
+                scores, visual, images=places[..., 0], counts=keep_counts, image_floor=self.image_floor
+            )
         ranked = argsort_descending(scores)  # [B, S]
         best = (place[None] < keep_counts[:, None]).expand_as(visual)
         keep = (torch.zeros_like(visual).scatter(1, ranked, best) | ~visual) & real
@@ -141,7 +143,7 @@ class RouterGraph(nn.Module):
             "kept_states": states.gather(1, index[..., None].expand(-1, -1, states.shape[2])),
             "kept_position_ids": position_ids.gather(-1, chosen),
             "kept_index": index,
-            "runs": ~(skipped & visual.any(1)[:, None]),  # a row of text alone runs whole
+            "runs": ~(skipped & visual.any(1)[:, None]),  # a sequence of text alone runs whole
         }
 
     def samples(self) -> Samples:
@@ -214,7 +216,7 @@ class PartGraph(SharedDecoder):
         past_key_values: list[Tensor],
         runs: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Run as SharedDecoder does; states [B, S, D]; runs [B] False: the row skips the layer, its states stay."""
+        """Run as SharedDecoder does; states [B, S, D]; runs [B] False: a sequence skips the layer, its states stay."""
         step = SharedStep(past_key_values, (row_lengths - 1).to(torch.int32), total_length, self.first_layer)
         before, positions = states, self.language_model.rotary_emb(states, position_ids)
         with step:
@@ -274,7 +276,11 @@ class FrontGraph(PartGraph):
         """Run as PartGraph and Embeddings do. What enters the first layer is an output too, for those who compare."""
         entered = self.embeddings(input_ids, image_features)
         outputs: dict[str, Tensor] = super().forward(
-            entered["inputs_embeds"], position_ids, row_lengths, total_length, past_key_values
+            entered["inputs_embeds"],
+            position_ids,
+            row_lengths=row_lengths,
+            total_length=total_length,
+            past_key_values=past_key_values,
         )
         named_outputs: dict[str, Tensor] = entered | outputs
         return named_outputs
@@ -291,7 +297,7 @@ class FrontGraph(PartGraph):
 
 
 class HeadGraph(SharedDecoder):
-    """The last norm and the head, on each row's last token."""
+    """The last norm and the head, on each sequence's last token."""
 
     def forward(self, states: Tensor, row_lengths: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         return {"logits": self.logits(self.language_model.norm(last_tokens(states, row_lengths)))}

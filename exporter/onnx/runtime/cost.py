@@ -21,9 +21,9 @@ class PromptCost:
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> PromptCost:
-        given = facts["budgets"]["cost"]
-        places = {"drop_at": facts["drop_at"], "candidates": tuple(facts["candidates"])}
-        return cls(**{**given, "layers": tuple(given["layers"])}, **places)
+        counts = facts["budgets"]["cost"]
+        router = {"drop_at": facts["drop_at"], "candidates": tuple(facts["candidates"])}
+        return cls(**{**counts, "layers": tuple(counts["layers"])}, **router)
 
     def layer(self, layer_idx: int, tokens: int) -> int:
         return 2 * tokens * self.layers[layer_idx] + 4 * tokens**2 * self.width

@@ -1,6 +1,6 @@
 """The graphs of a folder, run by ONNX Runtime: vision, embeddings, decoder; keys and values stay on the device.
 
-Shapes: B rows, S tokens, P entries of the cache, V vocabulary.
+Shapes: B sequences, S tokens, P entries of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -113,18 +113,18 @@ class OnnxModel:
     # --- its halves ---
 
     def prefill(self, prompt: Prompt, new_tokens: int, features: Any = None) -> tuple[Array, DecodingState]:
-        """Run the prompt: logits of each row's next token [B, V], and the state that `step` goes on from.
+        """Run the prompt: logits of each sequence's next token [B, V], and the state that `step` goes on from.
 
         Args:
             new_tokens: steps that there is to be room for in the cache.
             features: what `image_features` made of the prompt, where that is there already.
         """
         embeds = self.embed(prompt.input_ids, self._matching(prompt, features))
-        rows, length = prompt.input_ids.shape
+        num_sequences, length = prompt.input_ids.shape
         state = DecodingState(
-            prompt=prompt, cache={}, logits=self._logits(rows), lengths=prompt.lengths, real=prompt.real
+            prompt=prompt, cache={}, logits=self._logits(num_sequences), lengths=prompt.lengths, real=prompt.real
         )
-        shape = (rows, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
+        shape = (num_sequences, self.manifest["heads"], length + new_tokens, self.manifest["head_size"])
         if self.manifest["cache"] == "growing":
             shape = (*shape[:2], 0, shape[3])
         state.cache = {name: self._empty(shape, self.dtype) for name in self.cache_names}
@@ -137,16 +137,16 @@ class OnnxModel:
     def _matching(self, prompt: Prompt, features: Any) -> Any:
         """Return the features of the prompt's images, made if they are not there: one for each of its image tokens."""
         features = self.image_features(prompt) if features is None else features
-        wanted = int((prompt.input_ids == self.manifest["image_token_id"]).sum())
-        if features.shape()[0] != wanted:
+        expected = int((prompt.input_ids == self.manifest["image_token_id"]).sum())
+        if features.shape()[0] != expected:
             raise InputError(
-                f"the prompt has {wanted} image tokens, its images make {features.shape()[0]} features: was it "
+                f"the prompt has {expected} image tokens, its images make {features.shape()[0]} features: was it "
                 "truncated, or are images missing?"
             )
         return features
 
     def step(self, state: DecodingState, tokens: Array) -> Array:
-        """Go on by one token a row: tokens [B] -> logits [B, V]"""
+        """Go on by one token a sequence: tokens [B] -> logits [B, V]"""
         added = state.lengths - state.prompt.lengths
         state.lengths = state.lengths + 1
         positions = (state.prompt.next_position + added)[:, None]  # [B, 1]
@@ -158,11 +158,11 @@ class OnnxModel:
 
     def image_features(self, prompt: Prompt) -> Any:
         """Return features of all images [F, D], on the device."""
-        place = {"image_features": self.device}
-        runs = [self._bound(self.vision, self._values(feed), place)[0] for feed in prompt.images]
-        if not runs:
+        devices = {"image_features": self.device}
+        features = [self._bound(self.vision, self._values(feed), devices)[0] for feed in prompt.images]
+        if not features:
             return self.no_features
-        return runs[0] if len(runs) == 1 else self._value(np.concatenate([run.numpy() for run in runs]))
+        return features[0] if len(features) == 1 else self._value(np.concatenate([part.numpy() for part in features]))
 
     def embed(self, ids: Array, features: Any) -> Any:
         """Turn token ids [B, S] into what enters the decoder [B, S, D], on the device."""
@@ -201,13 +201,13 @@ class OnnxModel:
 
     # --- tensors on the device ---
 
-    def _bound(self, session: Any, feed: dict[str, Any], places: dict[str, str]) -> list[Any]:
-        """Run a graph: its outputs, each on the device that is its place. (Without a binding all come to the host.)"""
+    def _bound(self, session: Any, feed: dict[str, Any], devices: dict[str, str]) -> list[Any]:
+        """Run a graph: its outputs, each on its device. (Without a binding all come to the host.)"""
         binding = session.io_binding()
         for name, value in feed.items():
             binding.bind_ortvalue_input(name, value)
-        for name, place in places.items():
-            binding.bind_output(name, place)
+        for name, device in devices.items():
+            binding.bind_output(name, device)
         session.run_with_iobinding(binding)
         outputs: list[Any] = binding.get_outputs()
         return outputs
@@ -224,13 +224,13 @@ class OnnxModel:
         floats = {name: array.astype(self.dtype) if array.dtype.kind == "f" else array for name, array in feed.items()}
         return {name: self._value(array) for name, array in floats.items()}
 
-    def _logits(self, rows: int) -> Any:
+    def _logits(self, num_sequences: int) -> Any:
         vocabulary = next(output.shape[1] for output in self.decoder.get_outputs() if output.name == "logits")
-        return self._value(np.zeros((rows, vocabulary), np.float32), "cpu")
+        return self._value(np.zeros((num_sequences, vocabulary), np.float32), "cpu")
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         import onnxruntime
 
-        if self.manifest["cache"] == "shared":  # what lies behind a row's tokens must be finite
+        if self.manifest["cache"] == "shared":  # what lies behind a sequence's tokens must be finite
             return self._value(np.zeros(shape, dtype))
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device)

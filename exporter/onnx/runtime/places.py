@@ -48,18 +48,18 @@ def product(rows: Array, columns: Array) -> Array:
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
 
 
-def places(manifest: Mapping[str, Any], rows: list[Array], inputs: Mapping[str, Any]) -> list[Array]:
-    """Return each row's image number, row and column of visual tokens, [S, 3]; zero at text. As at training."""
-    spans = [(row, *span) for row, visual in enumerate(rows) for span in spans_of(visual)]
+def patch_coordinates(manifest: Mapping[str, Any], masks: list[Array], inputs: Mapping[str, Any]) -> list[Array]:
+    """Return each sequence's image number, row and column of visual tokens, [S, 3]; zero at text. As at training."""
+    spans = [(sequence, *span) for sequence, visual in enumerate(masks) for span in spans_of(visual)]
     shapes = run_shapes(manifest, [end - start for _, start, end in spans], inputs)
-    out = [np.zeros((len(row), 3)) for row in rows]
+    out = [np.zeros((len(sequence), 3)) for sequence in masks]
     number, previous = -1, None
-    for (row, start, end), shape in zip(spans, shapes, strict=True):
+    for (sequence, start, end), shape in zip(spans, shapes, strict=True):
         if shape.first_of_image:
-            number = 0 if row != previous else number + 1
-            previous = row
-        out[row][start:end, 0] = number
-        out[row][start:end, 1:] = shape.coordinates(end - start)
+            number = 0 if sequence != previous else number + 1
+            previous = sequence
+        out[sequence][start:end, 0] = number
+        out[sequence][start:end, 1:] = shape.coordinates(end - start)
     return out
 
 

@@ -1,6 +1,6 @@
 """From a processor's output to the inputs of the graphs: all integers, in numpy.
 
-Shapes: B rows, S tokens, F visual features, P patches of an image, T tiles, C channels, H x W pixels.
+Shapes: B sequences, S tokens, F visual features, P patches of an image, T tiles, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KNOWN = PIXELS | {"input_ids", "attention_mask", "token_type_ids", "mm_token_typ
 
 @dataclass(frozen=True)
 class Prompt:
-    """The inputs of the graphs for one batch of questions. Rows are padded on the side that the cache wants."""
+    """The inputs of the graphs for one batch of questions. Sequences are padded on the side that the cache wants."""
 
     input_ids: Array  # [B, S]
     real: Array  # [B, S] False: padding
@@ -36,7 +36,7 @@ class Prompt:
     next_position: Array  # [B] of the first new token
     block_ids: Array  # [B, S] tokens of one number see each other both ways; -1: only what comes before
     images: list[Feed]  # one run of the vision graph each
-    places: Array = None  # [B, S, 3] image number, row and column of visual tokens: what a router reads
+    coordinates: Array = None  # [B, S, 3] image number, row and column of visual tokens: what a router reads
 
     @property
     def lengths(self) -> Array:
@@ -54,16 +54,17 @@ def prepare(manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> Prompt:
     ids = arrays["input_ids"].astype(np.int64)
     real = arrays.get("attention_mask", np.ones_like(ids)).astype(bool)
     if ids.ndim != 2 or real.shape != ids.shape or not real.any(1).all():
-        raise InputError(f"input_ids {ids.shape} and attention_mask {real.shape} must be [rows, tokens], none empty.")
+        shapes = f"input_ids {ids.shape} and attention_mask {real.shape}"
+        raise InputError(f"{shapes} must be [sequences, tokens], none empty.")
     vision = manifest["vision"]
     images = IMAGES[vision["kind"]](vision, arrays) if "pixel_values" in arrays else []
-    rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
-    positions = row_positions(manifest, rows, arrays.get("image_grid_thw"))
-    blocks = [row_blocks(manifest["blocks"], row == manifest["image_token_id"]) for row in rows]
+    sequences = [sequence[keep] for sequence, keep in zip(ids, real, strict=True)]
+    positions = sequence_positions(manifest, sequences, arrays.get("image_grid_thw"))
+    blocks = [sequence_blocks(manifest["blocks"], sequence == manifest["image_token_id"]) for sequence in sequences]
     left = manifest["cache"] == "growing"
     return Prompt(
-        input_ids=padded(rows, left, manifest["pad_token_id"]),
-        real=padded([np.ones(len(row), bool) for row in rows], left, False),
+        input_ids=padded(sequences, left, manifest["pad_token_id"]),
+        real=padded([np.ones(len(sequence), bool) for sequence in sequences], left, False),
         positions=np.moveaxis(padded([p.T for p in positions], left, 0), -1, 0) if manifest["mrope"] else
         padded(positions, left, 0),
         next_position=np.array([position.max() + 1 for position in positions]),
@@ -72,28 +73,28 @@ def prepare(manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> Prompt:
     )  # fmt: skip
 
 
-def padded(rows: Sequence[Array], left: bool, fill: Any) -> Array:
-    """Return rows of different lengths as one array [B, S, ...]."""
-    longest = max(len(row) for row in rows)
-    out = np.full((len(rows), longest, *rows[0].shape[1:]), fill, rows[0].dtype)
-    for place, row in zip(out, rows, strict=True):
+def padded(sequences: Sequence[Array], left: bool, fill: Any) -> Array:
+    """Return sequences of different lengths as one array [B, S, ...]."""
+    longest = max(len(sequence) for sequence in sequences)
+    out = np.full((len(sequences), longest, *sequences[0].shape[1:]), fill, sequences[0].dtype)
+    for target, sequence in zip(out, sequences, strict=True):
         if left:
-            place[longest - len(row) :] = row
+            target[longest - len(sequence) :] = sequence
         else:
-            place[: len(row)] = row
+            target[: len(sequence)] = sequence
     return out
 
 
 # --- where tokens are -------------------------------------------------------------------------------------------------
 
 
-def row_positions(manifest: Mapping[str, Any], rows: Sequence[Array], grids: Array | None) -> list[Array]:
-    """Return for each row the position of each token: [S], or [3, S] of time, row and column."""
+def sequence_positions(manifest: Mapping[str, Any], sequences: Sequence[Array], grids: Array | None) -> list[Array]:
+    """Return for each sequence the position of each token: [S], or [3, S] of time, row and column."""
     if not manifest["mrope"]:
-        return [np.arange(len(row)) + manifest["first_position"] for row in rows]
+        return [np.arange(len(sequence)) + manifest["first_position"] for sequence in sequences]
     merge = manifest["vision"]["merge"]
     rest = list([] if grids is None else grids.tolist())
-    return [_three_positions(row == manifest["image_token_id"], rest, merge) for row in rows]
+    return [_three_positions(sequence == manifest["image_token_id"], rest, merge) for sequence in sequences]
 
 
 def _three_positions(visual: Array, grids: list[list[int]], merge: int) -> Array:
@@ -116,7 +117,7 @@ def _three_positions(visual: Array, grids: list[list[int]], merge: int) -> Array
     return np.concatenate(parts, 1).astype(np.int64)
 
 
-def row_blocks(blocks: str | None, visual: Array) -> Array:
+def sequence_blocks(blocks: str | None, visual: Array) -> Array:
     """Return the block that each token is in: all of them in one, each run of visual tokens in one, or none."""
     if blocks == "prompt":
         return np.zeros(len(visual), np.int64)
@@ -189,7 +190,7 @@ def anyres(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]
     for image, (size, in_tiles) in zip(pixels, images_of(arrays), strict=True):
         rows, columns = best_grid(size, vision) if in_tiles else (0, 0)
         kept.append(image[: 1 + rows * columns])
-        for index, weight in _packed(vision, size, rows, columns, first):
+        for index, weight in _packed(vision, size, rows=rows, columns=columns, first=first):
             indices.append(index)
             weights.append(weight)
         first += (1 + rows * columns) * side * side
@@ -274,11 +275,11 @@ def shrunk(grid: Array, side: int, max_tiles: int | None) -> Weighted:
     return np.stack(corners, -1), np.stack(shares, -1)
 
 
-def _between(length: int, wanted: int) -> tuple[Array, Array, Array]:
-    """Return for each of `wanted` samples of a line the two places beside it and the share of the second."""
-    place = np.maximum((np.arange(wanted) + 0.5) * (length / wanted) - 0.5, 0)
-    before = place.astype(np.int64)
-    return before, np.minimum(before + 1, length - 1), place - before
+def _between(length: int, count: int) -> tuple[Array, Array, Array]:
+    """Return for each of `count` samples of a line the two positions beside it and the share of the second."""
+    position = np.maximum((np.arange(count) + 0.5) * (length / count) - 0.5, 0)
+    before = position.astype(np.int64)
+    return before, np.minimum(before + 1, length - 1), position - before
 
 
 IMAGES = {"tiles": tiles, "real_tiles": real_tiles, "anyres": anyres, "sized": sized, "patches": patches}

@@ -4,7 +4,7 @@
     model.generate(**inputs, flops=0.5)  # a share of the cost
     model.generate(**inputs, preset="fast")  # or once for all: model.set_budget("fast")
 
-Shapes: B rows, S tokens, K that stay, N layers that may be skipped, V vocabulary.
+Shapes: B sequences, S tokens, K that stay, N layers that may be skipped, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from .cost import PromptCost
 from .model import DecodingState, OnnxModel
-from .places import places
+from .places import patch_coordinates
 from .prepare import Array, InputError, Prompt, padded, prepare
 
 FRONT = "decoder_front"  # the graph of the embeddings and of the layers before the router, where there are any
@@ -27,20 +27,20 @@ FRONT = "decoder_front"  # the graph of the embeddings and of the layers before 
 class OnnxRouteBudget:
     """A limit to what runs. None: no limit."""
 
-    keep_visual_tokens: int | float | None = None  # a count for each row, or a share of what the row has
+    keep_visual_tokens: int | float | None = None  # a count for each sequence, or a share of what the sequence has
     keep_layers: int | None = None
     flops: float | None = None  # a share of the decoder's operations for this prompt
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            object.__setattr__(self, one.name, plain_number(getattr(self, one.name)))
+        for limit in fields(self):
+            object.__setattr__(self, limit.name, plain_number(getattr(self, limit.name)))
 
     @property
     def is_off(self) -> bool:
         return self == OnnxRouteBudget()
 
     def tokens_of(self, available: Array) -> Array:
-        """Return how many visual tokens each row keeps, of those it has: [B] -> [B]"""
+        """Return how many visual tokens each sequence keeps, of those it has: [B] -> [B]"""
         if self.keep_visual_tokens is None:
             return available
         if isinstance(self.keep_visual_tokens, int):
@@ -84,8 +84,8 @@ class RoutedState(DecodingState):
     """The state of a batch of answers between two tokens, and its route."""
 
     kept: Array = None  # [B] tokens in the caches behind the router
-    runs: Array = None  # [B, N] False: the row skips that layer
-    room: int = 0  # entries in the caches for tokens to come
+    runs: Array = None  # [B, N] False: the sequence skips that layer
+    new_tokens: int = 0  # entries in the caches for tokens to come
     bindings: dict[str, Any] = field(default_factory=dict)  # by graph
     states: Any = None  # [B, S, D] of the last pass, between the two graphs
     index: Array = None  # [B, K] which tokens of the prompt are there, in front those that stay; None: all
@@ -101,8 +101,8 @@ class RoutedOnnxModel(OnnxModel):
         else:
             self.front, self.embeddings = None, self._open("embeddings")
         self.router, self.decoder = self._open("router"), self._open("decoder")
-        taken = {given.name: given.shape for given in self.router.get_inputs()}
-        self.skips_by_row = bool(taken["skip_count"])  # folders of before have one number for all rows
+        taken = {entry.name: entry.shape for entry in self.router.get_inputs()}
+        self.skips_by_sequence = bool(taken["skip_count"])  # folders of before have one number for all sequences
         self.set_budget(self.router_facts["default"])
 
     # --- budgets ---
@@ -117,7 +117,7 @@ class RoutedOnnxModel(OnnxModel):
         quality: float | None = None,
     ) -> None:
         """Set the budget of all calls that name none."""
-        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers, flops, quality)
+        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers=keep_layers, flops=flops, quality=quality)
 
     def budget_for(
         self,
@@ -157,14 +157,14 @@ class RoutedOnnxModel(OnnxModel):
         return OnnxRouteBudget() if budget.flops == 1 else budget
 
     def amounts(self, lengths: Array, available: Array) -> tuple[Array, Array]:
-        """Return how many visual tokens each row keeps and how many layers it skips: [B] each."""
+        """Return how many visual tokens each sequence keeps and how many layers it skips: [B] each."""
         layers, budget = self.manifest["layers"], self.budget
         if budget.flops is None:
             skipped = layers - (budget.keep_layers or layers)
             return budget.tokens_of(available), np.full(len(available), skipped)
         cost, front = PromptCost.of(self.router_facts), self.router_facts["budgets"]["front"]
-        rows = zip(lengths.tolist(), available.tolist(), strict=True)
-        mixes = np.array([cost.mix(budget.flops, front, *row) for row in rows])
+        sequences = zip(lengths.tolist(), available.tolist(), strict=True)
+        mixes = np.array([cost.mix(budget.flops, front, *sequence) for sequence in sequences])
         return mixes[:, 0], layers - mixes[:, 1]
 
     def generate(
@@ -178,7 +178,7 @@ class RoutedOnnxModel(OnnxModel):
         **options: Any,
     ) -> Array:
         before = self.budget
-        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers, flops, quality)
+        self.budget = self.budget_for(preset, keep_visual_tokens, keep_layers=keep_layers, flops=flops, quality=quality)
         try:
             return super().generate(seed, **options)
         finally:
@@ -189,8 +189,8 @@ class RoutedOnnxModel(OnnxModel):
     def prompt(self, inputs: dict[str, Any]) -> Prompt:
         prompt = prepare(self.manifest, inputs)
         visual = prompt.input_ids == self.manifest["image_token_id"]
-        rows = [row[:length] for row, length in zip(visual, prompt.lengths.tolist(), strict=True)]
-        return replace(prompt, places=padded(places(self.manifest, rows, inputs), False, 0))
+        sequences = [sequence[:length] for sequence, length in zip(visual, prompt.lengths.tolist(), strict=True)]
+        return replace(prompt, coordinates=padded(patch_coordinates(self.manifest, sequences, inputs), False, 0))
 
     def prefill(self, prompt: Prompt, new_tokens: int, features: Any = None) -> tuple[Array, RoutedState]:
         features = self._matching(prompt, features)
@@ -202,17 +202,28 @@ class RoutedOnnxModel(OnnxModel):
         if visual.any() and (skipped.any() or (counts < available).any()):
             router = {
                 "is_visual": visual,
-                "places": prompt.places.astype(self.dtype),
+                "places": prompt.coordinates.astype(self.dtype),
                 "keep_counts": counts,
-                "skip_count": skipped if self.skips_by_row else skipped[0],
+                "skip_count": skipped if self.skips_by_sequence else skipped[0],
                 "slots": np.arange(int(state.kept.max())),
             }
-        return self._through(state, prompt.input_ids, features, prompt.positions, router), state
+        return self._through(
+            state, prompt.input_ids, features=features, positions=prompt.positions, router=router
+        ), state
 
-    def _begin(self, prompt: Prompt, kept: Array, room: int) -> RoutedState:
+    def _begin(self, prompt: Prompt, kept: Array, new_tokens: int) -> RoutedState:
         runs = np.ones((len(kept), len(self.router_facts["candidates"])), bool)
         logits = self._logits(len(kept))
-        return RoutedState(prompt, {}, logits, prompt.lengths, prompt.real, kept=kept, runs=runs, room=room)
+        return RoutedState(
+            prompt,
+            {},
+            logits=logits,
+            lengths=prompt.lengths,
+            real=prompt.real,
+            kept=kept,
+            runs=runs,
+            new_tokens=new_tokens,
+        )
 
     def step(self, state: DecodingState, tokens: Array) -> Array:
         assert isinstance(state, RoutedState)
@@ -221,23 +232,31 @@ class RoutedOnnxModel(OnnxModel):
         positions = (state.prompt.next_position + added)[:, None]  # [B, 1]
         if self.manifest["mrope"]:
             positions = np.tile(positions, (3, 1, 1))
-        return self._through(state, tokens[:, None], self.no_features, positions, None)
+        return self._through(state, tokens[:, None], features=self.no_features, positions=positions, router=None)
 
     def embedded(self, prompt: Prompt, features: Any) -> Any:
         if self.front is None:
             return super().embedded(prompt, features)
         state = self._begin(prompt, prompt.lengths, 0)
-        return self._enter(state, prompt.input_ids, features, self._value(prompt.positions), "inputs_embeds")
+        return self._enter(
+            state, prompt.input_ids, features=features, positions=self._value(prompt.positions), output="inputs_embeds"
+        )
 
     def _through(
         self, state: RoutedState, ids: Array, features: Any, positions: Array, router: dict[str, Array] | None
     ) -> Array:
         """Return the layers before the router, the router, the layers behind it: ids [B, S] -> logits [B, V]"""
-        places = self._value(positions)
-        states = self._enter(state, ids, features, places)
+        position_ids = self._value(positions)
+        states = self._enter(state, ids, features, position_ids)
         if router is not None:
-            states, places = self._route(state, states, places, router)
-        self._run(state, "decoder", {"states": states, **self._given(places, state.kept)}, "logits", state.logits)
+            states, position_ids = self._route(state, states, position_ids, router)
+        self._run(
+            state,
+            "decoder",
+            feed={"states": states, **self._given(position_ids, state.kept)},
+            output="logits",
+            buffer=state.logits,
+        )
         return state.logits.numpy().copy()  # the next pass writes there
 
     def _enter(self, state: RoutedState, ids: Array, features: Any, positions: Any, output: str = "next_states") -> Any:
@@ -250,11 +269,11 @@ class RoutedOnnxModel(OnnxModel):
         if state.states is None or state.states.shape() != shape:
             state.states = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, self.dtype, self.device)
         feed = {"input_ids": self._value(ids), "image_features": features, **self._given(positions, state.lengths)}
-        self._run(state, FRONT, feed, output, state.states)
+        self._run(state, FRONT, feed=feed, output=output, buffer=state.states)
         return state.states
 
     def running(self, state: RoutedState) -> list[int]:
-        """Return the layers behind the router that any row runs."""
+        """Return the layers behind the router that any sequence runs."""
         active = dict(zip(self.router_facts["candidates"], state.runs.any(0).tolist(), strict=True))
         return [layer for layer in self._behind if active.get(layer, True)]
 
@@ -269,14 +288,15 @@ class RoutedOnnxModel(OnnxModel):
 
     def _route(self, state: RoutedState, states: Any, positions: Any, router: dict[str, Array]) -> tuple[Any, Any]:
         feed = {"states": states, "position_ids": positions, "row_lengths": self._value(state.lengths)}
-        places = {"kept_states": self.device, "kept_position_ids": self.device, "kept_index": "cpu", "runs": "cpu"}
-        found = self._bound(self.router, feed | {name: self._value(array) for name, array in router.items()}, places)
-        state.index, state.runs = found[2].numpy(), found[3].numpy()
-        return found[0], found[1]
+        devices = {"kept_states": self.device, "kept_position_ids": self.device, "kept_index": "cpu", "runs": "cpu"}
+        outputs = self._bound(self.router, feed | {name: self._value(array) for name, array in router.items()}, devices)
+        state.index, state.runs = outputs[2].numpy(), outputs[3].numpy()
+        return outputs[0], outputs[1]
 
-    def _make_room(self, layers: Iterable[int], state: RoutedState, lengths: Array) -> None:
-        """Allocate caches of layers that run: none for those that all rows skip."""
-        shape = (len(lengths), self.manifest["heads"], int(lengths.max()) + state.room, self.manifest["head_size"])
+    def _allocate(self, layers: Iterable[int], state: RoutedState, lengths: Array) -> None:
+        """Allocate caches of layers that run: none for those that all sequences skip."""
+        longest = int(lengths.max()) + state.new_tokens
+        shape = (len(lengths), self.manifest["heads"], longest, self.manifest["head_size"])
         for layer in layers:
             state.cache |= {f"{layer}.{kind}": self._empty(shape, self.dtype) for kind in ("key", "value")}
 
@@ -293,11 +313,11 @@ class RoutedOnnxModel(OnnxModel):
         graph.run_with_iobinding(binding)
 
     def _bind_layers(self, binding: Any, state: RoutedState, behind: bool) -> None:
-        """Bind keys and values, written where they are read, and which rows run what."""
+        """Bind keys and values, written where they are read, and which sequences run what."""
         if behind:
-            self._make_room(self.running(state), state, state.kept)
+            self._allocate(self.running(state), state, state.kept)
         else:
-            self._make_room(range(self.router_facts["drop_at"]), state, state.lengths)
+            self._allocate(range(self.router_facts["drop_at"]), state, state.lengths)
         nothing = self._empty((len(state.runs), self.manifest["heads"], 0, self.manifest["head_size"]), self.dtype)
         for layer in self._behind if behind else range(self.router_facts["drop_at"]):
             for kind in ("key", "value"):

@@ -1,6 +1,6 @@
-"""Picks the next token of each row, as transformers does with the same settings.
+"""Picks the next token of each sequence, as transformers does with the same settings.
 
-Shapes: B rows, V vocabulary.
+Shapes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...data.batches import Batch, make_batch, size_order
 from ...data.samples import Sample
-from ...modeling.routed_places import places_of
+from ...modeling.routed_places import coordinates_of
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
@@ -97,8 +97,8 @@ class TrainingBatch:
 
     learner: Learner
     prompt: Batch
-    one: AnsweredBatch
-    given: Trace
+    answered: AnsweredBatch
+    trace: Trace
     state: Tensor  # [B, S, D] input of layer drop_at
     log_p: Tensor  # [A of the batch, V] the original's
     token_logits: Tensor  # [B, S]
@@ -106,7 +106,7 @@ class TrainingBatch:
 
     @property
     def visual(self) -> Tensor:
-        return self.one.batch.is_visual
+        return self.answered.batch.is_visual
 
     def gates(self, tokens: Tensor, candidates: Tensor) -> Gates:
         """Make gates from those of visual tokens [B, S] and of candidate layers [B, N]."""
@@ -122,9 +122,9 @@ class TrainingBatch:
     def log_q(self, gates: Gates) -> Tensor:
         """Return log-probabilities at each answer token, [A of the batch, V], differentiable in the gates."""
         model, start = self.learner.teacher.model, self.learner.settings.drop_at
-        return self._said(
+        return self._answer_log_p(
             gated_states(
-                model, self.given, attention=self.learner.attention, state=self.state, start=start, gates=gates
+                model, self.trace, attention=self.learner.attention, state=self.state, start=start, gates=gates
             )
         )
 
@@ -141,12 +141,12 @@ class TrainingBatch:
         state, layers = self.state, text_decoder(model).layers
         first = max(settings.drop_at, min(settings.candidates))
         for layer_idx in range(settings.drop_at, first):
-            state = self.given.after(layer_idx, self.given.step(layers[layer_idx], layer_idx, state))
+            state = self.trace.after(layer_idx, self.trace.step(layers[layer_idx], layer_idx, state))
         costs = []
         for candidates in tried:
             gates = self.gates(torch.ones_like(self.token_logits), candidates)
-            log_q = self._said(
-                gated_states(model, self.given, attention=self.learner.attention, state=state, start=first, gates=gates)
+            log_q = self._answer_log_p(
+                gated_states(model, self.trace, attention=self.learner.attention, state=state, start=first, gates=gates)
             )
             costs.append(self.per_sample(self.divergence(log_q)))
         return torch.stack(costs)
@@ -155,10 +155,10 @@ class TrainingBatch:
         """Compute KL(original || q) at each answer token, [A of the batch, V] -> [A of the batch]."""
         return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
 
-    def _said(self, output: Tensor) -> Tensor:
+    def _answer_log_p(self, output: Tensor) -> Tensor:
         """Return log-probabilities at answer tokens, [A of the batch, V], from the last layer's output [B, S, D]."""
         model = self.learner.teacher.model
-        hidden = text_decoder(model).norm(output[self.one.predicts])
+        hidden = text_decoder(model).norm(output[self.answered.predicts])
         log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
         return log_p
 
@@ -171,7 +171,7 @@ class TrainingBatch:
 
     def per_sample(self, kl: Tensor) -> Tensor:
         """Sum over each sequence's answer: [A of the batch] -> [B]."""
-        return torch.stack([part.sum() for part in torch.split(kl, self.one.predicts.sum(1).tolist())])
+        return torch.stack([part.sum() for part in torch.split(kl, self.answered.predicts.sum(1).tolist())])
 
 
 @dataclass
@@ -193,13 +193,13 @@ class Learner:
         traced = trace(model, answered_batch.batch, torch.no_grad)
         read, state = self._prefix(traced)
         visible = answered_batch.batch.inputs["attention_mask"].bool() & ~answer_tokens(answered_batch)
-        places = places_of(model.config, answered_batch.batch.is_visual, answered_batch.batch.inputs)
-        tokens, layers = self.router(read, answered_batch.batch.is_visual, visible, places)
+        coordinates = coordinates_of(model.config, answered_batch.batch.is_visual, answered_batch.batch.inputs)
+        tokens, layers = self.router(read, answered_batch.batch.is_visual, visible, coordinates)
         return TrainingBatch(
             learner=self,
             prompt=prompt,
-            one=answered_batch,
-            given=traced,
+            answered=answered_batch,
+            trace=traced,
             state=state,
             log_p=log_p,
             token_logits=tokens,

@@ -92,7 +92,7 @@ def train_router(
         learner = Learner(teacher, router, settings, attention)
         for step in progress(range(first, training.steps), "train router", training.steps - first):
             generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
-            chosen = questions_of_step(trained_on, sizes, step, training.batch_size, training.seed)
+            chosen = questions_of_step(trained_on, sizes, step=step, batch_size=training.batch_size, seed=training.seed)
             loss = loss_of(learner.training_batch(chosen), generator, **training.options)
             optimizer.zero_grad()
             loss.backward()
@@ -106,7 +106,7 @@ def train_router(
                 state.save(state_file, step + 1)
         budgets = fitted_budgets(learner, held_out, training.batch_size, progress)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in router.state_dict().items()}
-    return Trained(weights, state.curve, len(trained_on), len(held_out), budgets)
+    return Trained(weights, state.curve, questions=len(trained_on), held_out=len(held_out), budgets=budgets)
 
 
 def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:

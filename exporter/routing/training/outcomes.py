@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...data.pictures import pictures_of
 from ...modeling.routed_cost import LEVELS, DecoderCost, in_order
-from ...modeling.routed_places import places_of
+from ...modeling.routed_places import coordinates_of
 from ...modeling.routed_router import best_layers, best_tokens
 from ...models.divergence import Divergence, simplest
 from ...progress import Progress
@@ -76,7 +76,7 @@ def fitted_budgets(learner: Learner, held_out: Sequence[int], batch_size: int, p
         return {}
     facts = cost_facts(learner.teacher.model, learner.router)
     settings = replace(learner.settings, budgets={"cost": facts})
-    judged = judge(learner, DecoderCost.of(settings), held_out, batch_size, progress)
+    judged = judge(learner, DecoderCost.of(settings), held_out=held_out, batch_size=batch_size, progress=progress)
     pictures = pictures_of([samples[index] for index in held_out])
     front, rows = front_of(judged, pictures, learner.num_layers)
     follows = torch.tensor([judged.mixes[share, 0].follows for share in LADDER]).T  # [n, J]
@@ -113,21 +113,23 @@ def try_mix(batch: TrainingBatch, cost: DecoderCost, share: float, skipped: int,
     """Note what answers suffer where so many layers are skipped and the cost is that of a rung with all layers."""
     learner, visual, available = batch.learner, batch.visual, batch.visual.sum(1)
     lengths, counts = batch.prompt.inputs["attention_mask"].sum(1).tolist(), rung(share, available).tolist()
-    rows, layers = list(zip(lengths, available.tolist(), strict=True)), learner.num_layers - skipped
+    prompts, layers = list(zip(lengths, available.tolist(), strict=True)), learner.num_layers - skipped
     if skipped:
-        costs = [cost.share(*row, count, learner.num_layers) for row, count in zip(rows, counts, strict=True)]
-        counts = [cost.most_tokens(x, *row, layers) for x, row in zip(costs, rows, strict=True)]
-    places = places_of(learner.teacher.model.config, visual, batch.one.batch.inputs)
+        costs = [cost.share(*prompt, count, learner.num_layers) for prompt, count in zip(prompts, counts, strict=True)]
+        counts = [cost.most_tokens(x, *prompt, layers) for x, prompt in zip(costs, prompts, strict=True)]
+    coordinates = coordinates_of(learner.teacher.model.config, visual, batch.answered.batch.inputs)
     kept = torch.tensor(counts, device=visual.device)
-    tokens = best_tokens(batch.token_logits, visual, kept, places, learner.settings.image_floor)
-    runs = best_layers(batch.layer_logits, learner.settings, layers, learner.num_layers)
-    log_q = batch.log_q(batch.gates(tokens.float(), runs[:, list(learner.settings.candidates)]))
-    wrong = (log_q.argmax(-1) != batch.one.targets).float()
+    tokens = best_tokens(
+        batch.token_logits, visual, budget=kept, patches=coordinates, image_floor=learner.settings.image_floor
+    )
+    executed = best_layers(batch.layer_logits, learner.settings, layers, learner.num_layers)
+    log_q = batch.log_q(batch.gates(tokens.float(), executed[:, list(learner.settings.candidates)]))
+    wrong = (log_q.argmax(-1) != batch.answered.targets).float()
     mix.kl += batch.per_sample(batch.divergence(log_q)).tolist()
     mix.follows += (batch.per_sample(wrong) == 0).tolist()
-    mix.tokens += batch.one.predicts.sum(1).tolist()
-    mix.flops += [cost.share(*row, count, layers) for row, count in zip(rows, counts, strict=True)]
-    mix.kept += [count / visual_tokens for (_, visual_tokens), count in zip(rows, counts, strict=True)]
+    mix.tokens += batch.answered.predicts.sum(1).tolist()
+    mix.flops += [cost.share(*prompt, count, layers) for prompt, count in zip(prompts, counts, strict=True)]
+    mix.kept += [count / visual_tokens for (_, visual_tokens), count in zip(prompts, counts, strict=True)]
 
 
 def note_levels(batch: TrainingBatch, judged: Judged) -> None:
@@ -138,7 +140,7 @@ def note_levels(batch: TrainingBatch, judged: Judged) -> None:
     for name, level in LEVELS.items():
         levels = level(batch.token_logits.double(), batch.visual)  # [B, S]
         judged.levels[name] += levels.gather(1, last).cpu().unbind()
-        judged.whole[name] += [row[real].cpu() for row, real in zip(levels, there, strict=True)]
+        judged.whole[name] += [of_sequence[real].cpu() for of_sequence, real in zip(levels, there, strict=True)]
 
 
 # --- a share of the cost ----------------------------------------------------------------------------------------------
@@ -158,9 +160,9 @@ def front_of(
         tried = [skipped for rung, skipped in judged.mixes if rung == share]
         number = min(len(judged.mixes[share, skipped].kl) for skipped in tried)
         mixes = [judged.mixes[share, skipped].first(number) for skipped in tried]
-        found = [mix.divergence(pictures[:number]) for mix in mixes]
-        best = tried[simplest(found)]
-        for skipped, mix, divergence in zip(tried, mixes, found, strict=True):
+        divergences = [mix.divergence(pictures[:number]) for mix in mixes]
+        best = tried[simplest(divergences)]
+        for skipped, mix, divergence in zip(tried, mixes, divergences, strict=True):
             rows.append(
                 {
                     "flops": _mean(mix.flops),
@@ -194,14 +196,21 @@ def quality_of(judged: Judged, follows: Tensor) -> dict[str, Any]:
         follows: [n, J] which answers were kept at which rung.
     """
     number = len(follows)
-    asked = [q for q in QUALITIES if q <= number / (number + 1)]
-    compared = [q for q in asked if q in COMPARED] or asked[-1:]
+    qualities = [q for q in QUALITIES if q <= number / (number + 1)]
+    compared = [q for q in qualities if q in COMPARED] or qualities[-1:]
     fits = {}
     for name in LEVELS:
         whole = judged.whole[name]
-        limits = limits_for(asked, torch.stack(judged.levels[name]), torch.stack([row[-1] for row in whole]), follows)
-        tokens = [sum(float((row <= limit).double().mean()) for row in whole) / number for limit in limits]
-        fits[name] = list(zip(asked, limits, tokens, strict=True))
+        limits = limits_for(
+            qualities,
+            torch.stack(judged.levels[name]),
+            torch.stack([of_sequence[-1] for of_sequence in whole]),
+            follows,
+        )
+        tokens = [
+            sum(float((of_sequence <= limit).double().mean()) for of_sequence in whole) / number for limit in limits
+        ]
+        fits[name] = list(zip(qualities, limits, tokens, strict=True))
     score = min(fits, key=lambda name: sum(tokens for q, _, tokens in fits[name] if q in compared))
     at = [[q, round(limit + 10**-ROUNDED, ROUNDED), round(tokens, 4)] for q, limit, tokens in fits[score]]
     return {"score": score, "answers": number, "at": at}
@@ -222,8 +231,8 @@ def limits_for(qualities: Sequence[float], levels: Tensor, last: Tensor, follows
     none, whole = follows.new_zeros(number, 1), follows.new_ones(number, 1)
     kept = torch.cat([none, follows, whole], 1).gather(1, reached).double().mean(0)  # [G]
     safe = kept.flip(0).cummin(0).values.flip(0)  # from here on
-    found = []
+    lowest = []
     for quality in qualities:
         enough = (safe * number >= quality * (number + 1) - 1e-9).nonzero()[:, 0]
-        found.append(float(limits[enough[0]]))
-    return found
+        lowest.append(float(limits[enough[0]]))
+    return lowest

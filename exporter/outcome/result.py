@@ -16,7 +16,7 @@ from .steps_file import candidate_data
 
 
 @dataclass(frozen=True)
-class Found:
+class MeasuredCandidate:
     """A candidate that was made and measured."""
 
     candidate: Candidate
@@ -28,13 +28,21 @@ class Found:
     held_out: Mapping[str, Any] | None  # what unlabelled questions said when it was made
 
     @classmethod
-    def of(cls, candidate: Candidate, step: Mapping[str, Any], original: Sequence[int]) -> Found:
+    def of(cls, candidate: Candidate, step: Mapping[str, Any], original: Sequence[int]) -> MeasuredCandidate:
         """Compare a measured candidate with the original, question by question."""
         before, after = (list(map(bool, answers)) for answers in (original, step["correct"]))
         only_original, only_it, p_value = mcnemar(before, after)
         loss = 100 * (only_original - only_it) / len(before)
         error = 100 * paired_error(only_original, only_it, len(before))
-        return cls(candidate, step["figures"], Rate.of(after), loss, error, p_value, step["held_out"])
+        return cls(
+            candidate,
+            step["figures"],
+            rate=Rate.of(after),
+            loss=loss,
+            loss_error=error,
+            p_value=p_value,
+            held_out=step["held_out"],
+        )
 
     def to_data(self) -> dict[str, Any]:
         return {
@@ -60,38 +68,42 @@ def paired_error(only_first: int, only_second: int, n: int) -> float:
     return math.sqrt(spread) / (n + 2)
 
 
-def front(found: Sequence[Found], goal: SearchGoal, original: Mapping[str, Any], accuracy: float) -> list[Found]:
+def front(
+    candidates: Sequence[MeasuredCandidate], goal: SearchGoal, original: Mapping[str, Any], accuracy: float
+) -> list[MeasuredCandidate]:
     """Return those that no other, the original among them, beats in both the goal's figure and the exact match.
 
     Args:
         original: its figures, as far as they are known; accuracy: its exact match.
     """
-    known = [one for one in found if goal.better(one.figures) > -math.inf]
-    points = [(-goal.better(one.figures), one.rate.accuracy) for one in known]
+    known = [measured for measured in candidates if goal.better(measured.figures) > -math.inf]
+    points = [(-goal.better(measured.figures), measured.rate.accuracy) for measured in known]
     as_it_is = [(-goal.better(original), accuracy)] if goal.better(original) > -math.inf else []
     best = pareto_front([*points, *as_it_is])
-    return [one for point in best for one, at in zip(known, points, strict=True) if at == point]
+    return [measured for point in best for measured, at in zip(known, points, strict=True) if at == point]
 
 
-def choice(found: Sequence[Found], goal: SearchGoal, max_loss: float) -> Found | None:
+def choice(candidates: Sequence[MeasuredCandidate], goal: SearchGoal, max_loss: float) -> MeasuredCandidate | None:
     """Return the one that is chosen: of those that reach the goal within the loss the one that loses least.
 
     Of several that lose as little the one that goes furthest; without a goal the one that goes furthest at all.
     """
-    good = [one for one in found if goal.met(one.figures) and one.loss <= max_loss]
+    good = [measured for measured in candidates if goal.met(measured.figures) and measured.loss <= max_loss]
     if goal.target is None:
-        good.sort(key=lambda one: (-goal.better(one.figures), one.loss))
+        good.sort(key=lambda measured: (-goal.better(measured.figures), measured.loss))
     else:
-        good.sort(key=lambda one: (one.loss, -goal.better(one.figures)))
+        good.sort(key=lambda measured: (measured.loss, -goal.better(measured.figures)))
     return good[0] if good else None
 
 
-def nearest_ones(found: Sequence[Found], goal: SearchGoal, max_loss: float) -> list[Found]:
+def nearest_ones(candidates: Sequence[MeasuredCandidate], goal: SearchGoal, max_loss: float) -> list[MeasuredCandidate]:
     """Return what comes nearest to a goal that is not met: the furthest within the loss, and the least loss beyond."""
-    within = [one for one in found if one.loss <= max_loss]
-    beyond = [one for one in found if goal.met(one.figures)]
-    nearest = [max(within, key=lambda one: (goal.better(one.figures), -one.loss))] if within else []
-    return nearest + ([min(beyond, key=lambda one: (one.loss, -goal.better(one.figures)))] if beyond else [])
+    within = [measured for measured in candidates if measured.loss <= max_loss]
+    beyond = [measured for measured in candidates if goal.met(measured.figures)]
+    nearest = [max(within, key=lambda measured: (goal.better(measured.figures), -measured.loss))] if within else []
+    return nearest + (
+        [min(beyond, key=lambda measured: (measured.loss, -goal.better(measured.figures)))] if beyond else []
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class SearchResult:
     max_loss: float
     original: Rate
     original_figures: Mapping[str, Any]  # as a candidate's, and 'answer_tokens'
-    found: tuple[Found, ...]
+    candidates: tuple[MeasuredCandidate, ...]
     passed: Mapping[str, float]  # candidates that were not measured, and the points they were expected to lose
     failed: Mapping[str, str]  # candidates that could not be made, and why
     left_out: Mapping[str, str]  # of healing, router, int8: why
@@ -114,12 +126,12 @@ class SearchResult:
     metric: str = EXACT_MATCH  # of the task, by its title
 
     @property
-    def front(self) -> list[Found]:
-        return front(self.found, self.goal, self.original_figures, self.original.accuracy)
+    def front(self) -> list[MeasuredCandidate]:
+        return front(self.candidates, self.goal, self.original_figures, self.original.accuracy)
 
     @property
-    def choice(self) -> Found | None:
-        return choice(self.found, self.goal, self.max_loss)
+    def choice(self) -> MeasuredCandidate | None:
+        return choice(self.candidates, self.goal, self.max_loss)
 
     @property
     def met(self) -> bool:
@@ -127,31 +139,31 @@ class SearchResult:
         return self.choice is not None
 
     @property
-    def nearest(self) -> list[Found]:
-        return nearest_ones(self.found, self.goal, self.max_loss)
+    def nearest(self) -> list[MeasuredCandidate]:
+        return nearest_ones(self.candidates, self.goal, self.max_loss)
 
     @property
     def verdict(self) -> str:
         """Say what came of it in one sentence."""
-        asked = f"{self.goal.said()} at a loss of at most {self.max_loss:g} points"
+        aim = f"{self.goal.in_words()} at a loss of at most {self.max_loss:g} points"
         late = f"; {len(self.open)} more were not reached in the time" if self.open else ""
         if self.choice is not None:
-            one = self.choice
-            return f"{asked}: {one.candidate.label}, {self.words(one)}{late}"
-        told = [f"{one.candidate.label} ({self.words(one)})" for one in self.nearest]
+            measured = self.choice
+            return f"{aim}: {measured.candidate.label}, {self.words(measured)}{late}"
+        told = [f"{measured.candidate.label} ({self.words(measured)})" for measured in self.nearest]
         near = f"the nearest: {'; '.join(told)}" if told else "nothing comes near"
-        return f"none of {len(self.found)} candidates is {asked}; {near}{late}"
+        return f"none of {len(self.candidates)} candidates is {aim}; {near}{late}"
 
-    def words(self, one: Found) -> str:
+    def words(self, measured: MeasuredCandidate) -> str:
         """Return a candidate's figures in words."""
-        value = one.figures.get(self.goal.kind.measure)
-        cost = "its cost is not known" if value is None else self.goal.said(value)
-        change = f"loses {one.loss:.1f}" if one.loss >= 0 else f"gains {-one.loss:.1f}"
-        return f"{cost}, {change} ± {1.96 * one.loss_error:.1f} points"
+        value = measured.figures.get(self.goal.kind.measure)
+        cost = "its cost is not known" if value is None else self.goal.in_words(value)
+        change = f"loses {measured.loss:.1f}" if measured.loss >= 0 else f"gains {-measured.loss:.1f}"
+        return f"{cost}, {change} ± {1.96 * measured.loss_error:.1f} points"
 
     def to_data(self) -> dict[str, Any]:
         goal = {name: value for name, value in vars(self.goal).items() if value is not None}
-        best = {one.candidate for one in self.front}
+        best = {measured.candidate for measured in self.front}
         return {
             "goal": goal,
             "metric": self.metric,
@@ -160,7 +172,9 @@ class SearchResult:
             "verdict": self.verdict,
             "complete": not self.open,
             "original": {**vars(self.original), **self.original_figures},
-            "candidates": [one.to_data() | {"on_front": one.candidate in best} for one in self.found],
+            "candidates": [
+                measured.to_data() | {"on_front": measured.candidate in best} for measured in self.candidates
+            ],
             "passed_over": dict(self.passed),
             "failed": dict(self.failed),
             "left_out": dict(self.left_out),
