@@ -88,7 +88,7 @@ def check_names(name: str, raw: dict[str, Any], config: Any) -> None:
 def _known(cls: type) -> set[str]:
     """Return the names that a configuration class reads."""
     fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    return fields | set(getattr(cls, "attribute_map", {}))
+    return fields | {"model_type"} | set(getattr(cls, "attribute_map", {}))
 
 
 def _parts(raw: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

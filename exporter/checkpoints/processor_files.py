@@ -273,7 +273,11 @@ def _probe(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         raise
     except PromptError as error:
         raise InputError(f"{name}: {error}.") from error
-    except Exception as error:
+    except (
+        BaseException
+    ) as error:  # `tokenizers` panics, which is no Exception, where a file of its own contradicts itself
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(
             f"{name}: its processor fails at a short question about a picture: {first_lines(error)}"
         ) from error

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from . import damages, material
+from .damages import RECORDS
 from .kinds import CHECKS, KINDS, Command, Kind, cheap
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,6 @@ VOLATILE = re.compile(
     r"seconds|_ms$|date|path|out$|peak|per_s$|versions|interval|achieved|memory|total_ms|ratio|fingerprint"
 )
 TEMPORARY = re.compile(r"lvlm-exporter-(?:source|push|view|modules|offload|images)-|\.partial-|/tmp/lvlm")
-RECORDS = ("compression.json", "onnx.json")
 MODULES = ".modules"  # where a case that is not run as root keeps what transformers copies
 PASSES = re.compile(r"Warning|warn\(")  # lines of other packages that are no message of ours
 

@@ -17,6 +17,7 @@ import getpass
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -201,7 +202,7 @@ def killed(
         wanted = {-number, 0, 130} if number != signal.SIGKILL else {-number, 0}
         assert first.code in wanted, f"exit code {first.code}: {first.said[-300:]}"
         if number != signal.SIGKILL and first.code == 130:
-            temporary = [entry for entry in row["left"] if not entry.endswith(".training")]
+            temporary = [entry for entry in row["left"] if not entry.endswith((".training", ".healing"))]
             assert not temporary, f"{number.name} leaves {temporary}"
         _whole_or_not_at_all(name, home, hub, repository)
         shutil.rmtree(home / "made", ignore_errors=True)
@@ -224,8 +225,15 @@ def _left(home: Path, expected: tuple[str, ...]) -> set[str]:
     """What lies about beside what was there before, in the folder of the target and in that for temporary files."""
     known = {*expected, "stdout", "stderr", "tmp", "made"}
     found = {path.name for path in home.iterdir() if path.name not in known}
-    found |= {f"tmp/{path.name}" for path in (home / "tmp").iterdir() if path.name not in OTHERS}
+    found |= {
+        f"tmp/{path.name}" for path in (home / "tmp").iterdir() if path.name not in OTHERS and not _is_trial(path)
+    }
     return found | {str(path.relative_to(home)) for path in (home / "ours").rglob(".*.partial")}
+
+
+def _is_trial(path: Path) -> bool:
+    """Tell whether a file is what `tempfile` writes and removes at once, to find a folder that it may write to."""
+    return re.fullmatch(r"[a-z0-9_]{8}", path.name) is not None and path.read_bytes() in (b"", b"blat")
 
 
 def _whole_or_not_at_all(name: str, home: Path, hub: LoopbackHub, repository: str) -> None:

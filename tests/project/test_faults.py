@@ -51,3 +51,9 @@ def test_what_nobody_reads_of_a_question_may_be_anything():
     before = b'{"image": "a.png", "question": "q", "answer": "a", "type": "t"}\n'
     for change, alike in (((b"type", b"tipe"), True), ((b'"t"', b"[1]"), True), ((b'"a"', b"3"), False)):
         assert damages.same_form(before, before.replace(*change), "x.jsonl") is alike
+
+
+def test_a_record_may_have_nothing_measured():
+    record = b'{"benchmarks": [{"batch": 1}], "plan": {"drop": [3]}}'
+    assert damages.same_form(record, record.replace(b'[{"batch": 1}]', b"[]"), "compression.json")
+    assert not damages.same_form(record, record.replace(b"[3]", b"[]"), "compression.json")
