@@ -15,6 +15,7 @@ import numpy as np
 from ..clean_room import load_processor
 from ..data.batches import Batch
 from ..errors import InputError
+from ..onnx.manifest import read_manifest
 from ..onnx.runtime.load import load
 from ..onnx.runtime.model import DecodingState, OnnxModel
 from ..onnx.runtime.prepare import Prompt
@@ -166,6 +167,11 @@ class OnnxRuntime:
         if path not in self._loaded:
             if problems := verify(path).problems:
                 raise InputError(f"{path} does not verify: {'; '.join(problems)}. Export it again.")
+            if layout := read_manifest(Path(path)).layout:
+                raise InputError(
+                    f"{path} is in the layout {layout}, whose speed is that of its client and not measured here: time "
+                    "an export of the same checkpoint without --layout."
+                )
             model = load(path, self.device.partition(":")[0], self.threads)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self._loaded[path] = OnnxSubject(

@@ -159,8 +159,9 @@ def open_weights_only(folder: Path) -> Source:
     config, weights = load_config(folder, raw_config), open_weights(folder)
     check_names(str(folder), raw_config, config)
     check_types(str(folder), weights.entries)
-    source = _with_layers(Source(str(folder), folder, revision=None, config=config, raw_config=raw_config, weights=weights, family=family_of(config),
-                                 decoder=decoder_of(config), original=folder, stored=weights))  # fmt: skip
+    source = _with_layers(Source(str(folder), folder, None, config, raw_config=raw_config, weights=weights,
+                                 family=family_of(config), decoder=decoder_of(config), original=folder,
+                                 stored=weights))  # fmt: skip
     check_fit(source)
     return source
 

@@ -147,12 +147,13 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
     """Return {"problems": [...], "outputs": {name: {max, mean, scale}}, and the counts of `Findings`}."""
     runtime = load_package("runtime", PACKAGE / "onnx" / "runtime")
     folder = Path(job["folder"])
-    graphs = sorted(folder.glob("*.onnx"))
+    chosen = {"precision": job["precision"]} if "precision" in job else {}  # in the layout of transformers.js
+    graphs = runtime.graph_files(folder, **chosen) if chosen else sorted(folder.glob("*.onnx"))
     if problems := [f"{path.stem}: {problem}" for path in graphs for problem in check_graph(path, job["opset"])]:
         return {"problems": problems}
     model, processor = load_torch(job)
     try:
-        runner = runtime.load(folder, job["device"])
+        runner = runtime.load(folder, job["device"], **chosen)
     except Exception as error:
         return {"problems": [f"ONNX Runtime can't open it: {_first_line(error)}"]}
     findings = Findings()
@@ -239,5 +240,5 @@ def out_of_tolerance(differences: dict[str, Difference], dtype: str, quantized: 
                 f"(at most {limit:.1e})"
             )
             if dtype == "float16" and difference.largest == float("inf"):
-                problems[-1] += ": its values don't fit into float16, export with --dtype float32"
+                problems[-1] += ": its values don't fit into float16, export with --dtype float32, or without fp16"
     return problems

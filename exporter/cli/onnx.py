@@ -21,7 +21,17 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
         "--dtype", default="auto", help="float32, float16 (auto: float32 for the CPU, float16 for CUDA)"
     )
-    subcommand.add_argument("--quantize", metavar="int8", help="store the decoder's weights as integers: int8 or int4")
+    subcommand.add_argument(
+        "--layout",
+        metavar="transformers.js",
+        help="write the folder that transformers.js opens, for browsers and Node (that of our own runner)",
+    )
+    subcommand.add_argument(
+        "--quantize",
+        metavar="int8",
+        help="store the decoder's weights as integers: int8 or int4; for transformers.js, precisions to write beside "
+        "fp32: fp16, q8, q4, q4f16, with commas between them, or all",
+    )
     subcommand.add_argument("--opset", type=positive_count, metavar="N", help="version of ONNX's operator set (20)")
     subcommand.add_argument(
         "--calibration", metavar="FILE", help="more questions on which the graphs are compared with torch"
@@ -39,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     from ..onnx.report import differences_table
 
     progress_bar(options)
-    names = ("device", "dtype", "quantize", "opset", "calibration", "samples", "trust_remote_code")
+    names = ("device", "dtype", "layout", "quantize", "opset", "calibration", "samples", "trust_remote_code")
     folder = export(options.folder, options.out, ExportOptions(**{name: getattr(options, name) for name in names}))
     manifest = read_manifest(folder)
     write_json(options, {"path": str(folder), **manifest.data})

@@ -5,8 +5,8 @@
     tokens = model.generate(**processor(images=image, text=text, return_tensors="np"), max_new_tokens=64)
 
 Files, in the order of an export: `support` (which families, and how), `graphs/` (modules that trace, module to file,
-quantized weights), `validation` (against torch, in a clean process), `pipeline` (the whole story), `runtime/` (the
-runner, which needs onnxruntime and numpy only).
+quantized weights), `layouts/` (folders that other runtimes open), `validation` (against torch, in a clean process),
+`pipeline` (the whole story), `runtime/` (the runner, which needs onnxruntime and numpy only).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..cards.card_file import write_card
 from ..cards.licence import licence_sentence
 from ..cards.model_card import budget_name, hub_metadata, ratio_cell, shown_name, template
+from .layouts.client_files import takes_picture_first
 from .manifest import read_manifest
 from .report import differences_table
 
@@ -21,7 +22,7 @@ def card(folder: Path, name: str | None = None) -> Path:
     manifest = read_manifest(folder, whole=False)
     name = name or shown_name(folder)
     source = manifest.data["source"]
-    text = template("onnx.md.jinja").render(
+    text = template("onnx.md.jinja" if manifest.layout is None else "transformers-js.md.jinja").render(
         manifest.to_data(),
         title=name,
         base=source["base_model"] or Path(source["name"]).name,
@@ -32,9 +33,16 @@ def card(folder: Path, name: str | None = None) -> Path:
         budget_name=budget_name,
         ratio=ratio_cell,
         routed=manifest.router is not None,
+        picture_first=manifest.layout is not None and takes_picture_first(folder),
+        dtypes=["fp32", *(manifest.precisions or {})],
     )
     tags = ["lvlm-exporter", "onnxruntime", *([manifest.quantize] if manifest.quantize else [])]
+    library = "onnx" if manifest.layout is None else manifest.layout
     metadata = hub_metadata(
-        source, name, library="onnx", tags=tags, relation="quantized" if manifest.quantize else "finetune"
+        source,
+        name,
+        library=library,
+        tags=[*tags, *(["onnx"] if manifest.layout else [])],
+        relation="quantized" if manifest.quantize or manifest.layout else "finetune",
     )
     return write_card(folder, metadata, text)

@@ -31,8 +31,10 @@ from ..version import __version__
 from .graphs.decoder import cache_shape
 from .graphs.quantize import BITS
 from .runtime import folder as runner
+from .runtime.client import LAYOUT as TRANSFORMERS_JS
+from .runtime.client import SUFFIXES
 from .runtime.folder import FORMAT, MANIFEST
-from .support import Support, cache_kind, support_of
+from .support import GROWING, Support, cache_kind, support_of
 
 __all__ = [
     "GRAPH_FILES",
@@ -45,7 +47,7 @@ __all__ = [
     "write_record",
 ]
 
-GRAPH_FILES = ("*.onnx", "*.onnx.data")
+GRAPH_FILES = ("*.onnx", "*.onnx.data", "onnx/*.onnx", "onnx/*.onnx_data*")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class OnnxRecord:
     versions: OnnxVersions
     validation: ComparisonPart
     quantized: Annotated[ComparisonPart | None, OR_MISSING] = None
+    layout: Annotated[Annotated[str, one_of(TRANSFORMERS_JS)] | None, OR_MISSING] = None
+    precisions: Annotated[dict[Annotated[str, one_of(*SUFFIXES)], ComparisonPart] | None, OR_MISSING] = None
     router: Annotated[OnnxRouterPart | None, OR_MISSING] = None
     benchmarks: tuple[OnnxBenchmark, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata=named(None))
@@ -85,6 +89,9 @@ class OnnxRecord:
         for name in ("validation", "quantized"):
             if (part := getattr(read, name)) is not None and not part.outputs:
                 raise Misfit(f"'{name}.outputs' is empty")
+        for name, part in (read.precisions or {}).items():
+            if not part.outputs:
+                raise Misfit(f"'precisions.{name}.outputs' is empty")
         for index, entry in enumerate(read.benchmarks):
             if not entry.models:
                 raise Misfit(f"'benchmarks[{index}].models' is not a list that is not empty")
@@ -138,7 +145,7 @@ def differing_facts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             "layers": text.num_hidden_layers,
             "heads": heads,
             "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            "cache": cache_kind(config, manifest["dtype"], manifest["device"]),
+            "cache": GROWING if manifest.get("layout") else cache_kind(config, manifest["dtype"], manifest["device"]),
         }
     except Exception as error:  # whatever a class of transformers makes of its settings
         return [f"its config.json is not accepted by transformers ({type(error).__name__})"]
@@ -225,7 +232,7 @@ def versions() -> dict[str, str]:
 def write_manifest(folder: Path, manifest: dict[str, Any], hashed: bool = False) -> None:
     """Write onnx.json with the size of every graph file; at the end with the SHA-256 of every file of the folder."""
     files = sorted(graph_files(folder))
-    manifest["files"] = {path.name: path.stat().st_size for path in files}
+    manifest["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     if hashed:
         manifest["sha256"] = hashes(folder)
     write_record(folder, manifest)

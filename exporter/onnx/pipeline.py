@@ -28,14 +28,16 @@ from .graphs.graph import check_exporter, check_opset, trace
 from .graphs.quantize import check_quantize, quantize
 from .graphs.router import describe_router, load_router, read_settings, write_routed
 from .graphs.vision import vision_module
+from .layouts import transformers_js
 from .manifest import describe, write_manifest
 from .runtime.folder import check_provider
-from .support import SHARED, Support, cache_kind, support_of
+from .support import GROWING, SHARED, Support, cache_kind, support_of
 from .validation import validate
 
 DEFAULT_OPSET = 20
 DTYPES = ("float32", "float16")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LAYOUTS = {transformers_js.NAME: transformers_js}
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class ExportOptions:
 
     device: str = "cpu"
     dtype: str = "auto"  # float32 on the CPU, float16 on CUDA
-    quantize: str | None = None  # int8, int4
+    quantize: str | None = None  # int8, int4; in the layout transformers.js its names, with commas between them
     opset: int | None = None
+    layout: str | None = None  # transformers.js; None: that of our own runner
     calibration: str | None = None  # questions to validate on, beside those that every export is validated on
     samples: int = 8
     trust_remote_code: bool = False  # run Python of the checkpoint to verify it, where it is none that we shipped
@@ -60,25 +63,45 @@ def export(model: str | Path, out: str | Path, options: ExportOptions | None = N
     check_environment(options)
     job = prepare(str(model), options)
     check_target(out)
-    check_space(out, needed_bytes(job.source, job.dtype, options.quantize))
+    check_space(out, needed_bytes(job.source, job.dtype, options))
     inputs = questions(job.source, options)
+    with staged(out) as stage:
+        manifest = traced_manifest(job, stage)
+        if job.layout is not None:
+            job.layout.finish(job, stage, manifest=manifest, inputs=inputs)
+        else:
+            finish(job, stage, manifest=manifest, inputs=inputs)
+        write_manifest(stage, manifest, hashed=True)
+        card(stage, out.name)
+    return out
+
+
+def traced_manifest(job: ExportJob, stage: Path) -> dict[str, Any]:
+    """Write the graphs. The model is gone when this returns: the clean process loads it again, with room for one.
+
+    Returns: the manifest, without what is found later.
+    """
     torch_model, _ = load_model(job.source, "cpu", compute_dtype(job.dtype, job.source.config, "cpu"))
     manifest = describe(torch_model, job.source, job.support, job.settings())
     if job.route is not None:
         manifest["router"] = describe_router(job.source.config, job.route)
-    with staged(out) as stage:
+    if job.layout is not None:
+        manifest["layout"] = job.layout.NAME
+        job.layout.write_graphs(torch_model, job.support, stage, job.opset)
+    else:
         write_graphs(torch_model, job, stage)
-        del torch_model  # the clean process loads it again: there is memory for one
-        carry(job.source, stage)
+    return manifest
+
+
+def finish(job: ExportJob, stage: Path, manifest: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+    """Write what belongs beside the graphs, compare them with torch, and quantise them if that is asked for."""
+    carry(job.source, stage)
+    write_manifest(stage, manifest)
+    manifest["validation"] = validate(stage, job.for_validation(quantize=None), inputs)
+    if job.options.quantize:
+        quantize(stage, job.options.quantize, job.options.device)
         write_manifest(stage, manifest)
-        manifest["validation"] = validate(stage, job.for_validation(quantize=None), inputs)
-        if options.quantize:
-            quantize(stage, options.quantize, options.device)
-            write_manifest(stage, manifest)
-            manifest["quantized"] = validate(stage, job.for_validation(quantize=options.quantize), inputs)
-        write_manifest(stage, manifest, hashed=True)
-        card(stage, out.name)
-    return out
+        manifest["quantized"] = validate(stage, job.for_validation(quantize=job.options.quantize), inputs)
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,7 @@ class ExportJob:
     dtype: str
     cache: str  # a kind of `support.cache_kind`
     route: RouterSettings | None  # of a routed checkpoint
+    layout: Any = None  # a module of LAYOUTS; None: that of our own runner
 
     @property
     def opset(self) -> int:
@@ -103,7 +127,7 @@ class ExportJob:
             "device": options.device,
             "dtype": self.dtype,
             "opset": self.opset,
-            "quantize": options.quantize,
+            "quantize": options.quantize if self.layout is None else None,
             "cache": self.cache,
         }
 
@@ -114,11 +138,29 @@ class ExportJob:
 def prepare(model: str, options: ExportOptions) -> ExportJob:
     source = open_verified(model, options.trust_remote_code)
     dtype = chosen_dtype(options)
-    cache = cache_kind(source.config, dtype, options.device)
+    layout = layout_of(options.layout)
+    if layout is not None:
+        layout.check(source, options)
+    cache = GROWING if layout is not None else cache_kind(source.config, dtype, options.device)
     route = read_settings(source.config, source.name, cache) if "router" in source.raw_config else None
     return ExportJob(
-        source=source, options=options, support=support_of(source.config), dtype=dtype, cache=cache, route=route
+        source=source,
+        options=options,
+        support=support_of(source.config),
+        dtype=dtype,
+        cache=cache,
+        route=route,
+        layout=layout,
     )
+
+
+def layout_of(name: str | None) -> Any:
+    """Return a layout's module; None for our own. Raises: InputError for one that is not known."""
+    if name is None:
+        return None
+    if name not in LAYOUTS:
+        raise InputError(f"layout '{name}' is not known: {', '.join(LAYOUTS)}. Leave it out for our own runner's.")
+    return LAYOUTS[name]
 
 
 # --- before anything expensive starts ---------------------------------------------------------------------------------
@@ -135,7 +177,8 @@ def check_environment(options: ExportOptions) -> None:
     check_exporter()
     check_provider(options.device)
     check_opset(options.opset)
-    check_quantize(options.quantize)
+    if layout_of(options.layout) is None:
+        check_quantize(options.quantize)
     if options.dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype '{options.dtype}' is not exported to ONNX: auto, {', '.join(DTYPES)}.")
 
@@ -156,11 +199,13 @@ def chosen_dtype(options: ExportOptions) -> str:
     return "float32" if options.device == "cpu" else "float16"
 
 
-def needed_bytes(source: Source, dtype: str, quantize: str | None) -> int:
+def needed_bytes(source: Source, dtype: str, options: ExportOptions) -> int:
     """Estimate the size: every weight once, a tied head twice, and the decoder in both forms while quantising."""
     text = source.config.get_text_config()
     parameters = source.weights.num_parameters + text.vocab_size * text.hidden_size
-    return int(parameters * (4 if dtype == "float32" else 2) * (1.5 if quantize else 1))
+    if (layout := layout_of(options.layout)) is not None:
+        return int(parameters * layout.bytes_per_parameter(options.quantize))
+    return int(parameters * (4 if dtype == "float32" else 2) * (1.5 if options.quantize else 1))
 
 
 def questions(source: Source, options: ExportOptions) -> list[dict[str, Any]]:

@@ -14,9 +14,11 @@ def differences_table(manifest: OnnxRecord) -> str:
     lines += _rows(manifest.validation)
     if manifest.quantized is not None:
         lines += [f"with {manifest.quantize} weights in the decoder:", *_rows(manifest.quantized)]
+    for name, report in (manifest.precisions or {}).items():
+        lines += [f"{name}:", *_rows(report)]
     sizes: dict[str, int] = defaultdict(int)
     for name, size in manifest.files.items():
-        sizes[name.partition(".")[0]] += size
+        sizes[name.rpartition("/")[2].partition(".")[0]] += size
     lines.append("bytes: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items()))
     return "\n".join(lines)
 

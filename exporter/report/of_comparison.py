@@ -52,7 +52,7 @@ def report_of_seeds(
         for row in done.rows
     ]  # fmt: skip
     parts: list[Part] = [
-        Scatter("What is left and what it scores", "parameters (millions)", score_name=f"{done.metric} (%)", points=tuple(points),
+        Scatter("What is left and what it scores", "parameters (millions)", f"{done.metric} (%)", tuple(points),
                 note="A line spans the lowest and the highest seed; that of the original is its 95 % interval."),
         Table("All rows", tuple(header), tuple(map(tuple, rows))),
     ]  # fmt: skip

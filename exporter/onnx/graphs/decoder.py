@@ -163,20 +163,22 @@ class GrowingDecoder(DecoderGraph):
             past_key_values: key and value of each layer, [B, K, P, E].
         """
         step = GrowingStep(past_key_values)
-        masks = self.masks(attention_mask.bool(), block_ids)
+        masks = self.masks(attention_mask.bool(), block_ids.shape[1], block_ids)
         states = self.run(inputs_embeds, position_ids, step, masks)
         return self.outputs(states[:, -1:], step.present)
 
-    def masks(self, real: Tensor, block_ids: Tensor) -> Any:
-        """Make additive masks [B, 1, S, T], by layer type where there are several."""
+    def masks(self, real: Tensor, length: int, block_ids: Tensor | None) -> Any:
+        """Make additive masks [B, 1, S, T], by layer type where there are several; S is `length`."""
         config = self.language_model.config
-        total, length = real.shape[1], block_ids.shape[1]
+        total = real.shape[1]
         keys, queries = torch.arange(total), torch.arange(length) + (total - length)
         distance = queries[:, None] - keys[None]  # [S, T]
-        block = (block_ids[:, :, None] == block_ids[:, None]) & (block_ids >= 0)[:, None]  # [B, S, S]
-        both_ways = F.pad(block, (total - length, 0))  # [B, S, T]
+        ahead = (distance >= 0)[None]
+        if block_ids is not None:
+            block = (block_ids[:, :, None] == block_ids[:, None]) & (block_ids >= 0)[:, None]  # [B, S, S]
+            ahead = ahead | F.pad(block, (total - length, 0))  # [B, S, T]
         # Padding sees itself, because a row of which nothing is visible is no distribution.
-        sees = (((distance >= 0)[None] | both_ways) & real[:, None]) | (distance == 0)[None]
+        sees = (ahead & real[:, None]) | (distance == 0)[None]
         if not getattr(config, "sliding_window", None) or not hasattr(config, "layer_types"):
             return self.additive(sees)
         near = (distance < config.sliding_window)[None]

@@ -24,21 +24,43 @@ OLDEST_OPSET = 18  # what torch.onnx writes natively; older ones are down-conver
 
 
 def trace(module: Any, path: Path, target: str, opset: int | None) -> None:
-    """Write a module's graph, fused for the target ("cpu" or "cuda"), weights beside it in FILE.data.
+    """Write a module's graph, fused for the target ("cpu" or "cuda"), weights beside it in FILE.data."""
+    import onnx_ir
+
+    program = traced(module, path.stem, target, opset)
+    onnx_ir.save(program, str(path), external_data=f"{path.name}.data")
+
+
+def traced(module: Any, name: str, target: str, opset: int | None) -> Any:
+    """Return a module's graph, fused for the target, as an onnx_ir.Model.
 
     Its floating inputs are of the module's precision: transformers' exporter casts the samples to it.
     """
-    import onnx_ir
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     config = OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic(), opset_version=opset, ort_fusions=target)
-    with quiet(), unsupported(path.stem):
+    with quiet(), unsupported(name):
         program = OnnxExporter().export(module, module.samples(), config).program
     name_inputs(program, getattr(module, "first_layer", 0))
     drop_reshapes(program)
     split_mixed_norms(program)
     drop_origins(program)
-    onnx_ir.save(program, str(path), external_data=f"{path.name}.data")
+    return program
+
+
+def name_sizes(program: Any, dynamic: Any) -> None:
+    """Give changing sizes the names that a module's `dynamic()` has for them, where the exporter numbered them."""
+    flat = [dims for spec in dynamic.values() for dims in (spec if isinstance(spec, list) else [spec])]
+    names: dict[str, str] = {}
+    for value, dims in zip(program.graph.inputs, flat, strict=True):
+        for axis, dim in dims.items():
+            symbol, name = str(value.shape[axis]), getattr(dim, "__name__", "")
+            if symbol.isidentifier() and name.isidentifier():
+                names[symbol] = name
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                value.shape[axis] = re.sub(r"\b\w+\b", lambda name: names.get(name[0], name[0]), str(size))
 
 
 def name_inputs(program: Any, first_layer: int) -> None:

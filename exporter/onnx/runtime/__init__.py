@@ -4,11 +4,13 @@
     processor = AutoProcessor.from_pretrained(DIR, padding_side="left")
     tokens = model.generate(**processor(images=image, text=text, return_tensors="np"), max_new_tokens=64)
 
-Files: `prepare` turns what a processor gives into what the graphs take; `model` runs them; `sampling` picks tokens.
+Files: `prepare` turns what a processor gives into what the graphs take; `model` runs them; `client` runs the layout of
+transformers.js; `sampling` picks tokens.
 """
 
+from .client import graph_files
 from .load import load
 from .model import OnnxModel
 from .prepare import InputError, prepare
 
-__all__ = ["InputError", "OnnxModel", "load", "prepare"]
+__all__ = ["InputError", "OnnxModel", "graph_files", "load", "prepare"]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .client import LAYOUT, ClientModel
 from .folder import check_provider, located, read_manifest
 from .model import OnnxModel
 from .prepare import InputError
 
 
-def load(folder: Path | str, device: str | None = None, threads: int | None = None) -> OnnxModel:
+def load(
+    folder: Path | str, device: str | None = None, threads: int | None = None, precision: str = "fp32"
+) -> OnnxModel:
     """Open a folder that `lvlm-exporter onnx` wrote, or such a repository of the hub.
 
     Args:
         folder: its path, or USER/NAME.
         device: 'cpu' or 'cuda'; it must be the one that the folder was exported for, and is if left out.
         threads: of one operator; ONNX Runtime's choice if left out.
+        precision: which of the graphs, in the layout of transformers.js: 'fp32', or one of those beside it.
     """
     folder = located(folder)
     manifest = read_manifest(folder)
@@ -26,6 +30,11 @@ def load(folder: Path | str, device: str | None = None, threads: int | None = No
             f"--device {device}."
         )
     check_provider(device)
+    if manifest.get("layout") == LAYOUT:
+        there = ["fp32", *manifest.get("precisions", {})]
+        if precision not in there:
+            raise InputError(f"{folder} has no precision '{precision}': {', '.join(there)}.")
+        return ClientModel(folder, manifest, device, threads=threads, precision=precision)
     if "router" in manifest:
         from .routed import RoutedOnnxModel
 

@@ -1,0 +1,172 @@
+"""The graphs of the layout for transformers.js: what the client feeds, mapped onto the modules of our own graphs.
+
+The client embeds the prompt, writes image features over the placeholders, and hands embeddings, attention mask and
+positions to a decoder whose cache grows. It computes no index inputs, so that these graphs do.
+
+A family whose image tokens see each other both ways (Gemma 3) needs to know which they are, and the client's decoder is
+given embeddings only: features carry one channel more than the model is wide, which is 1 for them and 0 for text.
+
+Shapes: B sequences, S tokens of this pass, P entries of the cache before it, T = P + S, K heads of keys, E head size,
+D hidden size, F image features, N tiles of a question, C channels, H x W pixels; a Qwen image has P patches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..graphs.decoder import Embeddings, GrowingDecoder, GrowingStep, Samples
+from ..graphs.vision import Dynamic, Patches, RealTiles, Sized, Tiles, named
+from ..support import Support
+
+BATCH, SEQUENCE, PAST = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+)  # the client makes caches by these names
+MARKED = "images"  # value of `Support.blocks` for which features carry a channel more
+
+
+class EmbedTokens(nn.Module):
+    """Token ids to embeddings. What stands at placeholders does not matter: the client writes features over it."""
+
+    def __init__(self, model: Any, support: Support) -> None:
+        super().__init__()
+        self.inner, self.marked = Embeddings(model), support.blocks == MARKED
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Embed token ids [B, S]: [B, S, D], or [B, S, D + 1]."""
+        visual = input_ids == self.inner.image_token_id
+        states = self.inner.embed(input_ids.masked_fill(visual, 0))  # its id may lie beyond the vocabulary
+        return {"inputs_embeds": F.pad(states, (0, 1)) if self.marked else states}
+
+    def samples(self) -> Samples:
+        return {"input_ids": torch.full((2, 5), 1)}
+
+    def dynamic(self) -> Samples:
+        return {"input_ids": {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)}}
+
+
+class MergedDecoder(GrowingDecoder):
+    """The decoder for prompts and steps, with the inputs that the client has."""
+
+    def forward(  # type: ignore[override]
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Run a prompt or a step on a cache that grows.
+
+        Args:
+            inputs_embeds: [B, S, D], or [B, S, D + 1] with the mark of image features; padded on the left.
+            attention_mask: [B, T] 1 where there is a token, 0 at padding.
+            position_ids: [B, S], or [3, B, S].
+            past_key_values: key and value of each layer, [B, K, P, E].
+        Returns: the logits of the last token, [B, 1, V], keys and values.
+        """
+        embeds, block_ids = self.blocks(inputs_embeds)
+        step = GrowingStep(past_key_values)
+        masks = self.masks(attention_mask.bool(), embeds.shape[1], block_ids)
+        states = self.run(embeds, position_ids, step, masks)
+        outputs = self.outputs(states[:, -1:], step.present)
+        return outputs | {"logits": outputs["logits"][:, None]}
+
+    def blocks(self, embeds: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings [B, S, D] and the blocks [B, S] of tokens that see each other both ways."""
+        if self.support.blocks == "prompt":  # a step is one token, for which it is the same
+            return embeds, torch.zeros_like(embeds[..., 0], dtype=torch.long)
+        if self.support.blocks != MARKED:
+            return embeds, None
+        visual = embeds[..., -1] > 0.5
+        begins = visual & ~F.pad(visual, (1, 0))[:, :-1]
+        return embeds[..., :-1], torch.where(visual, begins.long().cumsum(1) - 1, -1)
+
+    def samples(self) -> Samples:
+        samples = super().samples()
+        embeds = samples["inputs_embeds"]
+        if self.support.blocks == MARKED:
+            samples["inputs_embeds"] = F.pad(embeds, (0, 1))
+        order = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+        return {name: samples[name] for name in order}
+
+    def dynamic(self) -> Samples:
+        batch, sequence = torch.export.Dim(BATCH), torch.export.Dim(SEQUENCE)
+        axis = 1 if self.support.mrope else 0
+        return {
+            "inputs_embeds": {0: batch, 1: sequence},
+            "attention_mask": {0: batch, 1: torch.export.Dim.AUTO},  # T is P + S, which sizes say
+            "position_ids": {axis: batch, axis + 1: sequence},
+            "past_key_values": [{0: batch, 2: torch.export.Dim(PAST)}] * (2 * self.shape[0]),
+        }
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+class Marked(Tiles):
+    """Gemma 3's features, with the channel that says what they are."""
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Compute [T, C, H, W] -> [F, D + 1]."""
+        return named(F.pad(super().forward(pixel_values)["image_features"], (0, 1), value=1.0))
+
+
+class SplitTiles(RealTiles):
+    """Idefics3 and SmolVLM: the tiles of each question, of which the client fills none up."""
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Compute [B, N, C, H, W] -> [F, D]."""
+        return super().forward(pixel_values.flatten(0, 1))
+
+    def samples(self) -> dict[str, Tensor]:
+        return {"pixel_values": torch.rand(2, 3, *self.tile_shape())}
+
+    def dynamic(self) -> Dynamic:
+        return {"pixel_values": {0: torch.export.Dim(BATCH), 1: torch.export.Dim("tiles")}}
+
+
+class GridPatches(Patches):
+    """Qwen2-VL and Qwen2.5-VL: one image as a list of patches; where they are follows from its rows and columns."""
+
+    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Compute [P, C * pixels of a patch], [1, 3] one frame, rows and columns of patches -> [F, D]."""
+        merge = self.config.vision_config.spatial_merge_size
+        patch = torch.arange(pixel_values.shape[0])
+        block, inner, columns = patch // merge**2, patch % merge**2, image_grid_thw[0, 2]
+        row = block // (columns // merge) * merge + inner // merge
+        column = block % (columns // merge) * merge + inner % merge
+        window = merge * self.window(merge)
+        number = row // window * columns + column // window if window else torch.zeros_like(row)
+        return super().forward(pixel_values, torch.stack([row, column], -1), number)
+
+    def window(self, merge: int) -> int:
+        """Return how many merged patches a window is wide and high; 0: every patch sees every other."""
+        vision = self.config.vision_config
+        return int(getattr(vision, "window_size", 0) // merge // vision.patch_size)
+
+    def samples(self) -> dict[str, Tensor]:
+        merge = self.config.vision_config.spatial_merge_size
+        return {
+            "pixel_values": super().samples()["pixel_values"],
+            "image_grid_thw": torch.tensor([[1, 2 * merge, 3 * merge]]),
+        }
+
+    def dynamic(self) -> Dynamic:
+        return {"pixel_values": super().dynamic()["pixel_values"], "image_grid_thw": {}}
+
+
+def rename_inputs(program: Any, model_type: str) -> None:
+    """Call a graph's inputs as the client does. (transformers' exporter makes more inputs of one named grid_thw.)"""
+    if model_type == "qwen2_vl":
+        for value in program.graph.inputs:
+            value.name = value.name.removeprefix("image_")
+
+
+def client_vision(model: Any, support: Support) -> Tiles:
+    """Return the module that turns what the client's processor gives into features."""
+    if support.kind == "patches":
+        return GridPatches(model).eval()
+    if support.kind == "tiles" and support.blocks == MARKED:
+        return Marked(model).eval()
+    return {"tiles": Tiles, "real_tiles": SplitTiles, "sized": Sized}[support.kind](model).eval()

@@ -1,0 +1,118 @@
+"""The layout that transformers.js opens, and hubs call "the ONNX version" of a model.
+
+What the client knows is written down here, since an export has no Node: read in and run by the version below
+(`make js-test` runs it again).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.source import Source
+from ...errors import InputError
+from ...families import family_of
+from ..graphs.graph import name_sizes, traced
+from ..manifest import write_manifest
+from ..runtime.client import LAYOUT
+from ..support import Support, support_of
+from ..validation import validate
+from .client_files import PROCESSORS, carry_for_client, readable_vocabulary, write_config
+from .client_graphs import EmbedTokens, MergedDecoder, client_vision, rename_inputs
+from .precisions import (
+    DECODER,
+    EMBEDDINGS,
+    FOLDER,
+    PRECISIONS,
+    VISION,
+    chosen_precisions,
+    convert,
+    graph_path,
+    save,
+)
+
+NAME = LAYOUT
+CLIENT = "4.3.2"  # of @huggingface/transformers, that the layout was run by
+TEXT_MODELS = (  # whose layers and heads the client counts in these settings
+    "llama", "mistral", "ministral3", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "gemma", "gemma2",
+    "gemma3_text", "phi", "phi3", "granite", "cohere", "olmo", "smollm3", "starcoder2",
+)  # fmt: skip
+REASONS = {
+    "llava_onevision": "its processor there cuts no tiles, so that a 'llava_onevision' would see another picture",
+}
+BYTES = {"fp16": 2, "q8": 1.5, "q4": 1, "q4f16": 1}  # of a parameter, embeddings and scales counted in
+
+
+def check(source: Source, options: Any) -> None:
+    """Raise InputError for a checkpoint that the client can't open, or an option that this layout has not."""
+    chosen_precisions(options.quantize)
+    config, family = source.config, family_of(source.config)
+    support_of(config)
+    if config.model_type not in PROCESSORS:
+        reason = REASONS.get(config.model_type, f"{CLIENT} does not know its type '{config.model_type}'")
+        raise InputError(
+            f"{family.title} can't be exported for transformers.js: {reason}. Types that can: {', '.join(PROCESSORS)}. "
+            "Leave --layout out for our own runner."
+        )
+    text = config.get_text_config().model_type
+    if text not in TEXT_MODELS:
+        raise InputError(
+            f"this {family.title} can't be exported for transformers.js: {CLIENT} is not known to count the layers of "
+            f"a text model '{text}'. Types that are: {', '.join(TEXT_MODELS)}."
+        )
+    if "router" in source.raw_config:
+        raise InputError(
+            f"{source.name} has a router, which runs in our own runner only: leave --layout out, or export the "
+            "checkpoint that the router was trained on."
+        )
+    if options.device != "cpu" or options.dtype not in ("auto", "float32"):
+        raise InputError(
+            f"the layout {NAME} has the client's own devices and precisions (device={options.device}, "
+            f"dtype={options.dtype} were asked for): leave both out, and name precisions with --quantize, as in "
+            "--quantize fp16,q4."
+        )
+    if (path := source.folder / "tokenizer.json").is_file():
+        readable_vocabulary(json.loads(path.read_text())["model"])
+
+
+def bytes_per_parameter(quantize: str | None) -> float:
+    """Estimate how many bytes a parameter takes, over all precisions."""
+    return 4 + sum(BYTES[name] for name in chosen_precisions(quantize))
+
+
+def write_graphs(model: Any, support: Support, folder: Path, opset: int) -> None:
+    """Write the three graphs in float32."""
+    (folder / FOLDER).mkdir()
+    modules: dict[str, Any] = {
+        VISION: client_vision(model, support),
+        EMBEDDINGS: EmbedTokens(model, support).eval(),
+        DECODER: MergedDecoder(model, support).eval(),
+    }
+    for name, module in modules.items():
+        program = traced(module, name, "cpu", opset)
+        name_sizes(program, module.dynamic())
+        rename_inputs(program, model.config.model_type)
+        save(program, graph_path(folder, name, "fp32"))
+
+
+def finish(job: Any, stage: Path, manifest: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+    """Write what belongs beside the graphs, and compare each precision with torch as it is made."""
+    names = chosen_precisions(job.options.quantize)
+    carry_for_client(job.source, stage)
+    write_config(job.source, stage, names)
+    write_manifest(stage, manifest)
+    manifest["validation"] = validate(stage, job_of(job, "fp32"), inputs)
+    manifest["precisions"] = {}
+    for name in names:
+        convert(stage, name)
+        write_manifest(stage, {**manifest, "precisions": dict.fromkeys([*manifest["precisions"], name])})
+        manifest["precisions"][name] = validate(stage, job_of(job, name), inputs)
+    write_config(job.source, stage, names)  # again: now every file of weights is there to be counted
+
+
+def job_of(job: Any, precision: str) -> dict[str, Any]:
+    """Return what the comparison needs to know: its tolerance follows from how weights are stored."""
+    form = PRECISIONS[precision]
+    settings: dict[str, Any] = job.for_validation(quantize=form.like)
+    return {**settings, "dtype": "float16" if form.half else "float32", "precision": precision}

@@ -1,0 +1,286 @@
+"""The layout of transformers.js: graphs fed as the client feeds them, the files that it reads, and every refusal.
+
+The client itself answers in `make js-test`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from fixtures.onnx_folders import here
+from tiny_models import build, inputs
+
+import exporter
+from exporter import InputError
+from exporter.benchmark.figures import BenchOptions
+from exporter.clean_room import generate, load_processor
+from exporter.cli.entry import main
+from exporter.onnx import ExportOptions
+from exporter.onnx.layouts import precisions, transformers_js
+from exporter.onnx.layouts.client_files import GENERATION, PROCESSORS, readable_vocabulary
+from exporter.onnx.manifest import read_manifest
+from exporter.onnx.pipeline import export
+from exporter.onnx.support import SUPPORTED
+from exporter.onnx.verification import verify
+
+pytestmark = pytest.mark.onnx_export
+LAYOUT = ExportOptions(layout="transformers.js")
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """client('llava', 'q4') is (checkpoint, folder for the client), compared with torch in this process."""
+    made = {}
+
+    def folders(family, quantize=None):
+        if (family, quantize) not in made:
+            place = tmp_path_factory.mktemp(f"client-{family}")
+            source = build(family, place / "model", layers=3 if family == "gemma3" else 2)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(transformers_js, "validate", here)
+                made[family, quantize] = (
+                    source,
+                    export(source, place / "client", ExportOptions(layout="transformers.js", quantize=quantize)),
+                )
+        return made[family, quantize]
+
+    return folders
+
+
+def torch_model(folder):
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def answered_as_the_client_does(folder, batch):
+    """Answer greedily with ONNX Runtime alone, by what transformers.js 4.3.2 does with names, shapes and positions."""
+    vision, embed, decoder = (
+        onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx")
+        for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    )
+    config = json.loads((folder / "config.json").read_text())
+    ids, mask = batch["input_ids"].numpy(), batch["attention_mask"].numpy()
+    fed = {value.name: batch[value.name].numpy() for value in vision.get_inputs()}
+    features = vision.run(["image_features"], fed)[0]
+    embeds = embed.run(["inputs_embeds"], {"input_ids": ids})[0]
+    embeds[ids == config.get("image_token_index", config.get("image_token_id"))] = features
+    # A cache begins with the sizes that the graph has numbers for, the batch by its name, and 0 for every other name.
+    known = {"batch_size": len(ids)}
+    cache = {
+        value.name: np.zeros(
+            [known.get(size, 0) if isinstance(size, str) else size for size in value.shape], np.float32
+        )
+        for value in decoder.get_inputs()
+        if value.name.startswith("past_key_values.")
+    }
+    assert len(cache) == 2 * config["text_config"]["num_hidden_layers"]
+    names = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
+    tokens = []
+    for _ in range(NEW_TOKENS):
+        positions = np.where(mask == 0, 1, mask.cumsum(1) - 1)[:, -embeds.shape[1] :]
+        feed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **cache}
+        logits, *present = decoder.run(names, feed)
+        tokens.append(logits[:, -1].argmax(-1))
+        cache = dict(zip(cache, present, strict=True))
+        embeds = embed.run(["inputs_embeds"], {"input_ids": tokens[-1][:, None]})[0]
+        mask = np.concatenate([mask, np.ones((len(mask), 1), mask.dtype)], 1)
+    return np.stack(tokens, 1)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])  # one whose features are marked
+def test_graphs_fed_as_the_client_feeds_them_say_what_torch_says(family, client):
+    source, folder = client(family)
+    batch = inputs(load_processor(source), batch=2, seed=3)
+    expected = generate(torch_model(source), batch, new_tokens=NEW_TOKENS).sequences[:, -NEW_TOKENS:]
+    assert np.array_equal(answered_as_the_client_does(folder, batch), expected)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_vl", "mistral3"])  # a kind of images each
+def test_the_runner_says_what_torch_says(family, client):
+    source, folder = client(family)
+    batch = inputs(load_processor(source), batch=2, seed=3)
+    expected = generate(torch_model(source), batch, new_tokens=NEW_TOKENS).sequences
+    assert np.array_equal(
+        exporter.onnx.load(folder).generate(**batch, max_new_tokens=NEW_TOKENS, eos_token_id=()), expected
+    )
+    report = read_manifest(folder).validation
+    assert report.equal_tokens == report.tokens >= 32
+
+
+def test_qwen_calls_its_grid_as_the_client_does(client):
+    """The client reads the layers of the first Qwen2-VL from the top of config.json, and feeds it another name."""
+    _, folder = client("qwen2_vl")
+    vision = onnxruntime.InferenceSession(folder / "onnx" / "vision_encoder.onnx")
+    assert [value.name for value in vision.get_inputs()] == ["pixel_values", "grid_thw"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == config["text_config"]["num_hidden_layers"] == 2
+
+
+# --- precisions -------------------------------------------------------------------------------------------------------
+
+
+def test_every_precision_is_written_and_compared(client):
+    source, folder = client("llava", "all")
+    names = {path.name for path in (folder / "onnx").iterdir()}
+    suffixes = ("", "_fp16", "_quantized", "_q4", "_q4f16")
+    graphs = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    assert names == {f"{graph}{suffix}.onnx" for graph in graphs for suffix in suffixes}
+    manifest = read_manifest(folder)
+    assert list(manifest.precisions) == ["fp16", "q8", "q4", "q4f16"]
+    assert manifest.precisions["fp16"].equal_tokens >= 0.9 * manifest.precisions["fp16"].tokens >= 0.9 * 32
+    sizes = {suffix: (folder / "onnx" / f"decoder_model_merged{suffix}.onnx").stat().st_size for suffix in suffixes}
+    assert sizes[""] > sizes["_fp16"] > sizes["_q4"] > sizes["_q4f16"]
+    decoder = onnxruntime.InferenceSession(folder / "onnx" / "decoder_model_merged_q4f16.onnx")
+    types = {value.name: value.type for value in decoder.get_inputs()}
+    assert types["inputs_embeds"] == "tensor(float)" and types["past_key_values.0.key"] == "tensor(float16)"
+    assert decoder.get_outputs()[0].type == "tensor(float)"
+    batch = inputs(load_processor(source), batch=1)
+    assert exporter.onnx.load(folder, precision="q4f16").generate(**batch, max_new_tokens=3).shape[1] > 3
+    card = (folder / "README.md").read_text()
+    assert "library_name: transformers.js" in card and 'dtype: "q4f16"' in card and "processor(image, text" in card
+
+
+def test_a_precision_that_is_not_there(client):
+    _, folder = client("llava")
+    with pytest.raises(InputError, match=r"has no precision 'q4': fp32\."):
+        exporter.onnx.load(folder, precision="q4")
+    assert json.loads((folder / "config.json").read_text())["transformers.js_config"]["dtype"] == "fp32"
+
+
+def test_large_weights_stand_in_files_that_the_client_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers_js, "validate", here)
+    monkeypatch.setattr(precisions, "EXTERNAL_FROM", 50_000)
+    monkeypatch.setattr(precisions, "CHUNK", 150_000)
+    folder = export(build("llava", tmp_path / "model", layers=2), tmp_path / "client", LAYOUT)
+    files = {path.name for path in (folder / "onnx").iterdir()}
+    told = json.loads((folder / "config.json").read_text())["transformers.js_config"]["use_external_data_format"]
+    assert told["decoder_model_merged.onnx"] > 1 and "embed_tokens.onnx" not in told
+    chunks = {f"{name}_data" + (f"_{i}" if i else "") for name, count in told.items() for i in range(count)}
+    assert files - chunks == {"vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"}
+    assert chunks <= files
+    assert set(read_manifest(folder).files) == {f"onnx/{name}" for name in files}
+    assert verify(folder).holds
+    (folder / "onnx" / "decoder_model_merged.onnx_data_1").unlink()
+    assert not verify(folder).holds
+    with pytest.raises(InputError, match=r"decoder_model_merged\.onnx_data_1 is not there instead of \d+ bytes"):
+        exporter.onnx.load(folder)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_those_that_the_client_reads(client):
+    source, folder = client("llava")
+    assert verify(folder).holds
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (images["image_processor_type"], images["processor_class"]) == ("CLIPImageProcessor", "LlavaProcessor")
+    assert images["size"] == {"shortest_edge": 40} and "image_processor" not in images
+    settings = json.loads((folder / "processor_config.json").read_text())
+    # It counts 5 x 5 patches and this: the class token is not taken off there.
+    assert (settings["patch_size"], settings["num_additional_image_tokens"]) == (8, 0)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["chat_template"] == load_processor(source).chat_template
+    assert json.loads((folder / "tokenizer.json").read_text())["model"]["type"] == "WordPiece"
+    assert (folder / "generation_config.json").is_file()
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
+
+
+@pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2_vl", "mistral3", "gemma3"])
+def test_the_folders_processor_prepares_what_the_checkpoints_does(family, client):
+    source, folder = client(family)
+    own, carried = (inputs(load_processor(place), batch=2, seed=1) for place in (source, folder))
+    assert own.keys() == carried.keys()
+    assert all(torch.equal(own[name], carried[name]) for name in own)
+
+
+def test_words_are_word_pieces_that_split_no_word():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<unk>": 0, "dig": 1, "digit": 2, "it": 3, "is": 4}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    data = json.loads(plain.to_str())
+    data["model"] = readable_vocabulary(data["model"])
+    pieces = Tokenizer.from_str(json.dumps(data))
+    for text in ("dig it", "digit is digits", "digit" * 40, "digis"):
+        assert plain.encode(text).ids == pieces.encode(text).ids
+
+
+def test_marks_of_training_leave_the_template():
+    assert GENERATION.sub("", "a{% generation %}b{%- endgeneration -%}c") == "abc"
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [name for name in SUPPORTED if name not in PROCESSORS])
+def test_types_that_the_client_can_not_open_are_refused(family, tiny, tmp_path):
+    with pytest.raises(InputError, match=rf"can't be exported for transformers\.js: .*'{family}'"):
+        export(tiny(family), tmp_path / "out", LAYOUT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "genai"}, r"layout 'genai' is not known: transformers\.js"),
+        ({"quantize": "q3"}, r"quantize 'q3' is not known in the layout transformers\.js: fp32, fp16, q8, q4, q4f16"),
+        ({"dtype": "float16"}, r"name precisions with --quantize, as in --quantize fp16,q4"),
+    ],
+)
+def test_options_that_the_layout_has_not(options, message, tiny, tmp_path):
+    with pytest.raises(InputError, match=message):
+        export(tiny("llava"), tmp_path / "out", ExportOptions(**{"layout": "transformers.js", **options}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_ends_with_2(tiny, tmp_path, capsys):
+    source = str(tiny("llava_next"))
+    assert main(["onnx", source, "--out", str(tmp_path / "out"), "--layout", "transformers.js"]) == 2
+    assert "LLaVA-NeXT can't be exported for transformers.js" in capsys.readouterr().err
+    assert main(["onnx", source, "--out", str(tmp_path / "out"), "--layout", "web"]) == 2
+    assert "layout 'web' is not known" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_the_client_has_not(tiny, tmp_path):
+    source = shutil.copytree(tiny("llava"), tmp_path / "model")
+    path = source / "tokenizer.json"
+    path.write_text(path.read_text().replace('"cup"', '"##cup"'))
+    with pytest.raises(InputError, match=r"tokenizer is of the type WordLevel, which transformers\.js does not read"):
+        export(source, tmp_path / "out", LAYOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_text_model_that_the_client_has_not(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers_js, "TEXT_MODELS", ("qwen2",))
+    with pytest.raises(
+        InputError, match=r"not known to count the layers of a text model 'llama'\. Types that are: qwen2"
+    ):
+        export(tiny("llava"), tmp_path / "out", LAYOUT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_router_is_refused(routed, tmp_path):
+    with pytest.raises(InputError, match=r"has a router, which runs in our own runner only"):
+        export(routed("llava").folder, tmp_path / "out", LAYOUT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_precisions_by_name():
+    assert precisions.chosen_precisions(None) == []
+    assert precisions.chosen_precisions("int4, fp32,fp16") == ["fp16", "q4"]
+    assert precisions.chosen_precisions("all") == ["fp16", "q8", "q4", "q4f16"]
+
+
+def test_its_speed_is_not_that_of_our_runner(client):
+    source, folder = client("llava")
+    with pytest.raises(InputError, match=r"in the layout transformers\.js, whose speed is that of its client"):
+        exporter.bench([folder], reference=source, options=BenchOptions(new_tokens=2, rounds=2))
