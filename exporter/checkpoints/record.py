@@ -176,6 +176,10 @@ def _check_curve(curve: tuple[dict[str, float], ...], part: str) -> None:
 def _check_evaluation(entry: EvaluationEntry, where: str) -> None:
     if entry.budget is not None and None in (entry.flops_share, entry.decoder_flops_share):
         raise Misfit(f"'{where}' is under a budget and has no share of FLOPs")
+    for place, told in ((where, entry), (f"{where}.reference", entry.reference)):
+        for pair in (("kl", "agreement"), ("flops_share", "decoder_flops_share")):
+            if told is not None and len({getattr(told, name) is None for name in pair}) == 2:
+                raise Misfit(f"'{place}' has one of '{pair[0]}' and '{pair[1]}', which are measured together")
     base = entry.reference
     missing = entry.by_type.keys() - base.by_type.keys() if base and len(entry.by_type) > 1 else ()
     if missing:

@@ -42,7 +42,7 @@ def verify_once(
     model.eval().to(device)
     if "preset" in reference:  # the default was set to another one since
         model.set_budget(reference["preset"])
-    if problems := key_problems(report, record):
+    if problems := key_problems(report, record) + value_problems(model):
         return {"problems": problems}
     processor = load_processor(folder)
     tolerance, routed = TOLERANCE[dtype], trust and "router" in record
@@ -105,6 +105,12 @@ def key_problems(report: dict[str, Any], record: dict[str, Any]) -> list[str]:
         if names:
             problems.append(f"{len(names)} {kind.replace('_', ' ')}, {names[0]} among them")
     return problems
+
+
+def value_problems(model: Any) -> list[str]:
+    """Return which weights hold NaN or infinite values: an answer need not meet them."""
+    wrong = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    return [f"{len(wrong)} tensors hold NaN or infinite values, {wrong[0]} among them"] if wrong else []
 
 
 def _quiet() -> None:

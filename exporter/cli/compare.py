@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,4 +135,5 @@ def _say_where(options: argparse.Namespace, *names: str) -> None:
     if (options.out / names[-1]).is_file():
         print(f"written: {', '.join(str(options.out / name) for name in names)}")
     else:
+        print(f"lvlm-exporter: {options.out} does not hold these results: they are printed only.", file=sys.stderr)
         options.unsaved = True

@@ -21,6 +21,13 @@ def complain(message: str, code: int) -> int:
     return code
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory was too little: Python's, a GPU's by torch, or the host's by torch, which has no class."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def reason_of(error: Exception) -> str | None:
     import errno
 
@@ -30,6 +37,6 @@ def reason_of(error: Exception) -> str | None:
         return f"processor and config.json do not fit each other, copy both from the base model: {error}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         return "out of memory: lower --batch-size, or give --memory so that the model is streamed from disk."
     return None

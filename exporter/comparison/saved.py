@@ -33,6 +33,6 @@ def write_all(
             write(out / name)
         replace_text(out / results, json.dumps(data, indent=2) + "\n")
     except OSError as error:
-        logger.warning("%s can't be written (%s): the results are printed only.", out, error.strerror or error)
+        logger.warning("%s can't be written: %s", error.filename2 or out, error.strerror or error)
         return False
     return True

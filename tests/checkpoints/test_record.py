@@ -186,6 +186,7 @@ def test_damage_anywhere_is_a_sentence_or_does_no_harm(made, record, tmp_path, m
         (("format",), 2, "has format 2, this version of lvlm-exporter reads 1: upgrade"),
         (("router", "curve"), [], "'router.curve' has a point without"),
         (("evaluations", 1, "flops_share"), None, "'evaluations[1]' is under a budget"),
+        (("evaluations", 0, "kl"), None, "'evaluations[0]' has one of 'kl' and 'agreement'"),
         (("evaluations", 0, "reference", "by_type", "b"), ..., "'evaluations[0].reference.by_type' has no 'b'"),
         (("benchmarks", 0, "batches"), [], "'benchmarks[0].batches' is not a list that is not empty"),
     ],

@@ -18,6 +18,7 @@ from exporter.checkpoints.image_settings import check_image_names, check_image_s
 from exporter.checkpoints.near_names import is_slip, misspelt
 from exporter.checkpoints.source import open_source
 from exporter.checkpoints.tensor_types import check_types, refuse_not_finite
+from exporter.cli.entry import main
 from exporter.errors import InputError
 
 IMAGES = "preprocessor_config.json"
@@ -182,6 +183,17 @@ def test_weights_that_are_no_numbers_are_named(damaged):
     source = open_source(str(damaged(tensors(lambda t: t[key].view(-1)[:1].fill_(torch.nan)))))
     with pytest.raises(InputError, match=f"tensor {key} holds NaN"):
         refuse_not_finite(source.name, source.weights)
+
+
+@pytest.mark.clean_process
+def test_a_weight_that_no_answer_meets_is_still_no_number(damaged, tmp_path, capsys):
+    """The last row of the embeddings is of no token of the reference question, and layers by name load no model."""
+    key = "language_model.model.embed_tokens.weight"
+    model = damaged(tensors(lambda t: t[key][-1, :1].fill_(torch.inf)))
+    command = ["compress", str(model), "--layers", "1", "--fold", "none", "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(command) == 2
+    assert f"tensor {key} holds NaN or infinite values" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- healthy files, as released models have them ---------------------------------------------------------------------

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from exporter.checkpoints import safetensors_ranges, writer
 from exporter.checkpoints.safetensors_ranges import write_shards
 from exporter.cli.entry import main
+from exporter.cli.exit_codes import reason_of
 from exporter.errors import InputError
 from exporter.recipe import recipe_from_data
 
@@ -367,3 +368,18 @@ def test_entries_of_a_recipe_that_are_of_another_kind(entries, expected):
 def test_empty_flags_are_no_silent_choice(flags, expected, capsys, model, questions, tmp_path):
     given = () if "--calibration" in flags else ("--calibration", questions)
     assert expected in refused(capsys, "compress", model, "--out", tmp_path / "out", *given, *flags)
+
+
+def test_too_little_memory_is_one_sentence():
+    """torch has a class for it on GPUs only."""
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA"), _refused_allocation()):
+        assert "out of memory: lower --batch-size" in (reason_of(error) or "")
+    assert reason_of(RuntimeError("another")) is None
+
+
+def _refused_allocation() -> RuntimeError:
+    try:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("no machine has an exabyte")

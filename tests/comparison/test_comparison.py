@@ -8,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from exporter.cli.entry import main
 from exporter.comparison.cells_file import CellsFile
 from exporter.comparison.grid import Cell, Comparison, grid_from_data, load_grid
 from exporter.comparison.layers import compare
@@ -199,3 +200,17 @@ def test_a_damaged_file_of_cells_is_a_sentence(tmp_path):
     path.write_text(path.read_text() + '{"index": 2}\n')
     with pytest.raises(InputError, match=r"cells.jsonl line 3 is no cell of a comparison: name another file"):
         CellsFile(path, {"seed": 0})
+
+
+def test_results_that_are_not_kept_are_printed_with_a_sentence_and_another_exit_code(grid, tmp_path, capsys):
+    small = grid | {"localizers": ["tis"], "folds": ["none"], "drop_layers": [1]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(small))
+    command = ["compare", str(recipe), "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(command) == 0
+    (tmp_path / "out" / "results.json").unlink()
+    (tmp_path / "out" / "results.json").mkdir()
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert "tis + none" in printed.out
+    assert printed.err.splitlines()[-1].endswith("does not hold these results: they are printed only.")

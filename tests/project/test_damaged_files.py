@@ -170,7 +170,7 @@ def test_results_whose_best_cell_is_none_of_the_cells_are_made_again(tmp_path):
     data = {
         "original": {"n": 2, "accuracy": 0.5, "interval": [0.1, 0.9]}, "parameters": 20, "cells": [CELL],
         "seconds": 1.0, "naive_seconds": 1.0, "best": {"1": CELL}, "num_layers": 2, "counts": [1], "ratios": [],
-        "refused": {},
+        "refused": {}, "metric": "exact", "task_uses": None,
     }  # fmt: skip
     assert Comparison.from_data(data, tmp_path).best[1].wrong == (0,)
     for best in ({"1": CELL | {"wrong": [1]}}, {"2": CELL}):
@@ -184,7 +184,11 @@ def test_results_that_cannot_be_written_are_said_and_cost_nothing(tmp_path, capl
 
     with caplog.at_level(logging.WARNING):
         assert not write_all(tmp_path / "out", {"table.md": "x"}, {"accuracy.png": full}, {})
-    assert "can't be written (No space left on device): the results are printed only." in caplog.text
+    assert f"{tmp_path / 'out'} can't be written: No space left on device" in caplog.text
+    (tmp_path / "out" / "results.json").mkdir()
+    assert not write_all(tmp_path / "out", {}, {}, {})
+    assert f"{tmp_path / 'out' / 'results.json'} can't be written: Is a directory" in caplog.text
+    (tmp_path / "out" / "results.json").rmdir()
     assert not (tmp_path / "out" / "results.json").exists()
     assert write_all(tmp_path / "out", {"table.md": "x"}, {}, {"a": 1})
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == {"a": 1}

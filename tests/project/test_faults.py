@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +51,12 @@ def test_numbers_are_alike_whichever_type_json_reads_them_as():
 
 def test_what_nobody_reads_of_a_question_may_be_anything():
     before = b'{"image": "a.png", "question": "q", "answer": "a", "type": "t"}\n'
-    for change, alike in (((b"type", b"tipe"), True), ((b'"t"', b"[1]"), True), ((b'"a"', b"3"), False)):
+    for change, alike in (
+        ((b"type", b"tipe"), True),
+        ((b'"t"', b"[1]"), True),
+        ((b'"a"', b"3"), False),
+        ((b'"a.png"', b'["a.png", "a.png"]'), True),
+    ):
         assert damages.same_form(before, before.replace(*change), "x.jsonl") is alike
 
 
@@ -57,3 +64,17 @@ def test_a_record_may_have_nothing_measured():
     record = b'{"benchmarks": [{"batch": 1}], "plan": {"drop": [3]}}'
     assert damages.same_form(record, record.replace(b'[{"batch": 1}]', b"[]"), "compression.json")
     assert not damages.same_form(record, record.replace(b"[3]", b"[]"), "compression.json")
+
+
+def test_names_that_two_tensors_of_one_shape_swap_are_another_input():
+    a, b = ({"dtype": "F32", "shape": [2], "data_offsets": [start, start + 8]} for start in (0, 8))
+    wide = {"dtype": "F32", "shape": [1, 2], "data_offsets": [8, 16]}
+
+    def file(header):
+        text = json.dumps(header).encode().ljust(160)
+        return struct.pack("<Q", len(text)) + text + bytes(16)
+
+    before = file({"x": a, "y": b})
+    assert damages.same_form(before, file({"x": b, "y": a}), "m.safetensors")
+    assert not damages.same_form(before, file({"x": a, "y": wide}), "m.safetensors")
+    assert not damages.same_form(before, file({"x": a, "z": b}), "m.safetensors")
