@@ -48,6 +48,11 @@ def check_vocabulary(name: str, folder: Path) -> None:
         settings = tokenizer.get(step)
         if isinstance(settings, dict) and not isinstance(settings.get("type", ""), str):
             raise InputError(f"{name}: {TOKENIZER_JSON} says {step}.type={settings['type']!r:.60}; a name is needed.")
+    if undefined := _undefined(tokenizer.get("post_processor")):
+        raise InputError(
+            f"{name}: {TOKENIZER_JSON}'s post_processor puts {undefined!r:.60} around texts and has no ids for it "
+            "under special_tokens. Download it again."
+        )
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict) and (shared := _shared(vocabulary)):
@@ -56,6 +61,20 @@ def check_vocabulary(name: str, folder: Path) -> None:
             "%s: %s gives the words %r and %r the same id, %d: decoding it makes one of them", name, TOKENIZER_JSON,
             first, second, index,
         )  # fmt: skip
+
+
+def _undefined(step: Any) -> str | None:
+    """Return the first special token of a template, or of one among several steps, that the step does not define."""
+    if not isinstance(step, dict):
+        return None
+    several = step.get("processors")
+    if isinstance(several, list):
+        return next(filter(None, map(_undefined, several)), None)
+    parts = [part for way in ("single", "pair") if isinstance(step.get(way), list) for part in step[way]]
+    tokens = [part["SpecialToken"] for part in parts if isinstance(part, dict) and "SpecialToken" in part]
+    defined = step.get("special_tokens")
+    named = [str(token["id"]) for token in tokens if isinstance(token, dict) and "id" in token]
+    return next((token for token in named if not isinstance(defined, dict) or token not in defined), None)
 
 
 def _shared(vocabulary: dict[str, Any]) -> tuple[str, str, int] | None:

@@ -34,7 +34,7 @@ def compare_routes(
     out: Path | str,
     options: RunOptions = RunOptions(batch_size=32),
     progress: Progress = silent,
-    run: Path | None = None,
+    run: Path | str | None = None,
 ) -> RouteComparison:
     """Fill the table; write results.json, table.md and accuracy.png into `out`, where finished rows are kept.
 
@@ -50,7 +50,7 @@ def compare_routes(
     task = compared_task(tables.task, tables.task_samples, tables.questions_seed)
     kept = FinishedRows(out, tables)
     who = (tables.task.data, "compare", sorted(sources))
-    uses = begin_use(*who, len(task.samples), task.fingerprint, run_of(out if run is None else run))
+    uses = begin_use(*who, len(task.samples), task.fingerprint, run_of(out if run is None else Path(run)))
     runner = RoutesRunner.of(tables, task, options, progress)
     for row in tables.rows:
         if row.name not in kept.cells:

@@ -92,6 +92,10 @@ ROWS = {
         edit("tokenizer.json", post_processor__type=[1]),
         r"post_processor.type=\[1\]|no JSON|load",
     ),
+    "a special token without ids": (
+        edit("tokenizer.json", post_processor__special_tokens={}),
+        "post_processor puts '<s>' around texts and has no ids for it",
+    ),
     "a renamed epsilon": (
         both(
             config(text_config__rms_norm_eps=1e-3), renamed("config.json", "text_config__rms_norm_eps", "RMS_NORM_EPS")

@@ -673,10 +673,10 @@ def _weights_alike(before: bytes, after: bytes) -> bool:
         (length,) = struct.unpack("<Q", content[:8])
         return json.loads(content[8 : 8 + length]), content[8 + length :]
 
-    (old, _), (new, data) = parts(before), parts(after)
+    (old, data_before), (new, data) = parts(before), parts(after)
     old.pop("__metadata__", None)
     new.pop("__metadata__", None)
-    if not _same_entries(old, new) or len(after) != len(before):
+    if not _same_entries(old, new) or len(data) != len(data_before):
         return False
     return bool(numpy.isfinite(numpy.frombuffer(data, "<f4")).all())
 

@@ -20,7 +20,6 @@ from exporter.data.calibration import load_calibration
 from exporter.evaluation.evaluate import evaluate
 from exporter.pipeline import compress
 from exporter.plan import LayerBudget
-from exporter.publishing.reproduction import reproduce
 from exporter.recipe import CalibrationData, Recipe, RunOptions
 
 QUESTIONS = 180  # of the test split
@@ -104,6 +103,5 @@ def test_batch_of_1_and_of_32_answer_alike_and_a_second_time_too(digits, small, 
     assert answers(1) == answers(32) == answers(32)
 
 
-def test_it_verifies_and_is_built_again_bit_for_bit(small, tmp_path):
-    assert verify(small).holds
-    assert reproduce(small, tmp_path / "again").identical
+def test_it_verifies(small):
+    assert verify(small).holds  # built again bit for bit: tests/compression, on a model that takes no minute
