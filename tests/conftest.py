@@ -30,7 +30,7 @@ pytest_plugins = [
 # One family of each kind: fixed visual tokens, tiles, windows of attention, three positions with DeepStack.
 ONE_OF_EACH_KIND = ("llava", "llava_next", "gemma3", "qwen3_vl")
 # Whoever takes one of these fixtures is as slow as it: it carries the fixture's marker.
-MARKER_OF_FIXTURE = {"digits": "reference", "exported": "onnx_export"}
+MARKER_OF_FIXTURE = {"digits": "reference", "exported": "onnx_export", "routed_graphs": "onnx_export"}
 
 
 @pytest.fixture(scope="session", autouse=True)

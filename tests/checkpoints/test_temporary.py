@@ -49,6 +49,7 @@ def holding(target: Path, beside: Path) -> tuple[subprocess.Popen[str], list[Pat
     return process, [*folders, *beside.parent.glob(f".{beside.name}.*.partial")]
 
 
+@pytest.mark.clean_process
 def test_a_living_run_keeps_what_it_holds_and_a_killed_one_does_not(place, tmp_path):
     beside = tmp_path / "README.md"
     process, held = holding(tmp_path / "out", beside)
@@ -111,6 +112,7 @@ def test_messages_name_what_a_temporary_folder_stands_for(place, tmp_path):
     assert str(InputError(f"{view / 'x'}: no.")) == "model/x: no."
 
 
+@pytest.mark.clean_process
 def test_a_watched_script_gives_its_output(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, sys; print(sys.argv[1:], os.environ['X']); raise ValueError('no such thing')")
@@ -120,6 +122,7 @@ def test_a_watched_script_gives_its_output(tmp_path):
     assert ran.stderr.endswith("ValueError: no such thing\n")
 
 
+@pytest.mark.clean_process
 def test_a_clean_process_ends_with_the_one_that_started_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

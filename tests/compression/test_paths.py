@@ -42,6 +42,7 @@ def task(questions, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.clean_process
 @pytest.mark.parametrize("kind", [str, Path])
 def test_every_entry_point_takes_text_and_paths(kind, tiny, questions, task, tmp_path, unverified, monkeypatch):
     monkeypatch.setattr("exporter.routing.with_router.require", lambda *_: None)

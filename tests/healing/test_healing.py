@@ -256,6 +256,7 @@ def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(small, tiny, asked
     assert sha256(again / ADAPTER_FILE) == sha256(whole / ADAPTER_FILE)
 
 
+@pytest.mark.clean_process
 def test_compress_heals_and_reproduce_merges_again(tiny, asked, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("exporter.pipeline.require", not_verified)  # the last checkpoint is verified, as it is
     data = plain(tiny("llava"), asked).to_data() | {"heal": {**LEARNING.to_data()}}

@@ -414,6 +414,7 @@ def test_too_little_disk(tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.clean_process
 def test_a_checkpoint_that_does_not_verify(tiny, tmp_path, questions, capsys, unverified):
     recipe = recipe_from_data({"model": str(tiny("llava")), "calibration": {"data": str(questions)}, "layers": [3]})
     small = exporter.compress(recipe, tmp_path / "small")

@@ -35,8 +35,8 @@ from exporter.routing.settings import default_settings
 
 
 @pytest.fixture(scope="module")
-def routed(tmp_path_factory):
-    """routed('llava', drop_at=0) is (checkpoint with a random router, ONNX folder), made once."""
+def routed_graphs(tmp_path_factory):
+    """routed_graphs('llava', drop_at=0) is (checkpoint with a random router, ONNX folder), made once."""
     made: dict[tuple[str, int], tuple[Path, Path]] = {}
 
     def folders(family: str, drop_at: int = 0) -> tuple[Path, Path]:
@@ -53,9 +53,9 @@ def routed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "drop_at"), [("llava", 0), ("llava", 1), ("llava_next", 0), ("qwen2_5_vl", 0)])
-def test_routed_graphs_say_what_torch_says(family, drop_at, routed):
+def test_routed_graphs_say_what_torch_says(family, drop_at, routed_graphs):
     """Under every preset of the folder: the route, logits of prompt and steps, greedy tokens; batch 1 to 3."""
-    _, folder = routed(family, drop_at)
+    _, folder = routed_graphs(family, drop_at)
     manifest = json.loads((folder / "onnx.json").read_text())
     report = manifest["validation"]
     logits = [found["max"] for name, found in report["outputs"].items() if "logits" in name]
@@ -64,9 +64,9 @@ def test_routed_graphs_say_what_torch_says(family, drop_at, routed):
     assert report["left_out"] == 0  # no choice was among equals
 
 
-def test_routed_graphs_for_cuda_say_what_torch_says(routed, tmp_path, monkeypatch):
+def test_routed_graphs_for_cuda_say_what_torch_says(routed_graphs, tmp_path, monkeypatch):
     """In half precision choices among equals differ; what is behind a common choice does not."""
-    source, _ = routed("llava", 1)
+    source, _ = routed_graphs("llava", 1)
     folder = export(source, tmp_path / "onnx", for_cuda(monkeypatch))
     report = json.loads((folder / "onnx.json").read_text())["validation"]
     assert report["equal_tokens"] >= 0.9 * report["tokens"] >= 0.9 * 32
@@ -82,8 +82,8 @@ def test_a_choice_among_equals_is_no_difference():
     assert undecided(mine, mine, None, 0.01)
 
 
-def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed, tmp_path, monkeypatch):
-    source, _ = routed("llava")
+def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed_graphs, tmp_path, monkeypatch):
+    source, _ = routed_graphs("llava")
     compare_routes = vars(compare_onnx)["compare_routes"]
 
     def undecided_when_fast(model, runner, **others):
@@ -97,8 +97,8 @@ def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_left_out_is_not_computed(routed):
-    _, folder = routed("llava")
+def test_what_is_left_out_is_not_computed(routed_graphs):
+    _, folder = routed_graphs("llava")
     model, given = cast(Any, exporter.onnx.load(folder)), inputs(load_processor(folder), batch=2)
     prompt = model.prompt({name: tensor.numpy() for name, tensor in given.items()})
     model.set_budget(keep_visual_tokens=5, keep_layers=2)
@@ -112,8 +112,8 @@ def test_what_is_left_out_is_not_computed(routed):
     assert set(state.cache) == set(model.cache_names)
 
 
-def test_a_skipped_layer_is_a_branch_not_taken(routed):
-    _, folder = routed("llava", 1)
+def test_a_skipped_layer_is_a_branch_not_taken(routed_graphs):
+    _, folder = routed_graphs("llava", 1)
     assert {path.stem for path in folder.glob("*.onnx")} == {
         "vision", "router", "decoder_front", "decoder"
     }  # fmt: skip
@@ -130,9 +130,9 @@ def test_a_skipped_layer_is_a_branch_not_taken(routed):
     assert outside.count("Cos") == 1  # the rotary embedding is the same for all
 
 
-def test_branches_have_integer_weights_too(routed, tmp_path, monkeypatch):
+def test_branches_have_integer_weights_too(routed_graphs, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "validate", here)
-    source, whole = routed("llava", 1)
+    source, whole = routed_graphs("llava", 1)
     folder = export(source, tmp_path / "int8", ExportOptions(quantize="int8"))
     graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
     branches = [branch_of(node) for node in graph.node if node.op_type == "If"]
@@ -147,9 +147,9 @@ def test_branches_have_integer_weights_too(routed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("drop_at", [0, 1])
-def test_bench_counts_what_torch_counts(drop_at, routed):
+def test_bench_counts_what_torch_counts(drop_at, routed_graphs):
     """Keys and values exactly; FLOPs but for the router's, of which its weights alone are counted."""
-    source, folder = routed("llava", drop_at)
+    source, folder = routed_graphs("llava", drop_at)
     few = {"keep_visual_tokens": 5, "keep_layers": 3}
     options = BenchOptions(device="cpu", new_tokens=2, rounds=2, attention="sdpa")
     workload = Workload(visual_tokens=25, text_tokens=24)
@@ -164,8 +164,8 @@ def test_bench_counts_what_torch_counts(drop_at, routed):
     assert ours.flops == pytest.approx(theirs.flops, rel=0.1) and ours.kv_bytes < 0.6 * whole.kv_bytes
 
 
-def test_budgets_of_a_call(routed):
-    _, folder = routed("llava")
+def test_budgets_of_a_call(routed_graphs):
+    _, folder = routed_graphs("llava")
     model, given = cast(Any, exporter.onnx.load(folder)), inputs(load_processor(folder))
     fast = model.generate(**given, preset="fast", max_new_tokens=6)
     presets = json.loads((folder / "onnx.json").read_text())["router"]["presets"]
@@ -246,8 +246,8 @@ def test_routes_that_graphs_can_not_follow(tiny):
         read_settings(config, "m", "shared")
 
 
-def test_a_router_that_did_not_come_along(routed, tmp_path):
-    source = shutil.copytree(routed("llava")[0], tmp_path / "model")
+def test_a_router_that_did_not_come_along(routed_graphs, tmp_path):
+    source = shutil.copytree(routed_graphs("llava")[0], tmp_path / "model")
     shutil.rmtree(source / "router")
     with pytest.raises(InputError, match=r"names a router in config\.json, but has no router/model\.safetensors"):
         export(source, tmp_path / "out")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from faults import damages
 from PIL import Image
 
@@ -19,6 +20,7 @@ TESTS = Path(__file__).parents[1]
 CASES = 40
 
 
+@pytest.mark.clean_process
 def test_damaged_files_give_the_right_result_or_one_sentence(tmp_path):
     command = [sys.executable, "-m", "faults.fuzz", "--cheap", "--cases", str(CASES), "--workers", "1"]
     ran = subprocess.run(

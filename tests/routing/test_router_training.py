@@ -318,20 +318,17 @@ def test_reproduce_trains_the_router_again(routed_folder):
     ).read_bytes()
 
 
+@pytest.mark.clean_process
 def test_route_takes_a_model_as_its_authors_made_it(tiny, questions, tmp_path):
-    router = RouterRecipe(CalibrationData(str(questions), None), steps=2, batch_size=4)
+    router = RouterRecipe(CalibrationData(str(questions), None), steps=2, batch_size=4, candidates=0)
     made = route(str(tiny("qwen2_vl")), router, tmp_path / "routed", RunOptions("cpu"))
     record = read_record(made).to_data()
     assert record["plan"]["drop"] == []
-    assert "No layer was removed" in (made / "README.md").read_text()
-    assert not list(tmp_path.glob(".routed*"))
-
-
-def test_the_card_of_a_router_without_layers_to_skip_promises_tokens_only(tiny, questions, tmp_path):
-    router = RouterRecipe(CalibrationData(str(questions), None), steps=2, batch_size=4, candidates=0)
-    card = (route(str(tiny("llava")), router, tmp_path / "routed", RunOptions("cpu")) / "README.md").read_text()
+    card = (made / "README.md").read_text()
+    assert "No layer was removed" in card
     assert "this model runs fewer visual tokens. A router" in card and "It skips no layers." in card
     assert "token-pruning" in card and "layer-skipping" not in card and "layer-only" not in card
+    assert not list(tmp_path.glob(".routed*"))
 
 
 @pytest.mark.parametrize(
