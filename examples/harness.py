@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "digits"
 BUDGETS = {"plain": [""], "routed": ["preset=fast", "keep_visual_tokens=0.5,keep_layers=5"]}
+Answers = tuple[float, list[str]]  # accuracy, and the answers in the order of the questions
+
+
+def compare_with(harness: str, here: Path, ask: Callable[[Path, Path, str, Path], Answers], purpose: str) -> int:
+    """Ask every checkpoint under every budget by a harness and by `evaluate`; print a line of each.
+
+    Args:
+        harness: its name, and that of its folder in build/.
+        here: the folder of its requirements.
+        ask: (Python of its environment, checkpoint, budget, folder for what it writes) -> what the harness says.
+    Returns: the exit code, 1 where an answer differs.
+    """
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("--questions", type=int, default=400, metavar="N", help="of the test task (400)")
+    options = parser.parse_args()
+    build = ROOT / "build" / harness
+    python = make_environment(build, here / "requirements.txt")
+    folders, questions = make_checkpoints(python, build), make_questions(build, options.questions)
+    rows = []
+    for kind, budgets in BUDGETS.items():
+        for budget in budgets:
+            name = f"{kind}-{budget or 'all'}".replace("=", "-").replace(",", "-")
+            theirs = ask(python, folders[kind], budget, build / "results" / name)
+            ours = by_evaluate(python, folders[kind], budget, questions=questions, name=name)
+            rows.append(compared(harness, kind, budget, theirs=theirs, ours=ours))
+    print("\n".join(line for line, _ in rows))
+    return 0 if all(same for _, same in rows) else 1
 
 
 def call(*command: str | Path, **environment: str) -> None:
@@ -63,7 +92,7 @@ def make_questions(build: Path, number: int) -> Path:
     return file
 
 
-def written_results(out: Path, results: str, samples: str) -> tuple[float, list[str]]:
+def written_results(out: Path, results: str, samples: str) -> Answers:
     """Read the accuracy and the answers, in the order of the questions, that a harness has written.
 
     Args:
@@ -82,7 +111,7 @@ def _text(response: Any) -> str:
     return str(response).strip()
 
 
-def by_evaluate(python: Path, folder: Path, budget: str, questions: Path, name: str) -> tuple[float, list[str]]:
+def by_evaluate(python: Path, folder: Path, budget: str, questions: Path, name: str) -> Answers:
     """Return the same by `lvlm-exporter evaluate`."""
     out = questions.parent / "results" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +129,7 @@ def _flag(name: str, value: str) -> tuple[str, str]:
     return f"--{name.replace('_', '-')}", value
 
 
-def compared(harness: str, kind: str, budget: str, theirs: tuple[float, list[str]], ours: Any) -> tuple[str, bool]:
+def compared(harness: str, kind: str, budget: str, theirs: Answers, ours: Answers) -> tuple[str, bool]:
     """Return a line of both accuracies and of the answers that are alike, and whether all are."""
     same = sum(a == b for a, b in zip(theirs[1], ours[1], strict=True))
     line = (

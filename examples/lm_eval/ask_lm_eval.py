@@ -10,29 +10,17 @@ Exit code 1: they differ.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import (
-    BUDGETS,
-    ROOT,
-    by_evaluate,
-    call,
-    compared,
-    make_checkpoints,
-    make_environment,
-    make_questions,
-    written_results,
-)
+from harness import Answers, call, compare_with, written_results
 
-HERE, BUILD = ROOT / "examples" / "lm_eval", ROOT / "build" / "lm-eval"
+HERE = Path(__file__).resolve().parent
 
 
-def by_lm_eval(python: Path, folder: Path, budget: str, name: str) -> tuple[float, list[str]]:
+def by_lm_eval(python: Path, folder: Path, budget: str, out: Path) -> Answers:
     """Return accuracy and answers, in the order of the questions."""
-    out = BUILD / "results" / name
     routed = ",trust_remote_code=True" if budget else ""
     asked = ("--gen_kwargs", budget) if budget else ()
     call(
@@ -44,22 +32,5 @@ def by_lm_eval(python: Path, folder: Path, budget: str, name: str) -> tuple[floa
     return written_results(out, "results_*.json", "samples_*.jsonl")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--questions", type=int, default=400, metavar="N", help="of the test task (400)")
-    options = parser.parse_args()
-    python = make_environment(BUILD, HERE / "requirements.txt")
-    folders, questions = make_checkpoints(python, BUILD), make_questions(BUILD, options.questions)
-    rows = []
-    for kind, budgets in BUDGETS.items():
-        for budget in budgets:
-            name = f"{kind}-{budget or 'all'}".replace("=", "-").replace(",", "-")
-            theirs = by_lm_eval(python, folders[kind], budget, name)
-            ours = by_evaluate(python, folders[kind], budget, questions, name)
-            rows.append(compared("lm-eval", kind, budget, theirs, ours))
-    print("\n".join(line for line, _ in rows))
-    return 0 if all(same for _, same in rows) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compare_with("lm-eval", HERE, by_lm_eval, (__doc__ or "").partition("\n")[0]))
