@@ -121,10 +121,8 @@ class Load:
 
     def figures(self) -> LoadFigures:
         requests = [request for each in self.rounds for request in each.answered]
-        firsts, between = (
-            [request.first_token_ms for request in requests],
-            [ms for request in requests for ms in request.token_ms],
-        )
+        firsts = [request.first_token_ms for request in requests]
+        between = [ms for request in requests for ms in request.token_ms]
         return LoadFigures(
             in_flight=self.in_flight,
             requests=len(requests),

@@ -1,4 +1,4 @@
-"""Tables of text."""
+"""Tables of text, and in Markdown."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         for row in cells
     ]
     return "\n".join([lines[0].rstrip(), "  ".join("-" * w for w in widths), *(line.rstrip() for line in lines[1:])])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """Return a table in Markdown, without a line break at its end: the first `left` columns to the left."""
+    columns = "|" + "---|" * left + "---:|" * (len(header) - left)
+    lines = (f"| {' | '.join(map(str, row))} |" for row in (header, *rows))
+    return "\n".join([next(lines), columns, *lines])
 
 
 def scores_table(scores: LayerScores, parameters: Sequence[int], protect: Sequence[int] = ()) -> str:

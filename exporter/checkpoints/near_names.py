@@ -21,7 +21,7 @@ def misspelt(settings: Mapping[str, Any], known: Collection[str]) -> Iterator[tu
     Args:
         known: names that the class which reads the settings understands.
     """
-    missing = [name for name in known if name not in settings and not name.startswith("_")]
+    missing = [name for name in sorted(known) if name not in settings and not name.startswith("_")]
     for entry in settings:
         if entry in known or entry.startswith("_"):
             continue

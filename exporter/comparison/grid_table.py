@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cards.plots import MARKERS, PALETTE, figure, save
-from ..cards.tables import table
+from ..cards.tables import markdown_table, table
 from ..evaluation.scoring import pareto_front
 from .grid import Comparison
 from .saved import write_all
@@ -63,8 +63,7 @@ def comparison_table(done: Any) -> str:
 
 
 def comparison_markdown(done: Any) -> str:
-    lines = ["| " + " | ".join(comparison_header(done)) + " |", "|---|" + "---:|" * (len(comparison_header(done)) - 1)]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in comparison_rows(done)]
+    lines = [markdown_table(comparison_header(done), comparison_rows(done))]
     lines += ["", done.task_uses["sentence"]] if done.task_uses else []
     return "\n".join(lines) + "\n"
 

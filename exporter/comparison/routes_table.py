@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..cards.plots import MARKERS, PALETTE, figure, save
-from ..cards.tables import table
+from ..cards.tables import markdown_table, table
 from .routes import RouteCell, RouteComparison
 
 
@@ -43,9 +43,7 @@ def table_text(done: RouteComparison) -> str:
 
 
 def table_markdown(done: RouteComparison) -> str:
-    header, rows = table_rows(done)
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * len(done.columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines = [markdown_table(*table_rows(done))]
     lines += ["", done.task_uses["sentence"]] if done.task_uses else []
     return "\n".join(lines) + "\n"
 

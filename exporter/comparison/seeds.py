@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..cards.tables import table
+from ..cards.tables import markdown_table, table
 from ..errors import InputError
 from ..evaluation.scoring import Rate, holm, mcnemar, rights
 from ..progress import Progress, silent
@@ -202,7 +202,5 @@ def seeds_text(done: SeedsComparison) -> str:
 
 
 def seeds_markdown(done: SeedsComparison) -> str:
-    header = seeds_header(done)
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in seeds_rows(done)]
-    return "\n".join([*lines, "", *(f"{note}\n" for note in seeds_notes(done))])
+    rows = markdown_table(seeds_header(done), seeds_rows(done))
+    return "\n".join([rows, "", *(f"{note}\n" for note in seeds_notes(done))])

@@ -81,12 +81,7 @@ def tasks_text(done: TasksComparison) -> str:
 
 
 def tasks_markdown(done: TasksComparison) -> str:
-    names = header(done)
-    head = f"| {' | '.join(names)} |\n|---|" + "---:|" * (len(names) - 1)
-    parts = []
-    for title, rows in by_table(done).items():
-        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts.append(f"## {title}\n\n{head}\n{lines}\n")
+    parts = [f"## {title}\n\n{report.markdown_table(header(done), rows)}\n" for title, rows in by_table(done).items()]
     return "\n".join([*parts, *(f"{note}\n" for note in notes(done))])
 
 

@@ -189,8 +189,7 @@ def zoo_cells(row: ZooRow) -> tuple[str, ...]:
 
 
 def markdown(table: list[ZooRow]) -> str:
-    lines = [f"| {' | '.join(HEADER)} |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
-    return "\n".join([*lines, *(f"| {' | '.join(zoo_cells(row))} |" for row in table)]) + "\n"
+    return report.markdown_table(HEADER, list(map(zoo_cells, table)), left=2) + "\n"
 
 
 def zoo_text(tables: dict[str, list[ZooRow]]) -> str:

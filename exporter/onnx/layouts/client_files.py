@@ -39,12 +39,11 @@ PROCESSORS = {
 def carry_for_client(source: Source, folder: Path) -> None:
     """Write everything beside the graphs; files that the client does not read are the checkpoint's own."""
     carry_companions(source, folder)
-    processor = load_processor(source.folder)
+    processor, kind = load_processor(source.folder), processor_class(source.config)
     write_generation(source, folder)
-    write_tokenizer(processor, processor_class(source.config), folder)
-    settings = image_settings(processor, processor_class(source.config))
-    write(folder / "preprocessor_config.json", settings)
-    write(folder / "processor_config.json", processor_settings(processor, processor_class(source.config)))
+    write_tokenizer(processor, kind, folder)
+    write(folder / "preprocessor_config.json", image_settings(processor, kind))
+    write(folder / "processor_config.json", processor_settings(processor, kind))
 
 
 def processor_class(config: Any) -> str:

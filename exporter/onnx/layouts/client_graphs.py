@@ -22,11 +22,7 @@ from ..graphs.decoder import Embeddings, GrowingDecoder, GrowingStep, Samples
 from ..graphs.vision import Dynamic, Patches, RealTiles, Sized, Tiles, named
 from ..support import Support
 
-BATCH, SEQUENCE, PAST = (
-    "batch_size",
-    "sequence_length",
-    "past_sequence_length",
-)  # the client makes caches by these names
+BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"  # the client makes caches by these
 MARKED = "images"  # value of `Support.blocks` for which features carry a channel more
 
 

@@ -39,7 +39,7 @@ TEXT_MODELS = (  # whose layers and heads the client counts in these settings
     "gemma3_text", "phi", "phi3", "granite", "cohere", "olmo", "smollm3", "starcoder2",
 )  # fmt: skip
 REASONS = {
-    "llava_onevision": "its processor there cuts no tiles, so that a 'llava_onevision' would see another picture",
+    "llava_onevision": "its processor there cuts no tiles, so that the model would see another picture",
 }
 BYTES = {"fp16": 2, "q8": 1.5, "q4": 1, "q4f16": 1}  # of a parameter, embeddings and scales counted in
 

@@ -1,6 +1,6 @@
 """A folder in the layout of transformers.js, run as that client runs it: what it is compared with torch by.
 
-Shapes: B rows, S tokens, F visual features, D hidden size (one more where features are marked), V vocabulary.
+Shapes: B sequences, S tokens, F visual features, D hidden size (one more where features are marked), V vocabulary.
 """
 
 from __future__ import annotations
@@ -75,5 +75,5 @@ class ClientModel(OnnxModel):
         last: Array = logits.numpy()[:, -1]
         return last
 
-    def _logits(self, rows: int) -> Any:
+    def _logits(self, num_sequences: int) -> Any:
         return None  # each pass returns its own
