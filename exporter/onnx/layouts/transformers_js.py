@@ -50,7 +50,7 @@ def check(source: Source, options: Any) -> None:
     config, family = source.config, family_of(source.config)
     support_of(config)
     if config.model_type not in PROCESSORS:
-        reason = REASONS.get(config.model_type, f"{CLIENT} does not know its type '{config.model_type}'")
+        reason = REASONS.get(config.model_type, f"{NAME} {CLIENT} does not know its type '{config.model_type}'")
         raise InputError(
             f"{family.title} can't be exported for transformers.js: {reason}. Types that can: {', '.join(PROCESSORS)}. "
             "Leave --layout out for our own runner."
@@ -58,7 +58,7 @@ def check(source: Source, options: Any) -> None:
     text = config.get_text_config().model_type
     if text not in TEXT_MODELS:
         raise InputError(
-            f"this {family.title} can't be exported for transformers.js: {CLIENT} is not known to count the layers of "
+            f"this {family.title} can't be exported for {NAME}: version {CLIENT} is not known to count the layers of "
             f"a text model '{text}'. Types that are: {', '.join(TEXT_MODELS)}."
         )
     if "router" in source.raw_config:
