@@ -20,18 +20,12 @@ def render(report: Report) -> str:
         autoescape=True,
         keep_trailing_newline=True,
     )
-    environment.filters["shortened"] = shortened
+    environment.filters["shortened"] = parts.shortened
     margins = {name.lower(): getattr(parts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")}
     page: str = environment.get_template("report.html.jinja").render(
         report=report, bar_right=parts.BAR_RIGHT, **margins
     )
     return page
-
-
-def shortened(text: str, most: int) -> str:
-    """Return the begin and the end of a long text: names of models differ at either."""
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def facts() -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,8 @@ from ..evaluation.scoring import pareto_front
 
 WIDTH, HEIGHT = 720, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44  # margins of a scatter
+NAMED = 14  # points of a scatter, at most, that are named in it
+LINE, LETTER, LONGEST = 13, 6.5, 34  # height of a line, width of a letter, letters of a name in a scatter
 BAR, BAR_LEFT, BAR_RIGHT = 26, 250, 150  # height of a bar's line; room for its name and its figure
 STEPS = (1, 2, 2.5, 5, 10)
 
@@ -125,9 +127,47 @@ class Scatter:
         return [(self.y(v), text) for v, text in ticks(*self._scores)]
 
     @property
+    def labels(self) -> list[tuple[Point, str]]:
+        """Return the names that stand in the picture; one that would cover another is counted behind that: 'a, +1'.
+
+        Those of the front come first. Every point shows its own name and figures when it is pointed at.
+        """
+        if len(self.points) > NAMED:
+            return []
+        placed: list[tuple[Point, int]] = []
+        for point in [*self.front, *(p for p in self.points if p not in self.front)]:
+            covered = next((n for n, (other, _) in enumerate(placed) if self._overlap(point, other)), None)
+            if covered is None:
+                placed.append((point, 0))
+            else:
+                placed[covered] = (placed[covered][0], placed[covered][1] + 1)
+        return [(p, shortened(p.name, LONGEST) + (f", +{more}" if more else "")) for p, more in placed]
+
+    def _overlap(self, first: Point, second: Point) -> bool:
+        if abs(self.y(first.score) - self.y(second.score)) >= LINE:
+            return False
+        (a, b), (c, d) = map(self._span, (first, second))
+        return a < d and c < b
+
+    def _span(self, point: Point) -> tuple[float, float]:
+        """Return where a point's name begins and ends, to the side of it that has more room."""
+        x, width = self.x(point.cost), LETTER * min(len(point.name), LONGEST)
+        return (x - width, x) if self.is_right(point) else (x, x + width)
+
+    def is_right(self, point: Point) -> bool:
+        """Tell whether a point lies in the right half of the picture: its name stands to the left of it."""
+        return self.x(point.cost) > WIDTH / 2
+
+    @property
     def line(self) -> str:
         """Return the front as the points of an SVG polyline."""
         return " ".join(f"{self.x(p.cost)},{self.y(p.score)}" for p in self.front)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return the begin and the end of a long text: names of models differ at either."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

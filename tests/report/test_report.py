@@ -17,7 +17,7 @@ from PIL import Image
 from exporter.cli.entry import main
 from exporter.evaluation.evaluate import evaluate
 from exporter.report.of_evaluation import report_of_evaluation
-from exporter.report.page import render, shortened
+from exporter.report.page import render
 from exporter.report.parts import (
     Answers,
     Bar,
@@ -29,6 +29,7 @@ from exporter.report.parts import (
     Scatter,
     ShownQuestion,
     Table,
+    shortened,
     ticks,
 )
 from exporter.report.pictures import LARGEST_BYTES, SIDE, data_uri, thumbnail
@@ -79,6 +80,13 @@ def test_the_front_is_what_nothing_beats():
     scatter = Scatter("t", "c", "s", tuple(Point(str(n), *both) for n, both in enumerate(points)))
     assert [point.name for point in scatter.front] == ["0", "5", "1", "3"]
     assert scatter.x(1) < scatter.x(4) and scatter.y(70) < scatter.y(50)
+
+
+def test_names_in_a_picture_do_not_cover_each_other():
+    there = (Point("tis + scp", 2, 60), Point("tis + none", 2, 60), Point("angular", 2, 60.2), Point("far", 4, 20))
+    names = [name for _, name in Scatter("t", "c", "s", there).labels]
+    assert names == ["angular, +2", "far"]
+    assert Scatter("t", "c", "s", there * 4).labels == []
 
 
 def test_charts_by_hand():
