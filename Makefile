@@ -1,6 +1,7 @@
 # make demo   the main job on the reference model in this repository
 # make test   the tests, the linter and the type checker
-# make quick  the tests but for clean processes, ONNX exports, the reference model, and families of a kind that has run
+# make test-all  the tests with the graphs of every family, also of those whose kind of graph `make test` has run
+# make quick  two minutes of tests: no clean process, ONNX export, reference model or slow test, one family of each kind
 # make docs   the API pages, from the docstrings, into build/api
 # make matrix the compatibility matrix, which writes docs/compatibility.md: minutes, and some 100 MB from the package index
 # make families  tries every model type of transformers out, which writes docs/families.md: some ten minutes
@@ -25,16 +26,19 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test quick lint docs matrix families fuzz kills lm-eval-test lmms-eval-test js-test zoo heal clean
+.PHONY: demo test test-all quick lint docs matrix families fuzz kills lm-eval-test lmms-eval-test js-test zoo heal clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
 
 test: $(VENV)/ready-dev lint
+	$(PYTEST) -m "not long_tail"
+
+test-all: $(VENV)/ready-dev lint
 	$(PYTEST)
 
 quick: $(VENV)/ready-dev
-	$(PYTEST) -m "not clean_process and not onnx_export and not reference and not every_family"
+	$(PYTEST) -m "not clean_process and not onnx_export and not reference and not every_family and not slow"
 
 lint: $(VENV)/ready-dev docs
 	$(BIN)/ruff check .

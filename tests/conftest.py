@@ -29,6 +29,8 @@ pytest_plugins = [
 ]
 # One family of each kind: fixed visual tokens, tiles, windows of attention, three positions with DeepStack.
 ONE_OF_EACH_KIND = ("llava", "llava_next", "gemma3", "qwen3_vl")
+# Kinds of graphs beside these: windows in the vision tower with three positions, images of any size.
+ONE_OF_EACH_GRAPH = (*ONE_OF_EACH_KIND, "qwen2_5_vl", "mistral3")
 # Whoever takes one of these fixtures is as slow as it: it carries the fixture's marker.
 MARKER_OF_FIXTURE = {"digits": "reference", "exported": "onnx_export", "routed_graphs": "onnx_export"}
 
@@ -48,8 +50,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(MARKER_OF_FIXTURE[fixture])
         call = getattr(item, "callspec", None)
         values = [value for value in call.params.values() if isinstance(value, str)] if call else []
-        if any(value in FAMILIES and value not in ONE_OF_EACH_KIND for value in values):
+        families = {value for value in values if value in FAMILIES}
+        if not families <= set(ONE_OF_EACH_KIND):
             item.add_marker("every_family")
+        if item.get_closest_marker("onnx_export") and not families <= set(ONE_OF_EACH_GRAPH):
+            item.add_marker("long_tail")
     items.sort(key=lambda item: not item.get_closest_marker("reference"))  # a worker takes whole files: long ones first
 
 

@@ -177,6 +177,7 @@ def test_the_table_says_how_near_the_ideal_each_comes(tiny, monkeypatch, capsys)
     assert "ideal: the FLOPs at 0.001 TFLOP/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench(tiny, routed_folder, capsys, tmp_path):
     """The shape of the result; all ratios are to the reference; the figures of one and of several rows."""
     arguments = ["bench", routed_folder("llava"), tiny("llava"), "--reference", tiny("llava"), "--preset", "fast",
@@ -214,6 +215,7 @@ def test_without_a_reference_a_routed_model_is_compared_with_itself_run_whole(ro
     assert [model.budget for model in done.models] == [None, FEW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"attention": "eager"}, {"compile": True}])
 def test_other_ways_to_run(how, routed_folder, monkeypatch):
     compiled, compile_module = [], torch.nn.Module.compile
@@ -239,6 +241,7 @@ def test_a_cache_of_another_size_is_a_failed_check(tiny, monkeypatch):
         done.check_caches()
 
 
+@pytest.mark.slow
 def test_figures_go_into_record_and_card(tiny, questions, tmp_path, unverified):
     folder = compress(recipe(tiny("llava"), questions), tmp_path / "small")
     assert "How fast it is" not in (folder / "README.md").read_text()

@@ -28,6 +28,7 @@ def gpu():
     del sys.modules["gpu_script"]
 
 
+@pytest.mark.slow
 def test_steps_that_ran_and_steps_that_did_not(gpu, tmp_path, monkeypatch):
     def in_this_process(command, **_):
         if command[3] != "bench" or "--compile" in command:

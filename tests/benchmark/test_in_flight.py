@@ -109,6 +109,7 @@ def test_models_take_turns_and_a_ratio_is_that_of_the_throughput():
     assert reference.tokens_per_s == pytest.approx(6 / 4)  # two of 3 tokens in 2 + 1 + 1 s
 
 
+@pytest.mark.slow
 def test_bench_with_requests_in_flight(tiny, routed_folder, capsys, tmp_path):
     arguments = ["bench", routed_folder, "--reference", tiny("llava"), "--preset", "fast", "--in-flight", "1,3",
                  "--visual-tokens", "25", "--text-tokens", "24", "--new-tokens", "3", "--rounds", "2", "--device",
@@ -129,6 +130,7 @@ def test_bench_with_requests_in_flight(tiny, routed_folder, capsys, tmp_path):
     assert "Requests in flight" in (tmp_path / "page" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_budget_that_lowers_throughput_is_said(tiny, routed_folder, monkeypatch, capsys):
     """By a clock that stands still but for the models' steps: of the routed one each takes twice as long."""
     clock = Clock()
@@ -157,6 +159,7 @@ def test_a_budget_that_lowers_throughput_is_said(tiny, routed_folder, monkeypatc
     assert faster.slower() == []  # alike is not slower
 
 
+@pytest.mark.slow
 def test_figures_go_into_record_and_card(tiny, questions, tmp_path, unverified):
     folder = compress(recipe(tiny("llava"), questions), tmp_path / "small")
     for _ in range(2):  # the second replaces the first

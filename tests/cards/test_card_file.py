@@ -116,6 +116,7 @@ def test_a_card_without_our_mark_keeps_its_text_and_gets_the_metadata(tmp_path, 
     assert "the text, which has no mark of ours" in caplog.text
 
 
+@pytest.mark.slow
 def test_any_edit_of_any_paragraph_survives_any_number_of_writings():
     draw = random.Random(0)
     for _ in range(200):

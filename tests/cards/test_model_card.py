@@ -27,6 +27,8 @@ from exporter.publishing.folder_kinds import card
 from exporter.recipe import RunOptions
 from exporter.routing.requests import BudgetGrid
 
+pytestmark = pytest.mark.slow
+
 TOKENS = {"max_new_tokens": 4, "options": RunOptions(batch_size=5)}
 OWN = "\nThanks to everybody.\n"
 QUICK = BenchOptions(device="cpu", new_tokens=1, rounds=2)

@@ -136,6 +136,7 @@ def read_and_told(folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_damage_anywhere_is_a_sentence_or_does_no_harm(made, record, tmp_path, monkeypatch):
     """Each part is taken out, and put in as something else: what can still be read can still be told in a card."""
     monkeypatch.setattr(model_card, "template", functools.cache(template))

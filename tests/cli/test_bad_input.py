@@ -145,6 +145,7 @@ def test_impossible_requests(budget, expected, capsys, model, questions):
     assert expected in compress_refused(capsys, model, questions, budget=budget)
 
 
+@pytest.mark.slow
 def test_fold_that_is_not_exact_is_refused(capsys, tiny, questions, tmp_path):
     model = Path(shutil.copytree(tiny("gemma3"), tmp_path / "model"))
     assert "a norm follows the MLP" in compress_refused(capsys, model, questions, "--fold", "scp")
@@ -204,6 +205,7 @@ def test_unwritable_target(capsys, model, questions, tmp_path):
     assert "not writable" in refused(capsys, "compress", model, "--out", locked / "out", *budget)
 
 
+@pytest.mark.slow
 def test_full_disk_before_and_during(capsys, model, questions, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))

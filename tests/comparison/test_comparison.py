@@ -35,6 +35,7 @@ def grid(tiny, questions, task):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unverified")
 def test_cells_are_what_compress_and_evaluate_give(grid, questions, task, tmp_path):
     options = RunOptions(batch_size=6)
@@ -64,6 +65,7 @@ def test_cells_are_what_compress_and_evaluate_give(grid, questions, task, tmp_pa
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_broken_off_comparison_goes_on(grid, tmp_path):
     small = grid | {"localizers": ["tis"], "folds": ["none"], "drop_layers": [1, 2]}
     first = compare(grid_from_data(small), tmp_path / "out")
@@ -202,6 +204,7 @@ def test_a_damaged_file_of_cells_is_a_sentence(tmp_path):
         CellsFile(path, {"seed": 0})
 
 
+@pytest.mark.slow
 def test_results_that_are_not_kept_are_printed_with_a_sentence_and_another_exit_code(grid, tmp_path, capsys):
     small = grid | {"localizers": ["tis"], "folds": ["none"], "drop_layers": [1]}
     recipe = tmp_path / "recipe.yaml"

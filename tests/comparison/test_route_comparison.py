@@ -42,6 +42,7 @@ def tables(tiny, routed_folder, task, questions):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_table(tables, routed_folder, tiny, task, tmp_path, capsys):
     path = tmp_path / "tables.yaml"
     path.write_text(yaml.safe_dump(tables))

@@ -33,6 +33,7 @@ def grid(tiny, questions, task):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_seed_is_the_comparison_of_that_seed(grid, tmp_path, capsys):
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(grid | {"seeds": [1, 2, 3]}))
@@ -51,6 +52,7 @@ def test_each_seed_is_the_comparison_of_that_seed(grid, tmp_path, capsys):
     assert "over seeds" in (tmp_path / "page" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_task_stays_the_same_and_is_answered_once(grid, tmp_path, monkeypatch):
     asked = []
     place = "exporter.comparison.grid_judge.make_batches"  # of all questions, which the original answers
@@ -60,6 +62,7 @@ def test_the_task_stays_the_same_and_is_answered_once(grid, tmp_path, monkeypatc
     assert {one.original.n for one in done.of_seed} == {8}
 
 
+@pytest.mark.slow
 def test_layers_are_chosen_and_folded_once_for_all_tasks(grid, task, tmp_path, monkeypatch):
     chosen, folded = [], []
     place = "exporter.comparison.grid_runner"
@@ -118,6 +121,7 @@ def test_rows_of_several_tasks_are_tested_on_all_of_their_questions():
     assert both[2].accuracy["even"] == 0.75
 
 
+@pytest.mark.slow
 def test_routers_are_trained_for_each_seed(tiny, questions, task, tmp_path, monkeypatch):
     for place in ("exporter.pipeline.require", "exporter.routing.with_router.require"):
         monkeypatch.setattr(place, not_verified)

@@ -56,6 +56,7 @@ def run(data, tmp_path, *more):
     return main(["compare", str(path), "--out", str(tmp_path / "out"), *RUN, *more])
 
 
+@pytest.mark.slow
 def test_layers_on_two_tasks(grid, task, tmp_path, capsys):
     assert run(grid, tmp_path, "--report", str(tmp_path / "page")) == 0
     printed = capsys.readouterr().out
@@ -72,6 +73,7 @@ def test_layers_on_two_tasks(grid, task, tmp_path, capsys):
     assert alone["accuracy"] == first["accuracy"]["even"] and alone["n"] < both.n == 12
 
 
+@pytest.mark.slow
 def test_routers_are_trained_and_stand_beside_rules(routes, tmp_path, capsys, monkeypatch):
     for place in ("exporter.pipeline.require", "exporter.routing.with_router.require"):
         monkeypatch.setattr(place, not_verified)  # `route` is tested elsewhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ from exporter.publishing.reproduction import reproduce
 from exporter.recipe import Method, RunOptions
 
 CLEAN = ("llava", "qwen3_vl")  # whose checkpoints are verified in a clean process, which takes seconds
+EACH_ONCE = set(islice(zip(cycle(LOCALIZERS), cycle(FOLDS)), max(len(LOCALIZERS), len(FOLDS))))
+PAIRS = [
+    (localizer, fold) if (localizer, fold) in EACH_ONCE else pytest.param(localizer, fold, marks=pytest.mark.long_tail)
+    for localizer in LOCALIZERS
+    for fold in FOLDS
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,6 +56,7 @@ def test_dropping_nothing_changes_nothing_bit_for_bit(family, tiny, questions, t
         assert torch.equal(before(**batch.inputs).logits, after(**batch.inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=pytest.mark.clean_process) if name in CLEAN else name for name in FAMILIES]
 )
@@ -106,6 +114,7 @@ def test_reproduce_is_bit_for_bit(tiny, questions, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unverified")
 def test_reproduce_says_whether_the_record_is_wrong_or_the_result(tiny, questions, tmp_path, capsys):
     out = compress(recipe(tiny("llava"), questions), tmp_path / "one")
@@ -145,8 +154,8 @@ def test_half_precision_is_kept(tiny, questions, tmp_path):
     assert {entry.dtype for entry in open_weights(out).entries.values()} == {"BF16"}
 
 
-@pytest.mark.parametrize("localizer", LOCALIZERS)
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("localizer", "fold"), PAIRS)
 @pytest.mark.usefixtures("unverified")
 def test_every_localizer_goes_with_every_fold(localizer, fold, tiny, questions, tmp_path):
     made = recipe(tiny("llava"), questions, localizer=Method(localizer), fold=Method(fold))
@@ -154,6 +163,7 @@ def test_every_localizer_goes_with_every_fold(localizer, fold, tiny, questions, 
     assert text_decoder(AutoModelForImageTextToText.from_pretrained(out)).config.num_hidden_layers == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unverified")
 def test_a_model_larger_than_memory_is_streamed_from_disk(tiny, questions, task_memory, tmp_path):
     """The same layers and the same bytes as with all of it in memory."""

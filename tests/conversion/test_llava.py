@@ -174,6 +174,7 @@ def test_the_prompt_is_the_originals(llava, tmp_path):
     ).startswith("Be brief. USER:")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_pickles_give_the_same_bytes(llava, tmp_path):
     made = convert(llava, tmp_path / "made", vision_tower=f"{llava}-tower")

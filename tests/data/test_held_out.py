@@ -178,6 +178,7 @@ def test_the_choice_is_repeatable(tiny, many):
     assert first.details["rounds"]
 
 
+@pytest.mark.slow
 def test_the_default_costs_at_most_four_passes_over_the_questions(tiny, many):
     """Counted in tokens through decoder layers, answering included."""
     lines = [json.loads(line) for line in many.read_text().splitlines()]

@@ -67,6 +67,7 @@ def test_a_broken_off_evaluation_is_no_use(once, tiny, tmp_path):
     assert uses(once) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [None, [1, 2]])
 def test_a_comparison_is_one_use_however_often_it_goes_on(once, tiny, questions, seeds, tmp_path, caplog):
     recipe = {

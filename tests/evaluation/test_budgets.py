@@ -23,6 +23,7 @@ from exporter.routing.rules import Rule
 TOKENS = {"max_new_tokens": 4, "options": RunOptions(batch_size=5)}
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_routed_model(routed_folder, routed_model, tiny, task):
     wanted = BudgetGrid(keep_visual_tokens=(6, 0.5), keep_layers=(4,), presets=("off", "fast"))
     done = evaluate([routed_folder], task, reference=tiny("llava"), budgets=wanted, **TOKENS)
@@ -90,6 +91,7 @@ def test_counted_flops_are_those_of_what_runs(routed_folder, routed_model, task)
     assert routed_model(**prompts[0].inputs, route=route).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_rules_choose_in_place_of_the_router(routed_folder, tiny, task, questions):
     asks = {"fastv": BudgetGrid((0.5,), rule="fastv"), "random": BudgetGrid((0.5,), (5,), rule="random", drop_at=0)}
     asks["shortgpt"] = BudgetGrid(keep_layers=(4,), rule="shortgpt")
@@ -102,6 +104,7 @@ def test_rules_choose_in_place_of_the_router(routed_folder, tiny, task, question
         assert rule in ruled.label and plain.label == str(tiny("llava"))
 
 
+@pytest.mark.slow
 def test_answers_on_disk_are_kept_apart_by_budget(routed_folder, task, tmp_path):
     path = tmp_path / "answers.jsonl"
     for tokens in (3, 6):

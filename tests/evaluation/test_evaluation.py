@@ -73,6 +73,7 @@ def test_accuracy_by_type_and_fidelity_to_itself(tiny, task):
     assert {name: rate.accuracy for name, rate in own.by_type.items()} == {"even": 1.0, "odd": 0.0}
 
 
+@pytest.mark.slow
 def test_same_answers_at_any_batch_size_and_twice(tiny, small, task):
     runs = [
         evaluate([small], task, reference=tiny("llava"), max_new_tokens=4, options=RunOptions(batch_size=size))

@@ -81,6 +81,7 @@ def subject(tiny, questions):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_no_entry_of_the_generation_config_changes_an_answer(name, subject):
     model, batch, answers, reference = subject

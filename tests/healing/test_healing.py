@@ -192,6 +192,7 @@ def test_healing_costs_thirty_forward_passes_at_most():
 # --- whole ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_model_whose_layers_cannot_be_folded_learns(small, tiny, asked, tmp_path):
     healing = HealRecipe(**{**vars(LEARNING), "calibration": asked, "teacher": str(tiny("gemma3")), "norms": True})
@@ -232,6 +233,7 @@ def test_what_does_not_help_is_not_kept(small, tiny, asked, tmp_path, caplog):
     assert "They did not help on" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(small, tiny, asked, tmp_path):
     healing = HealRecipe(**{**vars(LEARNING), "calibration": asked, "teacher": str(tiny("gemma3"))})
@@ -273,6 +275,7 @@ def test_compress_heals_and_reproduce_merges_again(tiny, asked, tmp_path, capsys
         reproduce(tmp_path / "one", tmp_path / "three")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_folder_that_somebody_else_pruned_is_healed(small, tiny, asked, tmp_path):
     theirs = tmp_path / "theirs"

@@ -32,6 +32,7 @@ def no_model(*_: object) -> None:
     raise AssertionError("the model was loaded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", (1, 2, 3))
 def test_another_budget_is_what_the_localizer_would_have_chosen(count, saved, tiny, questions, tmp_path, monkeypatch):
     asked = recipe(tiny("llava"), questions, localizer=Method("tis"), fold=NONE, budget=LayerBudget(drop_layers=count))
@@ -53,6 +54,7 @@ def test_they_need_no_questions_without_a_fold_and_come_again(saved, tiny, tmp_p
     assert exporter.reproduce(small, tmp_path / "again").identical
 
 
+@pytest.mark.slow
 def test_a_fold_takes_them_too(saved, tiny, questions, tmp_path, monkeypatch):
     asked = recipe(tiny("llava"), questions, localizer=Method("tis"), fold=Method("reconstruction"))
     ran = exporter.compress(asked, tmp_path / "ran")

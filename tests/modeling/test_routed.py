@@ -506,6 +506,7 @@ def test_placed_and_offloaded_layers(place, llava, tmp_path):
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_dense_parts_can_be_compiled(llava):
     model = routed_class("llava").from_pretrained(llava.folder)
     for layer in text_decoder(model).layers:

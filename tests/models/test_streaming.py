@@ -88,6 +88,7 @@ def reads(monkeypatch) -> Counter[str]:
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES_HERE)
 @pytest.mark.parametrize(("localizer", "fold"), METHODS)
 def test_scores_plans_and_weights_are_those_of_the_model_in_memory(
@@ -117,6 +118,7 @@ def _fold(folder: Path, fold: str) -> Method:
     return Method("reconstruction" if post_norm and fold.startswith("scp") else fold)
 
 
+@pytest.mark.slow
 def test_what_is_read_does_not_grow_with_the_questions(tiny, questions, tmp_path, few_at_once, reads):
     folder = tiny("llava")
     layers = sum(PartSizes.of(open_source(str(folder)), 4).layers)

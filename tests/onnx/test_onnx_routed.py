@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fixtures.onnx_folders import for_cuda, here
+from fixtures.onnx_folders import for_cuda, graphs_of, here
 from fixtures.routed import add_random_router
 from tiny_models import build, inputs
 from transformers import AutoConfig
@@ -52,7 +52,10 @@ def routed_graphs(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize(("family", "drop_at"), [("llava", 0), ("llava", 1), ("llava_next", 0), ("qwen2_5_vl", 0)])
+@pytest.mark.parametrize(
+    ("family", "drop_at"),
+    [("llava", 0), ("llava", 1), ("qwen2_5_vl", 0), pytest.param("llava_next", 0, marks=pytest.mark.long_tail)],
+)
 def test_routed_graphs_say_what_torch_says(family, drop_at, routed_graphs):
     """Under every preset of the folder: the route, logits of prompt and steps, greedy tokens; batch 1 to 3."""
     _, folder = routed_graphs(family, drop_at)
@@ -83,14 +86,14 @@ def test_a_choice_among_equals_is_no_difference():
 
 
 def test_a_budget_under_which_nothing_could_be_compared_is_refused(routed_graphs, tmp_path, monkeypatch):
-    source, _ = routed_graphs("llava")
+    source, made = routed_graphs("llava")
+    graphs_of(made, monkeypatch)
     compare_routes = vars(compare_onnx)["compare_routes"]
 
     def undecided_when_fast(model, runner, **others):
         problems, same = compare_routes(model, runner, **others)
         return problems, same & (runner.budget == runner.budget_for("off"))
 
-    monkeypatch.setattr(pipeline, "validate", here)
     monkeypatch.setattr(compare_onnx, "compare_routes", undecided_when_fast)
     with pytest.raises(CheckFailed, match=r"decoder \(fast\): the router is undecided in every question"):
         export(source, tmp_path / "out")
@@ -131,8 +134,8 @@ def test_a_skipped_layer_is_a_branch_not_taken(routed_graphs):
 
 
 def test_branches_have_integer_weights_too(routed_graphs, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "validate", here)
     source, whole = routed_graphs("llava", 1)
+    graphs_of(whole, monkeypatch)
     folder = export(source, tmp_path / "int8", ExportOptions(quantize="int8"))
     graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
     branches = [branch_of(node) for node in graph.node if node.op_type == "If"]

@@ -24,6 +24,8 @@ from exporter.outcome.workshop import Workshop
 from exporter.publishing.folder_kinds import verify
 from exporter.recipe import CalibrationData, RunOptions, TaskData, load_recipe
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = RunOptions("cpu", batch_size=6)
 
 

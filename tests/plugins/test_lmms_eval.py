@@ -75,6 +75,7 @@ def requests(task):
     return ask
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_evaluate(model_class, requests, routed_folder, task, caplog):
     for given, budgets in (
         ({"preset": "fast"}, BudgetGrid(presets=("fast",))),

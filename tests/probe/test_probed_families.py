@@ -23,6 +23,7 @@ from exporter.survey.trial import try_type
 KINDS = ("glm4v_moe", "qwen3_5", "gemma4", "hy_v4_vl", "mllama", "granite4_vision")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", KINDS)
 def test_a_type_of_each_kind_compresses(model_type):
     """Cut by nothing the same bytes and logits; by two layers the logits of the model they were cut from."""
@@ -87,6 +88,7 @@ def test_the_best_layers_that_keep_the_period():
         best_in_period(config, values, 1, (11,))
 
 
+@pytest.mark.slow
 def test_the_table_says_why_not():
     findings = try_types(["florence2", "got_ocr2"])
     text = markdown(findings)

@@ -322,6 +322,7 @@ def test_a_parquet_file_without_rows_is_one_sentence(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_longest_parts_of_the_default_localizer_have_bars(tiny, questions):
     shown: dict[str, int] = {}
 

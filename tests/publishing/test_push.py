@@ -172,6 +172,7 @@ def test_what_was_pushed_verifies_by_its_name(here, small, capsys, monkeypatch, 
     assert "custom_generate/generate.py has no SHA-256 in the record" in problems and len(opened) == 2
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_and_found_by_its_name(here, small, longer, capsys):
     pushed(capsys, small, NAME)
     repo = here.repos[NAME]
@@ -222,6 +223,7 @@ def test_a_pull_request_leaves_main_alone(here, small, capsys):
     assert "answered 403 for other/name: your token lacks the right" in refused(capsys, small, "other/name")
 
 
+@pytest.mark.slow
 def test_a_pull_request_can_be_pushed_to_again(here, small, longer, capsys):
     pushed(capsys, small, NAME)
     assert "nothing to push" in pushed(capsys, small, NAME, "--create-pr")
@@ -397,6 +399,7 @@ def test_names_that_cannot_be(arguments, expected, here, small, capsys):
 LOOK, CREATE, STORAGE = f"GET /api/models/{NAME}$", "POST /api/repos/create", "PUT /storage/"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "status", "expected"),
     [

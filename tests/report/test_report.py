@@ -106,6 +106,7 @@ def test_pictures_are_bounded():
     assert max(Image.open(io.BytesIO(content)).size) <= 1400
 
 
+@pytest.mark.slow
 def test_an_evaluation_shows_answers_and_kept_tokens(routed_folder, tiny, task, tmp_path):
     budgets = BudgetGrid(keep_visual_tokens=(6,), presets=("off",))
     kept = tmp_path / "p.jsonl"
@@ -127,6 +128,7 @@ def test_an_evaluation_shows_answers_and_kept_tokens(routed_folder, tiny, task, 
     assert "6 of 25 tokens" in render(report)
 
 
+@pytest.mark.slow
 def test_evaluate_and_bench_write_a_page(tiny, task, tmp_path, capsys):
     folder, arguments = tmp_path / "pages", ["--quiet", "--no-card", "--report"]
     asked = ["evaluate", str(tiny("llava")), "--task", str(task), "--max-new-tokens", "3", "--samples", "4"]

@@ -52,6 +52,7 @@ def judged_folder(tiny, many, tmp_path_factory) -> Path:
         return route(tiny("llava"), recipe, tmp_path_factory.mktemp("judged") / "routed", RunOptions(batch_size=8))
 
 
+@pytest.mark.slow
 def test_a_router_brings_what_was_measured(judged_folder):
     settings = json.loads((judged_folder / "config.json").read_text())["router"]
     assert settings["presets"]["balanced"] == {"flops": 0.6} and settings["presets"]["token-only"]
@@ -77,6 +78,7 @@ def test_the_cost_is_kept_to(judged_folder, many):
         assert 0.8 * share < flops_of(model, prompts, ask).decoder / whole <= share
 
 
+@pytest.mark.slow
 def test_evaluate_tells_what_was_kept(judged_folder, many, tmp_path, capsys):
     out = tmp_path / "results.json"
     arguments = ["evaluate", str(judged_folder), "--task", str(many), "--samples", "8", "--max-new-tokens", "3"]

@@ -65,6 +65,7 @@ def test_a_picture_shows_what_stays(tmp_path):
     assert inside.mean() == pytest.approx(0.75, abs=0.03) and not inside[: height // 2 - 1, : width // 2 - 1].any()
 
 
+@pytest.mark.slow
 def test_pictures_reach_record_and_card(routed_folder, routed_model, task):
     samples = read_samples(str(task))
     processor = load_processor(routed_folder)

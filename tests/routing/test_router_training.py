@@ -122,6 +122,7 @@ def test_every_question_is_drawn_once_an_epoch_in_batches_of_like_size():
     assert batches[:4] != batches[4:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "options"),
     [("importance", {}), ("importance", {"draws": 2, "sets": 2}), ("relaxed", {}), ("preference", {"actions": 4})],
