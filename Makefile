@@ -9,7 +9,9 @@
 # make kills  ends RUNS=50 runs of five subcommands at random moments, which writes docs/kills.md: two hours
 # make lm-eval-test  the same of lm-eval, with its own model hf-multimodal
 # make lmms-eval-test  lmms-eval with this package's model, in an environment of its own, against `evaluate`: minutes
-# make js-test  transformers.js in Node (20 or newer) against torch, which writes docs/transformers-js.md: some fifteen minutes
+# make js-test  transformers.js in Node (20 or newer) and in a browser against torch, which writes docs/transformers-js.md:
+#               some fifteen minutes
+# make web-demo  a page on this machine that asks MODEL, a folder for transformers.js, in the browser (the reference model)
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
 # make heal   heals the reference model and those of ZOO, and prints what each keeps and costs: hours, goes on when started again
 # All make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
@@ -26,7 +28,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-all quick lint docs matrix families fuzz kills lm-eval-test lmms-eval-test js-test zoo heal clean
+.PHONY: demo test test-all quick lint docs matrix families fuzz kills lm-eval-test lmms-eval-test js-test web-demo zoo heal clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -69,6 +71,9 @@ lmms-eval-test: $(VENV)/ready-dev
 
 js-test: $(VENV)/ready-dev
 	$(BIN)/python examples/transformers_js/against_torch.py --write docs/transformers-js.md
+
+web-demo: $(VENV)/ready-dev
+	$(BIN)/python examples/web/serve.py $(MODEL)
 
 zoo: $(VENV)/ready-dev
 	$(BIN)/python examples/zoo/train.py --out $(ZOO)

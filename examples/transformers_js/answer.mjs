@@ -33,6 +33,7 @@ for (const { image, messages } of job.questions) {
     pixels: Buffer.from(inputs.pixel_values.data.buffer).toString("base64"),
     dims: inputs.pixel_values.dims,
     tokens: sequences.tolist()[0].slice(length).map(Number),
+    text: processor.batch_decode(sequences.slice(null, [length, null]), { skip_special_tokens: true })[0],
   });
 }
 writeFileSync(process.argv[3], JSON.stringify(answers));

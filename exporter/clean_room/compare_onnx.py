@@ -158,7 +158,8 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
         return {"problems": [f"ONNX Runtime can't open it: {_first_line(error)}"]}
     findings = Findings()
     for what, inputs in [*questions(processor), *given_questions(job["inputs"])]:
-        compare_batch(model, runner, batch=(what, inputs), job=job, findings=findings)
+        batch = (what, with_tiles(inputs, runner.manifest["vision"]))
+        compare_batch(model, runner, batch=batch, job=job, findings=findings)
     problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems
     for part, tokens in findings.tokens.items():
         if not tokens:
@@ -177,6 +178,20 @@ def given_questions(path: str | None) -> list[tuple[str, dict[str, Any]]]:
 
     batches = torch.load(path) if path else []
     return [(f"calibration batch {number}", inputs) for number, inputs in enumerate(batches, 1)]
+
+
+def with_tiles(inputs: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    """Return what the checkpoint's own processor makes of square pictures, where the folder's makes no tiles."""
+    import torch
+
+    if vision["kind"] != "square" or inputs["pixel_values"].ndim == 5:
+        return inputs
+    pixels, side = inputs["pixel_values"], vision["tile"]
+    return {
+        **inputs,
+        "pixel_values": torch.stack([pixels, pixels], 1),
+        "image_sizes": torch.full((len(pixels), 2), side),
+    }
 
 
 def compare_batch(

@@ -33,7 +33,7 @@ def card(folder: Path, name: str | None = None) -> Path:
         budget_name=budget_name,
         ratio=ratio_cell,
         routed=manifest.router is not None,
-        picture_first=manifest.layout is not None and takes_picture_first(folder),
+        picture_first=manifest.layout is not None and takes_picture_first(manifest.model_type),
         dtypes=["fp32", *(manifest.precisions or {})],
     )
     tags = ["lvlm-exporter", "onnxruntime", *([manifest.quantize] if manifest.quantize else [])]

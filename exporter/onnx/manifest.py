@@ -34,7 +34,7 @@ from .runtime import folder as runner
 from .runtime.client import LAYOUT as TRANSFORMERS_JS
 from .runtime.client import SUFFIXES
 from .runtime.folder import FORMAT, MANIFEST
-from .support import GROWING, Support, cache_kind, support_of
+from .support import GROWING, SQUARE, Support, cache_kind, support_of
 
 __all__ = [
     "GRAPH_FILES",
@@ -47,6 +47,7 @@ __all__ = [
     "write_record",
 ]
 
+CHECKPOINT_TYPE = "checkpoint_type"  # in a config.json that names another type, which a client knows
 GRAPH_FILES = ("*.onnx", "*.onnx.data", "onnx/*.onnx", "onnx/*.onnx_data*")
 
 
@@ -137,8 +138,8 @@ def differing_facts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        text, support = config.get_text_config(), support_of(config)
+        config = checkpoint_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        text, support = config.get_text_config(), support_of(config, manifest.get("layout"))
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         facts = {
             **model_facts(config, support),
@@ -154,6 +155,16 @@ def differing_facts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         for name, value in facts.items()
         if manifest.get(name) != value
     ]
+
+
+def checkpoint_config(config: Any) -> Any:
+    """Return a folder's configuration as that of the checkpoint, where a client was told of another type."""
+    if (model_type := getattr(config, CHECKPOINT_TYPE, None)) is None:
+        return config
+    from transformers import AutoConfig
+
+    settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    return AutoConfig.for_model(model_type, **settings)
 
 
 def model_facts(config: Any, support: Support) -> dict[str, Any]:
@@ -204,6 +215,8 @@ def vision_settings(config: Any, kind: str) -> dict[str, Any]:
             "pinpoints": [list(point) for point in config.image_grid_pinpoints],
             "max_tiles": int(aspect.rpartition("_")[2]) if aspect else None,
         }
+    elif kind == SQUARE:
+        settings["tile"] = vision.image_size
     elif kind == "sized":
         settings["side"] = vision.patch_size * getattr(config, "spatial_merge_size", 1)
     elif kind == "patches":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..checkpoints.writer import carry_companions
 from ..clean_room import load_processor
 from ..data.batches import make_batches
 from ..data.calibration import DEFAULT_PROMPT, load_calibration
+from ..data.samples import Sample
 from ..data.uses import check_not_kept_aside
 from ..errors import InputError
 from ..modeling.routed_route import RouterSettings
@@ -31,7 +32,7 @@ from .graphs.vision import vision_module
 from .layouts import transformers_js
 from .manifest import describe, write_manifest
 from .runtime.folder import check_provider
-from .support import GROWING, SHARED, Support, cache_kind, support_of
+from .support import GROWING, SHARED, SQUARE, Support, cache_kind, support_of
 from .validation import validate
 
 DEFAULT_OPSET = 20
@@ -64,7 +65,7 @@ def export(model: str | Path, out: str | Path, options: ExportOptions | None = N
     job = prepare(str(model), options)
     check_target(out)
     check_space(out, needed_bytes(job.source, job.dtype, options))
-    inputs = questions(job.source, options)
+    inputs = questions(job)
     with staged(out) as stage:
         manifest = traced_manifest(job, stage)
         if job.layout is not None:
@@ -146,7 +147,7 @@ def prepare(model: str, options: ExportOptions) -> ExportJob:
     return ExportJob(
         source=source,
         options=options,
-        support=support_of(source.config),
+        support=support_of(source.config, options.layout),
         dtype=dtype,
         cache=cache,
         route=route,
@@ -208,13 +209,21 @@ def needed_bytes(source: Source, dtype: str, options: ExportOptions) -> int:
     return int(parameters * (4 if dtype == "float32" else 2) * (1.5 if options.quantize else 1))
 
 
-def questions(source: Source, options: ExportOptions) -> list[dict[str, Any]]:
+def questions(job: ExportJob) -> list[dict[str, Any]]:
+    source, options = job.source, job.options
     if options.calibration is None:
         return []
     check_not_kept_aside(str(options.calibration), "calibration")
-    calibration = load_calibration(options.calibration, samples=options.samples, prompt=DEFAULT_PROMPT)
+    samples = load_calibration(options.calibration, samples=options.samples, prompt=DEFAULT_PROMPT).samples
+    if job.support.kind == SQUARE:
+        samples = tuple(made_square(sample, source.config.vision_config.image_size) for sample in samples)
     processor = load_processor(source.folder)
-    return [batch.inputs for batch in make_batches(calibration.samples, processor, source.config, 4)]
+    return [batch.inputs for batch in make_batches(samples, processor, source.config, 4)]
+
+
+def made_square(sample: Sample, side: int) -> Sample:
+    """Return a question about pictures of side x side pixels, which a processor makes one tile of."""
+    return replace(sample, images=tuple(image.resize((side, side)) for image in sample.open_images()))
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ no decision. `kind` says which of its functions is meant.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
 from ..families import FAMILIES, family_of, is_listed
 
 SHARED, GROWING = "shared", "growing"
+SQUARE = "square"  # kind of images that are cut into tiles elsewhere: made square, and seen as one tile
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,12 @@ REFUSED = {
 }
 
 
-def support_of(config: Any) -> Support:
-    """Return how a loaded transformers configuration is exported, or an InputError with the reason why it is not."""
+def support_of(config: Any, layout: str | None = None) -> Support:
+    """Return how a loaded transformers configuration is exported, or an InputError with the reason why it is not.
+
+    Args:
+        layout: of the folder; None: that of our own runner. Clients cut no tiles: they show a picture as one square.
+    """
     family = family_of(config)
     if reason := REFUSED.get(config.model_type):
         raise InputError(
@@ -61,7 +66,7 @@ def support_of(config: Any) -> Support:
     support = SUPPORTED[config.model_type]
     if config.model_type == "llava" and config.vision_config.model_type == "pixtral":
         return Support("sized")
-    return support
+    return replace(support, kind=SQUARE) if layout is not None and support.kind == "anyres" else support
 
 
 def titles() -> list[str]:

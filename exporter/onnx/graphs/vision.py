@@ -209,7 +209,12 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def vision_module(model: Any, kind: str) -> Tiles:
-    module = VISION[kind](model).eval()
-    if kind == "anyres" and not hasattr(model.model, "image_newline"):
+    if kind == "anyres":
+        check_line_ends(model)
+    return VISION[kind](model).eval()
+
+
+def check_line_ends(model: Any) -> None:
+    """Raise InputError unless the model has the embedding that ends a line of features."""
+    if not hasattr(model.model, "image_newline"):
         raise InputError(f"this {model.config.model_type} has no image_newline: it is of a version that is not known.")
-    return module

@@ -14,6 +14,9 @@ from ...checkpoints.source import Source
 from ...checkpoints.writer import carry_companions
 from ...clean_room import load_processor
 from ...errors import InputError
+from ..manifest import CHECKPOINT_TYPE
+from ..runtime.client import LAYOUT
+from ..support import SQUARE, support_of
 from .precisions import external_files
 
 TOKENIZERS = ("BPE", "Unigram", "WordPiece")  # kinds of vocabulary that the client reads
@@ -26,6 +29,8 @@ NAMED_TOKENS = ("boi_token", "eoi_token", "image_token")  # that the client's pr
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # marks answers for training; its Jinja can't parse it
 PROCESSORS = {
     "llava": "LlavaProcessor",
+    "llava_next": "LlavaProcessor",
+    "llava_onevision": "LlavaProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
     "qwen2_vl": "Qwen2VLProcessor",
@@ -35,6 +40,13 @@ PROCESSORS = {
     "mistral3": "PixtralProcessor",
 }
 
+# Types that the client knows by another name only, whose graphs it feeds the same, with its class.
+CALLED = {"llava_next": ("llava", "LlavaForConditionalGeneration")}
+# Settings of an image processor that are the same where no tiles are cut.
+PLAIN_SETTINGS = (
+    "do_convert_rgb", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample"
+)  # fmt: skip
+
 
 def carry_for_client(source: Source, folder: Path) -> None:
     """Write everything beside the graphs; files that the client does not read are the checkpoint's own."""
@@ -42,8 +54,12 @@ def carry_for_client(source: Source, folder: Path) -> None:
     processor, kind = load_processor(source.folder), processor_class(source.config)
     write_generation(source, folder)
     write_tokenizer(processor, kind, folder)
-    write(folder / "preprocessor_config.json", image_settings(processor, kind))
-    write(folder / "processor_config.json", processor_settings(processor, kind))
+    if support_of(source.config, LAYOUT).kind == SQUARE:
+        write(folder / "preprocessor_config.json", square_image_settings(processor, source.config))
+        write(folder / "processor_config.json", square_processor_settings(processor, source.config))
+    else:
+        write(folder / "preprocessor_config.json", image_settings(processor, kind))
+        write(folder / "processor_config.json", processor_settings(processor, kind))
 
 
 def processor_class(config: Any) -> str:
@@ -52,10 +68,9 @@ def processor_class(config: Any) -> str:
     return PROCESSORS[config.model_type]
 
 
-def takes_picture_first(folder: Path) -> bool:
-    """Return whether the client's processor for a folder takes the picture before the text."""
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    return settings.get("processor_class") in PICTURE_FIRST
+def takes_picture_first(model_type: str) -> bool:
+    """Return whether the client's processor for a type takes the picture before the text."""
+    return PROCESSORS.get(model_type) in PICTURE_FIRST
 
 
 def write(path: Path, data: dict[str, Any]) -> None:
@@ -75,6 +90,9 @@ def write_config(source: Source, folder: Path, precisions: list[str]) -> None:
     data["text_config"] = {**data["text_config"], **counted}
     if config.model_type == "qwen2_vl":  # which it reads as it was published first, without a text_config
         data |= {name: value for name, value in counted.items() if name != "model_type"}
+    if config.model_type in CALLED:
+        model_type, architecture = CALLED[config.model_type]
+        data |= {"model_type": model_type, "architectures": [architecture], CHECKPOINT_TYPE: config.model_type}
     client: dict[str, Any] = {"use_external_data_format": external_files(folder)}
     if "q8" not in precisions:  # what it would ask for in a browser
         client["dtype"] = "fp32"
@@ -105,6 +123,7 @@ def write_tokenizer(processor: Any, kind: str, folder: Path) -> None:
     settings = json.loads(settings_path.read_text()) if settings_path.is_file() else {}
     if settings.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["processor_class"] = kind
     settings |= {name: str(token) for name in NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template
     if isinstance(template, str):
@@ -161,6 +180,34 @@ def image_settings(processor: Any, kind: str) -> dict[str, Any]:
     if kind == "PaliGemmaProcessor":
         settings["image_seq_length"] = processor.image_seq_length
     return settings
+
+
+def square_image_settings(processor: Any, config: Any) -> dict[str, Any]:
+    """Return settings of a plain image processor, for which a picture is one square of a tile's size."""
+    settings = plain(processor.image_processor.to_dict())
+    side = config.vision_config.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": processor_class(config),
+        **{name: settings[name] for name in PLAIN_SETTINGS if settings.get(name) is not None},
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "do_center_crop": False,
+        "crop_size": {"height": side, "width": side},
+    }
+
+
+def square_processor_settings(processor: Any, config: Any) -> dict[str, Any]:
+    """Return what the image tokens of a square picture are counted by: the overview's, and lines with their ends."""
+    vision = config.vision_config
+    lines = vision.image_size // vision.patch_size
+    return {
+        "processor_class": processor_class(config),
+        "image_token": processor.image_token,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": lines * (lines + 1),
+        "vision_feature_select_strategy": "full",
+    }
 
 
 def processor_settings(processor: Any, kind: str) -> dict[str, Any]:

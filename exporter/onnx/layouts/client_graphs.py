@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..graphs.decoder import Embeddings, GrowingDecoder, GrowingStep, Samples
-from ..graphs.vision import Dynamic, Patches, RealTiles, Sized, Tiles, named
-from ..support import Support
+from ..graphs.vision import Dynamic, Patches, RealTiles, Sized, Tiles, check_line_ends, named
+from ..support import SQUARE, Support
 
 BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"  # the client makes caches by these
 MARKED = "images"  # value of `Support.blocks` for which features carry a channel more
@@ -122,6 +122,22 @@ class SplitTiles(RealTiles):
         return {"pixel_values": {0: torch.export.Dim(BATCH), 1: torch.export.Dim("tiles")}}
 
 
+class Square(Tiles):
+    """LLaVA-NeXT and OneVision on a square picture: the overview, and the same again as the one tile, line by line.
+
+    A tile that shows the whole picture has the pixels of the overview, so that its features are made once.
+    """
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Compute [T, C, H, W] -> [F, D]."""
+        features = self.features(pixel_values)  # [T, N, D]
+        side = int(features.shape[1] ** 0.5)
+        lines = torch.unflatten(features, 1, (side, side))  # [T, side, side, D]
+        ends = self.model.image_newline.expand(*lines[:, :, :1].shape)
+        tile = torch.cat([lines, ends], 2).flatten(1, 2)
+        return named(torch.cat([features, tile], 1).flatten(0, 1))
+
+
 class GridPatches(Patches):
     """Qwen2-VL and Qwen2.5-VL: one image as a list of patches; where they are follows from its rows and columns."""
 
@@ -161,8 +177,10 @@ def rename_inputs(program: Any, model_type: str) -> None:
 
 def client_vision(model: Any, support: Support) -> Tiles:
     """Return the module that turns what the client's processor gives into features."""
+    if support.kind == SQUARE:
+        check_line_ends(model)
     if support.kind == "patches":
         return GridPatches(model).eval()
     if support.kind == "tiles" and support.blocks == MARKED:
         return Marked(model).eval()
-    return {"tiles": Tiles, "real_tiles": SplitTiles, "sized": Sized}[support.kind](model).eval()
+    return {"tiles": Tiles, "real_tiles": SplitTiles, "sized": Sized, SQUARE: Square}[support.kind](model).eval()

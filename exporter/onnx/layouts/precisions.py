@@ -77,6 +77,7 @@ def converted(path: Path, graph: str, precision: Precision) -> Any:
     """Return a float32 graph in another precision, as an onnx_ir.Model."""
     import onnx
     import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     model = onnx.load(path)
     bits = precision.bits.get(graph)
@@ -87,6 +88,8 @@ def converted(path: Path, graph: str, precision: Precision) -> Any:
             model = quantized(model, bits, "Gather" if graph == EMBEDDINGS else "MatMul")
     program = onnx_ir.from_proto(model)
     program.graph.sort()  # casts of inputs were added at the end
+    with quiet():
+        RemoveUnusedNodesPass()(program)
     return program
 
 
@@ -95,7 +98,39 @@ def halved(model: Any) -> Any:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     # Types stand in the graph; inferring them again would need it in one message of less than 2 GiB.
-    return convert_float_to_float16(model, keep_io_types=FLOAT32_VALUES, disable_shape_infer=True)
+    model = convert_float_to_float16(
+        model, keep_io_types=FLOAT32_VALUES, disable_shape_infer=True, node_block_list=angle_nodes(model)
+    )
+    join_float32(model.graph)
+    return model
+
+
+def angle_nodes(model: Any) -> list[str]:
+    """Return the names of the nodes that the angles of positions come from, cosines and sines among them.
+
+    An angle is as large as the position: in float16 those beyond 2048 are not even whole numbers.
+    """
+    maker = {output: node for node in model.graph.node for output in node.output}
+    names: set[str] = set()
+    waiting = [node for node in model.graph.node if node.op_type in ("Cos", "Sin")]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in names:
+            names.add(node.name)
+            waiting += [maker[value] for value in node.input if value in maker]
+    return sorted(names)
+
+
+def join_float32(graph: Any) -> None:
+    """Let nodes that stay in float32 hand on values as they are: the converter rounds each to float16 and back."""
+    rounded = {node.output[0]: node.input[0] for node in graph.node if node.name.endswith("_cast_to_fp16_node")}
+    joined = {
+        node.output[0]: rounded[node.input[0]]
+        for node in graph.node
+        if node.name.endswith("_cast_to_fp32_node") and node.input[0] in rounded
+    }
+    for node in graph.node:
+        node.input[:] = [joined.get(value, value) for value in node.input]
 
 
 def quantized(model: Any, bits: int, operator: str) -> Any:

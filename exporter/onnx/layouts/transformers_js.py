@@ -16,7 +16,7 @@ from ...families import family_of
 from ..graphs.graph import name_sizes, traced
 from ..manifest import write_manifest
 from ..runtime.client import LAYOUT
-from ..support import Support, support_of
+from ..support import SQUARE, Support, support_of
 from ..validation import validate
 from .client_files import PROCESSORS, carry_for_client, readable_vocabulary, write_config
 from .client_graphs import EmbedTokens, MergedDecoder, client_vision, rename_inputs
@@ -38,9 +38,6 @@ TEXT_MODELS = (  # whose layers and heads the client counts in these settings
     "llama", "mistral", "ministral3", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "gemma", "gemma2",
     "gemma3_text", "phi", "phi3", "granite", "cohere", "olmo", "smollm3", "starcoder2",
 )  # fmt: skip
-REASONS = {
-    "llava_onevision": "its processor there cuts no tiles, so that the model would see another picture",
-}
 BYTES = {"fp16": 2, "q8": 1.5, "q4": 1, "q4f16": 1}  # of a parameter, embeddings and scales counted in
 
 
@@ -48,13 +45,14 @@ def check(source: Source, options: Any) -> None:
     """Raise InputError for a checkpoint that the client can't open, or an option that this layout has not."""
     chosen_precisions(options.quantize)
     config, family = source.config, family_of(source.config)
-    support_of(config)
+    support_of(config)  # or the reason why no layout has it
     if config.model_type not in PROCESSORS:
-        reason = REASONS.get(config.model_type, f"{NAME} {CLIENT} does not know its type '{config.model_type}'")
         raise InputError(
-            f"{family.title} can't be exported for transformers.js: {reason}. Types that can: {', '.join(PROCESSORS)}. "
-            "Leave --layout out for our own runner."
+            f"{family.title} can't be exported for {NAME}: version {CLIENT} does not know its type "
+            f"'{config.model_type}'. Types that can: {', '.join(PROCESSORS)}. Leave --layout out for our own runner."
         )
+    if support_of(config, NAME).kind == SQUARE:
+        check_one_tile(config, family.title)
     text = config.get_text_config().model_type
     if text not in TEXT_MODELS:
         raise InputError(
@@ -74,6 +72,18 @@ def check(source: Source, options: Any) -> None:
         )
     if (path := source.folder / "tokenizer.json").is_file():
         readable_vocabulary(json.loads(path.read_text())["model"])
+
+
+def check_one_tile(config: Any, title: str) -> None:
+    """Raise InputError unless the model may be shown a picture as one tile, as the client can."""
+    side = config.vision_config.image_size
+    grids = [list(grid) for grid in config.image_grid_pinpoints]
+    if [side, side] not in grids:
+        raise InputError(
+            f"this {title} can't be exported for {NAME}: the client cuts no tiles and shows a picture as one, and its "
+            f"image_grid_pinpoints have none of {side} x {side} pixels ({', '.join(map(str, grids))}). Leave --layout "
+            "out for our own runner."
+        )
 
 
 def bytes_per_parameter(quantize: str | None) -> float:

@@ -205,6 +205,20 @@ def anyres(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]
     ]
 
 
+def square(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
+    """Return every picture once: as the folder's processor makes it, or with its one tile, as the checkpoint's does."""
+    pixels = arrays["pixel_values"]
+    if pixels.ndim == 5:
+        if pixels.shape[1] != 2 or not np.array_equal(pixels[:, 0], pixels[:, 1]):
+            side = vision["tile"]
+            raise InputError(
+                f"a picture comes in tiles (pixel_values {pixels.shape}), and these graphs see it as one square: "
+                f"prepare it with the folder's own processor, or resize it to {side} x {side} before."
+            )
+        pixels = pixels[:, 0]
+    return [{"pixel_values": pixels}]
+
+
 def images_of(arrays: Mapping[str, Any]) -> list[tuple[list[int], bool]]:
     """Return the height and width of each image, and whether it was cut into tiles: several of one question are not."""
     sizes, counts = np.asarray(arrays["image_sizes"]).tolist(), arrays.get("batch_num_images")
@@ -282,4 +296,11 @@ def _between(length: int, count: int) -> tuple[Array, Array, Array]:
     return before, np.minimum(before + 1, length - 1), position - before
 
 
-IMAGES = {"tiles": tiles, "real_tiles": real_tiles, "anyres": anyres, "sized": sized, "patches": patches}
+IMAGES = {
+    "tiles": tiles,
+    "real_tiles": real_tiles,
+    "anyres": anyres,
+    "square": square,
+    "sized": sized,
+    "patches": patches,
+}
