@@ -192,7 +192,9 @@ def check_router(recipe: Recipe) -> Calibration:
     config = open_source(recipe.model, recipe.revision).config
     check_routable(config)
     check_loss(router.loss)
-    default_settings(config, router.drop_at, router.candidates)  # what does not fit all layers fits fewer still less
+    default_settings(
+        config, router.drop_at, router.candidates, router.read_at
+    )  # what does not fit all layers fits fewer still less
     return unlabelled(router_data(router, recipe.calibration), router.seed)
 
 

@@ -115,12 +115,14 @@ class RouterRecipe:
     loss: Method = Method("importance")
     drop_at: int | None = None  # the layer before which visual tokens leave; None: 2, or the first that may be skipped
     candidates: int | None = None  # of the last layers, that may be skipped; None: half of them
+    read_at: int | None = None  # the router reads what enters this layer, 0 the embeddings; None: drop_at
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("drop_at", 0), ("seed", 0), ("candidates", 0)):
+        wholes = {"steps": 1, "batch_size": 1, "drop_at": 0, "seed": 0, "candidates": 0, "read_at": 0}
+        for name, least in wholes.items():
             value = getattr(self, name)
-            if name in ("candidates", "drop_at") and value is None:
+            if name in ("candidates", "drop_at", "read_at") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"router: {name}={value!r}: a whole number from {least} up is needed.")

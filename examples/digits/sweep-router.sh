@@ -15,6 +15,7 @@ run open-gates --loss-option least=1.0
 run weight-1 --loss-option weight=1.0
 run preference --loss preference --learning-rate 0.0007
 run preference-without-noise --loss preference --learning-rate 0.0007 --loss-option noise=0.0
+run preference-as-published --loss preference --learning-rate 0.0007 --read-at 0 --loss-option noise_on=heads
 run relaxed --loss relaxed --learning-rate 0.0007
 run after-0 --drop-at 0
 run after-1 --drop-at 1

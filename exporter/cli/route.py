@@ -29,6 +29,12 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
         "--drop-at", type=whole_number, metavar="D", help="layer before which visual tokens leave (2)"
     )
     subcommand.add_argument(
+        "--read-at",
+        type=whole_number,
+        metavar="D",
+        help="layer whose input the router reads, 0 for the embeddings as in the paper (that of --drop-at)",
+    )
+    subcommand.add_argument(
         "--learning-rate", type=number_in_range, metavar="R", help=f"learning rate ({RouterRecipe.learning_rate})"
     )
     subcommand.add_argument(

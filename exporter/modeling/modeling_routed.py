@@ -5,6 +5,7 @@
     model.generate(**inputs, flops=0.5)  # a share of the cost: the mix of tokens and layers is the router's affair
     model.generate(**inputs, quality=0.99)  # as many tokens as this question needs
     model.generate(**inputs, preset="fast")  # or once for all: model.set_budget("fast")
+    model.generate(**inputs, preset="fast", reversible=True)  # and again with past_key_values: the next question
 
 The classes that this file makes are those of transformers with three additions, each in a file of its own: a router
 that scores visual tokens and layers (after "PAR", Pruning All-Rounder, ICCV 2025), a key-value cache that stores less
@@ -25,6 +26,7 @@ A question's way from `generate` to the next token:
     RoutedForward._keywords -> narrowed_mask    routed_cache      positions and masks of what is left
     RoutedForward.finish -> RoutedCache.extend  routed_pass       states spread out again; what the cache holds now
     the stock head, the stock generate loop     transformers      the next token; its pass follows the cache's route
+    turn_of -> Turn.see, .begin, .hold          routed_turns      in a reversible conversation: earlier turns anew
 
 `routed_route` has what all of them speak of (Budget, RouterSettings, Route), `routed_request` what a call asks of its
 passes, `routed_api` what of transformers they rest on, with its probes.
@@ -37,7 +39,8 @@ cache entries for them only. Everything outside the decoder still sees sequences
 reports it, masks are made for it and narrowed here, and the last hidden state is spread out to it again.
 
 Later turns on the same cache: the layers stay as they were chosen first; the visual tokens that a turn brings are
-scored among themselves, under the budget of that call.
+scored among themselves, under the budget of that call. With `reversible=True` in each turn, the whole conversation is
+routed anew by its new question, as if it had not been routed before.
 
 Shapes: B sequences, S tokens of a pass, K <= S tokens that stay, P entries of a layer's cache, L layers, N of them that
 may be skipped, D hidden size, R width of the router, H heads.
@@ -47,13 +50,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from dataclasses import fields
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file  # transformers cannot do without it either
+from safetensors.torch import load_file  # transformers cannot do without it either
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,7 +64,6 @@ from .routed_api import (
     cache_in,
     cache_name,
     cache_of,
-    cached_file,
     checkpointing_spares_caches,
     get_checkpoint_conversion_mapping,
     logger,
@@ -85,7 +86,8 @@ from .routed_request import (
     warn_of_excess,
 )
 from .routed_route import OFF, ROUTER_FORMAT, Budget, Route, RouterSettings
-from .routed_router import Router, best_layers, best_tokens, load_weights
+from .routed_router import ROUTER_FILE, Router, best_layers, best_tokens, load_weights, router_file, save_weights
+from .routed_turns import check_generation, turn_of
 
 __all__ = [
     "CACHE_NAMES",
@@ -115,8 +117,6 @@ __all__ = [
     "routed",
 ]
 
-ROUTER_FILE = "router/model.safetensors"
-
 
 class RoutedModel:
     """The methods that every routed class adds to its stock class.
@@ -131,6 +131,9 @@ class RoutedModel:
         visual_mask: [B, S] True at visual tokens; needed with `inputs_embeds` only.
         prompt_length: tokens of the text that are the prompt, the router sees no others; `generate` knows it, and with
             `labels`, what is labelled is hidden. None: all of it.
+        reversible: True to route earlier turns of the cache anew, and to keep aside what the next turn needs for that;
+            "cpu" to keep it there. A pass of one token goes on with the route.
+        aside_bytes: the most bytes to keep aside; beyond them all of it is let go. None: no limit.
     Outputs have the route followed as `output.route`.
     """
 
@@ -201,12 +204,15 @@ class RoutedModel:
         visual_mask: Tensor | None = None,
         coordinates: Tensor | None = None,
         prompt_length: int | None = None,
+        reversible: bool | str = False,
+        aside_bytes: int | None = None,
         run: bool = True,
     ) -> Request | None:
         """Return what a pass with these inputs asks of the decoder; None: nothing, the plain model runs."""
         budget = self._budget(preset, Budget(keep_visual_tokens, keep_layers, flops, quality))
         cache = cache_in(named)
-        held = getattr(cache, "route", None)
+        turn = run and turn_of(self, named, budget, reversible=reversible, aside_bytes=aside_bytes, imposed=route)
+        held = None if turn and turn.again else getattr(cache, "route", None)
         if held is not None and preset == "off":
             raise ValueError(
                 "preset='off' asks for the whole model, and this cache holds a route: tokens and layers are missing in "
@@ -220,7 +226,7 @@ class RoutedModel:
         visual = None if decoding else self._visual(named, visual_mask)
         if visual is None and (decoding or past):
             route = None  # it was for the prompt
-        if visual is None and route is None and held is None:
+        if visual is None and route is None and held is None and not turn:
             return None
         router = getattr(self, "router", None)  # none: routes are imposed
         request = Request(router, self.router_settings, budget, visual, imposed=route, run=run)
@@ -228,9 +234,13 @@ class RoutedModel:
         labels = named.get("labels")
         request.labels = None if labels is None else labels.clone()
         if visual is not None:
-            warn_of_excess(budget, visual)
             request.coordinates = pass_coordinates(self.config, visual, named, whole=coordinates, past=past)
-            request.hidden = hidden_tokens(visual, labels, prompt_length, past)
+        if turn:
+            request.turn = turn
+            turn.see(request, tokens)
+        if request.visual is not None:
+            warn_of_excess(budget, request.visual)
+            request.hidden = hidden_tokens(request.visual, labels, prompt_length, 0 if turn and turn.again else past)
         return request
 
     def _visual(self, named: dict[str, Any], visual_mask: Tensor | None) -> Tensor | None:
@@ -290,6 +300,8 @@ class RoutedModel:
             )
         kwargs = with_cache_as(cache_name(self._stock.forward), kwargs)
         routing = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
+        if routing.get("reversible"):
+            check_generation(settings, kwargs)
         limits = Budget(**{field.name: routing.get(field.name) for field in fields(Budget)})
         self._budget(routing.get("preset"), limits)
         if self._budget_is_default and limits == OFF and routing.get("preset") is None and routing.get("route") is None:
@@ -336,7 +348,7 @@ class RoutedModel:
             kwargs: `preset="fast"` among them is the budget of all calls that name none, as by `set_budget`.
         """
         preset = kwargs.pop("preset", None)
-        weights = load_file(cls._router_file(pretrained_model_name_or_path, kwargs))
+        weights = load_file(router_file(pretrained_model_name_or_path, kwargs))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, with_router=False)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._attach_router()
@@ -344,17 +356,6 @@ class RoutedModel:
         if preset is not None:
             model.set_budget(preset)
         return loaded
-
-    @classmethod
-    def _router_file(cls, name: Any, kwargs: dict[str, Any]) -> str:
-        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, kwargs.get("subfolder") or "", ROUTER_FILE)):
-            raise OSError(
-                f"{name} has no {ROUTER_FILE}: fetch the router's folder too, or load the plain model, without "
-                "trust_remote_code."
-            )
-        hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        path: str = cached_file(name, ROUTER_FILE, **{key: kwargs[key] for key in hub if key in kwargs})
-        return path
 
     def _load_router(self, weights: dict[str, Tensor]) -> None:
         load_weights(self.router, weights, ROUTER_FILE)
@@ -368,11 +369,7 @@ class RoutedModel:
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
             tensors = kwargs.get("state_dict") or {f"router.{n}": t for n, t in self.router.state_dict().items()}
             router = {n.removeprefix("router."): t for n, t in tensors.items() if n.startswith("router.")}
-            if any(tensor.is_meta for tensor in router.values()):
-                raise ValueError("the router's weights are offloaded: move it to a device to save it.")
-            path = os.path.join(save_directory, ROUTER_FILE)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            save_file({n: t.detach().cpu().contiguous() for n, t in router.items()}, path, metadata={"format": "pt"})
+            save_weights(router, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
 

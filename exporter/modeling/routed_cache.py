@@ -61,7 +61,9 @@ class Entries:
         return replace(self, index=self.index[chosen], valid=self.valid[chosen])
 
 
-Group = tuple[bool, int | None]  # layers whose caches hold the same tokens: after drop_at?, sliding window
+# Layers whose caches hold the same tokens: after drop_at? and sliding window. None in front: layers that earlier turns
+# have filled, in a pass that runs all later ones anew.
+Group = tuple[bool | None, int | None]
 
 
 class _RoutedCache(Cache):
@@ -79,9 +81,10 @@ class _RoutedCache(Cache):
     sequences: list[tuple[int, ...] | None]  # per layer, the sequences that run it, None for all
     windows: list[int | None]  # per layer
     recording: bool  # assisted decoding may take tokens back: windows are not cut
+    aside: Any  # Aside: what a reversible conversation keeps for its next turn; None in others
 
     def _begin(self, seen: int) -> None:
-        self.route, self.seen, self.entries, self.recording = None, seen, {}, False
+        self.route, self.seen, self.entries, self.recording, self.aside = None, seen, {}, False, None
         self.sequences, self.windows = [None] * len(self.layers), [None] * len(self.layers)
 
     def hold(self, route: Route, sequences: list[tuple[int, ...] | None]) -> None:
@@ -111,8 +114,18 @@ class _RoutedCache(Cache):
     def group(self, layer_idx: int, drop_at: int) -> Group:
         return layer_idx >= drop_at, self.windows[layer_idx]
 
+    @property
+    def aside_bytes(self) -> int:
+        """The bytes that a reversible conversation keeps aside, beside keys and values."""
+        return 0 if self.aside is None else int(self.aside.num_bytes)
+
+    def _let_go(self, reason: str) -> None:
+        if self.aside is not None:
+            self.aside.let_go(reason)
+
     def select_sequences(self, chosen: Tensor) -> None:
         """Make this the cache of a batch of the chosen sequences, in the order given."""
+        self._let_go("its sequences were chosen anew")
         self.entries = {group: entries.select(chosen) for group, entries in self.entries.items()}
         self.route = self.route and self.route.select(chosen)
         for layer_idx, (layer, sequences) in enumerate(zip(self.layers, self.sequences, strict=True)):
@@ -148,6 +161,7 @@ class _RoutedCache(Cache):
                 raise ValueError(
                     f"the last {count} tokens are not all in the cache: a routed prompt cannot be cropped."
                 )
+        self._let_go("it was cropped")
         for layer in self.layers:
             if layer.is_initialized:
                 layer.crop(tokens_to_remove)
@@ -185,6 +199,14 @@ class RoutedCache(_RoutedCache, DynamicCache):
                     whole.keys, whole.values = layer.keys, layer.values
         taken: RoutedCache = cache
         return taken
+
+    def rewind(self, layer_idx: int) -> dict[Group, Entries]:
+        """Go back to the first token, to run layers from `layer_idx` on anew; return what the layers before it hold."""
+        held = {group: entries for group, entries in self.entries.items() if layer_idx and not group[0]}
+        self.layers[layer_idx:] = [DynamicLayer() for _ in self.layers[layer_idx:]]
+        self.route, self.seen, self.entries = None, 0, {}
+        self.sequences = [None] * len(self.layers)
+        return held
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.seen + query_length, 0

@@ -144,6 +144,12 @@ class RoutedForward:
         self.reached += 1
         if packed := [name for name in PACKED if keywords.get(name) is not None]:
             raise ValueError(f"packed sequences ({packed[0]}) cannot be routed: pad them, or use preset='off'.")
+        turn = self.request.turn
+        if turn is not None and turn.is_early(layer_idx):
+            new = forward(states[:, turn.past :], **self._keywords(layer_idx, keywords, None))
+            return F.pad(new, (0, 0, turn.past, 0))
+        if turn is not None and layer_idx == turn.hold_at > 0:
+            states = turn.hold(states)
         if not self.decided and layer_idx == self.request.settings.read_at:
             self._decide(states)
         if self.decided and not self.request.run:
@@ -175,6 +181,9 @@ class RoutedForward:
         if self.cache is not None:
             groups = {self.cache.group(layer_idx, self.drop_at) for layer_idx in range(self.num_layers)}
             entries = {group: held for group in groups if (held := self._entries(group)) is not None}
+            if self.request.turn is not None:
+                self._align(entries)
+                self.cache.aside = self.request.turn.aside
             self.cache.extend(entries, self.num_tokens, self.drop_at)
         if self.kept is None or self.compact_from >= self.num_layers or not self.request.run:
             return output
@@ -183,6 +192,20 @@ class RoutedForward:
         full = last.new_zeros(self.num_sequences, self.num_tokens, last.shape[-1])
         output.last_hidden_state = full.scatter(1, self._spread(last), last)
         return output
+
+    def _align(self, entries: dict[Group, Entries]) -> None:
+        """Cut sliding windows that were filled anew to those that an earlier turn has filled, and cut then.
+
+        Args:
+            entries: what the cache holds now, in which they are replaced.
+        """
+        turn = self.request.turn
+        for window in turn.entries:
+            entries[False, window] = held = self._extended((None, window))
+            for layer_idx in range(turn.hold_at, self.drop_at):
+                layer, length = self.cache.layers[layer_idx], len(held.newest)
+                if layer.is_initialized and self.cache.windows[layer_idx] == window:
+                    layer.keys, layer.values = layer.keys[:, :, -length:], layer.values[:, :, -length:]
 
     def _spread(self, states: Tensor) -> Tensor:
         """Return the index of the kept tokens as gather and scatter want it: [B, K, D]."""
@@ -201,7 +224,9 @@ class RoutedForward:
     def _keywords(self, layer_idx: int, keywords: dict[str, Any], sequences: tuple[int, ...] | None) -> dict[str, Any]:
         """Return a layer's keywords, for the kept tokens and the sequences that run it."""
         window = self.cache.windows[layer_idx] if self.cache is not None else None
-        group = (layer_idx >= self.drop_at, window)
+        early = self.request.turn is not None and self.request.turn.is_early(layer_idx)
+        group: Group = (None if early else layer_idx >= self.drop_at, window)
+        running = self._running(group)
         narrowed = dict(keywords)
         mask, positions = keywords.get("attention_mask"), keywords.get("position_embeddings")
         narrowed["attention_mask"] = self._once(
@@ -210,10 +235,10 @@ class RoutedForward:
         if positions is not None:
             narrowed["position_embeddings"] = self._once(
                 ("positions", group[0], sequences),
-                lambda: tuple(self._of_sequences(self._tokens(part, group[0]), sequences, -3) for part in positions),
+                lambda: tuple(self._of_sequences(self._tokens(part, running), sequences, -3) for part in positions),
                 positions,
             )
-        if sequences is not None or (group[0] and self.kept is not None):
+        if sequences is not None or running is not None:
             narrowed["position_ids"] = None  # only read to find packed sequences, for which gaps would be taken
         return narrowed
 
@@ -226,12 +251,20 @@ class RoutedForward:
             return tensor
         return tensor.index_select(dim, index_of(sequences, tensor.device))
 
-    def _tokens(self, positions: Tensor, dropped: bool) -> Tensor:
-        """Gather the cosines or sines of the kept tokens: [..., B or 1, S, C] -> [..., B, K, C]."""
-        if not dropped or self.kept is None:
+    def _running(self, group: Group) -> Entries | None:
+        """Return the tokens of this pass that a group of layers runs on; None: all of them."""
+        if group[0] is None:
+            turn = self.request.turn
+            return Entries.counted(turn.past, self.num_tokens, self.num_sequences, self.real.device)
+        running: Entries | None = self.kept if group[0] else None
+        return running
+
+    def _tokens(self, positions: Tensor, running: Entries | None) -> Tensor:
+        """Gather the cosines or sines of the tokens that run: [..., B or 1, S, C] -> [..., B, K, C]."""
+        if running is None:
             return positions
         positions = positions.expand(*positions.shape[:-3], self.num_sequences, *positions.shape[-2:])
-        index = self.kept.index.to(positions.device)[..., None].expand(*positions.shape[:-2], -1, positions.shape[-1])
+        index = running.index.to(positions.device)[..., None].expand(*positions.shape[:-2], -1, positions.shape[-1])
         return positions.gather(-2, index)
 
     def _entries(self, group: Group) -> Entries | None:
@@ -239,9 +272,13 @@ class RoutedForward:
         entries: Entries | None = self._once(("entries", group), lambda: self._extended(group))
         return entries
 
-    def _extended(self, group: Group) -> Entries | None:
+    def _extended(self, group: Group) -> Any:
+        adds = self._running(group)
+        if group[0] is None:
+            turn = self.request.turn
+            counted = Entries.counted(0, turn.past, self.num_sequences, self.real.device)
+            return turn.entries.get(group[1], counted).followed_by(adds)
         before = self.cache.entries.get(group) if self.cache is not None else None
-        adds = self.kept if group[0] else None
         if before is None and adds is None and group[1] is None:
             return None
         device = self.real.device
@@ -263,25 +300,27 @@ class RoutedForward:
             raise ValueError(f"a route cannot narrow a mask of type {type(mask).__name__}: use sdpa, eager or flash.")
         narrowed = mask
         if (entries := self._entries(group)) is not None:
-            kept = self.kept if group[0] else None
+            running = self._running(group)
             if mask is None:
-                narrowed = self._explicit_mask(entries, kept)
+                narrowed = self._explicit_mask(entries, running)
             elif mask.ndim == 2:  # flash attention's: True at entries that are no padding
                 narrowed = mask.gather(1, entries.index.to(mask.device)) & entries.valid.to(mask.device)
             else:
-                narrowed = narrowed_mask(mask, entries, kept, self.num_sequences)
+                narrowed = narrowed_mask(mask, entries, running, self.num_sequences)
         if self.static and narrowed is not None:  # layers are as long as the cache, sliding ones too
             spare = self.cache.layers[0].max_cache_len - narrowed.shape[-1]
             narrowed = F.pad(narrowed, (0, spare), value=masked_value(narrowed))
         return narrowed
 
-    def _explicit_mask(self, entries: Entries, kept: Entries | None) -> Tensor | None:
+    def _explicit_mask(self, entries: Entries, running: Entries | None) -> Tensor | None:
         """Make the mask that transformers left out: without padding, a token sees all that come before it."""
-        if entries.all_valid and not self.static:
+        number = self.num_tokens if running is None else running.index.shape[1]
+        in_step = number in (1, entries.index.shape[1]) or uses_flash_attention(self.config)  # no mask says just that
+        if entries.all_valid and in_step and not self.static:
             return None
         if uses_flash_attention(self.config):
             return entries.valid
-        tokens = Entries.counted(0, self.num_tokens, self.num_sequences, entries.index.device) if kept is None else kept
+        tokens = running or Entries.counted(0, self.num_tokens, self.num_sequences, entries.index.device)
         before = entries.index[:, None, None, :] <= self.past + tokens.index[:, None, :, None]
         return before & entries.valid[:, None, None, :]
 
@@ -369,9 +408,14 @@ class _RoutedDecoder:
             return super().forward(*args, **kwargs)
         if args:
             raise TypeError("a routed text model takes its inputs by name.")
-        kwargs = with_cache_as(self.routed_cache_name, kwargs)
+        kwargs, turn = with_cache_as(self.routed_cache_name, kwargs), routing.turn
+        if turn is not None:
+            kwargs = turn.begin(self, kwargs)
         run = RoutedForward(self, routing, kwargs)
-        return run.finish(super().forward(routing=run, **kwargs))
+        output = run.finish(super().forward(routing=run, **kwargs))
+        if turn is not None and turn.again:  # the caller asked for the new tokens
+            output.last_hidden_state = output.last_hidden_state[:, turn.past :]
+        return output
 
 
 class _RoutedLayer:

@@ -32,6 +32,7 @@ class Request:
     labels: Tensor | None = None  # [B, S] a copy of ours
     coordinates: Any = None  # Tensor [B, S, 3]
     run: bool = True  # False: only up to the router
+    turn: Any = None  # Turn of a reversible conversation
     route: Any = None  # result: a Route
     router_inputs: Any = None  # result, if not run: RouterInputs
 

@@ -6,12 +6,18 @@ Shapes: B sequences, S tokens, L layers, N of them that may be skipped, D hidden
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import torch
+from safetensors.torch import save_file  # transformers cannot do without it either
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .routed_api import cached_file
 from .routed_route import Budget, RouterSettings
+
+ROUTER_FILE = "router/model.safetensors"
 
 
 class Router(nn.Module):
@@ -100,6 +106,30 @@ def load_weights(router: Router, weights: dict[str, Tensor], file: str) -> None:
             f"{expected.get(name)}."
         )
     router.load_state_dict(weights)
+
+
+def router_file(name: Any, options: dict[str, Any]) -> str:
+    """Return the path of a checkpoint's router, fetched from the hub if it lies there.
+
+    Args:
+        options: those of `from_pretrained`.
+    """
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, options.get("subfolder") or "", ROUTER_FILE)):
+        raise OSError(
+            f"{name} has no {ROUTER_FILE}: fetch the router's folder too, or load the plain model, without "
+            "trust_remote_code."
+        )
+    hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+    path: str = cached_file(name, ROUTER_FILE, **{key: options[key] for key in hub if key in options})
+    return path
+
+
+def save_weights(weights: dict[str, Tensor], folder: Any) -> None:
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise ValueError("the router's weights are offloaded: move it to a device to save it.")
+    path = os.path.join(folder, ROUTER_FILE)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    save_file({n: t.detach().cpu().contiguous() for n, t in weights.items()}, path, metadata={"format": "pt"})
 
 
 def question_features(x: Tensor, visible: Tensor, visual: Tensor) -> Tensor:

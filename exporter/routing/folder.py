@@ -44,6 +44,7 @@ MODELING_FILES = (  # what travels with a routed checkpoint; config.json names t
     "routed_request.py",
     "routed_route.py",
     "routed_router.py",
+    "routed_turns.py",
 )
 MODELING_FOLDER = Path(__file__).parent.parent / "modeling"
 AUTO_CLASS = "AutoModelForImageTextToText"

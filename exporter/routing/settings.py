@@ -17,14 +17,17 @@ def check_routable(config: Any) -> None:
         raise InputError(f"a {family_of(config).title} model can't have a router: {reason}.")
 
 
-def default_settings(config: Any, drop_at: int | None = None, candidates: int | None = None) -> dict[str, Any]:
+def default_settings(
+    config: Any, drop_at: int | None = None, candidates: int | None = None, read_at: int | None = None
+) -> dict[str, Any]:
     """Return router settings that fit a model, as they stand in config.json.
 
     Args:
         config: transformers' configuration of the model as it is now, pruned or not.
-        drop_at: the layer before which visual tokens leave; the router reads what enters it. None: DROP_AT, or the
-            first layer that may be skipped where that comes before.
+        drop_at: the layer before which visual tokens leave. None: DROP_AT, or the first layer that may be skipped
+            where that comes before.
         candidates: how many of the last layers may be skipped; half of them if None.
+        read_at: the router reads the states that enter this layer, 0 the embeddings. None: drop_at.
     """
     from ..modeling.routed_route import ROUTER_FORMAT
 
@@ -38,10 +41,16 @@ def default_settings(config: Any, drop_at: int | None = None, candidates: int | 
             f"candidates={candidates} of {num_layers} layers begin at layer {first}, before drop_at={drop_at}: a layer "
             "that has run before the router can't be skipped any more. Lower one of them."
         )
+    read_at = drop_at if read_at is None else read_at
+    if read_at > drop_at:
+        raise InputError(
+            f"read_at={read_at} comes after drop_at={drop_at}: the router has to read before tokens leave. Lower "
+            "read_at, or raise drop_at."
+        )
     head = 64 if hidden >= 1024 else 16
     return {
         "drop_at": drop_at,
-        "read_at": drop_at,
+        "read_at": read_at,
         "candidates": list(range(first, num_layers)),
         "bottleneck": max(1, hidden // 4 // head) * head,
         "num_heads": max(1, hidden // 4 // head),

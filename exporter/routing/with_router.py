@@ -97,7 +97,7 @@ def prepare_router(
     source = open_source(str(plain))
     check_routable(source.config)
     check_loss(router.loss)
-    settings = default_settings(source.config, router.drop_at, router.candidates)
+    settings = default_settings(source.config, router.drop_at, router.candidates, router.read_at)
     source.config.router = settings
     device = pick_device(options.device)
     return RouterJob(

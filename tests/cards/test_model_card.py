@@ -166,6 +166,11 @@ def test_the_card_says_how_each_program_passes_a_budget_and_what_was_run(folder)
     ):
         assert words in text
     assert "SGLang load" not in text
+    assert "leave the sequence and the key-value cache before layer 2. Layers" in text
+    assert "past_key_values=cache, reversible=True)`, said in every turn, chooses them anew" in text
+    record["router"]["settings"]["read_at"] = 0
+    write_record(folder, record)
+    assert "cache before layer 2; the router reads the embeddings. Layers" in card(folder).read_text()
 
 
 def test_a_broken_period_is_warned_of_and_stands_in_the_card(questions, tmp_path, unverified, caplog, capsys):

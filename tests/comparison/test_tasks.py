@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,14 @@ def test_the_formula_is_that_of_fastv():
 def test_the_papers_recipes_can_be_read(name):
     read = from_yaml(PAPERS / name, tasks_from_data)
     assert isinstance(read, TasksRecipe) and len(read.tasks) > 1
+
+
+def test_a_row_of_pars_own_settings_can_be_added():
+    """As the papers' README spells it, to the recipe of its tables."""
+    (more,) = re.findall(r"```yaml\n(.*?)```", (PAPERS / "README.md").read_text(), flags=re.S)
+    added, tables = yaml.safe_load(more), yaml.safe_load((PAPERS / "par-tables.yaml").read_text())
+    tables["routers"] |= added["routers"]
+    tables["rows"] += added["rows"]
+    read = tasks_from_data(tables)
+    router = read.routers["as-published"]
+    assert (router.read_at, router.loss.options["noise_on"]) == (0, "heads")

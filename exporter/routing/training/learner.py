@@ -29,6 +29,7 @@ from ...models.loading import text_decoder
 from ...models.replay import Trace, trace
 from ...progress import Progress
 from ..rules import fastv_scores
+from .perturbed import attention_of_heads
 from .relaxation import GatedAttention, Gates, gated_states, straight_through
 
 PROBES = ((0.5, 0.0), (0.25, 0.0), (0.25, 1 / 3))  # budgets of the learning curve: tokens kept, candidates skipped
@@ -168,6 +169,12 @@ class TrainingBatch:
         scores = fastv_scores(self.learner.teacher.model, self.prompt)
         answers = self.visual.shape[1] - scores.shape[1]
         return F.pad(scores, (0, answers), value=-math.inf).clone()  # no inference tensor: gradients go past it
+
+    @property
+    def fastv_of_heads(self) -> Tensor:
+        """Return each head's attention to every token, by which FastV scores visual ones, [B, H, S]."""
+        attention = attention_of_heads(self.learner.teacher.model, self.prompt)
+        return F.pad(attention, (0, self.visual.shape[1] - attention.shape[-1])).clone()
 
     def per_sample(self, kl: Tensor) -> Tensor:
         """Sum over each sequence's answer: [A of the batch] -> [B]."""

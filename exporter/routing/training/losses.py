@@ -38,5 +38,7 @@ def check_loss(loss: Method) -> None:
         if (value := values[name]) > 1:
             raise InputError(f"loss '{loss.name}': {name}={value} is a share, at most 1.")
     for name, value in values.items():
+        if isinstance(value, str):
+            continue
         if math.isinf(value) or (name in row.positive and not value):
             raise InputError(f"loss '{loss.name}': {name}={value} is out of range, a finite number above 0 is needed.")

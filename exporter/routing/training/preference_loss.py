@@ -7,11 +7,14 @@ Shapes: B samples, S tokens, N candidate layers.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .learner import TrainingBatch
+from .perturbed import perturbed_heads, perturbed_mean
 from .relaxation import straight_through
 
 
@@ -23,6 +26,7 @@ def preference_loss(
     tokens: float = 0.25,
     layers: float = 0.25,
     noise: float = 1.0,
+    noise_on: Literal["mean", "heads"] = "mean",
     beta: float = 1.0,
 ) -> Tensor:
     """Compute PAR's loss: -log sigmoid(beta log pi(better) - beta log pi(worse)), over the two halves of the actions.
@@ -33,17 +37,23 @@ def preference_loss(
         actions: tried for each question.
         tokens: share of the visual tokens that an action keeps, those of the highest FastV score after noise.
         layers: share of the candidate layers that an action skips, drawn at random.
-        noise: standard deviation of the Gaussian noise on the logarithms of the scores.
+        noise: standard deviation of the Gaussian noise on attention's logits.
+        noise_on: "mean" adds one number a token to the logarithm of the mean over heads; "heads" one to each head's
+            logits, as PAR's own code does: of 32 such numbers, most cancels in the mean.
+        beta: PAR's, by which differences of log pi count.
     """
     visual, device = batch.visual, batch.token_logits.device
-    scores = batch.fastv
+    scores = batch.fastv if noise_on == "mean" else batch.fastv_of_heads
     number, free = batch.layer_logits.shape
     count = (visual.sum(1) * tokens).round().long().clamp(min=1)
     kept = torch.full_like(count, free - round(free * layers))
     tried, distances = [], []
     everywhere = torch.ones_like(batch.layer_logits, dtype=torch.bool)
     for _ in range(actions):
-        noisy = scores + noise * torch.randn(scores.shape, generator=generator).to(device)
+        if noise_on == "mean":
+            noisy = perturbed_mean(scores, noise, generator)
+        else:
+            noisy = perturbed_heads(scores, visual, noise, generator)
         gates_of_tokens = straight_through(noisy, visual, count).detach()
         drawn_layers = torch.rand(number, free, generator=generator).to(device)
         gates_of_layers = straight_through(drawn_layers, everywhere, kept).detach()
