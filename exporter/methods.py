@@ -147,7 +147,7 @@ FOLDS: dict[str, Fold] = {
         run="exporter.fold.auto:fold_auto",
         title="the fold that departs least from the model on held-out questions",
         passes="exporter.fold.auto:passes",
-        sweeps=4,  # sums at gaps, a reconstruction, two rounds of judging
+        sweeps="exporter.fold.auto:sweeps",
         holds_states=True,
     ),
     "reconstruction": Fold(

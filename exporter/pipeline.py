@@ -57,7 +57,7 @@ def compress(
         return _compress(recipe, out, options=options, progress=progress, stored=stored)
     questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
-        check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration)
+        check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration.unanswered)
     with staging_directory(out) as stage:
         (stage / "folded").mkdir()
         (stage / "healed").mkdir()
@@ -123,7 +123,7 @@ def healing_of(recipe: Recipe, source: Source, gone: int, itemsize: int) -> dict
         gone: layers that the smaller model lacks; itemsize: bytes of a number while it runs.
     """
     assert recipe.heal is not None
-    data = recipe.heal.calibration or recipe.calibration
+    data = recipe.heal.calibration or recipe.calibration.unanswered
     calibration, fit, held_out = check_healing(recipe.heal.seeded(recipe.seed), data)
     schedule, kept = Schedule(recipe.heal, len(fit), len(held_out)), 1 - gone / source.num_layers
     return healing_cost(
@@ -140,7 +140,7 @@ def _heal(
     plain: Path, healing: HealRecipe, recipe: Recipe, target: Path, out: Path, options: RunOptions, progress: Progress
 ) -> Path:
     """Heal a checkpoint into `target`; what a broken-off run goes on from lies beside `out` as .NAME.healing."""
-    data, teacher = healing.calibration or recipe.calibration, healing.teacher or recipe.model
+    data, teacher = healing.calibration or recipe.calibration.unanswered, healing.teacher or recipe.model
     work = out.absolute().parent / f".{out.name}.healing"
     heal = healing.seeded(recipe.seed)
     return with_healing(plain, heal, data, teacher=teacher, out=target, options=options, progress=progress, work=work)
@@ -180,7 +180,7 @@ def all_layers(
 
 def router_data(router: RouterRecipe, calibration: CalibrationData) -> CalibrationData:
     """Return the router's own questions; where none are named the compression's, all of them up to ROUTER_SAMPLES."""
-    return router.calibration or dataclasses.replace(calibration, samples=ROUTER_SAMPLES)
+    return router.calibration or dataclasses.replace(calibration.unanswered, samples=ROUTER_SAMPLES)
 
 
 def check_router(recipe: Recipe) -> Calibration:

@@ -55,11 +55,17 @@ class CalibrationData:
     config: str | None = None  # of a data set that has several configurations
     allow_urls: bool = False  # fetch images that stand as web addresses
     answer_tokens: int = 128  # that the model's own answer to a question may take
+    answers: str | None = None  # file of answers that it gave elsewhere; None: it gives them here
 
     def __post_init__(self) -> None:
-        paths_as_text(self, "data")
+        paths_as_text(self, "data", "answers")
         if isinstance(self.answer_tokens, bool) or not isinstance(self.answer_tokens, int) or self.answer_tokens < 1:
             raise InputError(f"calibration: answer_tokens={self.answer_tokens!r}: a whole number from 1 up is needed.")
+
+    @property
+    def unanswered(self) -> CalibrationData:
+        """Return the same questions without the answers, for what is trained on others than these."""
+        return dataclasses.replace(self, answers=None)
 
     def to_data(self) -> Any:
         """Return 'data' alone where everything else is left to its default."""
@@ -69,6 +75,12 @@ class CalibrationData:
             if f.name == "data" or getattr(self, f.name) != _default(f)
         }
         return data if len(data) > 1 else self.data
+
+
+def refuse_answers(calibration: CalibrationData | None, why: str) -> None:
+    """Raise InputError for answers given elsewhere where they are of no use."""
+    if calibration is not None and calibration.answers is not None:
+        raise InputError(f"{why}, so that no answers can be given for them: take 'answers' out of its calibration.")
 
 
 NO_QUESTIONS = CalibrationData("")  # of a recipe that needs none: its layers are named or scored, nothing is folded
@@ -128,6 +140,7 @@ class RouterRecipe:
                 raise InputError(f"router: {name}={value!r}: a whole number from {least} up is needed.")
         if not isinstance(self.learning_rate, float | int) or not 0 < self.learning_rate < 1:
             raise InputError(f"router: learning_rate={self.learning_rate!r}: a number between 0 and 1 is needed.")
+        refuse_answers(self.calibration, "router: it learns from the answers of the smaller model")
 
     def to_data(self) -> dict[str, Any]:
         """Return plain data; what is left to defaults stays out."""
@@ -172,6 +185,7 @@ class HealRecipe:
             raise InputError(f"heal: norms={self.norms!r}: true or false is needed.")
         if self.teacher is not None and not isinstance(self.teacher, str):
             raise InputError(f"heal: teacher must be a text, not {self.teacher!r}.")
+        refuse_answers(self.calibration, "heal: whole distributions are learnt, also of questions to other images")
 
     def seeded(self, seed: int) -> HealRecipe:
         """Return the same with a seed, where it has none of its own."""
@@ -322,7 +336,7 @@ def calibration_from_data(data: Any) -> CalibrationData:
     data = _named(CalibrationData, data, "calibration", "a JSONL file, a folder of images or datasets:ID")
     if isinstance(samples := data.get("samples"), bool) or not isinstance(samples, int | None):
         raise InputError(f"calibration: samples must be a whole number or null, not {samples!r}.")
-    kinds = {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool}
+    kinds = {"data": str, "columns": Mapping, "split": str, "prompt": str, "allow_urls": bool, "answers": str}
     _check_kinds(data, kinds, "calibration")
     return CalibrationData(**data)
 

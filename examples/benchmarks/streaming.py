@@ -35,14 +35,28 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--drop-layers", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--unlabelled", action="store_true", help="leave out the questions' right answers")
     options = parser.parse_args()
     sizes = PartSizes.of(open_source(options.model), getattr(torch, options.dtype).itemsize)
     if sum(sizes.layers) + sizes.beside <= sizes.least:
         raise SystemExit(f"{options.model} has too few layers: streaming takes as much memory as all of it.")
     print("| questions | read ÷ checkpoint | told before | time ÷ in memory | largest difference |")
     print("|---:|---:|---:|---:|---:|")
-    for samples in options.samples:
-        print(row(options, samples, sizes.least), flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        if options.unlabelled:
+            options.calibration = unlabelled(Path(options.calibration), Path(work) / "unlabelled.jsonl")
+        for samples in options.samples:
+            print(row(options, samples, sizes.least), flush=True)
+
+
+def unlabelled(calibration: Path, copy: Path) -> str:
+    """Write the questions of a JSONL file without their answers."""
+    lines = [json.loads(line) for line in calibration.read_text().splitlines()]
+    for line in lines:
+        line["image"] = str(calibration.absolute().parent / line["image"])
+        line.pop("answer", None)
+    copy.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(copy)
 
 
 def row(options: argparse.Namespace, samples: int, least: int) -> str:

@@ -60,6 +60,14 @@ class CalibrationPart:
 
 
 @dataclass(frozen=True)
+class GivenAnswersPart:
+    """The file of answers that the original gave to the questions elsewhere."""
+
+    file: Text
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
 class QuestionsPart(CalibrationPart):
     """The questions of a checkpoint's record, and how they were used."""
 
@@ -67,6 +75,7 @@ class QuestionsPart(CalibrationPart):
     answer_tokens: Count = 0  # of the model's own answers, where a method reads them
     pictures: Count = 0
     held_out: Count = 0  # that sets of layers were judged on
+    answers: Annotated[GivenAnswersPart | None, OR_MISSING] = None  # None: the original answered when it was run
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .reference import (
     greedy_answers,
     reference_answer,
     reference_inputs,
+    reference_margins,
 )
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "load_processor",
     "reference_answer",
     "reference_inputs",
+    "reference_margins",
     "render",
 ]

@@ -36,10 +36,15 @@ def reference_answer(model: Any, processor: Any) -> dict[str, list[Any]]:
     inputs = {k: v.to(model.device) for k, v in reference_inputs(processor).items()}
     generated = generate(model, inputs)
     logits = torch.stack([step[0] for step in generated.logits]).float()  # [tokens, vocabulary]
+    tokens = generated.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return {"tokens": tokens, "margins": reference_margins(logits)}
+
+
+def reference_margins(logits: Any) -> list[float]:
+    """Return the gap between the two highest of each token's logits [tokens, vocabulary], relative to the highest."""
     best = logits.topk(2).values
     margins = (best[:, 0] - best[:, 1]) / logits.abs().amax(-1)
-    tokens = generated.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return {"tokens": tokens, "margins": [round(m, 6) for m in margins.tolist()]}
+    return [round(margin, 6) for margin in margins.tolist()]
 
 
 def generate(model: Any, inputs: dict[str, Any], new_tokens: int = REFERENCE_TOKENS) -> Any:

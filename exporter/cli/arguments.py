@@ -43,6 +43,14 @@ def calibration_arguments(subcommand: argparse.ArgumentParser, required: bool, s
     subcommand.add_argument("--seed", type=seed_number, help="seed of every random draw (0)")
 
 
+def answers_argument(subcommand: argparse.ArgumentParser) -> None:
+    subcommand.add_argument(
+        "--answers",
+        metavar="FILE.jsonl",
+        help="what the model answered to these questions elsewhere (evaluate --predictions), so that it need not here",
+    )
+
+
 def data_arguments(subcommand: Any, split: str) -> None:
     """Declare how a data source is read, for a parser or a group of one."""
     subcommand.add_argument(

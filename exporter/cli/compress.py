@@ -9,7 +9,15 @@ from pathlib import Path
 
 from ..methods import FOLDS
 from ..recipe import DEFAULT_FOLD, Recipe, RunOptions
-from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
+from .arguments import (
+    DATA,
+    MODEL,
+    answers_argument,
+    calibration_arguments,
+    layer_budget_arguments,
+    localizer_arguments,
+    run_arguments,
+)
 from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
 from .healing_table import cost_lines, result_lines
 
@@ -23,6 +31,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="a recipe, in place of all flags below")
     layer_budget_arguments(subcommand)
     calibration_arguments(subcommand, required=False)
+    answers_argument(subcommand)
     localizer_arguments(subcommand)
     subcommand.add_argument(
         "--scores", type=Path, metavar="FILE", help="use scores that `score --save` kept; no localizer runs"
@@ -87,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
 def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> None:
     from ..checkpoints.staging import check_space, check_target
-    from ..compression.estimate import ANSWER_GUESS, estimate
+    from ..compression.estimate import estimate
     from ..compression.job import prepare
     from ..localize.stored import load_scores
     from ..pipeline import healing_of
@@ -117,9 +126,8 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
     )
     if guess.bytes_to_read is not None:
         print(
-            f"layers on disk are read {guess.sweeps} times, once for each token of the longest answer among these "
-            f"(taken for {ANSWER_GUESS}): {guess.bytes_to_read / 1e9:,.2f} GB, {guess.bytes_to_read / guess.bytes:.1f} "
-            "times the weights"
+            f"layers on disk are read about {guess.sweeps} times, {guess.answer_passes} of them for answers: "
+            f"{guess.bytes_to_read / 1e9:,.2f} GB, {guess.bytes_to_read / guess.bytes:.1f} times the weights"
         )
     if healing:
         print("\n".join(cost_lines(healing)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from ..clean_room import REFERENCE_TOKENS
 from ..data.batches import by_size, make_batches, spread
 from ..fold.reconstruction import refits
 from ..methods import FOLDS, LOCALIZERS, Function, resolve
+from ..models.drafting import may_draft
 from ..models.flops import kv_bytes_per_token
 from ..models.loading import PartSizes
 from ..models.questions import JobSize, portion
@@ -21,6 +23,10 @@ from .job import CompressionJob
 
 LOOKED_AT = 16  # questions that are processed to learn how long they are
 ANSWER_GUESS = 16  # tokens of an answer: how long they are is not known before the model is run
+LABELLED = 2  # passes that answers take where all questions are labelled, and the labels mostly right
+UNGUESSED, GUESSED = 2, 0.6  # passes of other answers, and for each token of the longest: guesses come from answers
+KNOWN_REFERENCE = 2  # passes of the smaller model's reference answer where the original's is a guess at it
+UNKNOWN_REFERENCE = 6  # where the original has not got far with its own
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 
@@ -38,6 +44,7 @@ class Estimate:
     seconds: float
     memory_bytes: int
     sweeps: int  # times that layers on disk are read
+    answer_passes: int  # of these, that give answers
     bytes_to_read: int | None  # of weights; None where all of them are in memory
 
 
@@ -48,7 +55,7 @@ def estimate(job: CompressionJob) -> Estimate:
     gone = round(job.count * sum(per_layer) / len(per_layer))
     gone_bytes = round(job.count * layer_bytes(job) / len(per_layer))
     tokens, passes, seconds, memory = _running(job) if job.needs_model else (0, 0.0, 0.0, COPY_CHUNK_BYTES)
-    sweeps, bytes_to_read = _reading(job) if job.needs_model and job.options.memory else (0, None)
+    reading = _reading(job) if job.needs_model and job.options.memory else Reading()
     return Estimate(
         layers=len(per_layer),
         drop=job.count,
@@ -60,9 +67,10 @@ def estimate(job: CompressionJob) -> Estimate:
         tokens=tokens,
         forward_passes=passes,
         seconds=seconds + 2 * weights.num_bytes / 1e9,
-        memory_bytes=memory if bytes_to_read is None else parse_size(job.options.memory or ""),
-        sweeps=sweeps,
-        bytes_to_read=bytes_to_read,
+        memory_bytes=memory if reading.num_bytes is None else parse_size(job.options.memory or ""),
+        sweeps=reading.sweeps,
+        answer_passes=reading.answer_passes,
+        bytes_to_read=reading.num_bytes,
     )
 
 
@@ -81,26 +89,49 @@ def _running(job: CompressionJob) -> tuple[int, float, float, int]:
     return tokens, passes, seconds, round(memory)
 
 
-def _reading(job: CompressionJob) -> tuple[int, int | None]:
-    """Return how often layers on disk are read at most, and the bytes of weights that are read in all.
+@dataclass(frozen=True)
+class Reading:
+    """How often layers on disk are read."""
+
+    sweeps: int = 0
+    answer_passes: int = 0  # of these, that give answers
+    num_bytes: int | None = None  # of weights, in all; None: no layer is on disk
+
+
+def _reading(job: CompressionJob) -> Reading:
+    """Return how often layers on disk are read, with exchanges of layers at their most and answers guessed.
 
     Raises: InputError where --memory allows less than streaming needs.
     """
     sizes = PartSizes.of(job.source, job.dtype.itemsize)
     num_held, _ = sizes.share_out(parse_size(job.options.memory or ""), job.source.name)
     if num_held == len(sizes.layers):
-        return 0, None
+        return Reading()
     size = _likely(job)
     sweeps = 0
     if job.reads_questions:
         sweeps += _sweeps(LOCALIZERS[job.recipe.localizer.name].sweeps, size, job.recipe.localizer)
     if job.count:
         sweeps += _sweeps(FOLDS[job.fold.name].sweeps, size, job.fold)
-    answers = min(ANSWER_GUESS, job.recipe.calibration.answer_tokens) if sweeps else 0
+    answers, reference = _answer_passes(job)
+    answers = answers if sweeps else 0
     on_disk = sum(sizes.layers[num_held:]) / sum(sizes.layers) * layer_bytes(job)
     left = 1 - job.count / len(sizes.layers)
-    read = job.source.weights.num_bytes + (sweeps + answers - 1 + left * REFERENCE_TOKENS) * on_disk
-    return sweeps + answers + REFERENCE_TOKENS, round(read)
+    read = job.source.weights.num_bytes - on_disk + (sweeps + answers + left * reference) * on_disk
+    return Reading(sweeps + answers + reference, answers + reference, round(read))
+
+
+def _answer_passes(job: CompressionJob) -> tuple[int, int]:
+    """Return the passes that the answers take, and those of the smaller model's answer to the reference question."""
+    longest = min(ANSWER_GUESS, job.recipe.calibration.answer_tokens)
+    if not may_draft(job.source.config):
+        return (0 if job.calibration.answers else longest), REFERENCE_TOKENS
+    if job.calibration.answers:
+        return 0, UNKNOWN_REFERENCE
+    if all(sample.answers for sample in job.calibration.samples):
+        return min(LABELLED, longest), UNKNOWN_REFERENCE
+    known = job.recipe.calibration.answer_tokens >= REFERENCE_TOKENS
+    return min(longest, UNGUESSED + math.ceil(GUESSED * longest)), KNOWN_REFERENCE if known else UNKNOWN_REFERENCE
 
 
 def layer_bytes(job: CompressionJob) -> int:

@@ -11,6 +11,7 @@ from ..checkpoints.source import Source, file_hashes, open_source
 from ..clean_room import load_processor
 from ..data.batches import check_prompt
 from ..data.calibration import Calibration, questions_of
+from ..data.given import given_answers
 from ..errors import InputError
 from ..families import protected_layers
 from ..localize.scores import LayerScores
@@ -53,6 +54,7 @@ class CompressionJob:
             seed=self.recipe.seed,
             progress=self.progress,
             answer_tokens=self.recipe.calibration.answer_tokens,
+            elsewhere=self.calibration.answers,
         )
 
     @property
@@ -157,4 +159,7 @@ def load_for(recipe: Recipe) -> Calibration:
     """Load the recipe's calibration questions; none where it names none."""
     if not recipe.calibration.data:
         return Calibration((), "", 0, recipe.seed)
-    return questions_of(recipe.calibration, recipe.seed)
+    calibration = questions_of(recipe.calibration, recipe.seed)
+    if recipe.calibration.answers is None:
+        return calibration
+    return dataclasses.replace(calibration, answers=given_answers(recipe.calibration.answers, calibration.samples))

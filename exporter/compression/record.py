@@ -90,6 +90,7 @@ def calibration_part(job: CompressionJob, questions: Questions) -> dict[str, Any
     """Return what is said of the questions; of those that stored scores were read from where there are no others."""
     if job.stored is not None and not job.calibration.samples:
         return asdict(job.stored.calibration)
+    elsewhere = job.calibration.answers
     return {
         "data": job.recipe.calibration.data,
         "samples": len(job.calibration.samples),
@@ -99,7 +100,7 @@ def calibration_part(job: CompressionJob, questions: Questions) -> dict[str, Any
         "answer_tokens": sum(len(tokens) for tokens in questions.answers.values()),
         "pictures": questions.split.num_pictures,
         "held_out": len(questions.split.held_out),
-    }
+    } | ({} if elsewhere is None else {"answers": {"file": elsewhere.path, "sha256": elsewhere.sha256}})
 
 
 def scores_to_keep(job: CompressionJob, questions: Questions, scores: LayerScores) -> StoredScores:

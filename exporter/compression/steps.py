@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ..checkpoints.source import Source, ignored_keys
-from ..clean_room import reference_answer
 from ..fold.held_out import HeldOut
 from ..fold.job import FoldJob
 from ..fold.sets import FoldedSets
@@ -45,7 +44,7 @@ def changes_of(job: CompressionJob) -> Changes:
     plan = make_plan(job.source.num_layers, scores.drop)
     folded, fold = fold_gaps(job, model, questions, plan)
     with assembled(model, Variant(plan, folded)):
-        reference = reference_answer(model, job.processor)
+        reference = questions.reference_answer()
     ranges = ranges_of(model)
     del model, questions.model  # verification loads the checkpoint again: there is memory for one
     record = describe(job, questions, scores=scores, plan=plan, fold=fold, reference=reference)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..recipe import CalibrationData
+from .given import GivenAnswers
 from .images import open_bytes, short
 from .records import read_records
 from .samples import Sample, TextOnlyError, sample_from
@@ -36,6 +37,7 @@ class Calibration:
     origin: str
     total: int  # samples that there were to choose from
     seed: int
+    answers: GivenAnswers | None = None  # that the original gave elsewhere; None: it gives them when they are wanted
     _fingerprint: list[str] = field(default_factory=list, repr=False, compare=False)
 
     @property

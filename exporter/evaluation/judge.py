@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..clean_room import greedy_answers
 from ..data.batches import Batch, make_batch
 from ..data.chats import text_of
+from ..data.given import KEY, question_key
 from ..data.resumable import Entry, ResumableLines, files_key
 from ..data.samples import Sample
 from ..data.task import Task
@@ -127,7 +128,12 @@ class Judge:
         texts = loaded.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         metric = METRICS[self.task.metric]
         entries = [
-            {"answer": text.strip(), "correct": metric.value(sample, text) >= HALF, "task": self.task.fingerprint[:16]}
+            {
+                "answer": text.strip(),
+                "correct": metric.value(sample, text) >= HALF,
+                "task": self.task.fingerprint[:16],
+                KEY: question_key(sample),
+            }
             for text, sample in zip(texts, samples, strict=True)
         ]
         if route is not None:

@@ -108,6 +108,11 @@ def _report(
     }
 
 
+def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
+    """Return how often the weights are read: sums at gaps, a reconstruction, one or two rounds of judging."""
+    return 4 if portion("held_out", size.questions) > portion("judge_sets", size.questions) else 3
+
+
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     """Return what it costs to fit and to judge the candidates."""
     fit = (options.get("fitted_on") or portion("fit", size.questions)) / size.questions

@@ -13,7 +13,7 @@ Shapes: L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..models.answers import StateError
 from ..models.capture import BatchStatistics, layer_statistics
 from ..models.divergence import simplest
 from ..models.questions import SUFFIX, JobSize, portion
+from ..models.residency import ranges_of
 from .greedy import greedy
 from .job import FoldedLoss, LocalizeJob, SetLoss
 from .scores import LayerScores, most_redundant
@@ -46,6 +47,7 @@ def best_of(
     exchanges: int = EXCHANGES,
     folded: FoldedLoss | None = None,
     search: bool = False,
+    ahead: bool = False,
 ) -> LayerScores:
     """Return the set that folds best; without a fold to judge by, that of the lowest loss.
 
@@ -56,6 +58,7 @@ def best_of(
         exchanges: at most so many, each for as many sets judged as layers are named by any ranking.
         folded: judges sets with a fold; None: the loss decides.
         search: whether a greedy search proposes a set too.
+        ahead: judge sets that may be asked for next with those before them: more of them, in fewer rounds.
     """
     proposed = _proposals(statistics, count, protect)
     sets = {name: frozenset(scores.drop) for name, scores in proposed.items()}
@@ -65,11 +68,12 @@ def best_of(
     searched = greedy(Remembered(loss, known), count, protect, WIDTH).drop if search else ()
     if search:
         sets["greedy"] = frozenset(searched)
-    _judge(known, loss, list(sets.values()))
+    asks_next = ahead and exchanges > 0
+    _judge(known, loss, [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else [])])
     shown = min(proposed.values(), key=lambda scores: known[frozenset(scores.drop)])
     named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}.union(searched)
     start = min(sets.values(), key=lambda layers: known[layers])
-    drop, swaps = exchanged(start, named, known=known, loss=loss, exchanges=exchanges)
+    drop, swaps = exchanged(start, named, known=known, loss=loss, exchanges=exchanges, ahead=ahead)
     details: dict[str, Any] = {
         "chosen": shown.method,
         "proposals": {name: {"drop": sorted(layers), "loss": known[layers]} for name, layers in sets.items()},
@@ -130,26 +134,38 @@ def exchanged(
     known: dict[frozenset[int], float],
     loss: SetLoss,
     exchanges: int,
+    ahead: bool = False,
 ) -> tuple[frozenset[int], list[dict[str, Any]]]:
     """Put back the layer that is missed most and drop the one that is missed least in its place, while that helps.
 
     Args:
         known: losses of sets judged so far; those that are judged here are added.
+        ahead: judge with the sets of an exchange those that the next one begins with.
     """
     swaps: list[dict[str, Any]] = []
     while dropped and named - dropped and len(swaps) < exchanges:
-        fewer_sets = {layer: dropped - {layer} for layer in sorted(dropped)}
+        fewer_sets = dict(zip(sorted(dropped), _fewer(dropped), strict=True))
         _judge(known, loss, list(fewer_sets.values()))
         back = min(fewer_sets, key=lambda layer: known[fewer_sets[layer]])
         fewer = fewer_sets[back]
         sets = {layer: fewer | {layer} for layer in sorted(named - dropped)}
-        _judge(known, loss, list(sets.values()))
+        asks_next = ahead and len(swaps) + 1 < exchanges
+        _judge(known, loss, [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else [])])
         instead = min(sets, key=lambda layer: known[sets[layer]])
         if known[sets[instead]] >= known[dropped]:
             break
         dropped = sets[instead]
         swaps.append({"back": back, "instead": instead, "loss": known[dropped]})
     return dropped, swaps
+
+
+def _fewer(layers: frozenset[int]) -> list[frozenset[int]]:
+    """Return the sets with one layer less, in the order of the layers."""
+    return [layers - {layer} for layer in sorted(layers)]
+
+
+def _fewer_of_all(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+    return [layers for several in sets for layers in _fewer(several)]
 
 
 def halved(
@@ -208,7 +224,14 @@ def by_best_of(
     loss = StateError.of(job.model, few, questions.progress)
     judge = job.folded if folded else None
     scores = best_of(
-        statistics, count, protect=tuple(protect), loss=loss, exchanges=exchanges, folded=judge, search=search
+        statistics,
+        count,
+        protect=tuple(protect),
+        loss=loss,
+        exchanges=exchanges,
+        folded=judge,
+        search=search,
+        ahead=ranges_of(job.model) is not None,
     )
     read = len(questions.indices("fit", max(samples, judged_by)))
     if judge is not None:
@@ -246,6 +269,8 @@ def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
-    """Return how often the weights are read: two passes of the original, one for each judgement, two for the folds."""
-    judged: int = 1 + 2 * options.get("exchanges", EXCHANGES) + (size.drop if options.get("search", False) else 0)
-    return 2 + judged + (2 + len(ROUNDS) if options.get("folded", True) else 0)
+    """Return how often the weights are read: a pass for rankings, one for each judgement, two for the folds."""
+    judged: int = 1 + options.get("exchanges", EXCHANGES) + (size.drop if options.get("search", False) else 0)
+    held_out = portion("held_out", size.questions)
+    rounds = {min(held_out, portion(judged_by, size.questions)) for _, judged_by in ROUNDS}
+    return 1 + judged + (2 + len(rounds) if options.get("folded", True) else 0)

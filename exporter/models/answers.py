@@ -9,7 +9,7 @@ Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a whole 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..data.batches import Batch
 from ..progress import Progress, silent
 from .loading import text_decoder
 from .replay import logits
-from .sweep import Change, sweep
+from .sweep import ORIGINAL, Change, sweep
 
 ANSWER_TOKENS = 128  # that an answer may take: whole ones matter, since damage shows late in long ones
 
@@ -112,35 +112,36 @@ class StateError:
 
     model: Any
     batches: Sequence[Batch]
-    states: Sequence[Tensor]  # [N, D] of the original's counted tokens in each batch, behind the last norm
     progress: Progress = silent
+    states: list[Tensor] = field(default_factory=list)  # [N, D] of the original's counted tokens, behind the last norm
 
     @classmethod
     def of(cls, model: Any, batches: Iterable[Batch], progress: Progress = silent) -> StateError:
-        batches = list(batches)
-        states = [
-            _normed(model, output, _counted(passed.batch))
-            for passed in sweep(model, batches)
-            for _, output in passed.outputs()
-        ]
-        return cls(model, batches, states, progress)
+        return cls(model, list(batches), progress)
 
     @property
     def num_layers(self) -> int:
         return len(text_decoder(self.model).layers)
 
     def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        """Return the mean error without each of the sets of layers, from one walk for all of them."""
+        """Return the mean error without each of the sets of layers, from one walk for all of them.
+
+        The first walk takes the original along, whose states are kept.
+        """
         totals, number = [0.0] * len(sets), 0
-        pairs = zip(sweep(self.model, self.batches, without(sets)), self.states, strict=True)
-        for passed, states in self.progress(pairs, "leave layers out", len(self.batches)):
-            original, counted = states.float(), _counted(passed.batch)
+        beside = [] if self.states else [ORIGINAL]
+        walks = sweep(self.model, self.batches, [*beside, *without(sets)])
+        for place, passed in enumerate(self.progress(walks, "leave layers out", len(self.batches))):
+            outputs, counted = passed.outputs(), _counted(passed.batch)
+            if beside:
+                self.states.append(_normed(self.model, next(outputs)[1], counted))
+            original = self.states[place].float()
             number += len(original)
             sizes = original.square().sum(-1)
-            for which, output in passed.outputs():
+            for which, output in outputs:
                 with torch.inference_mode():
                     changed = _normed(self.model, output, counted).float()
-                    totals[which] += float(((changed - original).square().sum(-1) / sizes).sum())
+                    totals[which - len(beside)] += float(((changed - original).square().sum(-1) / sizes).sum())
         return [total / max(1, number) for total in totals]
 
 

@@ -9,9 +9,10 @@ Shapes: B samples, S tokens, A answer tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,14 +20,20 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.batches import Batch, make_batch
+from ..clean_room import REFERENCE_TOKENS, reference_answer, reference_inputs
+from ..data.batches import Batch, make_batch, token_kinds
+from ..data.given import GivenAnswers
 from ..data.pictures import Split, split_by_picture
 from ..data.samples import Sample
+from ..errors import InputError
+from ..families import visual_token_ids
 from ..plan import PruningPlan
 from ..progress import Progress
-from .answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
+from .answers import ANSWER_TOKENS, AnsweredBatch, answered, end_ids, with_answers
+from .drafting import may_draft
+from .drafts import Draft, DraftPool
 from .residency import ranges_of
-from .together import answered_together
+from .together import answered_together, reference_by_guesses
 
 PORTIONS = {  # of the questions, and how many at least: what they cost together, `--dry-run` says
     "held_out": (1 / 5, 16),  # that nothing is fitted on
@@ -79,8 +86,11 @@ class Questions:
     seed: int
     progress: Progress
     answer_tokens: int = ANSWER_TOKENS
+    elsewhere: GivenAnswers | None = None  # in their order, elsewhere; None: the model answers
     answers: dict[int, Tensor] = field(default_factory=dict)  # [A] by index, up to and with the end token
     tokens: dict[str, int] = field(default_factory=dict)  # visual and text, of the pass that read most
+    pool: DraftPool = field(default_factory=DraftPool)  # what was said, from which answers are guessed
+    said_to_reference: list[int] = field(default_factory=list)  # by the whole model, to the reference question
 
     @functools.cached_property
     def split(self) -> Split:
@@ -158,6 +168,10 @@ class Questions:
 
     def answer(self, *groups: Sequence[int]) -> None:
         """Let the model answer those of the questions that it has not: like ones together, with answers as long."""
+        if self.elsewhere is not None:
+            for index in {index for indices in groups for index in indices} - self.answers.keys():
+                self.answers[index] = torch.tensor(self._answered_elsewhere(index))
+            return
         parts: list[list[int]] = []
         for indices in groups:
             order = sorted((index for index in indices if index not in self.answers), key=self._kind)
@@ -171,11 +185,67 @@ class Questions:
 
     def _answers_to(self, parts: Sequence[list[int]]) -> Iterator[AnsweredBatch]:
         batches = (self._batch(some) for some in parts)
-        if self._streamed:
-            yield from answered_together(self.model, batches, self.answer_tokens)
-        else:
+        if not self._streamed:
             for batch in batches:
                 yield answered(self.model, batch, self.answer_tokens)
+            return
+        reference = self._reference_batch()
+        draft = self._drafts(reference)[0]
+        yield from answered_together(self.model, batches, self.answer_tokens, self._drafts, aside=(reference, draft))
+        self.said_to_reference = self.said_to_reference or draft.answer
+
+    def reference_answer(self) -> dict[str, list[Any]]:
+        """Return what the model, as it is now, says to the reference question, and how sure it is of each token.
+
+        Where layers lie on disk, what the whole model said to it among the other questions is a guess at it.
+        """
+        if not self._streamed or not may_draft(self.model.config):
+            return reference_answer(self.model, self.processor)
+        batch = self._reference_batch()
+        if self.elsewhere is not None:
+            for answer in self.answers.values():
+                self.pool.note(answer.tolist(), 0)
+        draft = self._drafts(batch)[0]
+        draft = dataclasses.replace(draft, most=REFERENCE_TOKENS, ends=frozenset(), label=self.said_to_reference)
+        return reference_by_guesses(self.model, batch.inputs, draft)
+
+    def _reference_batch(self) -> Batch:
+        inputs = reference_inputs(self.processor)
+        return Batch(inputs, *token_kinds(inputs, self.processor, self.model.config), ())
+
+    def _drafts(self, batch: Batch) -> list[Draft]:
+        """Return what is guessed of a batch's answers, before any is given."""
+        ends = frozenset(end_ids(self.model))
+        is_read = batch.inputs["attention_mask"].bool() & ~batch.is_visual
+        texts = [ids[some].tolist() for ids, some in zip(batch.inputs["input_ids"], is_read, strict=True)]
+        if not batch.samples:  # the reference question
+            return [Draft(self.pool, texts[0], min(self.answer_tokens, REFERENCE_TOKENS), ends)]
+        return [
+            Draft(self.pool, text, self.answer_tokens, ends, label=self._label(sample, ends))
+            for text, sample in zip(texts, batch.samples, strict=True)
+        ]
+
+    def _label(self, sample: Sample, ends: frozenset[int]) -> list[int]:
+        """Return the tokens of a right answer, where the user's file has one: nothing but a guess at the model's."""
+        return self._tokens(sample.answers[0], ends) if sample.answers else []
+
+    def _answered_elsewhere(self, index: int) -> list[int]:
+        """Return the tokens of an answer that was given elsewhere, as many as an answer may take."""
+        assert self.elsewhere is not None
+        tokens = self._tokens(self.elsewhere.texts[index], end_ids(self.model))
+        if set(tokens) & set(visual_token_ids(self.model.config)):
+            raise InputError(
+                f"{self.elsewhere.path}: the answer to {self.samples[index].origin} holds the model's placeholder of "
+                "an image: take it out."
+            )
+        return tokens[: self.answer_tokens]
+
+    def _tokens(self, text: str, ends: Collection[int]) -> list[int]:
+        """Return the tokens of an answer, with an end token."""
+        tokenizer = self.processor.tokenizer
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends, default=None)
+        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return tokens if end is None else [*tokens, end]
 
     def _kind(self, index: int) -> tuple[str, int, int]:
         sample = self.samples[index]

@@ -1,4 +1,7 @@
-"""Answers of a model whose layers lie on disk: all questions at once, so that weights are read once a token.
+"""Answers of a model whose layers lie on disk: all questions at once, so that weights are read once a pass.
+
+A pass checks several guessed tokens of every question (drafting.py), where the model's cache can take wrong ones back;
+else it says one token.
 
 `generate` runs for each batch in a thread of its own, which stops before each decoder layer; when that layer is in
 memory, the threads go on one after the other, never two at a time. So each family answers by the very code that it
@@ -15,17 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ..clean_room import greedy
+from ..clean_room import REFERENCE_TOKENS, greedy, reference_margins
 from ..data.batches import Batch
-from .answers import AnsweredBatch, with_answers
+from .answers import AnsweredBatch, end_ids, with_answers
 from .boundary import Emptied, StateStore
+from .drafting import drafted, may_draft
+from .drafts import Draft
 from .loading import text_decoder
 from .replay import forwards_replaced
 from .residency import forget_ahead, held
 from .sweep import store_for
 
 THREADS = 4096  # of the system, that may exist: each thread of ours has as many as torch takes for one operation
+REFERENCE_WIDTH = 4  # guesses at the reference answer that are checked side by side: it is a single sequence
 INPUTS_BYTES = 256 << 20  # that the inputs of batches may take together, whatever the limit: pixels, most of them
 
 
@@ -118,18 +125,79 @@ def _notes(module: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if not name.startswith("_")}
 
 
-def answered_together(model: Any, batches: Iterable[Batch], max_new_tokens: int) -> Iterator[AnsweredBatch]:
-    """Yield what `answered` returns of each batch; weights are read once for a token of all of them.
+Drafts = Callable[[Batch], list[Draft]]  # one a sequence, not begun
+
+
+def answered_together(
+    model: Any,
+    batches: Iterable[Batch],
+    max_new_tokens: int,
+    drafts_of: Drafts | None = None,
+    aside: tuple[Batch, Draft] | None = None,
+) -> Iterator[AnsweredBatch]:
+    """Yield what `answered` returns of each batch; weights are read once for a pass of all of them.
 
     All batches are answered at once as long as their inputs fit; what does not fit comes in the next group.
+
+    Args:
+        drafts_of: what is guessed of a batch; None, or a model that takes nothing back: nothing is.
+        aside: a question that is asked among the first group as long as that takes: its draft has what was said.
     """
     limit = store_for(model).limit or 0
+    guessing = drafts_of is not None and may_draft(model.config)
     for group in groups(batches, max(limit, INPUTS_BYTES)):
         group = [batch.to(model.device) for batch in group]
         with greedy(model, max_new_tokens=max_new_tokens) as settings:
-            group_answers = _answer_group(model, group, settings)
+            if guessing and drafts_of is not None:
+                drafts = [drafts_of(batch) for batch in group]
+                ways = [_by_guesses(model, *pair, settings) for pair in zip(group, drafts, strict=True)]
+                asides = [_by_guesses(model, aside[0].to(model.device), [aside[1]], settings)] if aside else []
+            else:
+                ways, asides = [_token_by_token(model, batch, settings) for batch in group], []
+            group_answers = _answer_group(model, ways, asides)
+            aside = None
         for batch, answers in zip(group, group_answers, strict=True):
             yield with_answers(model, batch, answers)
+
+
+def reference_by_guesses(model: Any, inputs: dict[str, Tensor], draft: Draft) -> dict[str, list[Any]]:
+    """Return what `reference_answer` returns, with fewer reads of the layers the better the draft is."""
+    logits: list[Tensor] = []
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    with greedy(model, max_new_tokens=REFERENCE_TOKENS) as settings:
+        never = sorted(end_ids(model))
+
+        def answer() -> Tensor:
+            drafted(
+                model,
+                inputs,
+                [draft],
+                settings,
+                width=REFERENCE_WIDTH,
+                never=never,
+                kept=lambda _, more: logits.append(more),
+            )
+            return torch.tensor([draft.answer])
+
+        tokens: list[int] = _answer_group(model, [answer])[0][0].tolist()
+    return {"tokens": tokens, "margins": reference_margins(torch.cat(logits))}
+
+
+def _token_by_token(model: Any, batch: Batch, settings: Any) -> Callable[[], Tensor]:
+    def answer() -> Tensor:
+        sequences: Tensor = model.generate(**batch.inputs, generation_config=settings)
+        return sequences[:, batch.inputs["input_ids"].shape[1] :]
+
+    return answer
+
+
+def _by_guesses(model: Any, batch: Batch, drafts: Sequence[Draft], settings: Any) -> Callable[[], Tensor]:
+    def answer() -> Tensor:
+        drafted(model, batch.inputs, drafts, settings)
+        answers = [torch.tensor(draft.answer) for draft in drafts]
+        return pad_sequence(answers, batch_first=True).to(batch.inputs["input_ids"])  # what follows an end is ignored
+
+    return answer
 
 
 def groups(batches: Iterable[Batch], limit: int) -> Iterator[list[Batch]]:
@@ -152,16 +220,22 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _answer_group(model: Any, batches: Sequence[Batch], settings: Any) -> list[Tensor]:
+def _answer_group(
+    model: Any, ways: Sequence[Callable[[], Tensor]], asides: Sequence[Callable[[], Tensor]] = ()
+) -> list[Tensor]:
+    """Return what each of the ways to answer a batch gives; all of them run through a layer while it is there.
+
+    Args:
+        asides: ways that run with these, and end with the last of them.
+    """
     layers = text_decoder(model).layers
     noted_in = [module for module in model.modules() if any(inner is layers for inner in _below(module))]
     local = threading.local()
 
-    def answer_of(batch: Batch, number: int) -> Callable[[], Tensor]:
+    def answer_of(number: int) -> Callable[[], Tensor]:
         def answer() -> Tensor:
             local.speaker = speakers[number]
-            answers: Tensor = model.generate(**batch.inputs, generation_config=settings)
-            return answers[:, batch.inputs["input_ids"].shape[1] :]
+            return [*ways, *asides][number]()
 
         return answer
 
@@ -171,17 +245,18 @@ def _answer_group(model: Any, batches: Sequence[Batch], settings: Any) -> list[T
     shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)  # caches that other layers read too
     with StateStore() if shared else store_for(model) as store, forwards_replaced(layers, waiting):
         speakers: list[Speaker] = []
-        speakers += [Speaker(answer_of(batch, number), noted_in, store) for number, batch in enumerate(batches)]
+        speakers += [Speaker(answer_of(number), noted_in, store) for number in range(len(ways) + len(asides))]
+        waited_for = speakers[: len(ways)]
         try:
             for speaker in speakers:
                 speaker.go_on()
-            while any(speaker.layer_idx is not None for speaker in speakers):
+            while any(speaker.layer_idx is not None for speaker in waited_for):
                 _once_through(layers, speakers)
         finally:
             forget_ahead()
             for speaker in speakers:
                 speaker.stop()
-        return [speaker.answers for speaker in speakers if speaker.answers is not None]
+        return [speaker.answers for speaker in waited_for if speaker.answers is not None]
 
 
 def _below(module: Any) -> Iterator[Any]:
@@ -189,7 +264,7 @@ def _below(module: Any) -> Iterator[Any]:
 
 
 def _once_through(layers: Sequence[Any], speakers: Sequence[Speaker]) -> None:
-    """Take every batch that is not done through all layers: one token."""
+    """Take every batch that is not done through all layers: one pass."""
     for layer_idx, layer in enumerate(layers):
         if not (there := [speaker for speaker in speakers if speaker.layer_idx == layer_idx]):
             continue

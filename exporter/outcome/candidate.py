@@ -100,7 +100,7 @@ class Candidate:
             calibration = None if search.heal_samples is None else search.heal_calibration
             recipe = dataclasses.replace(recipe, heal=HealRecipe(calibration=calibration))
         if self.mix.tokens is not None:
-            router = RouterRecipe(calibration=search.calibration, seed=search.seed)
+            router = RouterRecipe(calibration=search.calibration.unanswered, seed=search.seed)
             recipe = dataclasses.replace(recipe, router=router)
         return recipe
 

@@ -141,8 +141,8 @@ class SearchRecipe:
     def heal_calibration(self) -> CalibrationData:
         """Return the questions that are healed on."""
         if self.heal_samples is None:
-            return self.calibration
-        return dataclasses.replace(self.calibration, samples=self.heal_samples)
+            return self.calibration.unanswered
+        return dataclasses.replace(self.calibration.unanswered, samples=self.heal_samples)
 
     def to_data(self) -> dict[str, Any]:
         """Return plain data, of everything that a result depends on."""

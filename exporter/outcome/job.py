@@ -66,6 +66,7 @@ class SearchJob:
     def depends_on(self) -> list[Any]:
         """Return everything that a result depends on."""
         compression = self.compression
+        elsewhere = compression.calibration.answers
         return [
             self.recipe.to_data(),
             file_hashes(compression.source),
@@ -73,6 +74,7 @@ class SearchJob:
             self.task.fingerprint,
             self.task.answers_fingerprint,
             [compression.device, str(compression.dtype), list(self.available)],
+            *([] if elsewhere is None else [elsewhere.sha256]),
         ]
 
     def sizes(self) -> Sizes:

@@ -90,7 +90,7 @@ class Workshop:
             healing = HealRecipe(recipe.heal_calibration, teacher=recipe.model, seed=recipe.seed)
             heal(base, healing, out=folder, options=options, progress=self.progress)
         elif step == "route":
-            router = RouterRecipe(calibration=recipe.calibration, seed=recipe.seed)
+            router = RouterRecipe(calibration=recipe.calibration.unanswered, seed=recipe.seed)
             route(base, router, out=folder, options=options, progress=self.progress)
         else:
             export(base, folder, ExportOptions(quantize="int8"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..checkpoints.files import file_hash
 from ..checkpoints.hub_access import resolve
 from ..checkpoints.record import CheckpointRecord, read_record
+from ..checkpoints.record_types import QuestionsPart
 from ..checkpoints.source import open_source
 from ..checkpoints.staging import check_target
 from ..checkpoints.weight_files import open_weights
@@ -63,7 +64,7 @@ def reproduce(
         recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, data=str(calibration)))
     _check_source(recipe.model, recipe.revision, record.source.files)
     if recipe.calibration.data:
-        _check_data(recipe, record.calibration.fingerprint)
+        _check_data(recipe, record.calibration)
     run = record.run
     options = RunOptions(run.device, run.dtype, run.memory, run.batch_size)
     remade = compress(recipe, out, options=options, progress=progress, healed=healed, scores=stored_in(record))  # type: ignore[arg-type]
@@ -117,11 +118,17 @@ def _hash_of(path: Path) -> str | None:
     return file_hash(path) if path.is_file() else None
 
 
-def _check_data(recipe: Recipe, expected: str) -> None:
-    if load_for(recipe).fingerprint != expected:
+def _check_data(recipe: Recipe, expected: QuestionsPart) -> None:
+    calibration = load_for(recipe)
+    if calibration.fingerprint != expected.fingerprint:
         raise InputError(
             f"{recipe.calibration.data} does not hold the questions and images that the checkpoint was made from. Name "
             "the right file with --calibration."
+        )
+    elsewhere = calibration.answers
+    if elsewhere is not None and expected.answers is not None and elsewhere.sha256 != expected.answers.sha256:
+        raise InputError(
+            f"{elsewhere.path} does not hold the answers that the checkpoint was made by: put that file there."
         )
 
 

@@ -197,12 +197,14 @@ def test_best_of_exchanges_a_layer_that_others_make_up_for():
     cosines = [0.9, 0.8, 0.7, 0.6, 0.1]
     batch = statistics([[c, c] for c in cosines], [[1.0, 0.0]] * 5, [[0.0, 1.0]] * 5)
     judged: list[frozenset[int]] = []
+    rounds: list[int] = []
 
     class Loss:
         num_layers = 5
 
         def of_sets(self, sets):
             judged.extend(sets)
+            rounds.append(len(sets))
             return [0.1 * sum(s) + 5.0 * ({0, 1} <= s) + (len(s) > 1 and 0 in s) + 9.0 * (4 in s) for s in sets]
 
     best = best_of([batch], 2, (), Loss(), exchanges=0)
@@ -217,6 +219,11 @@ def test_best_of_exchanges_a_layer_that_others_make_up_for():
     assert best.drop == (1, 2), "the cheapest pair of the four that are named"
     assert best.details["exchanges"] == [{"back": 3, "instead": 1, "loss": pytest.approx(0.3)}]
     assert 1 not in best_of([batch], 2, (1,), Loss()).drop, "what is protected is not drawn in"
+    apart = len(rounds)
+    best_of([batch], 2, (), Loss())
+    one_by_one = len(rounds) - apart
+    assert best_of([batch], 2, (), Loss(), ahead=True) == best
+    assert len(rounds) - apart - one_by_one < one_by_one, "where layers lie on disk, a round is a pass over them"
 
 
 class FoldedSums:

@@ -76,10 +76,10 @@ def reads(monkeypatch) -> Counter[str]:
         counted["answers" if answering else "passes"] += entry.num_bytes
         return read(entry)
 
-    def answers(*args):
+    def answers(*args, **kwargs):
         answering.append(True)
         try:
-            yield from answered(*args)
+            yield from answered(*args, **kwargs)
         finally:
             answering.pop()
 
