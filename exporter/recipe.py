@@ -242,8 +242,7 @@ class Recipe:
             data["calibration"] = self.calibration.to_data()
         data |= {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.budget).items() if v is not None}
         data["localizer"] = self.localizer.to_data()
-        if self.fold is not None:
-            data["fold"] = self.fold.to_data()
+        data |= {"fold": self.fold.to_data()} if self.fold is not None else {}
         if self.protect is not None:
             data["protect"] = list(self.protect)
         data |= {"keep_period": True} if self.keep_period else {}

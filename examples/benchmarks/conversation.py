@@ -103,10 +103,11 @@ def ask(
         way = ways[(number + turn) % len(ways)]
         both, held = firsts[way.whole]
         text = {name: both[name] for name in ("input_ids", "attention_mask")}
-        new = (lambda both=both: dict(both)) if not way.goes_on else (
-            lambda held=held, text=text: {**text, "past_key_values": copy.deepcopy(held)}
-        )  # fmt: skip
-        measure(model, processor, way, new, answer=questions[1]["answer"], count=count)
+
+        def inputs(way: Any = way, both: Any = both, held: Any = held, text: Any = text) -> dict[str, Any]:
+            return {**text, "past_key_values": copy.deepcopy(held)} if way.goes_on else dict(both)
+
+        measure(model, processor, way, inputs, answer=questions[1]["answer"], count=count)
     stored = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers if layer.is_initialized)
     return cache.aside_bytes, cache.get_seq_length(), stored
 

@@ -38,7 +38,8 @@ class Judged:
         self.token_logits, self.layer_logits = torch.randn(1, 20, generator=random), torch.randn(1, 8, generator=random)
         self.fastv = torch.randn(1, 20, generator=random).masked_fill(~self.visual, -torch.inf)
         self.fastv_of_heads = torch.rand(1, 4, 20, generator=random).softmax(-1)
-        self.divergences, self.tried = list(divergences), []
+        self.divergences = list(divergences)
+        self.tried: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def gates(self, tokens: torch.Tensor, layers: torch.Tensor) -> Any:
         self.tried.append((tokens, layers))
