@@ -70,10 +70,8 @@ def compress(
             else:
                 folder = _heal(folder, recipe.heal, recipe, target=target, out=out, options=options, progress=progress)
         if recipe.router is not None:
-            data = router_data(recipe.router, recipe.calibration)
-            folder = with_router(
-                folder, recipe.router, data, out=out, options=options, progress=progress, questions=questions
-            )
+            folder = with_router(folder, recipe.router, router_data(recipe.router, recipe.calibration),
+                                 out=out, options=options, progress=progress, questions=questions)  # fmt: skip
     return folder
 
 

@@ -104,10 +104,10 @@ def ask(
         both, held = firsts[way.whole]
         text = {name: both[name] for name in ("input_ids", "attention_mask")}
 
-        def inputs(way: Any = way, both: Any = both, held: Any = held, text: Any = text) -> dict[str, Any]:
+        def asked_with(way: Any = way, both: Any = both, held: Any = held, text: Any = text) -> dict[str, Any]:
             return {**text, "past_key_values": copy.deepcopy(held)} if way.goes_on else dict(both)
 
-        measure(model, processor, way, inputs, answer=questions[1]["answer"], count=count)
+        measure(model, processor, way, asked_with, answer=questions[1]["answer"], count=count)
     stored = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers if layer.is_initialized)
     return cache.aside_bytes, cache.get_seq_length(), stored
 
