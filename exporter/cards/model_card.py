@@ -307,6 +307,12 @@ def sureness(fold: FoldPart) -> str:
     if other and other.name != "none":
         text += f", with the runner-up, `{other.name}`, {other.kl:.4f}"
     text += "."
+    if chosen.state_error is not None and without.state_error is not None:
+        text += (
+            " The last hidden states, by which folds are told apart, have a relative squared error of "
+            f"{chosen.state_error:.4f}"
+        )
+        text += "." if fold.name == "none" else f", without a fold of {without.state_error:.4f}."
     if other and other.more is not None:
         name = "no fold" if other.name == "none" else f"`{other.name}`"
         text += f" With {name} it would be {_difference(other)}."

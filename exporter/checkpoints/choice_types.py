@@ -24,6 +24,7 @@ class JudgedPart:
     questions: Count
     more: Annotated[Number | None, OR_MISSING] = None  # than the chosen one has on the same questions
     error: Number | None = None  # standard error of that difference, over pictures
+    state_error: Number | None = None  # relative squared error of the last states
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class QuestionsPart(CalibrationPart):
     answer_tokens: Count = 0  # of the model's own answers, where a method reads them
     pictures: Count = 0
     held_out: Count = 0  # that sets of layers were judged on
-    answers: Annotated[GivenAnswersPart | None, OR_MISSING] = None  # None: the original answered when it was run
+    answers: GivenAnswersPart | None = None  # None: the original answered when it was run
 
 
 @dataclass(frozen=True)

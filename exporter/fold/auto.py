@@ -1,8 +1,8 @@
 """Auto: the fold that helps, chosen on held-out questions of the very run; none where none does.
 
-Every candidate is fitted on the same questions and judged by the divergence at the original's answers to others,
-about other pictures. What is no better than something simpler beyond the noise of that difference is not taken, and
-what makes the divergence worse than no fold at all never is.
+Every candidate is fitted on the same questions and judged on others, about other pictures: by the error of the last
+states, unless the divergence at the original's answers clearly speaks against it. What makes that divergence worse than
+no fold at all is never taken.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data.batches import Batch
 from ..methods import FOLDS, resolve
-from ..models.divergence import Divergence, simplest
+from ..models.divergence import CLEARLY, Divergence, most_faithful
 from ..models.questions import SUFFIX, JobSize, portion
 from ..models.variants import Variant
 from ..plan import Folded
@@ -32,7 +32,7 @@ SHARE = {"scp": 0.25, "scp_both": 0.25, "least_squares": 0.25}  # of these quest
 
 
 def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
-    """Fit the candidates and take the one that departs least from the original on held-out questions, or none.
+    """Fit the candidates and take the one that stays nearest to the original on held-out questions, or none.
 
     The job's report says how they did.
 
@@ -71,10 +71,10 @@ def _asking(held_out: HeldOut, fold: str, number: int) -> Callable[..., Iterable
 
 
 def _judged(held_out: HeldOut, variants: dict[str, Variant]) -> tuple[dict[str, Divergence], dict[str, Divergence]]:
-    """Judge all variants on a few held-out questions, and those that do best there on all of them."""
+    """Judge all variants on a few held-out questions, and those that do best there, and none, on all of them."""
     few = held_out.questions.portion("judge_sets")
     first = dict(zip(variants, held_out.judge(list(variants.values()), few), strict=True))
-    better = sorted(first, key=lambda name: first[name].mean)[: max(2, len(first) // 2)]
+    better = sorted(first, key=lambda name: _rank(first[name], first["none"]))[: max(2, len(first) // 2)]
     kept = [name for name in variants if name in better or name == "none"]
     if len(held_out.questions.split.held_out) <= few:
         return first, first
@@ -82,17 +82,25 @@ def _judged(held_out: HeldOut, variants: dict[str, Variant]) -> tuple[dict[str, 
     return dict(zip(kept, held_out.judge([variants[name] for name in kept], known=known), strict=True)), first
 
 
+def _rank(divergence: Divergence, unfolded: Divergence) -> tuple[bool, float]:
+    """Return what folds are ordered by: those that clearly hurt come last."""
+    more, error = divergence.more_than(unfolded)
+    return more > CLEARLY * error, divergence.state_error
+
+
 def _winner(judged: dict[str, Divergence]) -> str:
-    """Return the simplest that is as good as the best one within noise, of those that are no worse than no fold."""
+    """Return the most faithful of those whose divergence is no worse than without a fold."""
     names = [name for name in judged if judged[name].mean <= judged["none"].mean]
-    return names[simplest([judged[name] for name in names])]
+    return names[most_faithful([judged[name] for name in names])]
 
 
 def _report(
     name: str, judged: dict[str, Divergence], first: dict[str, Divergence], notes: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Return what the record says of the choice."""
-    others = sorted((other for other in judged if other != name), key=lambda other: judged[other].mean)
+    others = sorted(
+        (other for other in judged if other != name), key=lambda other: _rank(judged[other], judged["none"])
+    )
     runner_up = None
     if others:
         second = judged[others[0]]
@@ -100,7 +108,7 @@ def _report(
     return {
         "name": name,
         "options": dict(CANDIDATES[name]),
-        "chosen_by": "held-out divergence",
+        "chosen_by": "error of the last states and divergence, held out",
         "held_out": judged[name].to_data(),
         "without": {**judged["none"].compared_with(judged[name]), **judged["none"].to_data()},
         "runner_up": runner_up,

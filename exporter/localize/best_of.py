@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..methods import localizer_row, resolve
 from ..models.answers import StateError
 from ..models.capture import BatchStatistics, layer_statistics
-from ..models.divergence import simplest
+from ..models.divergence import most_faithful
 from ..models.questions import SUFFIX, JobSize, portion
 from ..models.residency import ranges_of
 from .greedy import greedy
@@ -36,7 +36,6 @@ SETS_PASSES = 0.5  # that judging sets without a fold may cost: fewer questions 
 FEWEST = 6  # questions that judge them
 SPARE = 2  # layers that each ranking names beyond those that are to go: what may be exchanged for others
 ROUNDS = ((4, "judge_sets"), (2, "judge_few_sets"))  # sets that are judged with a fold, and by which questions
-ERRORS = 2.0  # standard errors by which the divergence has to speak against the error of the states
 
 
 def best_of(
@@ -180,11 +179,10 @@ def halved(
         remaining = remaining[:number]
         judged = dict(zip(remaining, folded.of_folded(remaining, judged_by), strict=True))
         remaining.sort(key=lambda layers: judged[layers].state_error)
-        chosen = remaining[simplest([judged[layers] for layers in remaining], ERRORS)]
+        chosen = remaining[most_faithful([judged[layers] for layers in remaining])]
         sets = [
             {
                 "drop": sorted(layers),
-                "state_error": judged[layers].state_error,
                 **judged[layers].compared_with(judged[chosen]),
                 **judged[layers].to_data(),
             }

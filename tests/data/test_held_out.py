@@ -20,7 +20,7 @@ from exporter.data.samples import Sample
 from exporter.fold.held_out import HeldOut
 from exporter.fold.reconstruction import fold_reconstruction
 from exporter.methods import FOLDS, Fold
-from exporter.models.divergence import Divergence, simplest
+from exporter.models.divergence import Divergence, most_faithful, simplest
 from exporter.models.loading import text_decoder
 from exporter.models.variants import Variant
 from exporter.plan import LayerBudget, make_plan
@@ -82,6 +82,21 @@ def test_errors_are_over_pictures_and_differences_below_them_go_to_the_simpler()
     better = Divergence((0.05, 0.25, 0.15, 0.35), (1, 1, 1, 1), (0, 1, 2, 3))
     assert simplest([alone, noisy]) == 0
     assert simplest([alone, better]) == 1, "it is better on every picture"
+
+
+def test_the_error_of_the_states_decides_unless_the_divergence_clearly_speaks_against_it():
+    def judged(kl: tuple[float, ...], error: float) -> Divergence:
+        return Divergence(kl, (1,) * len(kl), tuple(range(len(kl))), state_error=error, states=10)
+
+    none = judged((0.2, 0.2, 0.3, 0.3), 0.10)
+    noisy = judged((0.1, 0.1, 0.1, 0.9), 0.03)  # one answer went wrong: no proof
+    worse = judged((0.4, 0.4, 0.5, 0.5), 0.03)  # every answer is worse
+    assert most_faithful([none, noisy]) == 1
+    assert most_faithful([none, worse]) == 0
+    assert most_faithful([none, worse, judged((0.25, 0.25, 0.3, 0.3), 0.08)]) == 2
+    assert most_faithful([none, judged((0.2, 0.2, 0.3, 0.3), 0.10)]) == 0, (
+        "of equals the first, which is the simpler one"
+    )
 
 
 @pytest.fixture(scope="module")
