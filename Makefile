@@ -73,7 +73,7 @@ js-test: $(VENV)/ready-dev
 	$(BIN)/python examples/transformers_js/against_torch.py --write docs/transformers-js.md
 
 web-demo: $(VENV)/ready-dev
-	$(BIN)/python examples/web/serve.py $(MODEL)
+	$(BIN)/python examples/web/serve.py $(if $(MODEL),"$(MODEL)")
 
 zoo: $(VENV)/ready-dev
 	$(BIN)/python examples/zoo/train.py --out $(ZOO)

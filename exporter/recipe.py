@@ -80,7 +80,7 @@ class CalibrationData:
 def refuse_answers(calibration: CalibrationData | None, why: str) -> None:
     """Raise InputError for answers given elsewhere where they are of no use."""
     if calibration is not None and calibration.answers is not None:
-        raise InputError(f"{why}, so that no answers can be given for them: take 'answers' out of its calibration.")
+        raise InputError(f"{why}, which no file of answers holds: take 'answers' out of its calibration.")
 
 
 NO_QUESTIONS = CalibrationData("")  # of a recipe that needs none: its layers are named or scored, nothing is folded
@@ -140,7 +140,7 @@ class RouterRecipe:
                 raise InputError(f"router: {name}={value!r}: a whole number from {least} up is needed.")
         if not isinstance(self.learning_rate, float | int) or not 0 < self.learning_rate < 1:
             raise InputError(f"router: learning_rate={self.learning_rate!r}: a number between 0 and 1 is needed.")
-        refuse_answers(self.calibration, "router: it learns from the answers of the smaller model")
+        refuse_answers(self.calibration, "router: it learns from the distributions behind the model's answers")
 
     def to_data(self) -> dict[str, Any]:
         """Return plain data; what is left to defaults stays out."""
@@ -185,7 +185,7 @@ class HealRecipe:
             raise InputError(f"heal: norms={self.norms!r}: true or false is needed.")
         if self.teacher is not None and not isinstance(self.teacher, str):
             raise InputError(f"heal: teacher must be a text, not {self.teacher!r}.")
-        refuse_answers(self.calibration, "heal: whole distributions are learnt, also of questions to other images")
+        refuse_answers(self.calibration, "heal: it learns from the distributions behind the original's answers")
 
     def seeded(self, seed: int) -> HealRecipe:
         """Return the same with a seed, where it has none of its own."""

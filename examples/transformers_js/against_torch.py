@@ -113,7 +113,10 @@ def install_client() -> str:
         if shutil.which("npm") is None:
             raise SystemExit("npm is not on the path: it comes with Node, of which version 20 or newer is needed.")
         skip = {"ONNXRUNTIME_NODE_INSTALL": "skip", "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
-        call("npm", "install", "--no-audit", "--no-fund", cwd=BUILD, **skip)
+        try:
+            call("npm", "install", "--no-audit", "--no-fund", cwd=BUILD, **skip)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"npm could not install the client into {BUILD}: its own words stand above.") from error
     return pinned["@huggingface/transformers"]
 
 

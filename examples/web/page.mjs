@@ -4,7 +4,9 @@
 
 const $ = (id) => document.getElementById(id);
 // What the page knows: of the server, the worker and what it can do, the picture, and a question asked before it can.
-const state = { settings: null, worker: null, ready: false, broken: "", busy: false, picture: null, waiting: null };
+const state = {
+  settings: null, worker: null, ready: false, broken: "", busy: false, picture: null, chosen: null, waiting: null,
+};
 
 if (typeof document === "undefined") work();
 else show();
@@ -208,10 +210,10 @@ function finish({ text, tokens, firstAfter, after }) {
 
 async function choose(file) {
   if (!file) return;
-  let bitmap;
-  try {
-    bitmap = await createImageBitmap(file);
-  } catch {
+  state.chosen = file;
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (state.chosen !== file) return; // another one was chosen while this one was read
+  if (!bitmap) {
     return fail(`${file.name} is no picture that this browser reads: choose a PNG, JPEG or WebP file.`);
   }
   fail(state.broken);

@@ -35,6 +35,7 @@ REFERENCE = ROOT / "build" / "web" / "digits"
 PACKAGES = BUILD / "node_modules"
 WASM = "ort-wasm-simd-threaded"  # of its builds the one for processors
 NEW_TOKENS = 64
+HTTP_PORT = 80  # that browsers leave out of a server's name
 POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; worker-src 'self' blob:; connect-src 'self' blob: "
     "data:; img-src 'self' blob: data:; style-src 'self' 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
@@ -104,7 +105,7 @@ class Page(SimpleHTTPRequestHandler):
     def send_head(self) -> Any:
         """Return what is sent behind the headers, as an open file."""
         if self.headers.get("Host") not in self.names():
-            self.send_error(403, "asked under a name that is not loopback's")
+            self.send_error(403, "this server answers to 127.0.0.1 and localhost only")
             return None
         if urlsplit(self.path).path != "/settings.json":
             return super().send_head()
@@ -114,10 +115,11 @@ class Page(SimpleHTTPRequestHandler):
         self.end_headers()
         return io.BytesIO(self.told)
 
-    def names(self) -> tuple[str, str]:
+    def names(self) -> list[str]:
         """Return how this server may be called: other sites can point a name of theirs at loopback."""
         port = self.server.server_address[1]
-        return f"127.0.0.1:{port}", f"localhost:{port}"
+        hosts = ("127.0.0.1", "localhost")
+        return [*(f"{host}:{port}" for host in hosts), *(hosts if port == HTTP_PORT else ())]
 
     def list_directory(self, path: object) -> None:
         self.send_error(404)
@@ -131,11 +133,22 @@ class Page(SimpleHTTPRequestHandler):
         pass
 
 
-def server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    """A server that takes it as it is when a browser no longer wants what it asked for."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong, but for connections that the browser has ended: the page does at another precision."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def server(folder: Path, port: int = 0) -> Server:
     """Return a server of a folder on loopback, not yet running. Port 0: one that is free."""
     page = partial(Page, folder=folder, told=settings(folder))
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), page)
+        return Server(("127.0.0.1", port), page)
+    except OverflowError as error:
+        raise InputError(f"--port {port}: a number from 0 to 65535 is needed, 0 for a port that is free.") from error
     except OSError as error:
         raise InputError(f"port {port} can't be had ({error.strerror}): give another with --port.") from error
 
@@ -155,8 +168,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
     try:
-        install_client()
         place = server(options.folder or reference_folder(), options.port)
+        install_client()  # which takes a while: what is wrong with folder or port is said before
     except InputError as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 2

@@ -68,14 +68,23 @@ def recipe_from_flags(options: argparse.Namespace, budget_needed: bool = True) -
     if getattr(options, "router", False):
         spelled["router"] = True
     if getattr(options, "recipe", None) is not None:
-        if extra_flags := [key for key, value in spelled.items() if value]:
-            raise InputError(f"--recipe says everything: take out {', '.join(sorted(extra_flags))}, or the recipe.")
+        if extra_flags := flags_of(spelled):
+            raise InputError(f"--recipe says everything: take out {', '.join(extra_flags)}, or the recipe.")
         return load_recipe(options.recipe)
     if "data" not in spelled["calibration"] and (spelled.get("layers") or getattr(options, "scores", None)):
+        if "answers" in spelled["calibration"]:
+            raise InputError("--answers belong to questions: name --calibration FILE too, or leave them out.")
         del spelled["calibration"]  # whether it can do without is checked with the rest
     if "model" not in spelled or "data" not in spelled.get("calibration", {"data": ""}):
         raise InputError("compress needs MODEL and --calibration FILE, or --recipe FILE.yaml.")
     return recipe_from_data(spelled)
+
+
+def flags_of(spelled: dict[str, Any]) -> list[str]:
+    """Return the flags that something was spelled out by, in the order of the alphabet."""
+    names = {"calibration" if name == "data" else name for name in spelled["calibration"]}
+    names |= {name for name, value in spelled.items() if value and name != "calibration"}
+    return sorted("MODEL" if name == "model" else f"--{name.replace('_', '-')}" for name in names)
 
 
 def calibration_from_flags(options: argparse.Namespace) -> dict[str, Any]:

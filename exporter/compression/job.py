@@ -121,6 +121,8 @@ def prepare(
             "are needed where layers are named (--layers) or scored already (--scores FILE) and --fold is none."
         )
     calibration = load_for(recipe)
+    if calibration.answers is not None:
+        calibration.answers.check_layers(source.num_layers)
     for sample in progress(calibration.samples, "check images", len(calibration.samples)):
         sample.chat()
         sample.open_images()
@@ -159,7 +161,10 @@ def load_for(recipe: Recipe) -> Calibration:
     """Load the recipe's calibration questions; none where it names none."""
     if not recipe.calibration.data:
         return Calibration((), "", 0, recipe.seed)
-    calibration = questions_of(recipe.calibration, recipe.seed)
-    if recipe.calibration.answers is None:
+    data = recipe.calibration
+    calibration = questions_of(data, recipe.seed)
+    if data.answers is None:
         return calibration
-    return dataclasses.replace(calibration, answers=given_answers(recipe.calibration.answers, calibration.samples))
+    return dataclasses.replace(
+        calibration, answers=given_answers(data.answers, calibration.samples, allow_urls=data.allow_urls)
+    )

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from ..clean_room import greedy_answers
 from ..data.batches import Batch, make_batch
 from ..data.chats import text_of
-from ..data.given import KEY, question_key
+from ..data.given import ENDED, KEY, LAYERS, question_key
 from ..data.resumable import Entry, ResumableLines, files_key
 from ..data.samples import Sample
 from ..data.task import Task
 from ..errors import InputError
 from ..modeling.routed_route import Route
-from ..models.answers import with_answers
+from ..models.answers import end_ids, with_answers
 from ..routing.pictures import image_grids
 from .loaded import Loaded
 from .metrics.metric import Metric, grouped
@@ -126,15 +126,17 @@ class Judge:
         route = loaded.route(batch)
         answers = greedy_answers(loaded.model, batch.inputs, self.max_new_tokens, route=route)
         texts = loaded.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        metric = METRICS[self.task.metric]
+        metric, ends = METRICS[self.task.metric], end_ids(loaded.model)
         entries = [
             {
                 "answer": text.strip(),
                 "correct": metric.value(sample, text) >= HALF,
                 "task": self.task.fingerprint[:16],
                 KEY: question_key(sample),
+                ENDED: not ends.isdisjoint(tokens),
+                LAYERS: loaded.source.num_layers,
             }
-            for text, sample in zip(texts, samples, strict=True)
+            for text, sample, tokens in zip(texts, samples, answers.tolist(), strict=True)
         ]
         if route is not None:
             for number in [number for number, index in enumerate(indices) if index in self.show]:

@@ -96,7 +96,7 @@ def joined_features(visuals: list[Tensor], features: list[Tensor | None], like: 
     for visual, feature in zip(visuals, features, strict=True):
         part = like.new_zeros(*visual.shape, like.shape[-1])
         if feature is not None:
-            part[visual] = feature.to(part.dtype)
+            part[visual] = feature.to(part)
         parts.append(part)
     return torch.cat(parts, 1)[torch.cat(visuals, 1)]
 
@@ -129,8 +129,9 @@ class Aside:
         self.passes, self.num_bytes, self.lost = [], 0, reason
 
     def joined(self) -> PassedTokens:
-        """Return all passes as one, and keep them as one."""
-        self.passes = [joined(self.passes)]
+        """Return all passes as one, and keep them as one, where the last of them lies: turns may differ in that."""
+        device = self.passes[-1].states.device
+        self.passes = [joined([passed.to(device) for passed in self.passes])]
         self.num_bytes = self.passes[0].num_bytes
         return self.passes[0]
 

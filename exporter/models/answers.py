@@ -8,14 +8,14 @@ Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a whole 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..clean_room import extend, greedy_answers
+from ..clean_room import PromptError, extend, greedy_answers, render
 from ..data.batches import Batch
 from ..progress import Progress, silent
 from .loading import text_decoder
@@ -60,6 +60,23 @@ def with_answers(model: Any, batch: Batch, answers: Tensor, real: Tensor | None 
 def end_ids(model: Any) -> set[int]:
     ids = model.generation_config.eos_token_id
     return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+
+
+def answer_end(processor: Any, ends: Collection[int]) -> int | None:
+    """Return which of a model's end tokens it puts behind an answer: the one that its chat template puts there.
+
+    Gemma 3 has two, and its tokenizer's is not the one that ends a turn.
+    """
+    tokenizer, reply = processor.tokenizer, "yes"
+    chat = [{"role": role, "content": [{"type": "text", "text": reply}]} for role in ("user", "assistant")]
+    try:
+        behind = render(processor, chat).rpartition(reply)[2]
+    except PromptError:  # of a model that takes single questions
+        behind = ""
+    written = [token for token in tokenizer.encode(behind, add_special_tokens=False) if token in ends]
+    if not written and tokenizer.eos_token_id in ends:
+        written = [tokenizer.eos_token_id]
+    return written[0] if written else min(ends, default=None)
 
 
 @dataclass(frozen=True)

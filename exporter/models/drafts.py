@@ -100,9 +100,10 @@ class Draft:
         return guessed
 
     def guesses(self, number: int) -> list[list[int]]:
-        """Return at least one guess and at most so many."""
-        others = self.pool.guesses(self._text, min(self._room, self._left), number - 1)
-        return [self.guess(), *others]
+        """Return at least one guess and at most so many, no two of which begin with the same token."""
+        first = self.guess()
+        pooled = self.pool.guesses(self._text, min(self._room, self._left), number)
+        return [first, *[guess for guess in pooled if guess[:1] != first[:1]][: number - 1]]
 
     @property
     def _left(self) -> int:
@@ -120,7 +121,8 @@ class Draft:
             self._label_at += len(tokens)  # the last one stands in for the label's, where that was another
             self._wrong = 0 if right else self._wrong + 1
         elif self._guessed:
-            self._room = min(2 * self._room, MOST_ROOM) if right >= self._guessed else max(LEAST_ROOM, 2 * right)
+            room = 2 * self._room if right >= self._guessed else max(LEAST_ROOM, 2 * right)
+            self._room = min(room, MOST_ROOM)
         begin = len(self._text)
         self.answer += tokens
         self._text += tokens

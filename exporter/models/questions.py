@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..families import visual_token_ids
 from ..plan import PruningPlan
 from ..progress import Progress
-from .answers import ANSWER_TOKENS, AnsweredBatch, answered, end_ids, with_answers
+from .answers import ANSWER_TOKENS, AnsweredBatch, answer_end, answered, end_ids, with_answers
 from .drafting import may_draft
 from .drafts import Draft, DraftPool
 from .residency import ranges_of
@@ -221,18 +221,18 @@ class Questions:
         if not batch.samples:  # the reference question
             return [Draft(self.pool, texts[0], min(self.answer_tokens, REFERENCE_TOKENS), ends)]
         return [
-            Draft(self.pool, text, self.answer_tokens, ends, label=self._label(sample, ends))
+            Draft(self.pool, text, self.answer_tokens, ends, label=self._label(sample))
             for text, sample in zip(texts, batch.samples, strict=True)
         ]
 
-    def _label(self, sample: Sample, ends: frozenset[int]) -> list[int]:
+    def _label(self, sample: Sample) -> list[int]:
         """Return the tokens of a right answer, where the user's file has one: nothing but a guess at the model's."""
-        return self._tokens(sample.answers[0], ends) if sample.answers else []
+        return self._tokens(sample.answers[0]) if sample.answers else []
 
     def _answered_elsewhere(self, index: int) -> list[int]:
         """Return the tokens of an answer that was given elsewhere, as many as an answer may take."""
         assert self.elsewhere is not None
-        tokens = self._tokens(self.elsewhere.texts[index], end_ids(self.model))
+        tokens = self._tokens(self.elsewhere.texts[index], ended=self.elsewhere.ended[index])
         if set(tokens) & set(visual_token_ids(self.model.config)):
             raise InputError(
                 f"{self.elsewhere.path}: the answer to {self.samples[index].origin} holds the model's placeholder of "
@@ -240,12 +240,15 @@ class Questions:
             )
         return tokens[: self.answer_tokens]
 
-    def _tokens(self, text: str, ends: Collection[int]) -> list[int]:
-        """Return the tokens of an answer, with an end token."""
-        tokenizer = self.processor.tokenizer
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends, default=None)
-        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return tokens if end is None else [*tokens, end]
+    def _tokens(self, text: str, ended: bool = True) -> list[int]:
+        """Return the tokens of an answer, with an end token unless it was cut off."""
+        tokens: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False)
+        return [*tokens, self._end] if ended and self._end is not None else tokens
+
+    @functools.cached_property
+    def _end(self) -> int | None:
+        """Return the token that ends an answer; None: the model knows none."""
+        return answer_end(self.processor, end_ids(self.model))
 
     def _kind(self, index: int) -> tuple[str, int, int]:
         sample = self.samples[index]

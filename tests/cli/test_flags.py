@@ -57,6 +57,10 @@ EVALUATE = ("evaluate", "m", "--task", "t")
         (("bench", "m", "--columns", "image"), "ROLE=NAME is needed"),
         (("route", "m", "--out", "o", "--calibration", "c", "--learning-rate", "inf"), "'inf' is no finite number"),
         (("route", "m", "--out", "o", "--calibration", "c", "--steps", "0"), "--steps: 0: at least 1"),
+        (
+            ("compress", "m", "--recipe", "r", "--out", "o", "--answers", "a", "--drop-layers", "2"),
+            "--recipe says everything: take out --answers, --drop-layers, MODEL, or the recipe.",
+        ),
         (("onnx", "m", "--out", "o", "--opset", "x"), "--opset: 'x' is no whole number"),
         (("onnx", "m", "--out", "o", "--device", "tpu"), "--device: invalid choice"),
     ],

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from exporter.clean_room import extend
 from exporter.modeling.routed_api import cache_of, logger
 from exporter.modeling.routed_route import Route
+from exporter.modeling.routed_turns import Aside, PassedTokens
 from exporter.models.loading import text_decoder
 
 BUDGET, LATER = {"keep_visual_tokens": 4, "keep_layers": 4}, {"keep_visual_tokens": 6, "keep_layers": 5}
@@ -199,6 +200,19 @@ def test_what_is_kept_aside_is_a_state_for_each_token(where, routed):
     states = 3 * cache.get_seq_length() * case.model.config.get_text_config().hidden_size * 4
     assert states < cache.aside_bytes < 1.5 * states
     assert cache_of(generated(case, first, **BUDGET)).aside_bytes == 0
+
+
+def test_turns_that_keep_aside_in_different_places_are_joined():
+    """One says reversible=True on a GPU, and another one reversible="cpu"; here meta stands for one of the two."""
+    aside = Aside(2)
+    for number, device in enumerate([None, "meta", "meta"]):
+        aside.device = device
+        visual, positions = torch.ones(1, 3, dtype=torch.bool), torch.arange(3 * number, 3 * number + 3)
+        states = torch.ones(1, 3, 8)
+        aside.add(PassedTokens(visual, torch.zeros(1, 3, 3), visual.long(), positions=positions, states=states))
+        whole = aside.joined()
+        assert whole.states.shape[1] == whole.positions.shape[-1] == 3 * (number + 1)
+        assert whole.states.device.type == (device or "cpu")
 
 
 def test_no_more_than_the_bound_is_kept_aside(routed, monkeypatch):

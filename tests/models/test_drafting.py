@@ -155,6 +155,16 @@ def test_a_pool_guesses_what_followed_the_longest_ending():
     assert len(pool.guess([6], 5)) == 5  # goes on from what it guessed
 
 
+def test_guesses_that_are_checked_side_by_side_begin_with_different_tokens():
+    pool = DraftPool()
+    pool.note([1, 2, 3, 4, 5], 0)
+    pool.note([9, 3, 7, 8], 0)
+    assert Draft(pool, [1, 2, 3], 20).guesses(4) == [[4, 5], [7, 8]]
+    assert Draft(pool, [1, 2, 3], 20, label=[6]).guesses(4) == [[6], [4, 5], [7, 8]]
+    assert Draft(pool, [1, 2, 3], 20, label=[6]).guesses(2) == [[6], [4, 5]]
+    assert Draft(DraftPool(), [1], 20).guesses(4) == [[]]
+
+
 def test_a_label_is_followed_until_it_is_wrong_twice():
     pool = DraftPool()
     draft = Draft(pool, [1], 20, frozenset([0]), [5, 6, 7, 0])
@@ -180,3 +190,14 @@ def test_more_is_guessed_where_guesses_are_right_and_less_where_they_are_wrong()
     assert rooms == [8, 16, 32, MOST_ROOM]
     draft.take([50])
     assert len(draft.guess()) == 4
+
+
+def test_no_more_is_guessed_at_once_than_there_is_room_for():
+    """A long guess that is wrong at its end leaves as much room as there may be, and no more."""
+    pool = DraftPool()
+    pool.note(list(range(1, 4000)), 0)
+    draft = Draft(pool, [1], 5000)
+    for _ in range(8):
+        guessed = draft.guess()
+        assert len(guessed) <= MOST_ROOM
+        draft.take([*guessed[:-1], 1])

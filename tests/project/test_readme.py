@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fixtures.checkpoints import not_verified
 
 from exporter.cli.entry import main
@@ -97,7 +98,7 @@ def test_the_shell_and_python_blocks_run(place, digits, capsys):
     assert main([*shlex.split(bench)[1:], *FEW["bench"].split(), "--quiet"]) == 0
     assert json.loads((place / "speed.json").read_text())["models"]
 
-    load, api, router = blocks("python")
+    load, api, router, turns = blocks("python")
     names: dict[str, Any] = {}
     exec(load, names)
     messages = [{"role": "user", "content": [{"type": "image", "image": str(digits / "data" / first_image(digits))},
@@ -112,6 +113,12 @@ def test_the_shell_and_python_blocks_run(place, digits, capsys):
     router = replaced(router, ("keep_layers=20", "keep_layers=8"), ("quality=0.98", "quality=0.9"))
     names["inputs"]["max_new_tokens"] = 4
     exec(router, names)
+    ask, ask_again = turns.strip().splitlines()
+    exec(ask, names)
+    sequences = names["first"].sequences
+    text = torch.cat([sequences, sequences[:, -2:]], 1)  # the question, its answer, and two tokens more
+    names["further"] = {"input_ids": text, "attention_mask": torch.ones_like(text), "max_new_tokens": 4}
+    exec(ask_again, names)
 
 
 QUICK = 'exporter.BenchOptions(device="cpu", rounds=2, new_tokens=1)'

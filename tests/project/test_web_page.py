@@ -11,13 +11,13 @@ import re
 import sys
 import threading
 from functools import partial
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from exporter import InputError
+from exporter.onnx.layouts.client_files import PICTURE_FIRST
 
 PAGE = Path(__file__).parents[2] / "examples" / "web"
 
@@ -41,7 +41,7 @@ def ask(serve, tmp_path):
     (model / "onnx" / "embed_tokens.onnx").write_bytes(b"graph")
     (tmp_path / "secret.txt").write_text("secret")
     (model / "link.txt").symlink_to(tmp_path / "secret.txt")
-    place = ThreadingHTTPServer(("127.0.0.1", 0), partial(serve.Page, folder=model, told={"title": "a model"}))
+    place = serve.Server(("127.0.0.1", 0), partial(serve.Page, folder=model, told={"title": "a model"}))
     threading.Thread(target=place.serve_forever, daemon=True).start()
 
     def answer(path, host=None):
@@ -97,14 +97,32 @@ def test_folders_are_not_listed(ask):
 
 @pytest.mark.parametrize("host", ["example.org", "example.org:80", "127.0.0.1.example.org", "127.0.0.1:1"])
 def test_other_names_that_point_here_are_refused(host, ask):
-    assert ask("/settings.json", host)[0] == 403
+    status, _, body = ask("/settings.json", host)
+    assert status == 403 and b"this server answers to 127.0.0.1 and localhost only" in body
+
+
+def test_browsers_leave_the_usual_port_out_of_the_name(serve):
+    names = serve.Page.names(SimpleNamespace(server=SimpleNamespace(server_address=("127.0.0.1", 80))))
+    assert set(names) == {"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}
+
+
+def test_a_connection_that_the_browser_ends_is_no_error(serve, capsys):
+    """The page does so whenever another precision is chosen while one loads."""
+    place = serve.Server.__new__(serve.Server)
+    for error in (BrokenPipeError(), ConnectionResetError(), ValueError("of ours")):
+        try:
+            raise error
+        except (OSError, ValueError):
+            place.handle_error(None, ("127.0.0.1", 1))
+    printed = capsys.readouterr().err
+    assert printed.count("Traceback") == 1 and "of ours" in printed
 
 
 def test_a_folder_of_another_layout(serve, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match=r"onnx\.json"):
         serve.settings(tmp_path)
     monkeypatch.setattr(serve, "read_manifest", lambda folder: SimpleNamespace(layout=None))
-    monkeypatch.setattr(serve, "install_client", lambda: None)
+    monkeypatch.setattr(serve, "install_client", lambda: pytest.fail("minutes, and for nothing"))
     monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path)])
     assert serve.main() == 2
     assert "is not in the layout of transformers.js: lvlm-exporter onnx CHECKPOINT --layout" in capsys.readouterr().err
@@ -116,6 +134,26 @@ def test_a_port_that_is_taken(serve, tmp_path, monkeypatch):
         taken = place.server_address[1]
         with pytest.raises(InputError, match=rf"port {taken} can't be had \(.*\): give another with --port"):
             serve.server(tmp_path, taken)
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_number_that_is_no_port(port, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "settings", lambda folder: {})
+    with pytest.raises(InputError, match=rf"--port {port}: a number from 0 to 65535 is needed, 0 for a port that is f"):
+        serve.server(tmp_path, port)
+
+
+def test_npm_that_fails(serve, tmp_path, monkeypatch):
+    client = sys.modules["against_torch"]
+
+    def failing(*_, **__):
+        raise client.subprocess.CalledProcessError(1, "npm")
+
+    monkeypatch.setattr(client, "BUILD", tmp_path)
+    monkeypatch.setattr(client.shutil, "which", lambda name: name)
+    monkeypatch.setattr(client, "call", failing)
+    with pytest.raises(SystemExit, match=r"npm could not install the client into .*: its own words stand above\."):
+        client.install_client()
 
 
 def test_npm_that_is_not_there(serve, tmp_path, monkeypatch):
@@ -141,3 +179,15 @@ def test_every_element_that_the_module_looks_for_is_in_the_page():
     looked_for = set(re.findall(r'\$\("([a-z]+)"\)', (PAGE / "page.mjs").read_text()))
     there = set(re.findall(r' id="([a-z]+)"', (PAGE / "index.html").read_text()))
     assert len(looked_for) > 10 and looked_for <= there
+
+
+def test_answers_and_errors_are_shown_as_text():
+    """What a model or a file's name says is never read as HTML, nor run."""
+    module = (PAGE / "page.mjs").read_text()
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", module)
+    assert "textContent" in module
+
+
+def test_the_page_gives_processors_what_they_take_in_the_order_of_the_card():
+    (listed,) = re.findall(r"const pictureFirst = \[(.*?)\]", (PAGE / "page.mjs").read_text())
+    assert sorted(re.findall(r'"(\w+)"', listed)) == sorted(PICTURE_FIRST)

@@ -114,6 +114,7 @@ def test_the_attention_of_heads_is_fastvs(routed, tiny):
     torch.testing.assert_close(heads.mean(1).log()[batch.is_visual], expected[batch.is_visual])
 
 
+@pytest.mark.slow
 def test_a_router_that_reads_the_embeddings_and_drops_before_layer_2(tiny, questions, tmp_path):
     """From the flags of `route` to the cache: trained with the noise of heads, run on what enters layer 0."""
     flags = ["--read-at", "0", "--drop-at", "2", "--loss", "preference", "--steps", "2", "--batch-size", "2"]
