@@ -18,7 +18,7 @@ class Family:
     title: str
     example: str  # a hub id, for messages and documents
     deepstack: bool = False  # visual features are added again after decoder positions 0, 1, 2 ...
-    unroutable: str | None = None  # why the model can't run with fewer tokens and layers; None: it can
+    unroutable: str | None = None  # why the model can't run with fewer tokens and layers; None: it can, or a probe says
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,6 @@ MEANINGLESS_IF = {  # periodic or shared structure that a gap would shift: refus
 }
 
 
-PROBED = "a router's modeling file has no class for this type yet"  # why probed families are not routed
-
-
 def is_listed(config: Any) -> bool:
     """Tell whether the tables have a row for both parts of a loaded transformers configuration; others are probed."""
     return config.model_type in FAMILIES and config.get_text_config().model_type in DECODERS
@@ -149,7 +146,7 @@ def family_of(config: Any) -> Family:
     if not is_listed(config):
         row = FAMILIES.get(config.model_type)
         example = row.example if row else ""
-        return Family(row.title if row else config.model_type, example, bool(row and row.deepstack), PROBED)
+        return Family(row.title if row else config.model_type, example, bool(row and row.deepstack))
     return FAMILIES[config.model_type]
 
 

@@ -269,6 +269,14 @@ PROBED_HERE: dict[str, Tiny] = {
                                   "mrope_interleaved": True, "mrope_section": [4, 2, 2]}},
         vision=QWEN3_VISION, **QWEN3_PROCESSOR,
     ),
+    "vipllava": Tiny(  # LLaVA with features of several layers of its tower
+        text={"model_type": "llama", "num_key_value_heads": 4}, vision={**CLIP, "image_size": 40, "patch_size": 8},
+        config={"vision_feature_layers": [-2, -1], "image_seq_length": 25},
+        tokens=LLAMA_TOKENS, ids={"image_token_index": "<image>"},
+        image_processor=("CLIPImageProcessor", {"size": {"shortest_edge": 40},
+                                                "crop_size": {"height": 40, "width": 40}}),
+        processor=("LlavaProcessor", LLAVA_PATCHES), turns=VICUNA, image="<image>\n",
+    ),
 }  # fmt: skip
 
 

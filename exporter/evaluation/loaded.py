@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..modeling.routed_route import Route
 from ..models.answers import AnsweredBatch
 from ..models.loading import compute_dtype, load_model, pick_device
+from ..probe.stack import logits_of
 from ..recipe import DEFAULT_SAMPLES, RunOptions
 from ..routing.cost import Flops, few_prompts, flops_of
 from ..routing.folder import load_routed
@@ -57,8 +58,7 @@ class Loaded:
         """Return logits where answer tokens are predicted, [N, vocabulary]; `route` is that of the questions."""
         with torch.inference_mode():
             if route is None:
-                logits: Tensor = self.model.get_output_embeddings()(self.answer_states(answered_batch))
-                return logits
+                return logits_of(self.model, self.answer_states(answered_batch))
             last = answered_batch.predicts.shape[1] - route.keep.shape[1] + 1  # the prompt's last token and the answer
             output = self.model(**answered_batch.batch.inputs, route=route, use_cache=False, logits_to_keep=last)
             routed_logits: Tensor = output.logits[answered_batch.predicts[:, -last:]]

@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..models.answers import AnsweredBatch, with_answers
 from ..models.loading import text_decoder
 from ..models.replay import trace
+from ..probe.stack import head_logits
 from .adapter import SCALING
 
 KEPT_BYTES = 2 << 30  # of activations that a step may keep for its gradient; above, layers run twice
@@ -70,8 +71,7 @@ class Student:
             arguments = (layer, layer_idx, state)
             output = checkpoint(traced.step, *arguments, use_reentrant=False) if again else traced.step(*arguments)
             state = traced.after(layer_idx, output)
-        hidden = decoder.norm(output[answered.predicts])
-        log_q: Tensor = self.model.get_output_embeddings()(hidden).float().log_softmax(-1)
+        log_q: Tensor = head_logits(self.model, output[answered.predicts]).float().log_softmax(-1)
         return log_q
 
     def merge(self, tensors: Mapping[tuple[int, str], Callable[[], Tensor]]) -> None:

@@ -25,6 +25,7 @@ from ..models.loading import text_decoder
 from ..models.questions import JobSize
 from ..models.replay import trace
 from ..models.residency import ranges_of
+from ..probe.stack import head_logits
 from .job import LocalizeJob, with_question_count
 from .scores import LayerScores
 
@@ -111,8 +112,7 @@ def _gated_log_p(model: Any, answered_batch: AnsweredBatch, gates: Tensor) -> Te
     for layer_idx, layer in enumerate(text_decoder(model).layers):
         gate = gates[:, layer_idx, None, None].to(state.dtype)
         state = traced.after(layer_idx, state + gate * (traced.step(layer, layer_idx, state) - state))
-    hidden = text_decoder(model).norm(state[answered_batch.predicts])
-    log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    log_p: Tensor = head_logits(model, state[answered_batch.predicts]).float().log_softmax(-1)
     return log_p
 
 

@@ -29,7 +29,7 @@ A question's way from `generate` to the next token:
     turn_of -> Turn.see, .begin, .hold          routed_turns      in a reversible conversation: earlier turns anew
 
 `routed_route` has what all of them speak of (Budget, RouterSettings, Route), `routed_request` what a call asks of its
-passes, `routed_api` what of transformers they rest on, with its probes.
+passes, `routed_api` what of transformers they rest on, with its probes, `routed_types` what differs between types.
 
 How a question runs. The router reads the states that enter layer `read_at`: visual tokens, text, and one embedding for
 each layer that may be skipped. Its scores and the budget make a route, which holds for the whole answer. From layer
@@ -54,7 +54,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file  # transformers cannot do without it either
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,9 +64,7 @@ from .routed_api import (
     cache_name,
     cache_of,
     checkpointing_spares_caches,
-    get_checkpoint_conversion_mapping,
     logger,
-    register_checkpoint_conversion_mapping,
     with_cache_as,
 )
 from .routed_cache import RoutedCache, RoutedStaticCache  # all siblings: older loaders copy what this file names
@@ -88,6 +85,7 @@ from .routed_request import (
 from .routed_route import OFF, ROUTER_FORMAT, Budget, Route, RouterSettings
 from .routed_router import ROUTER_FILE, Router, best_layers, best_tokens, load_weights, router_file, save_weights
 from .routed_turns import check_generation, turn_of
+from .routed_types import class_name, placeholders, register_hub_names, stock_class, text_model_of
 
 __all__ = [
     "CACHE_NAMES",
@@ -95,7 +93,6 @@ __all__ = [
     "OFF",
     "ROUTER_FILE",
     "ROUTER_FORMAT",
-    "STOCK",
     "Budget",
     "DecoderCost",
     "Route",
@@ -115,6 +112,7 @@ __all__ = [
     "logger",
     "make_routable",
     "routed",
+    "stock_class",
 ]
 
 
@@ -154,8 +152,7 @@ class RoutedModel:
             self._attach_router()
 
     def _text_model(self) -> Any:
-        decoder = self.get_decoder()
-        return decoder if hasattr(decoder, "layers") else decoder.get_decoder()
+        return text_model_of(self)
 
     @property
     def num_layers(self) -> int:
@@ -230,7 +227,6 @@ class RoutedModel:
             return None
         router = getattr(self, "router", None)  # none: routes are imposed
         request = Request(router, self.router_settings, budget, visual, imposed=route, run=run)
-        request.deepstack = self._deepstack()
         labels = named.get("labels")
         request.labels = None if labels is None else labels.clone()
         if visual is not None:
@@ -246,8 +242,7 @@ class RoutedModel:
     def _visual(self, named: dict[str, Any], visual_mask: Tensor | None) -> Tensor | None:
         """Return [B, S] True at visual tokens; None if there are none."""
         if (input_ids := named.get("input_ids")) is not None:
-            ids = [getattr(self.config, name, None) for name in ("image_token_id", "video_token_id")]
-            visual = torch.isin(input_ids, torch.tensor([i for i in ids if i is not None], device=input_ids.device))
+            visual = placeholders(self.config, input_ids)
         elif visual_mask is not None:
             visual = visual_mask.bool()
         else:
@@ -256,9 +251,6 @@ class RoutedModel:
                 "in place of them, or preset='off'."
             )
         return visual if bool(visual.any()) else None
-
-    def _deepstack(self) -> int:
-        return len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
 
     def route(self, **inputs: Any) -> Route:
         """Return the route of inputs under a budget: `model.route(**inputs, preset="fast")`. Runs up to the router."""
@@ -380,28 +372,7 @@ ROUTING_ARGUMENTS = {
 }
 
 
-# --- a class for each family ------------------------------------------------------------------------------------------
-
-STOCK = {  # model_type -> the class that is routed, without ForConditionalGeneration
-    "llava": "Llava",
-    "llava_next": "LlavaNext",
-    "llava_onevision": "LlavaOnevision",
-    "qwen2_vl": "Qwen2VL",
-    "qwen2_5_vl": "Qwen2_5_VL",
-    "qwen3_vl": "Qwen3VL",
-    "internvl": "InternVL",
-    "idefics3": "Idefics3",
-    "smolvlm": "SmolVLM",
-    "paligemma": "PaliGemma",
-    "gemma3": "Gemma3",
-    "mistral3": "Mistral3",
-    "glm4v": "Glm4v",
-}
-
-
-def class_name(model_type: str) -> str:
-    """Return the class that config.json names in auto_map, after the name of this file."""
-    return f"Routed{STOCK[model_type]}ForConditionalGeneration"
+# --- a class for each type --------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -433,15 +404,12 @@ def routed(stock: Any) -> Any:
     *stock_parameters, rest = signature.parameters.values()  # `generate` reads the signature
     forward.__signature__ = signature.replace(parameters=[*stock_parameters, *ROUTING_ARGUMENTS.values(), rest])
     name = f"Routed{stock.__name__}"
-    model_type = stock.config_class.model_type
-    mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(model_type)
-    if mapping is not None:  # transformers keeps the names of the hub from classes that are not its own
-        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    register_hub_names(stock, name)
     return type(name, (RoutedModel, stock), {"__module__": __name__, "forward": forward, "_stock": stock})
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class that is asked for: a checkpoint needs one, and importing all families takes seconds."""
-    if name not in map(class_name, STOCK):
+    """Make the class that is asked for: a checkpoint needs one, and importing all of transformers takes seconds."""
+    if (stock := stock_class(name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return routed(getattr(transformers, name.removeprefix("Routed")))
+    return routed(stock)

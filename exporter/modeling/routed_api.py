@@ -20,6 +20,7 @@ __all__ = [
     "LAYER_TAKES",
     "PACKED",
     "PROBES",
+    "STOCK_CLASSES",
     "TESTED",
     "Cache",
     "DynamicCache",
@@ -38,7 +39,10 @@ __all__ = [
     "checkpointing_spares_caches",
     "get_checkpoint_conversion_mapping",
     "logger",
+    "misfit",
+    "named_arguments",
     "register_checkpoint_conversion_mapping",
+    "unknown_arguments",
     "unsupported",
     "uses_flash_attention",
     "with_cache_as",
@@ -72,6 +76,7 @@ try:
         register_checkpoint_conversion_mapping,
     )
     from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as STOCK_CLASSES
     from transformers.utils import cached_file, logging
 except ImportError as error:
     raise ImportError(unsupported(str(error).split(" (")[0])) from None
@@ -84,7 +89,7 @@ DECODER_NEEDS = frozenset({"attention_mask", "inputs_embeds", "use_cache"})
 LAYER_TAKES = frozenset("hidden_states attention_mask position_ids position_embeddings use_cache".split()).union(
     CACHE_NAMES
 )
-LAYER_NEEDS = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
+LAYER_NEEDS = frozenset({"hidden_states", "attention_mask", "position_embeddings"})
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")  # arguments that say where packed sequences end
 
 
@@ -177,17 +182,34 @@ def check_transformers(decoder: Any) -> None:
 
 def check_forward(module_class: Any, known: frozenset[str], needed: frozenset[str]) -> None:
     """Refuse a forward with an argument that is not known, or without one that is needed."""
+    if reason := misfit(module_class, known, needed):
+        raise ValueError(unsupported(reason))
+
+
+def misfit(module_class: Any, known: frozenset[str], needed: frozenset[str]) -> str:
+    """Return why a forward is none that these files understand: a clause; '' if it is one."""
     parameters = inspect.signature(module_class.forward).parameters
-    named = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD][1:]
+    named = named_arguments(module_class)
     where = f"{module_class.__name__}.forward"
-    if others := [name for name in named if name not in known]:
-        raise ValueError(unsupported(f"{where} takes an argument that they do not know, {others[0]!r}"))
+    if others := unknown_arguments(module_class, known):
+        return f"{where} takes an argument that they do not know, {others[0]!r}"
     if missing := sorted(needed - set(named)):
-        raise ValueError(unsupported(f"{where} has no argument {missing[0]!r}"))
+        return f"{where} has no argument {missing[0]!r}"
     if not any(name in named for name in CACHE_NAMES):
-        raise ValueError(unsupported(f"{where} takes no cache by the name of {' or '.join(CACHE_NAMES)}"))
+        return f"{where} takes no cache by the name of {' or '.join(CACHE_NAMES)}"
     if len(named) == len(parameters) - 1:
-        raise ValueError(unsupported(f"{where} hands on no further keywords"))
+        return f"{where} hands on no further keywords"
+    return ""
+
+
+def named_arguments(module_class: Any) -> list[str]:
+    """Return the names of a forward's arguments, without self and without those that it only hands on."""
+    parameters = inspect.signature(module_class.forward).parameters
+    return [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD][1:]
+
+
+def unknown_arguments(module_class: Any, known: frozenset[str]) -> list[str]:
+    return [name for name in named_arguments(module_class) if name not in known]
 
 
 # --- what differs between the releases -------------------------------------------------------------------------------

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .routed_api import PACKED, cache_name, check_transformers, logger, unsupported, uses_flash_attention, with_cache_as
+from .routed_api import PACKED, cache_name, check_transformers, unsupported, uses_flash_attention, with_cache_as
 from .routed_cache import Entries, Group, RoutedStaticCache, masked_value, narrowed_mask, prepared_cache
 from .routed_cost import amounts
-from .routed_request import IGNORED_LABEL, Request, RouterInputs
+from .routed_request import IGNORED_LABEL, Request, RouterInputs, warn_of_no_question
 from .routed_route import Route
 from .routed_router import best_layers, best_tokens
-
-END_OF_IMAGE = 2  # tokens that may follow an image and ask nothing: its end, a line break
 
 
 class RoutedForward:
@@ -39,7 +37,8 @@ class RoutedForward:
         self.real = real_tokens(inputs.get("attention_mask"), self.past, embeddings)  # [B, S]
         held: Any = self.cache.route if self.cache is not None else None
         self.drop_at = drop_layer(request, held, self.num_layers)
-        self.compact_from = max(self.drop_at, request.deepstack)  # from here on, states are short between layers
+        deepstack = len(inputs.get("deepstack_visual_embeds") or ())  # layers after which the decoder adds features
+        self.compact_from = max(self.drop_at, deepstack)  # from here on, states are short between layers
         self.sequences: list[tuple[int, ...] | None] = [None] * self.num_layers
         if self.cache is not None and held is not None:
             self.sequences = list(self.cache.sequences)
@@ -235,12 +234,18 @@ class RoutedForward:
         if positions is not None:
             narrowed["position_embeddings"] = self._once(
                 ("positions", group[0], sequences),
-                lambda: tuple(self._of_sequences(self._tokens(part, running), sequences, -3) for part in positions),
+                lambda: self._positions(positions, running, sequences),
                 positions,
             )
         if sequences is not None or running is not None:
             narrowed["position_ids"] = None  # only read to find packed sequences, for which gaps would be taken
         return narrowed
+
+    def _positions(self, positions: Any, running: Entries | None, sequences: tuple[int, ...] | None) -> Any:
+        """Narrow cosines and sines, or one tensor of complex numbers, to the tokens and sequences that run."""
+        if isinstance(positions, tuple):
+            return tuple(self._positions(part, running, sequences) for part in positions)
+        return self._of_sequences(self._tokens(positions, running), sequences, -3)
 
     def _of_sequences(self, tensor: Tensor | None, sequences: tuple[int, ...] | None, dim: int) -> Tensor | None:
         """Select sequences of a mask (dimension -4 of four, or the first of two) or of cos and sin (dimension -3)."""
@@ -381,18 +386,6 @@ def real_tokens(mask: Any, past: int, embeddings: Tensor) -> Tensor:
         mask = seen.flatten(1, 2).any(1).expand(num_sequences, -1)
     visual: Tensor = mask[:, past : past + num_tokens].to(embeddings.device, torch.bool)
     return visual
-
-
-def warn_of_no_question(visible: Tensor, visual: Tensor) -> None:
-    """Warn where a picture is routed before its question: nothing but the end of an image follows it in this pass."""
-    order = torch.arange(visual.shape[1], device=visual.device)
-    last = torch.where(visual, order, -1).amax(1)  # [B]
-    follow = (visible & (order > last[:, None])).sum(1)
-    if bool(((last >= 0) & (follow <= END_OF_IMAGE)).any()):
-        logger.warning_once(
-            "a picture was routed before its question: no text follows it in this pass, and tokens that leave now are "
-            "gone for the whole conversation. Give the picture and its question in one pass."
-        )
 
 
 # --- the decoder's classes --------------------------------------------------------------------------------------------

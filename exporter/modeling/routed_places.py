@@ -91,10 +91,10 @@ class RunShape:
 
 def run_shapes(config: Any, lengths: list[int], inputs: dict[str, Any]) -> list[RunShape]:
     """Return the shape of each run, as the inputs tell it, or guessed from its length where they do not."""
-    vision = config.vision_config
+    vision = getattr(config, "vision_config", config)
     known: list[RunShape] = []
     if (grids := inputs.get("image_grid_thw")) is not None and inputs.get("video_grid_thw") is None:
-        merge = vision.spatial_merge_size
+        merge = getattr(vision, "spatial_merge_size", 1)
         known = [RunShape(h // merge, w // merge) for _, h, w in grids.tolist()]
     elif getattr(vision, "model_type", None) == "pixtral" and (sizes := inputs.get("image_sizes")) is not None:
         side = vision.patch_size * getattr(config, "spatial_merge_size", 1)
@@ -138,8 +138,9 @@ def any_resolution_shape(config: Any, size: list[int], tiled: bool = True) -> Ru
 
 def guessed_shape(config: Any, length: int) -> RunShape:
     """Guess square tiles of the size that the configuration speaks of, or one square; else one token a row."""
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size if isinstance(getattr(vision, "image_size", None), int) else 0
+    vision = getattr(config, "vision_config", config)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    side = size // patch if isinstance(size, int) and isinstance(patch, int) else 0
     for tile in (getattr(config, "image_seq_length", 0), side * side, length):
         if 1 < tile <= length and math.isqrt(tile) ** 2 == tile:
             return RunShape(math.isqrt(tile), math.isqrt(tile))

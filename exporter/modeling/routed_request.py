@@ -16,6 +16,7 @@ from .routed_api import cache_in, logger, unsupported
 from .routed_route import Budget, Route, RouterSettings
 
 IGNORED_LABEL = -100
+END_OF_IMAGE = 2  # tokens that may follow an image and ask nothing: its end, a line break
 
 
 @dataclass
@@ -26,7 +27,6 @@ class Request:
     settings: RouterSettings
     budget: Budget
     visual: Any  # Tensor [B, S] True at visual tokens, None if the pass has none
-    deepstack: int = 0  # after that many layers the decoder itself adds visual features to the states
     imposed: Route | None = None
     hidden: Tensor | None = None  # [B, S] tokens that the router must not see: answers
     labels: Tensor | None = None  # [B, S] a copy of ours
@@ -110,6 +110,18 @@ def warn_of_excess(budget: Budget, visual: Tensor) -> None:
     if isinstance(budget.keep_visual_tokens, int) and (most := int(visual.sum(1).max())) < budget.keep_visual_tokens:
         logger.warning_once(
             f"keep_visual_tokens={budget.keep_visual_tokens} is above the {most} visual tokens there are: all are kept."
+        )
+
+
+def warn_of_no_question(visible: Tensor, visual: Tensor) -> None:
+    """Warn where a picture is routed before its question: nothing but the end of an image follows it in this pass."""
+    order = torch.arange(visual.shape[1], device=visual.device)
+    last = torch.where(visual, order, -1).amax(1)  # [B]
+    follow = (visible & (order > last[:, None])).sum(1)
+    if bool(((last >= 0) & (follow <= END_OF_IMAGE)).any()):
+        logger.warning_once(
+            "a picture was routed before its question: no text follows it in this pass, and tokens that leave now are "
+            "gone for the whole conversation. Give the picture and its question in one pass."
         )
 
 

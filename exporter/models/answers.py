@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..clean_room import PromptError, extend, greedy_answers, render
 from ..data.batches import Batch
+from ..probe.stack import final_norm
 from ..progress import Progress, silent
 from .loading import text_decoder
 from .replay import logits
@@ -175,7 +176,7 @@ def _counted(batch: Batch) -> Tensor:
 def _normed(model: Any, output: Tensor, counted: Tensor) -> Tensor:
     """Return what the head reads of the counted tokens, [N, D]."""
     with torch.inference_mode():
-        states: Tensor = text_decoder(model).norm(output[counted])
+        states: Tensor = final_norm(model)(output[counted])
         return states
 
 

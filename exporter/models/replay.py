@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..plan import Folded
+from ..probe.stack import head_logits
 from .loading import text_decoder
 
 LENGTHS: dict[type, int] = {}  # of the tuple that layers of a class return; 0: they return the hidden state alone
@@ -164,8 +165,7 @@ def last_output(steps: Iterator[tuple[int, Tensor, Tensor]], default: Tensor) ->
 def logits(model: Any, output: Tensor) -> Tensor:
     """Return the language-model head on the last layer's output, [..., D] to [..., vocabulary]."""
     with torch.inference_mode():
-        logits: Tensor = model.get_output_embeddings()(text_decoder(model).norm(output))
-        return logits
+        return head_logits(model, output)
 
 
 @contextlib.contextmanager

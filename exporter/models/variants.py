@@ -20,6 +20,7 @@ from ..checkpoints.pruned_config import layer_changes
 from ..data.batches import Batch
 from ..families import PER_LAYER_TENSORS
 from ..plan import Folded, PruningPlan
+from ..probe.stack import final_norm
 from .answers import AnsweredBatch
 from .loading import text_decoder
 from .replay import logits, replaced
@@ -136,7 +137,7 @@ def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> 
     """Return the relative squared error of the states that the head reads, summed over tokens; outputs [B, S, D]."""
     counted = (batch.is_visual | batch.is_text).to(original.device)
     with torch.inference_mode():
-        before, after = (text_decoder(model).norm(output[counted]).float() for output in (original, changed))  # [N, D]
+        before, after = (final_norm(model)(output[counted]).float() for output in (original, changed))  # [N, D]
         return float(((after - before).square().sum(-1) / before.square().sum(-1)).sum())
 
 

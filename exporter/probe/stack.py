@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 WANT_PICTURES: set[type] = set()  # classes whose pass failed on text alone
+NORMS = ("norm", "final_layernorm", "final_norm", "layer_norm", "ln_f", "norm_f")  # behind the last layer
+DIVIDED = ("granite_docling", "granite4_vision")  # types that divide logits; others with such a language model do not
+BOUNDED = ("muse_glimmer", "muse_spark")  # types that multiply logits and bound them
 INNER = ("model", "decoder", "language_model")  # where a head wraps the stack
 
 
@@ -34,6 +37,34 @@ def find_decoder(model: Any) -> Any:
             break
         decoder = deeper
     raise NoStack(f"get_decoder() leads to {type(decoder).__name__}, which has no list of layers")
+
+
+def final_norm(model: Any) -> Any:
+    """Return the norm behind the last decoder layer. Raises: NoStack where there is none by a known name."""
+    decoder = find_decoder(model)
+    norm = next((getattr(decoder, name) for name in NORMS if hasattr(decoder, name)), None)
+    if norm is None:
+        raise NoStack(f"{type(decoder).__name__} has no norm behind its layers by the name of {', '.join(NORMS)}")
+    return norm
+
+
+def head_logits(model: Any, output: Tensor) -> Tensor:
+    """Return the logits of what the last decoder layer puts out, [..., D] to [..., vocabulary]."""
+    return logits_of(model, final_norm(model)(output))
+
+
+def logits_of(model: Any, states: Tensor) -> Tensor:
+    """Return the logits of states behind the last norm, [..., D] to [..., vocabulary]."""
+    logits: Tensor = model.get_output_embeddings()(states)
+    text, model_type = model.config.get_text_config(), model.config.model_type
+    if scale := getattr(model, "logit_scale", None):
+        logits = logits * scale
+    if model_type in DIVIDED:
+        logits = logits / text.logits_scaling
+    if model_type in BOUNDED:
+        bound = text.final_logit_softcapping
+        logits = torch.tanh(logits * text.output_multiplier / bound) * bound
+    return logits
 
 
 def is_encoder_decoder(model: Any) -> bool:

@@ -74,6 +74,12 @@ WITH_STAGES = {"depths", "hidden_sizes", "per_layer_config"}  # towers whose dep
 PLAIN_COUNTS = {"num_kv_shared_layers": 2}  # what has to be smaller than a small number of layers
 OF_TYPE: dict[str, dict[str, Any]] = {  # what the tables can't know: path -> value
     "qwen2_vl": {"vision_config.hidden_size": WIDTH},
+    "aria": {
+        "vision_config.image_size": 490,
+        "vision_config.patch_size": 14,
+    },  # one of the grids that it has queries for
+    "aya_vision": {"vision_config.image_size": 56},  # an even number of patches a side
+    "vipllava": {"vision_feature_layers": [-1, -2, -2, -1, -1]},
     "apertus1p5": {"audio_config.codebook_dim": TOWER, "image_token_offset": 128, "audio_token_offset": 192},
     "cohere_compass": {
         "text_config.rope_parameters": {

@@ -10,8 +10,9 @@ Shapes: B samples, S tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -137,6 +138,43 @@ def _sorted_out(layer: nn.Module, direct: list[tuple[str, float]], last: set[str
         factors.pop(),
         "" if feeding else next(iter(norms), ""),
     )
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the layers of a model are given and put out in a pass, in running order."""
+
+    before: list[Tensor] = field(default_factory=list)  # [B, S, D]
+    after: list[Tensor] = field(default_factory=list)  # [B, S, D]
+    keywords: list[dict[str, Any]] = field(default_factory=list)  # beside the states
+
+
+@contextlib.contextmanager
+def watched(layers: Iterable[nn.Module]) -> Iterator[Watched]:
+    """Note what layers are given and put out until the block ends."""
+    noted = Watched()
+
+    def enters(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(type(layer).forward).parameters)[1:]
+        named = dict(zip(names, args, strict=False)) | kwargs
+        noted.before.append(named.pop(names[0]))
+        noted.keywords.append(named)
+
+    def leaves(_: Any, __: Any, output: Any) -> None:
+        noted.after.append(output[0] if isinstance(output, tuple) else output)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(enters, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(leaves).remove)
+        yield noted
+
+
+@contextlib.contextmanager
+def putting_out(layer: nn.Module, states: Tensor) -> Iterator[None]:
+    """Let a layer put out these states, [B, S, D], whatever it is given, until the block ends."""
+    with _changed(layer, lambda _: states):
+        yield
 
 
 def is_mixer(name: str) -> bool:

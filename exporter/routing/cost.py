@@ -18,6 +18,7 @@ from ..models.loading import text_decoder
 from .requests import BudgetRequest
 from .rules import make_route
 
+EXACT = 0.01  # of a count, relative
 COUNTED_SAMPLES = 8  # questions whose prompts are counted
 
 
@@ -61,6 +62,19 @@ def cost_facts(model: Any, router: Any) -> dict[str, Any]:
         "router_token": block + _linear_weights(router.down, router.place, router.token_head) + question,
         "router_layer": block + _linear_weights(router.layer_head),
     }
+
+
+def is_counted_right(model: Any, facts: dict[str, Any], batch: Batch) -> bool:
+    """Tell whether the formula of `modeling.routed_cost` is torch's count for a prompt: not so with experts, for one.
+
+    Args:
+        facts: `cost_facts` of the model.
+        batch: one question.
+    """
+    length = batch.inputs["input_ids"].shape[1]
+    by_formula = sum(2 * length * weights + 4 * length**2 * facts["width"] for weights in facts["layers"])
+    counted_ones = prefill_flops(model, batch).decoder
+    return bool(abs(counted_ones / by_formula - 1) < EXACT)
 
 
 def _linear_weights(*modules: Any) -> int:

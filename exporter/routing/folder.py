@@ -45,6 +45,7 @@ MODELING_FILES = (  # what travels with a routed checkpoint; config.json names t
     "routed_route.py",
     "routed_router.py",
     "routed_turns.py",
+    "routed_types.py",
 )
 MODELING_FOLDER = Path(__file__).parent.parent / "modeling"
 AUTO_CLASS = "AutoModelForImageTextToText"
@@ -59,9 +60,10 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
 
     It runs whole until it is given a budget. The class is this package's own: nothing in the folder is trusted to run.
     """
-    if "router" not in source.raw_config:
+    has_router = "router" in source.raw_config
+    check_routable(source.config, has_router=has_router)
+    if not has_router:
         return routable(load_model(source, device, dtype, memory)[0])
-    check_routable(source.config)
     warn_of_foreign_code(source.folder, source.name)
     read_settings(source.config, source.name)
     try:

@@ -6,14 +6,21 @@ from typing import Any
 
 from ..errors import InputError
 from ..families import family_of
+from ..probe.routed import why_not_routed
 
 IMAGE_FLOOR = 0.25  # of an even share of the tokens that stay: what each image of a sequence keeps at least
 DROP_AT = 2  # measured: dropped before layer 0, tokens take with them what the first layers would have passed on
 
 
-def check_routable(config: Any) -> None:
-    """Raise InputError, with the reason, if a model of this family can't be routed."""
-    if reason := family_of(config).unroutable:
+def check_routable(config: Any, *, has_router: bool = False) -> None:
+    """Raise InputError, with the reason, if a model of this configuration can't be routed.
+
+    Types that the tables list are known; of others a small model is made, routed, and compared with its stock layers.
+
+    Args:
+        has_router: it was routed before, when its type was tried.
+    """
+    if reason := family_of(config).unroutable or (None if has_router else why_not_routed(config)):
         raise InputError(f"a {family_of(config).title} model can't have a router: {reason}.")
 
 

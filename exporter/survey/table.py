@@ -27,7 +27,10 @@ logits) and by some layers (the same logits as the model that the layers were cu
 
 **{works} of {all} types compress.** *layers scored*: localizers that look at layers run them one at a time; *fold*:
 what dropped layers did is put into those that stay: exactly, or by reconstruction where the decoder's row names a norm
-behind the matrices.
+behind the matrices; *route*: the small model, routed, is the stock model bit for bit without a budget, and with visual
+tokens dropped and layers skipped gives the logits of stock layers run one by one on what is left, within 1e-4, for the
+prompt and for what is said from the cache. **{routes} of {all} types route**: those with a name in the column *model*
+by the tests, the others by this trial, which `route` repeats on a small model of the configuration that it is given.
 
 Two formats of the authors' own code are no types of transformers; `lvlm-exporter convert` writes them as checkpoints
 that every subcommand reads: the original LLaVA as `llava`, and Qwen-VL with Qwen-VL-Chat as `qwen`, whose layers are
@@ -76,6 +79,11 @@ def markdown(findings: Sequence[TypeFindings]) -> str:
     lines += ["", "Why not:"]
     for finding in findings:
         lines += [f"- `{finding.model_type}`: {reason}" for reason in reasons(finding)]
+        if finding.route is None and finding.details.get("routed_with_picture") is False:
+            lines.append(
+                f"- `{finding.model_type}`: routed with placeholders alone; no picture could be made that its small "
+                "model takes"
+            )
         if finding.protected and not finding.compress:
             lines.append(
                 f"- `{finding.model_type}`: layers {', '.join(map(str, finding.protected))} stay unless told otherwise"
@@ -100,6 +108,7 @@ def write(findings: Sequence[TypeFindings], document: Path) -> None:
     head = HEAD.format(
         date=datetime.date.today().isoformat(), transformers=version["transformers"], torch=version["torch"],
         works=sum(finding.compress is None for finding in findings), all=len(findings),
+        routes=sum(finding.route is None for finding in findings),
     )  # fmt: skip
     document.write_text(head + markdown(findings), encoding="utf-8")
 

@@ -5,6 +5,8 @@ Every statement is the outcome of a run. What does not hold is a sentence that s
 
 from __future__ import annotations
 
+import copy
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,10 +26,16 @@ from ..models.variants import Variant, assembled
 from ..onnx.support import REFUSED, SUPPORTED
 from ..plan import PruningPlan, make_plan
 from ..probe.opened import written_by
+from ..probe.routed import as_routed, tried
 from ..probe.stack import NoStack, build, check_stack, find_decoder, run_text, takes_text_alone, token_inputs
 from ..probe.tiny_config import tiny_config
 
 LAYERS = 12
+ROUTED_LAYERS = 6  # of what is run routed, many times
+AS_PUBLISHED: dict[str, dict[str, Any]] = {  # what all checkpoints of a type have, and its default configuration lacks
+    "lfm2_vl": {"text_config": {"model_type": "lfm2", "full_attn_idxs": [2, 5, 8, 10, 12, 14]}},
+    "minimax_m3_vl": {"text_config": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}},
+}
 CLOSE = 2e-4  # of logits, relative to the largest
 NEW_TOKENS = 4
 
@@ -80,9 +88,7 @@ def try_model(model: Any, findings: TypeFindings) -> TypeFindings:
     findings.compress = outcome(lambda: try_compress(model, findings))
     findings.localize = findings.compress or outcome(lambda: try_replay(model))
     findings.fold = findings.localize or why_no_fold(model)
-    findings.route = findings.compress or (
-        None if findings.listed else "a router's modeling file has no class for this type yet"
-    )
+    findings.route = findings.compress or why_no_route(findings)
     findings.onnx = findings.compress or REFUSED.get(model.config.model_type)
     if findings.onnx is None and model.config.model_type not in SUPPORTED:
         findings.onnx = "its graphs are not written yet"
@@ -93,6 +99,37 @@ def why_no_fold(model: Any) -> str | None:
     """Return why no fold is exact; None where one is, as reconstruction is below norms that the table names."""
     row = DECODERS.get(model.config.get_text_config().model_type)
     return None if row is not None and row.post_norm else written_by(model).unfoldable
+
+
+def why_no_route(findings: TypeFindings) -> str | None:
+    """Return why a small model of a type's checkpoints does not route, None if it does; the tables' types do."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if findings.listed:
+        return None
+    config = CONFIG_MAPPING[findings.model_type](**AS_PUBLISHED.get(findings.model_type, {}))
+    trial = tried(findings.model_type, json.dumps(config.to_dict(), sort_keys=True, default=str), ROUTED_LAYERS)
+    findings.details["routed_with_picture"] = trial.with_picture
+    return trial.reason or outcome(lambda: try_names(build(tiny_config(config, 2))))
+
+
+def try_names(model: Any) -> None:
+    """Save a small model, routed, and load it by its routed class: names on disk are the hub's, weights the same."""
+    routed = as_routed(copy.deepcopy(model))
+    with tempfile.TemporaryDirectory(prefix="lvlm-exporter-trial-") as name:
+        stock, saved = Path(name) / "stock", Path(name) / "routed"
+        model.save_pretrained(stock)
+        routed.save_pretrained(saved)
+        again = type(routed).from_pretrained(saved)
+        names = [
+            {tensor for path in folder.glob("*.safetensors") for tensor in safe_names(path)}
+            for folder in (stock, saved)
+        ]
+    if names[0] != names[1]:
+        raise Failed("routed, it is saved under other names than the hub's")
+    for parameter, (name, expected) in zip(again.parameters(), routed.named_parameters(), strict=True):
+        if not torch.equal(parameter, expected):
+            raise Failed(f"routed, it is loaded with another {name} than was saved")
 
 
 def outcome(attempt: Callable[[], object]) -> str | None:
@@ -180,6 +217,14 @@ def tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], bytes]]:
     with safe_open(path, framework="pt") as file:
         stored = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118 - no mapping
     return [(n, str(t.dtype), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in stored]
+
+
+def safe_names(path: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def load(folder: Path) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures.checkpoints import FAMILIES
+from fixtures.checkpoints import ROUTED
 from fixtures.routed import CLOSE, NEW, Case, copied, generated, hf_home, routed_class, routed_logits, seen_by_router
 from safetensors import safe_open
 from transformers import (
@@ -33,11 +33,12 @@ from exporter import families
 from exporter.clean_room import extend
 from exporter.errors import InputError
 from exporter.modeling import modeling_routed
-from exporter.modeling.modeling_routed import ROUTER_FILE, STOCK
+from exporter.modeling.modeling_routed import ROUTER_FILE
 from exporter.modeling.routed_api import logger
-from exporter.modeling.routed_places import any_resolution_shape
+from exporter.modeling.routed_places import any_resolution_shape, guessed_shape
 from exporter.modeling.routed_route import Budget, Route, RouterSettings
 from exporter.modeling.routed_router import Router
+from exporter.modeling.routed_types import PLACEHOLDERS, class_name, text_model_of
 from exporter.models.loading import text_decoder
 from exporter.models.replay import logits, trace
 from exporter.routing.settings import check_routable, default_settings
@@ -45,7 +46,7 @@ from exporter.routing.settings import check_routable, default_settings
 # --- tiny routed checkpoints ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=ROUTED)
 def case(request, routed):
     return routed(request.param)
 
@@ -106,7 +107,7 @@ def test_off_is_the_plain_model(case):
     assert torch.equal(case.model.generate(**batch, max_new_tokens=NEW, preset="off"), answer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROUTED)
 def test_logits_are_those_of_stock_layers_on_what_is_left(family, dropping):
     case = dropping(family)
     for row in (0, 1):
@@ -117,7 +118,7 @@ def test_logits_are_those_of_stock_layers_on_what_is_left(family, dropping):
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROUTED)
 def test_cached_is_uncached_under_one_route(family, dropping):
     case = dropping(family)
     batch = case.prompts()
@@ -131,7 +132,7 @@ def test_cached_is_uncached_under_one_route(family, dropping):
     check_cache(case, batch, route, made.past_key_values)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROUTED)
 def test_a_route_may_drop_before_another_layer_than_the_router(family, routed):
     case = routed(family)
     batch = case.prompts([0])
@@ -556,7 +557,7 @@ def test_answers_are_hidden_from_the_router(llava):
             torch.testing.assert_close(route.layer_logits, expected.layer_logits, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROUTED)
 def test_router_can_be_trained_on_what_it_sees(family, routed):
     case = routed(family, drop_at=2)
     batch = case.prompts()
@@ -830,5 +831,26 @@ def test_settings_that_do_not_fit_are_refused(llava):
         default_settings(llava.plain.config, drop_at=2, candidates=5)
 
 
-def test_every_family_has_a_class_or_a_reason():
-    assert set(STOCK) == {name for name, row in families.FAMILIES.items() if row.unroutable is None}
+def test_a_head_may_wrap_the_text_model_several_times():
+    layers = SimpleNamespace(layers=[1])
+    wrapped = SimpleNamespace(get_decoder=lambda: SimpleNamespace(model=SimpleNamespace(decoder=layers)))
+    assert text_model_of(wrapped) is layers
+    with pytest.raises(ValueError, match="SimpleNamespace has no decoder layers that a route could be followed in"):
+        text_model_of(SimpleNamespace(get_decoder=SimpleNamespace))
+
+
+def test_a_type_without_a_tower_of_its_own_has_shapes_too():
+    """Fuyu's patches are described by the configuration itself, DeepSeek-OCR's tower by none of these words."""
+    assert guessed_shape(SimpleNamespace(image_size=4, patch_size=2), 8).length == 4
+    assert guessed_shape(SimpleNamespace(vision_config=SimpleNamespace()), 7).length == 7
+
+
+def test_every_family_has_a_class():
+    for name in families.FAMILIES:
+        made = getattr(modeling_routed, class_name(name))
+        assert made.__name__ == class_name(name) and made.config_class.model_type == name
+    assert set(PLACEHOLDERS) == {*families.IMAGE_TOKENS, "video_token_id"}
+    with pytest.raises(AttributeError, match="has no attribute 'RoutedBertModel'"):
+        getattr(modeling_routed, "Routed" + "BertModel")
+    with pytest.raises(AttributeError, match="has no attribute 'LlavaForConditionalGeneration'"):
+        getattr(modeling_routed, "LlavaForConditional" + "Generation")

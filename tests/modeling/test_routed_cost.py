@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.checkpoints import FAMILIES
 from fixtures.priced import priced
 from fixtures.routed import CLOSE, Case, generated, make_case
 from torch.nn import functional as F
 
 from exporter.data.batches import Batch
-from exporter.modeling.modeling_routed import STOCK
 from exporter.modeling.routed_api import cache_of, logger
 from exporter.modeling.routed_cost import LEVELS, DecoderCost, layers_at
 from exporter.modeling.routed_route import Budget
@@ -39,7 +39,7 @@ def case(tiny, tmp_path_factory) -> Case:
     return made
 
 
-@pytest.mark.parametrize("family", sorted(STOCK))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_kept_costs_what_was_asked_for_at_most(family, tiny, tmp_path):
     """The formula is torch's count, to the operation."""
     case = make_case(family, tiny(family), tmp_path / "model", drop_at=1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures.checkpoints import FAMILIES
+from fixtures.checkpoints import ROUTED
 from fixtures.priced import priced
 from fixtures.routed import CLOSE, Case, generated, seen_by_router
 from transformers import DynamicCache
@@ -52,7 +52,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("drop_at", [0, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROUTED)
 def test_a_later_turn_is_the_whole_conversation_routed_afresh(family, drop_at, routed):
     """Two further questions to a batch with padding. Without `reversible`, the route of the first turn stays."""
     case = routed(family, drop_at)

@@ -27,6 +27,7 @@ from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS, AnsweredBatch, answered, with_answers
 from ...models.loading import text_decoder
 from ...models.replay import Trace, trace
+from ...probe.stack import head_logits, logits_of
 from ...progress import Progress
 from ..rules import fastv_scores
 from .perturbed import attention_of_heads
@@ -82,7 +83,7 @@ class Teacher:
         output = with_answers(self.model, prompt, tokens, real)
         with torch.no_grad():
             states = torch.cat([each.states for each in outputs]).to(self.model.device)
-            log_p = self.model.get_output_embeddings()(states).float().log_softmax(-1)
+            log_p = logits_of(self.model, states).float().log_softmax(-1)
         return prompt, output, log_p
 
     def _batch(self, indices: Sequence[int]) -> Batch:
@@ -159,8 +160,7 @@ class TrainingBatch:
     def _answer_log_p(self, output: Tensor) -> Tensor:
         """Return log-probabilities at answer tokens, [A of the batch, V], from the last layer's output [B, S, D]."""
         model = self.learner.teacher.model
-        hidden = text_decoder(model).norm(output[self.answered.predicts])
-        log_p: Tensor = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+        log_p: Tensor = head_logits(model, output[self.answered.predicts]).float().log_softmax(-1)
         return log_p
 
     @property
