@@ -40,7 +40,7 @@ test-all: $(VENV)/ready-dev lint
 	$(PYTEST)
 
 quick: $(VENV)/ready-dev
-	$(PYTEST) -m "not clean_process and not onnx_export and not reference and not every_family and not slow"
+	$(PYTEST) -m "not clean_process and not onnx_export and not reference and not every_family and not slow and not long_tail"
 
 lint: $(VENV)/ready-dev docs
 	$(BIN)/ruff check .

@@ -68,6 +68,7 @@ def routed(stock):
     return as_routed(copy.deepcopy(stock.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type",
     [*KINDS, *(pytest.param(name, marks=pytest.mark.long_tail) for name in ROUTED if name not in KINDS)],

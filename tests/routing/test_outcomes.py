@@ -69,6 +69,7 @@ def test_a_router_brings_what_was_measured(judged_folder):
     assert record["router"]["settings"] == settings
 
 
+@pytest.mark.slow
 def test_the_cost_is_kept_to(judged_folder, many):
     model = load_routed(open_source(str(judged_folder)), "cpu", torch.float32)
     prompts = few_prompts(read_samples(str(many)), load_processor(judged_folder), model.config, 2)
