@@ -97,7 +97,7 @@ def test_heads_are_not_split_and_put_together_again(exported):
 # One for each kind of cache and positions, where CUDA has operators of its own; towers are the same on the CPU.
 @pytest.mark.parametrize(
     "family",
-    ["llava", "gemma3", *(pytest.param(name, marks=pytest.mark.long_tail) for name in ("mistral3", "qwen2_5_vl"))],
+    ["llava", *(pytest.param(name, marks=pytest.mark.long_tail) for name in ("mistral3", "qwen2_5_vl", "gemma3"))],
 )
 def test_graphs_for_cuda_say_what_torch_says(family, exported, tmp_path, monkeypatch):
     source, _ = exported(family)

@@ -67,6 +67,7 @@ def test_routed_graphs_say_what_torch_says(family, drop_at, routed_graphs):
     assert report["left_out"] == 0  # no choice was among equals
 
 
+@pytest.mark.long_tail
 def test_routed_graphs_for_cuda_say_what_torch_says(routed_graphs, tmp_path, monkeypatch):
     """In half precision choices among equals differ; what is behind a common choice does not."""
     source, _ = routed_graphs("llava", 1)
