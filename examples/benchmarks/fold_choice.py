@@ -55,7 +55,7 @@ class Run:
 def run(options: argparse.Namespace, samples: int, seed: int) -> Run:
     """Compress, and judge the folds that `auto` judges on all held-out questions and on others."""
     runs: list[Run] = []
-    judge = auto._judged
+    judge = auto.judge_candidates
 
     def judged(held_out: HeldOut, variants: dict[str, Variant]) -> Any:
         own, others = on_all(held_out, variants), on_all(other_questions(held_out, options), variants)
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, samples: int, seed: int) -> Run:
 
     data = CalibrationData(options.calibration, samples=samples)
     recipe = Recipe(options.model, data, LayerBudget(drop_layers=options.drop_layers), seed=seed)
-    with mock.patch.object(auto, "_judged", judged), tempfile.TemporaryDirectory() as folder:
+    with mock.patch.object(auto, "judge_candidates", judged), tempfile.TemporaryDirectory() as folder:
         compress(recipe, Path(folder) / "small", RunOptions(batch_size=16))
     return runs[-1]
 

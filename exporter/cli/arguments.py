@@ -28,7 +28,10 @@ def add_subcommand(subcommands: Any, name: str, summary: str, example: str) -> a
     return subcommand
 
 
-def calibration_arguments(subcommand: argparse.ArgumentParser, required: bool, samples: int = DEFAULT_SAMPLES) -> None:
+def calibration_arguments(
+    subcommand: argparse.ArgumentParser, required: bool, samples: int = DEFAULT_SAMPLES, answers: bool = False
+) -> None:
+    """Declare the questions; with `answers` also those that the model gave elsewhere."""
     subcommand.add_argument(
         "--calibration",
         required=required,
@@ -41,14 +44,13 @@ def calibration_arguments(subcommand: argparse.ArgumentParser, required: bool, s
     data_arguments(subcommand, "(train)")
     subcommand.add_argument("--prompt", help="question put to the images of a folder")
     subcommand.add_argument("--seed", type=seed_number, help="seed of every random draw (0)")
-
-
-def answers_argument(subcommand: argparse.ArgumentParser) -> None:
-    subcommand.add_argument(
-        "--answers",
-        metavar="FILE.jsonl",
-        help="what the model answered to these questions elsewhere (evaluate --predictions), so that it need not here",
-    )
+    if answers:
+        subcommand.add_argument(
+            "--answers",
+            metavar="FILE.jsonl",
+            help="what the model answered to these questions elsewhere (evaluate --predictions), so that it need not "
+            "here",
+        )
 
 
 def data_arguments(subcommand: Any, split: str) -> None:

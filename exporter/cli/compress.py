@@ -9,15 +9,7 @@ from pathlib import Path
 
 from ..methods import FOLDS
 from ..recipe import DEFAULT_FOLD, Recipe, RunOptions
-from .arguments import (
-    DATA,
-    MODEL,
-    answers_argument,
-    calibration_arguments,
-    layer_budget_arguments,
-    localizer_arguments,
-    run_arguments,
-)
+from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
 from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
 from .healing_table import cost_lines, result_lines
 
@@ -30,8 +22,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     subcommand.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="a recipe, in place of all flags below")
     layer_budget_arguments(subcommand)
-    calibration_arguments(subcommand, required=False)
-    answers_argument(subcommand)
+    calibration_arguments(subcommand, required=False, answers=True)
     localizer_arguments(subcommand)
     subcommand.add_argument(
         "--scores", type=Path, metavar="FILE", help="use scores that `score --save` kept; no localizer runs"

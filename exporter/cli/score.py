@@ -7,15 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import InputError
-from .arguments import (
-    DATA,
-    MODEL,
-    answers_argument,
-    calibration_arguments,
-    layer_budget_arguments,
-    localizer_arguments,
-    run_arguments,
-)
+from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
 from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
 from .outputs import save
 
@@ -25,8 +17,7 @@ EXAMPLE = f"score {MODEL} --calibration {DATA}/calibration.jsonl --plot scores.p
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("model", metavar="MODEL", help="folder or hub id (hub:USER/NAME@REVISION)")
-    calibration_arguments(subcommand, required=True)
-    answers_argument(subcommand)
+    calibration_arguments(subcommand, required=True, answers=True)
     localizer_arguments(subcommand)
     layer_budget_arguments(subcommand)
     subcommand.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores into a picture")

@@ -9,7 +9,6 @@ from ..errors import CheckFailed, InputError
 from .arguments import (
     DATA,
     MODEL,
-    answers_argument,
     byte_count,
     calibration_arguments,
     json_argument,
@@ -53,8 +52,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
         "--time", type=number_in_range, metavar="MINUTES", help="minutes that this call may take; the next call goes on"
     )
-    calibration_arguments(subcommand, required=True)
-    answers_argument(subcommand)
+    calibration_arguments(subcommand, required=True, answers=True)
     subcommand.add_argument("--dry-run", action="store_true", help="only show the candidates and what they cost")
     subcommand.add_argument("--device", help="cpu, cuda, cuda:1 (the first GPU, else the CPU)")
     subcommand.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (auto: float32 on the CPU)")

@@ -60,7 +60,7 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
         if folded or name == "none":  # one that had to do nothing is no candidate
             variants[name] = Variant(job.plan, folded)
             notes[name] = inner.report
-    judged, first = _judged(held_out, variants)
+    judged, first = judge_candidates(held_out, variants)
     name = _winner(judged)
     job.report.update(_report(name, judged, first, notes))
     return variants[name].folded
@@ -70,7 +70,9 @@ def _asking(held_out: HeldOut, fold: str, number: int) -> Callable[..., Iterable
     return lambda share=1.0: held_out.fit(f"fold ({fold})", max(1, round(share * number)))
 
 
-def _judged(held_out: HeldOut, variants: dict[str, Variant]) -> tuple[dict[str, Divergence], dict[str, Divergence]]:
+def judge_candidates(
+    held_out: HeldOut, variants: dict[str, Variant]
+) -> tuple[dict[str, Divergence], dict[str, Divergence]]:
     """Judge all variants on a few held-out questions, and those that do best there, and none, on all of them."""
     few = held_out.questions.portion("judge_sets")
     first = dict(zip(variants, held_out.judge(list(variants.values()), few), strict=True))

@@ -9,28 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from tiny_models import FAMILIES_HERE, SIZES
+from fixtures.three_questions import SAMPLES
+from tiny_models import FAMILIES_HERE
 
 from exporter.checkpoints.source import open_source
 from exporter.clean_room import greedy, greedy_answers, load_processor
 from exporter.data.batches import make_batch
-from exporter.data.samples import Sample
 from exporter.models import loading, residency, together
 from exporter.models.drafting import drafted, may_draft
 from exporter.models.drafts import MOST_ROOM, Draft, DraftPool
 from exporter.models.loading import PartSizes, load_model, text_decoder
 
 TOKENS = 24  # longer than Gemma 3's window of the tiny model
-ASKED = ("what is it?", "is there a dog in the top left corner?", "where?")
-SAMPLES = tuple(
-    Sample(
-        f"line {number}",
-        (Image.new("RGB", SIZES[number], (90 * number, 120, 60)),),
-        ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},),
-    )
-    for number, question in enumerate(ASKED)
-)
 
 
 class Scripted(Draft):

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from fixtures.checkpoints import recipe
-from PIL import Image
-from tiny_models import FAMILIES_HERE, SIZES
+from fixtures.three_questions import SAMPLES
+from tiny_models import FAMILIES_HERE
 
 import exporter
 from exporter.checkpoints.source import open_source
@@ -25,7 +25,6 @@ from exporter.clean_room import REFERENCE_TOKENS, load_processor
 from exporter.compression.estimate import estimate
 from exporter.compression.job import prepare
 from exporter.data.batches import make_batch
-from exporter.data.samples import Sample
 from exporter.errors import InputError
 from exporter.models import boundary, loading, questions, residency, together
 from exporter.models.answers import answered
@@ -33,15 +32,6 @@ from exporter.models.boundary import StateStore
 from exporter.models.loading import PartSizes, load_model
 from exporter.recipe import Method, Recipe, RunOptions
 
-ASKED = ("what is it?", "is there a dog in the top left corner?", "where?")
-SAMPLES = tuple(
-    Sample(
-        f"line {number}",
-        (Image.new("RGB", SIZES[number], (90 * number, 120, 60)),),
-        ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},),
-    )
-    for number, question in enumerate(ASKED)
-)
 pytestmark = pytest.mark.usefixtures("unverified")
 ANSWER_TOKENS = 6
 METHODS = (("best_of", "auto"), ("tis", "reconstruction"), ("greedy", "scp_both"))
