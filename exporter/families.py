@@ -77,11 +77,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 OWN_FAMILIES: dict[str, Family] = {  # types that transformers lacks, which run by a modeling file of this package
-    "qwen": Family(
-        "Qwen-VL",
-        "Qwen/Qwen-VL-Chat",
-        unroutable="it runs by a modeling file of its own that has no routed class yet",
-    ),
+    "qwen": Family("Qwen-VL", "Qwen/Qwen-VL-Chat"),
+    "mplug_owl2": Family("mPLUG-Owl2", "MAGAer13/mplug-owl2-llama2-7b"),
 }
 
 DECODERS: dict[str, Decoder] = {
@@ -97,6 +94,7 @@ DECODERS: dict[str, Decoder] = {
     "gemma3_text": Decoder("post_attention_layernorm", "post_feedforward_layernorm"),
     "glm4v_text": Decoder("post_self_attn_layernorm", "post_mlp_layernorm"),
     "qwen": Decoder(down_proj="mlp.c_proj", o_proj="attn.c_proj"),
+    "mplug_owl2": Decoder(),
     "granite": Decoder(residual_multiplier="residual_multiplier"),
 }
 

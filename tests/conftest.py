@@ -22,6 +22,7 @@ pytest_plugins = [
     "fixtures.checkpoints",
     "fixtures.damage",
     "fixtures.hub",
+    "fixtures.mplug_owl2",
     "fixtures.onnx_folders",
     "fixtures.originals",
     "fixtures.routed",

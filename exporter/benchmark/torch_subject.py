@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.own_types import routed_class
 from ..checkpoints.source import Source, open_source
 from ..checkpoints.trust import warn_of_foreign_code
 from ..clean_room import load_processor
@@ -164,11 +165,8 @@ def _routed_class(source: Source) -> Any:
     """Return the routed class; None, for the stock class, where the folder has no router."""
     if "router" not in source.raw_config:
         return None
-    from ..modeling import modeling_routed
-    from ..modeling.modeling_routed import class_name
-
     warn_of_foreign_code(source.folder, source.name)
-    return getattr(modeling_routed, class_name(source.config.model_type))
+    return routed_class(source.config.model_type)
 
 
 def compile_dense(model: Any) -> None:

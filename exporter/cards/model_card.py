@@ -130,12 +130,19 @@ def body(record: CheckpointRecord, name: str) -> str:
         budget_name=budget_name,
         model_type=record.source.model_type,
         family_example=family.example if (family := OWN_FAMILIES.get(record.source.model_type)) else "",
-        own_code=f"{our_type.module}.py" if (our_type := OWN_TYPES.get(record.source.model_type)) else "",
+        own_code=_own_code(record),
         recipe_yaml=yaml.safe_dump(record.recipe, sort_keys=False),
         base_sentence=_base_sentence(record),
         licence_sentence=licence_sentence(data["source"]),
     )
     return rendered
+
+
+def _own_code(record: CheckpointRecord) -> str:
+    """Return the modeling file of the folder that runs a type of ours, '' for every other type."""
+    if (our_type := OWN_TYPES.get(record.source.model_type)) is None:
+        return ""
+    return f"{our_type.module if record.router is None else our_type.routed_module}.py"
 
 
 def _base_sentence(record: CheckpointRecord) -> str:
@@ -230,7 +237,7 @@ def _tags(record: CheckpointRecord) -> list[str]:
         routed.append("layer-skipping")
     custom_code = ["custom_code"] if record.source.model_type in OWN_TYPES else []
     healed = ["distillation"] if is_healed(record) else []
-    return ["lvlm-exporter", *pruned, *healed, *routed, *custom_code]
+    return list(dict.fromkeys(["lvlm-exporter", *pruned, *healed, *routed, *custom_code]))
 
 
 def base_model_of(name: str, folder: Path, stated: str | None) -> str | None:

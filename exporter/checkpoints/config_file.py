@@ -47,8 +47,8 @@ ORIGINAL_LLAVA = re.compile(r"^Llava(?:Llama|Qwen|Mistral|Gemma|MPT|Mpt)\w*ForCa
 OWN_CODE = {  # model types of models that exist in their authors' code only
     "qwen": "Qwen-VL runs with code of its own that transformers 5 can't run. `lvlm-exporter convert {folder} "
     "--out DIR` writes it with code that can",
-    "mplug_owl2": "mPLUG-Owl2 runs with a package of its own for transformers 4.31, and there is no version in "
-    "transformers' format",
+    "mplug_owl2": "mPLUG-Owl2 runs with a package of its own for transformers 4.31. `lvlm-exporter convert {folder} "
+    "--out DIR` writes it with code that runs here",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ class OwnType:
     model: str
 
     @property
+    def routed_module(self) -> str:
+        """The file that has the class with a router."""
+        return self.module.replace("modeling_", "modeling_routed_")
+
+    @property
+    def routed_auto_map(self) -> dict[str, str]:
+        """The entry of a routed folder. Both classes are named in one file: transformers copies each file's own kin."""
+        return {
+            "AutoConfig": f"{self.routed_module}.{self.config}",
+            "AutoModelForImageTextToText": f"{self.routed_module}.Routed{self.model}",
+        }
+
+    @property
     def auto_map(self) -> dict[str, str]:
         """The entry of config.json by which transformers finds the classes."""
         return {
@@ -35,19 +49,40 @@ class OwnType:
 
 OWN_TYPES = {
     "qwen": OwnType("modeling_qwen_vl", ("qwen_vl_visual",), "QWenVLConfig", "QWenVLForConditionalGeneration"),
+    "mplug_owl2": OwnType(
+        "modeling_mplug_owl2", ("mplug_owl2_visual",), "MPLUGOwl2Config", "MPLUGOwl2ForConditionalGeneration"
+    ),
 }
 
 
-def own_type(raw_config: dict[str, Any]) -> OwnType | None:
+def own_type(raw_config: Mapping[str, Any]) -> OwnType | None:
     """Return what config.json names of ours; None for every other configuration, an original one among them."""
     model_type, named = raw_config.get("model_type"), raw_config.get("auto_map")
     our_type = OWN_TYPES.get(model_type) if isinstance(model_type, str) else None
-    return our_type if our_type is not None and isinstance(named, dict) and named == our_type.auto_map else None
+    return our_type if our_type is not None and named in (our_type.auto_map, our_type.routed_auto_map) else None
 
 
 def register(our_type: OwnType) -> None:
-    """Let transformers' Auto classes know a type of ours in this process: the file does it when it is imported."""
-    importlib.import_module(f"{modeling.__name__}.{our_type.module}")
+    """Let transformers' Auto classes know a type of ours, by the package's own classes, in this process.
+
+    The files don't do it themselves: a program that loads two folders with their code would get one's class for both.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    module = importlib.import_module(f"{modeling.__name__}.{our_type.module}")
+    config, model = getattr(module, our_type.config), getattr(module, our_type.model)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForImageTextToText.register(config, model, exist_ok=True)
+
+
+def routed_class(model_type: str) -> Any:
+    """Return the class of a model type with a router, the package's own: of transformers' class, or of ours."""
+    if (our_type := OWN_TYPES.get(model_type)) is not None:
+        module = importlib.import_module(f"{modeling.__name__}.{our_type.routed_module}")
+        return getattr(module, f"Routed{our_type.model}")
+    from ..modeling import modeling_routed
+
+    return getattr(modeling_routed, modeling_routed.class_name(model_type))
 
 
 def carry_modeling_files(our_type: OwnType, folder: Path) -> None:

@@ -29,7 +29,8 @@ JSON_FILES = (PROCESSOR, IMAGES, "video_preprocessor_config.json", TOKENIZER, "s
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 OLD_CLASS, CLASS = "FeatureExtractor", "ImageProcessor"
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # tokens of the tower that are of no patch
-MASKED_PLACEHOLDERS = ("paligemma", "gemma3")  # their placeholder may lie beyond the embeddings, which are not asked
+# Types whose placeholder may lie beyond the embeddings, which are not asked for it.
+MASKED_PLACEHOLDERS = ("paligemma", "gemma3", "mplug_owl2")
 ADDED = re.compile(r"<(?:loc\d{4}|seg\d{3})>$")  # PaliGemma's processor adds them itself where a tokenizer lacks them
 Repairs = dict[str, dict[str, Any]]  # file -> entries that are to be set in it
 

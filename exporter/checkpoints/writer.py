@@ -86,6 +86,7 @@ def write_checkpoint(
     config = pruned_config(source.raw_config, source.config, plan)
     if (our_type := own_type(source.raw_config)) is not None:
         carry_modeling_files(our_type, folder)
+        config["auto_map"] = our_type.auto_map  # a router's, if the source has one, stays behind
     else:
         config = without_auto_map(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

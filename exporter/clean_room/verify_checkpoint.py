@@ -15,23 +15,28 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of logits, r
 def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Load with transformers alone and compare with what was recorded at export. {"problems": [...], ...}
 
-    A folder with a router is looked at twice: as the plain model that it is without remote code, and routed.
+    A folder with a router is looked at twice: as the plain model that it is without remote code, and routed. A type
+    that transformers lacks is none without it: its routed class without a budget is its plain model.
     """
     _quiet()
     record = json.loads((folder / "compression.json").read_text(encoding="utf-8-sig"))
     # A checkpoint that was written without its model has no answer recorded yet: the first one is returned.
     report = verify_once(folder, device, record, record["reference"] or {}, trust=needs_code(folder))
     if "router" in record and not report["problems"]:
-        routed = verify_once(folder, device, record, record["router"]["reference"], trust=True)
+        routed = verify_once(folder, device, record, record["router"]["reference"], trust=True, routed=True)
         report["problems"] = [f"routed: {problem}" for problem in routed["problems"]]
         report["routed"] = routed
     return report
 
 
 def verify_once(
-    folder: Path, device: str, record: dict[str, Any], reference: dict[str, Any], trust: bool
+    folder: Path, device: str, record: dict[str, Any], reference: dict[str, Any], trust: bool, routed: bool = False
 ) -> dict[str, Any]:
-    """Load, answer the reference question, with and without the cache; `trust`: by the folder's own modeling file."""
+    """Load, answer the reference question, with and without the cache.
+
+    Args:
+        trust: load by the folder's own modeling file; routed: by its router.
+    """
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -42,10 +47,12 @@ def verify_once(
     model.eval().to(device)
     if "preset" in reference:  # the default was set to another one since
         model.set_budget(reference["preset"])
+    elif trust and not routed and "router" in record:
+        model.set_budget("off")
     if problems := key_problems(report, record) + value_problems(model):
         return {"problems": problems}
     processor = load_processor(folder)
-    tolerance, routed = TOLERANCE[dtype], trust and "router" in record
+    tolerance = TOLERANCE[dtype]
     try:
         answer = reference_answer(model, processor)
     except PromptError as error:
@@ -91,9 +98,9 @@ def structure(folder: Path) -> dict[str, Any]:
 
 
 def needs_code(folder: Path) -> bool:
-    """Tell whether the type runs by a modeling file of the folder only: then one is named without a router."""
+    """Tell whether the type runs by a modeling file of the folder only: then its configuration comes from there."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    return "router" not in config and "auto_map" in config
+    return "AutoConfig" in config.get("auto_map", {})
 
 
 def key_problems(report: dict[str, Any], record: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ EXAMPLE = "convert hub:liuhaotian/llava-v1.5-7b --out llava-1.5-7b --allow-pickl
 
 def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
-        "folder", metavar="FOLDER", help="folder or hub id: the original LLaVA format, Qwen-VL or Qwen-VL-Chat"
+        "folder", metavar="FOLDER", help="folder or hub id: the original LLaVA format, Qwen-VL(-Chat) or mPLUG-Owl2"
     )
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     subcommand.add_argument(

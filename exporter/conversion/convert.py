@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..models.loading import compute_dtype, load_model, pick_device
 from ..progress import Progress, counting_bytes, silent
 from .llava import convert_llava
+from .mplug_owl2 import convert_mplug_owl2
 from .parts import Converted, Original
 from .qwen_vl import convert_qwen_vl
 from .record import describe_conversion
@@ -42,7 +43,7 @@ def convert(
     dtype: str = "auto",
     progress: Progress = silent,
 ) -> Path:
-    """Convert a checkpoint of the original LLaVA format or of Qwen-VL; describe and verify the result as any other.
+    """Convert an original LLaVA, a Qwen-VL or an mPLUG-Owl2; describe and verify the result as any other checkpoint.
 
     Args:
         model: folder or hub id.
@@ -90,9 +91,11 @@ def format_of(name: str, raw: dict[str, Any]) -> Callable[[Original], Converted]
         return convert_llava
     if raw.get("model_type") == "qwen" and own_type(raw) is None:
         return convert_qwen_vl
+    if raw.get("model_type") == "mplug_owl2" and own_type(raw) is None:
+        return convert_mplug_owl2
     raise InputError(
-        f"{name} (model_type {raw.get('model_type')!r:.60}) is in no format that is converted: the original LLaVA's "
-        "and Qwen-VL's are. What transformers loads needs no conversion."
+        f"{name} (model_type {raw.get('model_type')!r:.60}) is in no format that is converted: the original LLaVA's, "
+        "Qwen-VL's and mPLUG-Owl2's are. What transformers loads needs no conversion."
     )
 
 

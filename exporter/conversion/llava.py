@@ -12,11 +12,11 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.config_file import first_lines
 from ..checkpoints.safetensors_ranges import TensorRange
 from ..errors import InputError
 from .parts import Converted, Original
 from .towers import Tower, tower_of
+from .words import add_image_token, behind_image, load_tokenizer, start_of_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ OTHERS = {  # architectures of the original code that are not converted: what to
     "LlavaQwenForCausalLM": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
 }
 IMAGE = "<image>"
+DIFFERS = "The tokens around an image are not quite those that the original code makes."
 SYSTEM = (  # of the conversation 'vicuna_v1', with which LLaVA 1.5 was trained
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
@@ -68,7 +69,7 @@ def convert_llava(original: Original) -> Converted:
     raw, stored = original.raw, original.stored
     tower = tower_of(original.name, raw, stored, original.tower)
     tokenizer = load_tokenizer(original)
-    image_id, rows = add_image_token(tokenizer, stored.pieces[VOCABULARY[0]].entry.shape[0])
+    image_id, rows = with_image_token(tokenizer, stored.pieces[VOCABULARY[0]].entry.shape[0])
     select = SELECTIONS[raw.get("mm_vision_select_feature", "patch")]
     text = {key: raw[key] for key in TEXT if raw.get(key) is not None}
     patches = (tower.config["image_size"] // tower.config["patch_size"]) ** 2
@@ -86,7 +87,8 @@ def convert_llava(original: Original) -> Converted:
         "vision_config": tower.config,
         **dtype,
     }
-    space, differs = image_prompt(tokenizer)
+    question = "\nWhat is in this image? ASSISTANT:"
+    space, same = behind_image(tokenizer, IMAGE, begin=f"{SYSTEM} USER: ", question=question, ways=("\n", " \n"))
     held = stored.pieces[VOCABULARY[0]].entry.shape[0]
     grown = f"Embeddings and head have {rows} rows in place of {held}: for `<image>`, and filled up."
     return Converted(
@@ -94,9 +96,9 @@ def convert_llava(original: Original) -> Converted:
         config=config,
         shards=renamed(original, tower, rows, tokenizer.unk_token_id or 0),
         json_files={**_processor_files(raw, tower, select), "generation_config.json": _generation(raw)},
-        texts={"chat_template.jinja": chat_template(space, _start(tokenizer))},
+        texts={"chat_template.jinja": chat_template(space, start_of_prompt(tokenizer))},
         tokenizer=tokenizer,
-        notes=((grown,) if rows > held else ()) + ((differs,) if differs else ()),
+        notes=((grown,) if rows > held else ()) + (() if same else (DIFFERS,)),
     )
 
 
@@ -174,53 +176,11 @@ def _grown(original: Original, name: str, rows: int, unknown: int) -> torch.Tens
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(original: Original) -> Any:
-    """Return the folder's tokenizer. Raises InputError where it does not load."""
-    from transformers import AutoTokenizer
-
-    folder = original.folder
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
-        raise InputError(f"{original.name} has no tokenizer (tokenizer.json or tokenizer.model).")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever its classes make of the files; a package that is not there among it
-        raise InputError(
-            f"{original.name}: its tokenizer does not load ({first_lines(error)}); a tokenizer.model needs "
-            "`pip install lvlm-exporter[convert]`."
-        ) from error
-
-
-def add_image_token(tokenizer: Any, rows: int) -> tuple[int, int]:
+def with_image_token(tokenizer: Any, rows: int) -> tuple[int, int]:
     """Give the tokenizer `<image>` if it has none; return its id, and how many embeddings there have to be."""
-    from transformers import AddedToken
-
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
+    image_id = add_image_token(tokenizer, IMAGE)
     needed = max(len(tokenizer), image_id + 1)
     return image_id, rows if needed <= rows else -(-needed // ROWS) * ROWS
-
-
-def image_prompt(tokenizer: Any) -> tuple[str, str]:
-    """Return what the template writes behind `<image>`, so that the tokens are those that the original code makes.
-
-    It tokenizes what stands before and behind each image as texts of their own, and a text of its own may begin with
-    another token than the same text inside a prompt. Returns: it, and a sentence where neither way gives the same.
-    """
-    begin, question = f"{SYSTEM} USER: ", "\nWhat is in this image? ASSISTANT:"
-    parts = [tokenizer(part)["input_ids"] for part in (begin, question)]
-    start = [tokenizer.bos_token_id] if parts[1][:1] == [tokenizer.bos_token_id] else []
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    right = [*parts[0], image_id, *parts[1][len(start) :]]
-    for behind in ("\n", " \n"):
-        if tokenizer(begin + IMAGE + behind + question[1:])["input_ids"] == right:
-            return behind, ""
-    return "\n", "The tokens around an image are not quite those that the original code makes."
-
-
-def _start(tokenizer: Any) -> str:
-    """Return what a prompt begins with: the token for that, where the tokenizer does not put it itself."""
-    bos = tokenizer.bos_token
-    return "" if bos is None or tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else str(bos)
 
 
 def chat_template(behind: str, start: str) -> str:

@@ -28,7 +28,9 @@ from ..probe.stack import head_logits
 from .adapter import SCALING
 
 KEPT_BYTES = 2 << 30  # of activations that a step may keep for its gradient; above, layers run twice
-NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight")  # how the names of norms end, Qwen-VL's among them
+NORMS = (  # how the names of norms end, those of Qwen-VL and mPLUG-Owl2 among them
+    "norm.weight", "ln_1.weight", "ln_2.weight", "multiway.0.weight", "multiway.1.weight",
+)  # fmt: skip
 KEPT_STATES = 16  # of [B, S, D] that a layer keeps, roughly, beside three of its MLP's width
 MISSING = "healing learns low-rank updates with PEFT, which is not installed: pip install 'lvlm-exporter[heal]'."
 

@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
@@ -112,18 +116,18 @@ class QWenAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, ...],
         attention_mask: Tensor | None = None,
         cache: Any = None,
-        query_scale: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         parts = self.c_attn(hidden_states).chunk(3, -1)
         query, key, value = (part.view(shape).transpose(1, 2) for part in parts)  # [B, H, S, d]
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if query_scale is not None:
-            query = query * query_scale
+        cos, sin, *log_n = position_embeddings
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        for scale in log_n:
+            query = query * scale[:, None]
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -158,8 +162,17 @@ class QWenBlock(nn.Module):
         self.ln_2 = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = QWenMLP(config)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the layer's output, [B, S, D]; position_embeddings are cosine, sine and perhaps factors of queries."""
+        seen, _ = self.attn(self.ln_1(hidden_states), position_embeddings, attention_mask, cache=cache, **kwargs)
+        hidden_states = hidden_states + seen
         out: Tensor = hidden_states + self.mlp(self.ln_2(hidden_states))
         return out
 
@@ -208,10 +221,31 @@ class QWenVLModel(QWenPreTrainedModel):
     def get_decoder(self) -> Any:
         return self
 
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Return the pictures' features as `pooler_output`, [N, Q, D]."""
+        return BaseModelOutputWithPooling(pooler_output=self.visual(pixel_values))
+
+    def embedded(
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        embeds: Tensor | None = None,
+        encoded: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Return embeddings of token ids, or those given, with the pictures' features in their places: [B, S, D].
+
+        Args:
+            encoded: {"image": what `get_image_features` gave} in place of the pixels.
+        """
+        embeds = self.wte(input_ids) if embeds is None else embeds
+        seen = (encoded or {}).get("image")
+        if seen is None and pixel_values is not None:
+            seen = self.get_image_features(pixel_values)
+        return embeds if seen is None else self._with_pictures(input_ids, embeds, seen.pooler_output)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
@@ -220,11 +254,9 @@ class QWenVLModel(QWenPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Run on token ids, with `pixel_values` where they name pictures, or on embeddings."""
         cache = past_key_values if cache is None else cache
-        if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids)
-        if pixel_values is not None:
-            inputs_embeds = self._with_pictures(input_ids, inputs_embeds, pixel_values)
+        inputs_embeds = self.embedded(input_ids, kwargs.pop("pixel_values", None), inputs_embeds)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -236,29 +268,27 @@ class QWenVLModel(QWenPreTrainedModel):
         mask = create_causal_mask(**known, **{MASK_CACHE: cache}, position_ids=position_ids)
         layer_inputs = {
             "attention_mask": mask,
-            "position_embeddings": self._rotary(inputs_embeds, position_ids),
+            "position_embeddings": self._rotary(inputs_embeds, position_ids) + self._log_n(inputs_embeds, position_ids),
             "cache": cache,
-            "query_scale": self._query_scale(inputs_embeds, position_ids),
-            **{name: kwargs[name] for name in ("output_attentions",) if name in kwargs},
+            **{name: kwargs[name] for name in ("output_attentions", "routing") if name in kwargs},
         }
         states = inputs_embeds
         for layer in self.h:
             states = layer(states, **layer_inputs)
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(states), **{CACHE: cache if use_cache else None})
 
-    def _with_pictures(self, input_ids: Tensor | None, embeds: Tensor, pixel_values: Tensor) -> Tensor:
-        """Put the pictures' features in place of the placeholders' embeddings: [B, S, D]."""
+    def _with_pictures(self, input_ids: Tensor | None, embeds: Tensor, features: Tensor) -> Tensor:
+        """Put the pictures' features [N, Q, D] in place of the placeholders' embeddings: [B, S, D]."""
         if input_ids is None:
             raise ValueError("pixel_values need input_ids, which say where the pictures stand.")
         place = input_ids == self.config.image_token_id
-        features = self.visual(pixel_values).to(embeds.device, embeds.dtype)  # [N, Q, D]
         tokens = int(place.sum())
         if tokens != features.shape[0] * features.shape[1]:
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {tokens}, features: "
                 f"{features.shape[0] * features.shape[1]}"
             )
-        return embeds.masked_scatter(place[..., None], features)
+        return embeds.masked_scatter(place[..., None], features.to(embeds.device, embeds.dtype))
 
     def _refuse_long(self, attention_mask: Any, length: int, before: int) -> None:
         """Raise ValueError for a prompt that the original would scale its rotary embeddings for."""
@@ -282,13 +312,13 @@ class QWenVLModel(QWenPreTrainedModel):
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(states.dtype), angles.sin().to(states.dtype)
 
-    def _query_scale(self, states: Tensor, position_ids: Tensor) -> Tensor | None:
-        """Return log-n attention's factors: log_2048 of the position from 1, beyond 2,048: [B, 1, S, 1]; None: ones."""
+    def _log_n(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Return log-n attention's factors: log_2048 of the position from 1, beyond 2,048: [B, S, 1]; (): all are 1."""
         limit = self.config.seq_length
         if not self.config.use_logn_attn or not bool((position_ids >= limit).any()):
-            return None
+            return ()
         scale = ((position_ids.float() + 1).log() / math.log(limit)).clamp(min=1)
-        return scale[:, None, :, None].to(states.dtype)
+        return (scale[..., None].to(states.dtype),)
 
 
 class QWenVLForConditionalGeneration(QWenPreTrainedModel, GenerationMixin):
@@ -319,16 +349,15 @@ class QWenVLForConditionalGeneration(QWenPreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         out = self.transformer(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=self.transformer.embedded(input_ids, pixel_values, inputs_embeds, mm_encoder_outputs),
             use_cache=use_cache,
             **kwargs,
         )
@@ -341,7 +370,3 @@ class QWenVLForConditionalGeneration(QWenPreTrainedModel, GenerationMixin):
         first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
         inputs["pixel_values"] = pixel_values if first else None  # later steps have them in the cache
         return inputs
-
-
-AutoConfig.register(QWenVLConfig.model_type, QWenVLConfig, exist_ok=True)
-AutoModelForImageTextToText.register(QWenVLConfig, QWenVLForConditionalGeneration, exist_ok=True)

@@ -376,8 +376,12 @@ ROUTING_ARGUMENTS = {
 
 
 @functools.cache
-def routed(stock: Any) -> Any:
-    """Make the routed class of a stock one: `forward` takes the arguments of both, the hub's names are kept."""
+def routed(stock: Any, module: str = __name__) -> Any:
+    """Make the routed class of a stock one: `forward` takes the arguments of both, the hub's names are kept.
+
+    Args:
+        module: that has the class, by which a saved folder finds it.
+    """
     signature = inspect.signature(stock.forward)
     names, cache = list(signature.parameters)[1:], cache_name(stock.forward)
 
@@ -405,7 +409,7 @@ def routed(stock: Any) -> Any:
     forward.__signature__ = signature.replace(parameters=[*stock_parameters, *ROUTING_ARGUMENTS.values(), rest])
     name = f"Routed{stock.__name__}"
     register_hub_names(stock, name)
-    return type(name, (RoutedModel, stock), {"__module__": __name__, "forward": forward, "_stock": stock})
+    return type(name, (RoutedModel, stock), {"__module__": module, "forward": forward, "_stock": stock})
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ __all__ = [
     "DECODER_TAKES",
     "LAYER_TAKES",
     "PACKED",
+    "PER_TOKEN",
     "PROBES",
     "STOCK_CLASSES",
     "TESTED",
@@ -83,12 +84,14 @@ except ImportError as error:
 logger = logging.get_logger(__name__)
 CACHE_NAMES = ("cache", "past_key_values")  # the cache's argument since 5.24, and before; of both, the first counts
 DECODER_TAKES = frozenset(
-    "input_ids attention_mask position_ids inputs_embeds use_cache visual_pos_masks deepstack_visual_embeds".split()
+    "input_ids attention_mask position_ids inputs_embeds use_cache visual_pos_masks deepstack_visual_embeds "
+    "modality".split()
 ).union(CACHE_NAMES)
 DECODER_NEEDS = frozenset({"attention_mask", "inputs_embeds", "use_cache"})
-LAYER_TAKES = frozenset("hidden_states attention_mask position_ids position_embeddings use_cache".split()).union(
-    CACHE_NAMES
-)
+LAYER_TAKES = frozenset(
+    "hidden_states attention_mask position_ids position_embeddings use_cache modality".split()
+).union(CACHE_NAMES)
+PER_TOKEN = ("position_embeddings", "modality")  # [..., B or 1, S, C]: what a layer is given of each token
 LAYER_NEEDS = frozenset({"hidden_states", "attention_mask", "position_embeddings"})
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")  # arguments that say where packed sequences end
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .routed_api import PACKED, cache_name, check_transformers, unsupported, uses_flash_attention, with_cache_as
+from .routed_api import (
+    PACKED,
+    PER_TOKEN,
+    cache_name,
+    check_transformers,
+    unsupported,
+    uses_flash_attention,
+    with_cache_as,
+)
 from .routed_cache import Entries, Group, RoutedStaticCache, masked_value, narrowed_mask, prepared_cache
 from .routed_cost import amounts
 from .routed_request import IGNORED_LABEL, Request, RouterInputs, warn_of_no_question
@@ -227,25 +235,23 @@ class RoutedForward:
         group: Group = (None if early else layer_idx >= self.drop_at, window)
         running = self._running(group)
         narrowed = dict(keywords)
-        mask, positions = keywords.get("attention_mask"), keywords.get("position_embeddings")
+        mask = keywords.get("attention_mask")
         narrowed["attention_mask"] = self._once(
             ("mask", group, sequences), lambda: self._of_sequences(self._mask(mask, group), sequences, -4), mask
         )
-        if positions is not None:
-            narrowed["position_embeddings"] = self._once(
-                ("positions", group[0], sequences),
-                lambda: self._positions(positions, running, sequences),
-                positions,
-            )
+        for name in PER_TOKEN:
+            if (values := keywords.get(name)) is not None:
+                narrow = functools.partial(self._of_tokens, values, running, sequences)
+                narrowed[name] = self._once((name, group[0], sequences), narrow, values)
         if sequences is not None or running is not None:
             narrowed["position_ids"] = None  # only read to find packed sequences, for which gaps would be taken
         return narrowed
 
-    def _positions(self, positions: Any, running: Entries | None, sequences: tuple[int, ...] | None) -> Any:
-        """Narrow cosines and sines, or one tensor of complex numbers, to the tokens and sequences that run."""
-        if isinstance(positions, tuple):
-            return tuple(self._positions(part, running, sequences) for part in positions)
-        return self._of_sequences(self._tokens(positions, running), sequences, -3)
+    def _of_tokens(self, values: Any, running: Entries | None, sequences: tuple[int, ...] | None) -> Any:
+        """Narrow cosines and sines, or what else each token has, to the tokens and sequences that run."""
+        if isinstance(values, tuple):
+            return tuple(self._of_tokens(part, running, sequences) for part in values)
+        return self._of_sequences(self._tokens(values, running), sequences, -3)
 
     def _of_sequences(self, tensor: Tensor | None, sequences: tuple[int, ...] | None, dim: int) -> Tensor | None:
         """Select sequences of a mask (dimension -4 of four, or the first of two) or of cos and sin (dimension -3)."""
@@ -264,13 +270,13 @@ class RoutedForward:
         running: Entries | None = self.kept if group[0] else None
         return running
 
-    def _tokens(self, positions: Tensor, running: Entries | None) -> Tensor:
-        """Gather the cosines or sines of the tokens that run: [..., B or 1, S, C] -> [..., B, K, C]."""
+    def _tokens(self, values: Tensor, running: Entries | None) -> Tensor:
+        """Gather what the tokens that run have: [..., B or 1, S, C] -> [..., B, K, C]."""
         if running is None:
-            return positions
-        positions = positions.expand(*positions.shape[:-3], self.num_sequences, *positions.shape[-2:])
-        index = running.index.to(positions.device)[..., None].expand(*positions.shape[:-2], -1, positions.shape[-1])
-        return positions.gather(-2, index)
+            return values
+        values = values.expand(*values.shape[:-3], self.num_sequences, *values.shape[-2:])
+        index = running.index.to(values.device)[..., None].expand(*values.shape[:-2], -1, values.shape[-1])
+        return values.gather(-2, index)
 
     def _entries(self, group: Group) -> Entries | None:
         """Return the tokens in the caches of a group of layers after this pass; None: all tokens of the text."""

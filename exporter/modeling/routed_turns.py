@@ -212,6 +212,8 @@ class Turn:
             "position_ids": joined_positions([self.before.positions.to(positions.device), positions], len(embeddings)),
             **self._deepstack(embeddings, features),
         }
+        if "modality" in inputs:  # mPLUG-Owl2's: a decoder's weights go by which tokens are visual
+            whole["modality"] = torch.cat([self.before.visual, self.passed.visual], 1)[..., None]
         cache = inputs[decoder.routed_cache_name]
         self.entries = {window: entries for (_, window), entries in cache.rewind(self.hold_at).items()}
         return whole

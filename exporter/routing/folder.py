@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.config_file import first_lines
 from ..checkpoints.files import replace_bytes, replace_text
 from ..checkpoints.json_file import read_json
+from ..checkpoints.own_types import own_type, routed_class
 from ..checkpoints.record import RECORD, read_record
 from ..checkpoints.router_entry import read_settings
 from ..checkpoints.safetensors_ranges import read_shard
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MODELING_FILES = (  # what travels with a routed checkpoint; config.json names the first, which imports the others
+MODELING_FILES = (  # what travels with a routed checkpoint; the first imports the others
     "modeling_routed.py",
     "routed_api.py",
     "routed_cache.py",
@@ -49,6 +50,16 @@ MODELING_FILES = (  # what travels with a routed checkpoint; config.json names t
 )
 MODELING_FOLDER = Path(__file__).parent.parent / "modeling"
 AUTO_CLASS = "AutoModelForImageTextToText"
+
+
+def modeling_files(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of all files that a routed checkpoint of a config.json takes along, those of a type of ours too.
+
+    config.json names the first, or for a type of ours the file that has its routed class.
+    """
+    our_type = own_type(config)
+    modules = () if our_type is None else (our_type.routed_module, our_type.module, *our_type.siblings)
+    return (*MODELING_FILES, *(f"{module}.py" for module in modules))
 
 
 def has_router(model: Any) -> bool:
@@ -69,12 +80,11 @@ def load_routed(source: Source, device: str, dtype: torch.dtype, memory: str | N
     try:
         from safetensors import SafetensorError
 
-        from ..modeling import modeling_routed
-        from ..modeling.modeling_routed import ROUTER_FILE, class_name
+        from ..modeling.modeling_routed import ROUTER_FILE
 
         if (path := source.folder / ROUTER_FILE).is_file():  # else loading says so
             check_types(f"{source.name}'s router", read_shard(path).entries, all_learnt=True)
-        cls = getattr(modeling_routed, class_name(source.config.model_type))
+        cls = routed_class(source.config.model_type)
         model = load_model(source, device, dtype=dtype, memory=memory, cls=cls)[0]
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         if isinstance(error, InputError):
@@ -114,11 +124,14 @@ def add_router(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, 
     path = folder / ROUTER_FILE
     path.parent.mkdir(exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
-    for name in MODELING_FILES:
-        shutil.copyfile(MODELING_FOLDER / name, folder / name)
     raw = read_json(folder / "config.json")
-    module = MODELING_FILES[0].removesuffix(".py")
-    raw["auto_map"] = {**raw.get("auto_map", {}), AUTO_CLASS: f"{module}.{class_name(config.model_type)}"}
+    for name in modeling_files(raw):
+        shutil.copyfile(MODELING_FOLDER / name, folder / name)
+    if (our_type := own_type(raw)) is not None:
+        raw["auto_map"] = our_type.routed_auto_map
+    else:
+        module = MODELING_FILES[0].removesuffix(".py")
+        raw["auto_map"] = {**raw.get("auto_map", {}), AUTO_CLASS: f"{module}.{class_name(config.model_type)}"}
     raw["router"] = dict(settings)
     replace_text(folder / "config.json", _as_json(raw))
 
@@ -172,12 +185,14 @@ def update_modeling_files(folder: Path | str) -> list[str]:
         InputError: the folder has no router, or a modeling file that no release shipped.
     """
     folder = Path(folder)
-    if "router" not in _config_of(folder):
+    config = _config_of(folder)
+    if "router" not in config:
         raise InputError(f"{folder} has no router, and therefore no modeling files.")
-    foreign = [name for name in MODELING_FILES if (folder / name).exists() and not is_released(folder / name)]
+    names = modeling_files(config)
+    foreign = [name for name in names if (folder / name).exists() and not is_released(folder / name)]
     if foreign:
         raise InputError(f"{folder / foreign[0]} is no file that a release shipped: it was edited, and is left alone.")
-    files = {name: (MODELING_FOLDER / name).read_bytes() for name in MODELING_FILES}
+    files = {name: (MODELING_FOLDER / name).read_bytes() for name in names}
     files = {n: data for n, data in files.items() if not (folder / n).exists() or (folder / n).read_bytes() != data}
     if files:
         _replace(folder, files, _record_of(folder))
@@ -185,9 +200,14 @@ def update_modeling_files(folder: Path | str) -> list[str]:
 
 
 def has_earlier_code(folder: Path) -> bool:
-    """Tell whether a routed folder's modeling file is one that an earlier release shipped, byte for byte."""
-    main = folder / MODELING_FILES[0]
-    return is_released(main) and main.read_bytes() != (MODELING_FOLDER / main.name).read_bytes()
+    """Tell whether a routed folder's main modeling file is one that an earlier release shipped, byte for byte.
+
+    Of a type of ours there are several: one for the router, one with the class, one for the model.
+    """
+    mains = [name for name in modeling_files(_config_of(folder)) if name.startswith("modeling_")]
+    return all(is_released(folder / name) for name in mains) and any(
+        (folder / name).read_bytes() != (MODELING_FOLDER / name).read_bytes() for name in mains
+    )
 
 
 @contextlib.contextmanager
@@ -199,13 +219,14 @@ def with_current_code(folder: Path) -> Iterator[Path]:
     if not has_earlier_code(folder):
         yield folder
         return
+    names = modeling_files(_config_of(folder))
     with temporary_folder("view", folder.parent) as place:
         view = place / folder.name
         view.mkdir()
         for path in folder.iterdir():
-            if path.name not in MODELING_FILES and path.name != "__pycache__":
+            if path.name not in names and path.name != "__pycache__":
                 (view / path.name).symlink_to(path.absolute())
-        for name in MODELING_FILES:
+        for name in names:
             shutil.copyfile(MODELING_FOLDER / name, view / name)
         yield view
 

@@ -32,9 +32,10 @@ tokens dropped and layers skipped gives the logits of stock layers run one by on
 prompt and for what is said from the cache. **{routes} of {all} types route**: those with a name in the column *model*
 by the tests, the others by this trial, which `route` repeats on a small model of the configuration that it is given.
 
-Two formats of the authors' own code are no types of transformers; `lvlm-exporter convert` writes them as checkpoints
-that every subcommand reads: the original LLaVA as `llava`, and Qwen-VL with Qwen-VL-Chat as `qwen`, whose layers are
-scored, dropped and folded, without a router or ONNX.
+Three formats of the authors' own code are no types of transformers; `lvlm-exporter convert` writes them as checkpoints
+that other subcommands read: the original LLaVA as `llava`, Qwen-VL with Qwen-VL-Chat as `qwen`, and mPLUG-Owl2 as
+`mplug_owl2`. The layers of these two are scored, dropped, folded and routed; ONNX is refused. The tests compare both
+with independent implementations of their passes, plain and routed.
 
 """
 

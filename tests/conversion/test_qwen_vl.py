@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from fixtures.checkpoints import not_verified, recipe
 from fixtures.originals import (
     LAYERS,
     QWEN,
-    QWEN_HEADS,
     VISUAL,
     change_config,
     change_tensors,
@@ -22,12 +20,11 @@ from fixtures.originals import (
     tiktoken_ranks,
     write_qwen_vl,
 )
+from fixtures.qwen_vl import qwen_logits
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn import functional as F
 
-from exporter import InputError, RouterRecipe, compress, convert, evaluate, heal, push, reproduce, route, verify
+from exporter import InputError, compress, convert, evaluate, heal, push, reproduce, verify
 from exporter.checkpoints.record import read_record
 from exporter.checkpoints.source import open_source
 from exporter.clean_room import encode, load_processor
@@ -37,82 +34,6 @@ from exporter.healing.student import prepared
 from exporter.models.loading import load_model
 from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData, HealRecipe
-
-Weights = dict[str, Tensor]
-
-
-# --- the reference: Qwen-VL's pass in plain torch ---------------------------------------------------------------------
-
-
-def picture_features(weights: Weights, pixels: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [N, Q, D]."""
-    w = {n.removeprefix("transformer.visual."): t for n, t in weights.items() if n.startswith("transformer.visual.")}
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def grown(table: Tensor, side: int) -> Tensor:
-        grid = table.T.reshape(1, table.shape[1], math.isqrt(len(table)), -1)
-        return F.interpolate(grid, (side, side), mode="bicubic", align_corners=False).flatten(2)[0].T
-
-    side = VISUAL["image_size"] // VISUAL["patch_size"]
-    x = F.conv2d(pixels, w["conv1.weight"], stride=VISUAL["patch_size"]).flatten(2).transpose(1, 2)
-    x = norm(x + grown(w["positional_embedding"], side), "ln_pre")
-    size = VISUAL["width"] // VISUAL["heads"]
-    for layer in range(VISUAL["layers"]):
-        at = f"transformer.resblocks.{layer}"
-        mixed = norm(x, f"{at}.ln_1") @ w[f"{at}.attn.in_proj.weight"].T + w[f"{at}.attn.in_proj.bias"]
-        heads = []
-        for head in range(VISUAL["heads"]):  # each head has its own query, key and value side by side
-            q, k, v = mixed[..., 3 * size * head : 3 * size * (head + 1)].split(size, -1)
-            heads.append(torch.softmax(q @ k.transpose(1, 2) / math.sqrt(size), -1) @ v)
-        x = x + torch.cat(heads, -1) @ w[f"{at}.attn.out_proj.weight"].T + w[f"{at}.attn.out_proj.bias"]
-        y = F.gelu(norm(x, f"{at}.ln_2") @ w[f"{at}.mlp.c_fc.weight"].T + w[f"{at}.mlp.c_fc.bias"])
-        x = x + y @ w[f"{at}.mlp.c_proj.weight"].T + w[f"{at}.mlp.c_proj.bias"]
-    pooling = torch.nn.MultiheadAttention(VISUAL["output_dim"], VISUAL["output_dim"] // 128, batch_first=True)
-    pooling.load_state_dict({n.removeprefix("attn_pool.attn."): t for n, t in w.items() if "attn_pool.attn." in n})
-    x = norm(x @ w["attn_pool.kv_proj.weight"].T, "attn_pool.ln_kv")
-    places = w["attn_pool.pos_embed"]
-    query = (norm(w["attn_pool.query"], "attn_pool.ln_q") + places).expand(len(x), -1, -1)
-    x, _ = pooling(query, x + grown(places, side), x)
-    return norm(x, "ln_post") @ w["proj"]
-
-
-def qwen_logits(
-    weights: Weights, ids: Tensor, pad: int, pixels: Tensor, layers: tuple[int, ...] = tuple(range(LAYERS))
-) -> Tensor:
-    """Logits [S, V] of one prompt [S]; the ids `pad` stand for the pictures' features."""
-    x = weights["transformer.wte.weight"][ids]
-    x[ids == pad] = picture_features(weights, pixels).flatten(0, 1)
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return weights[f"{name}.weight"] * x / (x.pow(2).mean(-1, keepdim=True) + QWEN["layer_norm_epsilon"]).sqrt()
-
-    size, length = QWEN["kv_channels"], len(ids)
-    turn = torch.outer(torch.arange(length).float(), 10000.0 ** (-torch.arange(0, size, 2) / size))
-
-    def rotate(x: Tensor) -> Tensor:  # [S, size]
-        a, b = x[:, : size // 2], x[:, size // 2 :]
-        return torch.cat([a * turn.cos() - b * turn.sin(), b * turn.cos() + a * turn.sin()], 1)
-
-    log_n = torch.tensor([max(1.0, math.log(i, QWEN["seq_length"])) for i in range(1, length + 1)])[:, None]
-    future = torch.ones(length, length).triu(1).bool()
-    for layer in layers:
-        at = f"transformer.h.{layer}"
-        mixed = norm(x, f"{at}.ln_1") @ weights[f"{at}.attn.c_attn.weight"].T + weights[f"{at}.attn.c_attn.bias"]
-        query, key, value = mixed.chunk(3, -1)
-        heads = []
-        for head in range(QWEN_HEADS):
-            part = slice(size * head, size * (head + 1))
-            scores = (rotate(query[:, part]) * log_n) @ rotate(key[:, part]).T / math.sqrt(size)
-            heads.append(torch.softmax(scores.masked_fill(future, -math.inf), -1) @ value[:, part])
-        x = x + torch.cat(heads, -1) @ weights[f"{at}.attn.c_proj.weight"].T
-        y = norm(x, f"{at}.ln_2")
-        gated = (y @ weights[f"{at}.mlp.w1.weight"].T) * F.silu(y @ weights[f"{at}.mlp.w2.weight"].T)
-        x = x + gated @ weights[f"{at}.mlp.c_proj.weight"].T
-    return norm(x, "transformer.ln_f") @ weights["lm_head.weight"].T
 
 
 @pytest.fixture
@@ -373,11 +294,6 @@ def test_it_is_healed(made, tmp_path, questions, monkeypatch):
     student = prepared(load_model(source, "cpu", torch.float32)[0], None, source, rank=2, norms=True, seed=0)
     learnt = {name.split(".", 2)[2] for name in student.parameters}
     assert {"ln_1.weight", "ln_2.weight"} < learnt and any("c_attn" in name for name in learnt)
-
-
-def test_it_is_not_routed_and_says_why(made, tmp_path, questions):
-    with pytest.raises(InputError, match=r"a Qwen-VL model can't have a router: .* no routed class yet"):
-        route(made, RouterRecipe(calibration=CalibrationData(str(questions), samples=4)), tmp_path / "out")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

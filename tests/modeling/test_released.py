@@ -52,9 +52,11 @@ def test_the_command_records_and_names_the_release(tmp_path, monkeypatch):
 def test_the_main_file_names_all_its_siblings():
     """transformers 4 copies only what the main file itself imports, and then fails at a file that is not there."""
     main = (HERE / MODELING_FILES[0]).read_text()
-    own = {f"{module}.py" for own in OWN_TYPES.values() for module in (own.module, *own.siblings)}
+    own = {f"{module}.py" for own in OWN_TYPES.values() for module in (own.module, *own.siblings, own.routed_module)}
     assert {path.name for path in shipped_files()} == {*MODELING_FILES, *own}
     for own_type in OWN_TYPES.values():
         text = (HERE / f"{own_type.module}.py").read_text()
         assert all(f"\nfrom .{module} import" in text for module in own_type.siblings)
+        routed = (HERE / f"{own_type.routed_module}.py").read_text()
+        assert all(f"\nfrom .{module} import" in routed for module in (own_type.module, "modeling_routed"))
     assert all(f"\nfrom .{name.removesuffix('.py')} import" in main for name in MODELING_FILES[1:])
