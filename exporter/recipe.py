@@ -54,6 +54,7 @@ class CalibrationData:
     prompt: str = "Describe this image."  # put to the images of a folder
     config: str | None = None  # of a data set that has several configurations
     allow_urls: bool = False  # fetch images that stand as web addresses
+    frames: int | None = None  # the most to take of a video file, evenly spread; None: 8
     answer_tokens: int = 128  # that the model's own answer to a question may take
     answers: str | None = None  # file of answers that it gave elsewhere; None: it gives them here
 
@@ -84,8 +85,6 @@ def refuse_answers(calibration: CalibrationData | None, why: str) -> None:
 
 
 NO_QUESTIONS = CalibrationData("")  # of a recipe that needs none: its layers are named or scored, nothing is folded
-
-
 ASKED_ONCE_READ = ("metric", "suffix", "types")  # what becomes of a task's questions once they are read
 
 
@@ -98,6 +97,7 @@ class TaskData:
     split: str | None = None  # None: the only one
     config: str | None = None
     allow_urls: bool = False
+    frames: int | None = None  # the most to take of a video file, evenly spread; None: 8
     metric: str | None = None  # None: what its columns clearly ask for, else exact match
     suffix: str | None = None  # put behind every question
     types: tuple[str, ...] | None = None  # of questions that are put, by the column 'type'; None: all
@@ -112,7 +112,7 @@ class TaskData:
 
     def to_data(self) -> Any:
         """Return 'data' alone where everything else is left to its default."""
-        rest = {name: v for name, v in vars(self).items() if name not in ASKED_ONCE_READ or v is not None}
+        rest = {name: v for name, v in vars(self).items() if name not in (*ASKED_ONCE_READ, "frames") or v is not None}
         return rest if self != TaskData(self.data) else self.data
 
 

@@ -27,6 +27,7 @@ pytest_plugins = [
     "fixtures.originals",
     "fixtures.routed",
     "fixtures.tasks",
+    "fixtures.videos",
 ]
 # One family of each kind: fixed visual tokens, tiles, windows of attention, three positions with DeepStack.
 ONE_OF_EACH_KIND = ("llava", "llava_next", "gemma3", "qwen3_vl")

@@ -59,6 +59,7 @@ TEMPLATE = (
     "{% set turn = turns.get(message['role'], turns['user']) %}{{ turn[0] }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}IMAGE{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'video' %}VIDEO{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{{ turn[1] }}{% endfor %}{% if add_generation_prompt %}{{ turns['assistant'][0] }}{% endif %}"
 )
@@ -82,6 +83,7 @@ QWEN_TOKENS = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
 QWEN_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 GEMMA_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 TILE_TAGS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
@@ -110,6 +112,7 @@ class Tiny:
     start: str = ""  # what a conversation begins with
     turns: dict[str, tuple[str, str]] | None = None  # None: no chat template, as on the hub
     image: str = "<image>"
+    video: str = ""  # of the chat template; empty: it places none
     video_processor: str | None = None  # class, where the hub has a file for it
     template_file: str = "chat_template.jinja"  # older repositories have it in a JSON file
 
@@ -144,13 +147,14 @@ FAMILIES_HERE: dict[str, Tiny] = {
             "size": {"height": 24, "width": 24}, "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24]]}),
         processor=("LlavaOnevisionProcessor", {"num_image_tokens": 9, "vision_feature_select_strategy": "full",
                                                "image_token": "<image>", "video_token": "<video>"}),
-        turns=CHATML, image="<image>\n", video_processor="LlavaOnevisionVideoProcessor",
+        turns=CHATML, image="<image>\n", video="<video>\n", video_processor="LlavaOnevisionVideoProcessor",
     ),
     "qwen2_vl": Tiny(
         text=QWEN2_TEXT, vision={**QWEN_VIT, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}, flat_config=True,
         names=QWEN2_NAMES, tokens=QWEN_TOKENS, extra=("<|im_start|>",), ids=QWEN_IDS,
         image_processor=("Qwen2VLImageProcessor", {**QWEN_PIXELS, **QWEN_LIMITS}),
-        processor=("Qwen2VLProcessor", {}), turns=CHATML, image=QWEN_IMAGE, template_file="chat_template.json",
+        processor=("Qwen2VLProcessor", {}), turns=CHATML, image=QWEN_IMAGE, video=QWEN_VIDEO,
+        template_file="chat_template.json",
     ),
     "qwen2_5_vl": Tiny(  # windows of 2 x 2 visual tokens in the first vision block
         text=QWEN2_TEXT,
@@ -159,7 +163,8 @@ FAMILIES_HERE: dict[str, Tiny] = {
         config={"tie_word_embeddings": True}, flat_config=True,
         names=QWEN2_NAMES, tokens=QWEN_TOKENS, extra=("<|im_start|>",), ids=QWEN_IDS,
         image_processor=("Qwen2VLImageProcessor", {**QWEN_PIXELS, **QWEN_LIMITS}),
-        processor=("Qwen2_5_VLProcessor", {}), turns=CHATML, image=QWEN_IMAGE, template_file="chat_template.json",
+        processor=("Qwen2_5_VLProcessor", {}), turns=CHATML, image=QWEN_IMAGE, video=QWEN_VIDEO,
+        template_file="chat_template.json",
     ),
     "qwen3_vl": Tiny(
         text={"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True,
@@ -169,7 +174,8 @@ FAMILIES_HERE: dict[str, Tiny] = {
         config={"tie_word_embeddings": True},
         tokens=QWEN_TOKENS, extra=("<|im_start|>",), ids=QWEN_IDS,
         image_processor=("Qwen2VLImageProcessorFast", {**QWEN_PIXELS, **QWEN_SIZE}),
-        processor=("Qwen3VLProcessor", {}), turns=CHATML, image=QWEN_IMAGE, video_processor="Qwen3VLVideoProcessor",
+        processor=("Qwen3VLProcessor", {}), turns=CHATML, image=QWEN_IMAGE, video=QWEN_VIDEO,
+        video_processor="Qwen3VLVideoProcessor",
     ),
     "internvl": Tiny(
         text={"model_type": "qwen2"},
@@ -181,7 +187,7 @@ FAMILIES_HERE: dict[str, Tiny] = {
         image_processor=("GotOcr2ImageProcessorFast", {"size": {"height": 32, "width": 32}, "crop_to_patches": True,
                                                        "min_patches": 1, "max_patches": 2}),
         processor=("InternVLProcessor", {"image_seq_length": 16}),
-        turns=CHATML, image="<IMG_CONTEXT>\n", video_processor="InternVLVideoProcessor",
+        turns=CHATML, image="<IMG_CONTEXT>\n", video="<video>\n", video_processor="InternVLVideoProcessor",
     ),
     "idefics3": Tiny(
         text={"model_type": "llama"}, vision=IDEFICS_VISION, config={"scale_factor": 2},
@@ -242,6 +248,7 @@ FAMILIES_HERE: dict[str, Tiny] = {
              "video_end_token_id": "<|end_of_video|>"},
         image_processor=("Glm4vImageProcessor", {**QWEN_PIXELS, **GLM_SIZE}), processor=("Glm4vProcessor", {}),
         start="[gMASK]<sop>", turns=GLM, image="<|begin_of_image|><|image|><|end_of_image|>",
+        video="<|begin_of_video|><|video|><|end_of_video|>",
         video_processor="Glm4vVideoProcessor",
     ),
 }  # fmt: skip
@@ -252,6 +259,7 @@ QWEN3_VISION: Settings = {**QWEN_VIT, "depth": 4, "hidden_size": 32, "intermedia
                           "num_position_embeddings": 36}  # fmt: skip
 QWEN3_PROCESSOR: Settings = {
     "tokens": QWEN_TOKENS, "extra": ("<|im_start|>",), "ids": QWEN_IDS, "turns": CHATML, "image": QWEN_IMAGE,
+    "video": QWEN_VIDEO,
     "image_processor": ("Qwen2VLImageProcessorFast", {**QWEN_PIXELS, **QWEN_SIZE}),
     "processor": ("Qwen3VLProcessor", {}), "video_processor": "Qwen3VLVideoProcessor",
 }  # fmt: skip
@@ -423,6 +431,7 @@ def write_json(path: Path, content: Settings) -> None:
 
 def chat_template(tiny: Tiny) -> str:
     template = TEMPLATE.replace("START", tiny.start).replace("TURNS", json.dumps(tiny.turns))
+    template = template.replace("VIDEO", "{{ " + json.dumps(tiny.video) + " }}" if tiny.video else "")
     return template.replace("IMAGE", "{{ " + json.dumps(tiny.image) + " }}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models.flops import kv_bytes_per_token
 from ..models.loading import text_decoder
 
-PIXELS = ("pixel_values", "pixel_attention_mask")  # only the vision tower reads them
+PIXELS = ("pixel_values", "pixel_attention_mask", "pixel_values_videos")  # only the vision tower reads them
 
 
 def cache_bytes(cache: Any) -> int:

@@ -63,20 +63,21 @@ class TorchSubject:
 
     @torch.inference_mode()
     def encode_images(self, prompt: Batch) -> Any:
-        if PIXELS[0] not in prompt.inputs:
-            return None
-        encode = self.model.base_model.get_image_features
-        encoder_inputs = {
-            name: prompt.inputs[name] for name in inspect.signature(encode).parameters if name in prompt.inputs
-        }
-        return encode(**encoder_inputs, return_dict=True)
+        encoded = {}
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if pixels in prompt.inputs:
+                encode = getattr(self.model.base_model, f"get_{kind}_features")
+                names = inspect.signature(encode).parameters
+                encoder_inputs = {name: prompt.inputs[name] for name in names if name in prompt.inputs}
+                encoded[kind] = encode(**encoder_inputs, return_dict=True)
+        return encoded or None
 
     @torch.inference_mode()
     def prefill(self, prompt: Batch, seen: Any) -> TorchDecodingState:
         inputs: dict[str, Any] = {name: value for name, value in prompt.inputs.items() if name not in PIXELS}
         mask = inputs.get("attention_mask")
         if seen is not None:
-            inputs["mm_encoder_outputs"] = {"image": seen}
+            inputs["mm_encoder_outputs"] = dict(seen)  # the model adds to it
         return self._state(self.model(**inputs, **self._positions(mask), use_cache=True, **self._rest), mask)
 
     @torch.inference_mode()

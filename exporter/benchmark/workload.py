@@ -41,6 +41,7 @@ class Workload:
     split: str | None = None
     config: str | None = None
     allow_urls: bool = False
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         paths_as_text(self, "task")
@@ -53,9 +54,8 @@ class Workload:
     def batch(self, processor: Any, config: Any, number: int) -> Batch:
         """Return model inputs of that number of prompts, as this processor makes them."""
         if self.task is not None:
-            lines = read_samples(
-                self.task, columns=self.columns, split=self.split, config=self.config, allow_urls=self.allow_urls
-            )
+            how = {name: getattr(self, name) for name in ("columns", "split", "config", "allow_urls", "frames")}
+            lines = read_samples(self.task, **how)
             return make_batch([lines[index % len(lines)] for index in range(number)], processor, config)
         tokens = self.visual_tokens
         side, count = (DEFAULT_SIDE, 1) if tokens is None else image_shape(processor, config, tokens)

@@ -136,6 +136,7 @@ class WorkloadPart:
     split: Text | None = None
     config: Text | None = None
     allow_urls: Flag = False
+    frames: Positive | None = None
 
 
 @dataclass(frozen=True)

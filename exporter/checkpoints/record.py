@@ -50,7 +50,8 @@ RECORD = "compression.json"
 FORMAT = 1
 PLACE = TextOr(
     {"data": TEXT, "samples?": Maybe(COUNT), "split?": TEXT, "prompt?": TEXT, "config?": Maybe(TEXT),
-     "answer_tokens?": POSITIVE, "answers?": Maybe(TEXT), "allow_urls?": FLAG}
+     "answer_tokens?": POSITIVE, "answers?": Maybe(TEXT), "allow_urls?": FLAG,
+     "frames?": Maybe(POSITIVE)}
 )  # fmt: skip
 METHOD = TextOr({"name": TEXT})
 # Laxer than a recipe that is run: a later version's has other keys and methods, and `reproduce` reads it strictly.

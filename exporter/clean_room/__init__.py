@@ -4,8 +4,9 @@
 show that a checkpoint needs nothing of ours. The files here therefore import the standard library, torch, transformers
 and PIL only (onnx and onnxruntime to compare an ONNX folder), and `__main__.py` blocks any import of `exporter`.
 
-Files: `processing` turns images and questions into model inputs; `reference` asks the reference question;
-`verify_checkpoint` and `compare_onnx` (with `onnx_components`) are the two checks; `process` keeps `exporter` out.
+Files: `processing` turns images and questions into model inputs, `video` the frames of videos; `reference` asks the
+reference question; `verify_checkpoint` and `compare_onnx` (with `onnx_components`) are the two checks; `process` keeps
+`exporter` out.
 """
 
 from .processing import PromptError, encode, extend, load_processor, render
@@ -20,12 +21,15 @@ from .reference import (
     reference_inputs,
     reference_margins,
 )
+from .video import Clip, VideoError
 
 __all__ = [
     "GENERATION_TOKENS",
     "REFERENCE_QUESTION",
     "REFERENCE_TOKENS",
+    "Clip",
     "PromptError",
+    "VideoError",
     "encode",
     "extend",
     "generate",

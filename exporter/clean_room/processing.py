@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .video import Clip, check_takes_both, check_takes_video, number_words, video_options, video_processor
+
 WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)  # families whose processors put one question as it stands
 ANSWER_TOKEN_TYPE = {"paligemma": 1}  # its prompt sees itself both ways, answers are causal; 0 is text elsewhere
 
@@ -20,10 +22,10 @@ TEMPLATE_S = 5  # seconds that a chat template may take: loops in each other wou
 
 
 def load_processor(folder: Path | str) -> Any:
-    """Return the folder's processor, padding on the left; one for images and text only where torchvision is missing.
+    """Return the folder's processor, padding on the left.
 
-    Video processors need torchvision, which has no build for every torch. A processor made this way is for running,
-    not for saving: it would write its own class name.
+    Where torchvision is missing, which has no build for every torch, its image and video processors do without. A
+    processor made this way is for running, not for saving: it would write its own class name.
     """
     from transformers import AutoProcessor
 
@@ -31,6 +33,8 @@ def load_processor(folder: Path | str) -> Any:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except ImportError:
         processor = image_only(processor_class(Path(folder))).from_pretrained(folder, trust_remote_code=False)
+        if getattr(processor, "video_token", None) is not None:
+            processor.video_processor = video_processor(Path(folder))
     processor.tokenizer.padding_side = "left"
     return processor
 
@@ -65,12 +69,12 @@ def pil_instead_of_torchvision(module_name: str) -> Iterator[None]:
 
 
 def image_only(cls: Any) -> Any:
-    """Return the processor class without its video part."""
+    """Return the processor class without its video part, which torchvision's absence would keep from loading."""
     from transformers import ProcessorMixin
 
     module: Any = sys.modules[cls.__module__]
     if getattr(module, "num2words", "unused") is None:  # SmolVLM spells out the number of frames of a video with it
-        module.num2words = str
+        module.num2words = number_words
 
     class ImageOnly(cls):  # type: ignore[misc]
         # SmolVLM's own version reads defaults of the video processor.
@@ -89,14 +93,26 @@ def image_only(cls: Any) -> Any:
     return ImageOnly
 
 
-def encode(processor: Any, chats: list[list[dict[str, Any]]], images: list[list[Any]]) -> dict[str, Any]:
-    """Encode chats as tensors, padded on the left: one user turn each, images first, then the generation prompt."""
+def encode(
+    processor: Any,
+    chats: list[list[dict[str, Any]]],
+    images: list[list[Any]],
+    videos: list[list[Clip]] | None = None,
+) -> dict[str, Any]:
+    """Encode chats as tensors, padded on the left, with the generation prompt.
+
+    Args:
+        images: of each chat, in the order of its places; `videos` likewise.
+    Raises: PromptError for a chat that can't be put, VideoError for videos that the processor does not take.
+    """
     texts = [render(processor, chat) for chat in chats]
-    options = {}
+    options = video_options(processor, videos or [])
     bos = processor.tokenizer.bos_token
     if bos and texts[0].startswith(bos):
         options["add_special_tokens"] = False  # the template has written it already
     shown = images if any(images) else None
+    if shown and "videos" in options:
+        check_takes_both(processor)
     inputs = dict(processor(text=texts, images=shown, padding=True, return_tensors="pt", **options))
     inputs.pop("labels", None)  # PaliGemma's processor adds some that ask for nothing
     return inputs
@@ -112,11 +128,15 @@ def render(processor: Any, chat: list[dict[str, Any]]) -> str:
     Raises: PromptError where a template is missing, as after fine-tuning: the bare text would be another prompt than
     the one that the model was trained with; where it fails; and where it does not place every image once.
     """
+    if has_video := any(part["type"] == "video" for turn in chat for part in turn["content"]):
+        check_takes_video(processor)
     own_template = getattr(processor, "chat_template", None)
     if template := own_template or getattr(
         processor.tokenizer, "chat_template", None
     ):  # the tokenizer's is not looked for
         chosen = {} if own_template else {"chat_template": template}
+        if has_video and (for_videos := video_template(processor)) is not None:
+            chosen = {"chat_template": for_videos}
         try:
             with time_limit(TEMPLATE_S):
                 text: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **chosen)
@@ -135,6 +155,12 @@ def render(processor: Any, chat: list[dict[str, Any]]) -> str:
         raise PromptError(f"{name} takes one question: it has no chat template that would tell {len(chat)} turns apart")
     parts = [part for turn in chat for part in turn["content"]]
     return "".join(processor.image_token if part["type"] == "image" else part["text"] for part in parts)
+
+
+def video_template(processor: Any) -> str | None:
+    """Return the chat template that a processor takes for chats with videos; None: its own (SmolVLM's has none)."""
+    modules = (sys.modules[cls.__module__] for cls in type(processor).__mro__)
+    return next((module.DEFAULT_CHAT_TEMPLATE for module in modules if hasattr(module, "DEFAULT_CHAT_TEMPLATE")), None)
 
 
 @contextmanager
@@ -157,15 +183,20 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def _check_places(processor: Any, text: str, chat: list[dict[str, Any]]) -> None:
-    """Raise PromptError unless the image token stands once for each image of the chat."""
-    shown = sum(part["type"] == "image" for turn in chat for part in turn["content"])
-    marks = {getattr(processor, name, None) for name in ("image_token", "boi_token")}  # Gemma 3 writes the latter
-    placed = max((text.count(mark) for mark in marks if isinstance(mark, str) and mark), default=shown)
-    if placed != shown:
-        raise PromptError(
-            f"the prompt has {placed} places for {shown} images: the chat template does not place them, or the text "
-            "holds the image token itself"
-        )
+    """Raise PromptError unless the image token stands once for each image of the chat, and the video token likewise."""
+    shown = [part["type"] for turn in chat for part in turn["content"]]
+    marks = {  # Gemma 3 writes boi_token
+        "image": {getattr(processor, name, None) for name in ("image_token", "boi_token")},
+        "video": {getattr(processor, "video_token", None)},
+    }
+    for kind, tokens in marks.items():
+        number = shown.count(kind)
+        placed = max((text.count(mark) for mark in tokens if isinstance(mark, str) and mark), default=number)
+        if placed != number:
+            raise PromptError(
+                f"the prompt has {placed} places for {number} {kind}s: the chat template does not place them, or the "
+                f"text holds the {kind} token itself"
+            )
 
 
 def _one_line(error: BaseException) -> str:

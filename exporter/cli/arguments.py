@@ -68,6 +68,9 @@ def data_arguments(subcommand: Any, split: str) -> None:
     subcommand.add_argument(
         "--allow-urls", action="store_true", help="fetch images that are given as http(s) addresses"
     )
+    subcommand.add_argument(
+        "--frames", type=positive_count, metavar="N", help="most frames to take of a video file, evenly spread (8)"
+    )
 
 
 def localizer_arguments(subcommand: argparse.ArgumentParser) -> None:
@@ -324,5 +327,5 @@ def columns_of(values: Sequence[str]) -> dict[str, str]:
 
 def data_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return how the flags say that a task is read."""
-    read = {name: getattr(options, name) for name in ("split", "config", "allow_urls")}
+    read = {name: getattr(options, name) for name in ("split", "config", "allow_urls", "frames")}
     return {"columns": columns_of(options.columns), **read}

@@ -99,6 +99,7 @@ def calibration_from_flags(options: argparse.Namespace) -> dict[str, Any]:
         "columns": columns_of(options.columns) or None,
         "config": options.config,
         "allow_urls": options.allow_urls or None,
+        "frames": options.frames,
         "answers": getattr(options, "answers", None),
     }
     return {k: v for k, v in flags.items() if v is not None}

@@ -42,7 +42,19 @@ class Search:
 @contextlib.contextmanager
 def images_seen_once(model: Any) -> Iterator[None]:
     """Run the vision tower for the first pass only: all passes inside must be over the same images."""
-    base, features = model.base_model, model.base_model.get_image_features
+    base = model.base_model
+    names = [name for name in ("get_image_features", "get_video_features") if hasattr(base, name)]
+    for name in names:
+        setattr(base, name, _remembered(getattr(base, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(base, name)
+
+
+def _remembered(features: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls another one once, and returns the same whatever it is given then."""
     known: list[Any] = []
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
@@ -50,11 +62,7 @@ def images_seen_once(model: Any) -> Iterator[None]:
             known.append(features(*args, **kwargs))
         return known[0]
 
-    base.get_image_features = remembered
-    try:
-        yield
-    finally:
-        del base.get_image_features
+    return remembered
 
 
 def search(

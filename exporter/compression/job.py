@@ -124,8 +124,7 @@ def prepare(
     if calibration.answers is not None:
         calibration.answers.check_layers(source.num_layers)
     for sample in progress(calibration.samples, "check images", len(calibration.samples)):
-        sample.chat()
-        sample.open_images()
+        sample.check()
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
     processor = load_processor(source.folder)
@@ -166,5 +165,6 @@ def load_for(recipe: Recipe) -> Calibration:
     if data.answers is None:
         return calibration
     return dataclasses.replace(
-        calibration, answers=given_answers(data.answers, calibration.samples, allow_urls=data.allow_urls)
+        calibration,
+        answers=given_answers(data.answers, calibration.samples, allow_urls=data.allow_urls, frames=data.frames),
     )

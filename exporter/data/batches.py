@@ -54,12 +54,13 @@ def make_batches(samples: Sequence[Sample], processor: Any, config: Any, batch_s
 
 def make_batch(samples: Sequence[Sample], processor: Any, config: Any) -> Batch:
     """Return questions with the generation prompt, left-padded."""
-    from ..clean_room import PromptError, encode
+    from ..clean_room import PromptError, VideoError, encode
 
     chats, images = [sample.chat() for sample in samples], [sample.open_images() for sample in samples]
+    videos = [sample.open_videos() for sample in samples]
     try:
-        inputs = encode(processor, chats, images)
-    except PromptError as error:
+        inputs = encode(processor, chats, images, videos)
+    except (PromptError, VideoError) as error:
         raise InputError(prompt_message(error, samples, config)) from error
     except Exception as error:  # processors raise what they like: AttributeError, OverflowError, RuntimeError ...
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -69,9 +70,10 @@ def make_batch(samples: Sequence[Sample], processor: Any, config: Any) -> Batch:
     _refuse_long(samples, inputs, config)
     batch = Batch(inputs, *token_kinds(inputs, processor, config), tuple(samples))
     for sample, sees in zip(samples, batch.is_visual.any(1).tolist(), strict=True):
-        if sample.images and not sees:
+        if sample.is_seen and not sees:
+            shown = "image" if sample.images else "video"
             raise InputError(
-                f"{sample.origin}: the prompt has no place for its image: the processor, or image_token_id of "
+                f"{sample.origin}: the prompt has no place for its {shown}: the processor, or image_token_id of "
                 "config.json, belongs to another model."
             )
     return batch
@@ -92,12 +94,12 @@ def _refuse_long(samples: Sequence[Sample], inputs: dict[str, torch.Tensor], con
 
 def check_prompt(samples: Sequence[Sample], processor: Any, config: Any) -> None:
     """Put the first question, without its images: what is wrong with a template is said before a model is loaded."""
-    from ..clean_room import PromptError, render
+    from ..clean_room import PromptError, VideoError, render
 
     for sample in samples[:1]:
         try:
             render(processor, sample.chat())
-        except PromptError as error:
+        except (PromptError, VideoError) as error:
             raise InputError(prompt_message(error, samples, config)) from error
 
 

@@ -13,11 +13,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..recipe import CalibrationData
 from .given import GivenAnswers
-from .images import open_bytes, short
+from .images import short
 from .records import read_records
 from .samples import Sample, TextOnlyError, sample_from
 from .tables import is_saved, open_table
@@ -47,8 +48,8 @@ class Calibration:
             digest = hashlib.sha256()
             for sample in self.samples:
                 digest.update(json.dumps(sample.messages, sort_keys=True).encode())
-                for image in sample.images:
-                    digest.update(open_bytes(image, sample.origin))
+                for content in sample.contents():
+                    digest.update(content)
             self._fingerprint.append(digest.hexdigest())
         return self._fingerprint[0]
 
@@ -65,6 +66,7 @@ def load_calibration(
     allow_urls: bool = False,
     skip_text_only: bool = True,
     text_only: bool = False,
+    frames: int | None = None,
 ) -> Calibration:
     """Read a data source and choose `samples` of it (None: all of them, in order).
 
@@ -79,6 +81,7 @@ def load_calibration(
         skip_text_only: leave questions without an image out, others are drawn for them, and log how many; else they
             are an error. Instruction data has them in between.
         text_only: read them as questions like all others.
+        frames: the most to take of a video file, evenly spread; None: DEFAULT_FRAMES of `exporter.data.videos`.
     """
     if samples is not None and samples < 1:
         raise InputError(f"samples={samples}: at least 1 is needed.")
@@ -93,6 +96,7 @@ def load_calibration(
         allow_urls=allow_urls,
         left_out=left_out,
         text_only=text_only,
+        frames=frames,
     )
     chosen = drawn(available, samples, seed, left_out)
     if left_out and not chosen:
@@ -145,6 +149,7 @@ def questions_of(data: CalibrationData, seed: int) -> Calibration:
         prompt=data.prompt,
         config=data.config,
         allow_urls=data.allow_urls,
+        frames=data.frames,
     )
 
 
@@ -158,6 +163,7 @@ def read_samples(
     allow_urls: bool = False,
     left_out: list[str] | None = None,
     text_only: bool = False,
+    frames: int | None = None,
 ) -> Sequence[Sample]:
     """Return every sample of a source. Those of a table are read when they are indexed. Raises InputError.
 
@@ -166,7 +172,9 @@ def read_samples(
     """
     if spec == DATASETS_PREFIX:
         raise InputError(f"{spec} names no data set: {DATASETS_PREFIX}USER/NAME.")
-    how = {"allow_urls": allow_urls, "text_only": text_only}
+    if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
+        raise InputError(f"frames={frames!r}: at least 1 frame of a video file is needed.")
+    how: dict[str, Any] = {"allow_urls": allow_urls, "text_only": text_only}
     if spec.startswith(DATASETS_PREFIX):
         return open_table(spec.removeprefix(DATASETS_PREFIX), columns or {}, split, config, **how)
     path = Path(spec).expanduser()
@@ -177,10 +185,10 @@ def read_samples(
     for flag, value in (("--columns", columns), ("--config", config)):
         if value:
             raise InputError(f"{flag} is for data sets and parquet files, which {spec} is not: take it out.")
-    return _from_folder(path, prompt) if path.is_dir() else _from_file(path, how, left_out)
+    return _from_folder(path, prompt) if path.is_dir() else _from_file(path, how | {"frames": frames}, left_out)
 
 
-def _from_file(path: Path, how: Mapping[str, bool], left_out: list[str] | None) -> list[Sample]:
+def _from_file(path: Path, how: Mapping[str, Any], left_out: list[str] | None) -> list[Sample]:
     samples = []
     for origin, record in read_records(path):
         try:

@@ -1,7 +1,8 @@
 """Turns of a conversation as files of this field write them, as the turns that chat templates take. Pure.
 
 Three spellings: {role, content}, {from, value} of ShareGPT and LLaVA-instruct, and content in parts, of OpenAI and
-transformers, whose images may stand in them. `<image>` in a text is the place of an image that the line names.
+transformers, whose images and videos may stand in them. `<image>` in a text is the place of an image that the line
+names, `<video>` that of a video.
 """
 
 from __future__ import annotations
@@ -23,34 +24,36 @@ ROLES = {
     "developer": "system",
 }
 IMAGE_PARTS = ("image", "image_url", "input_image")
+VIDEO_PARTS = ("video", "video_url", "input_video")
 TEXT_PARTS = ("text", "input_text", "output_text")
-PLACE = re.compile(r"[ \t]*\n?<image>\n?")
+PLACE = re.compile(r"[ \t]*\n?<(image|video)>\n?")
 IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
 
 Turn = dict[str, Any]
+Inline = dict[str, list[Any]]  # by kind, "image" and "video": what stands at each place, None where it is elsewhere
 
 
-def read_turns(value: Any, origin: str) -> tuple[list[Turn], list[Any]]:
-    """Read turns of one spelling, and the images that stand in their parts.
+def read_turns(value: Any, origin: str) -> tuple[list[Turn], Inline]:
+    """Read turns of one spelling, and the images and videos that stand in their parts.
 
-    Returns: turns whose content is text, or parts of {"type": "text", "text"} and {"type": "image"}; and for each of
-    the latter, in order, what stands in the part, None where the line has the image elsewhere.
+    Returns: turns whose content is text, or parts of {"type": "text", "text"}, {"type": "image"} and {"type": "video"};
+    and for each of the latter two, by kind and in order, what stands in the part, None where the line has it elsewhere.
     Raises: InputError for what is no conversation with a user's turn.
     """
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise InputError(_needed(origin))
-    turns, images = [], []
+    turns: list[Turn] = []
+    inline: Inline = {"image": [], "video": []}
     for turn in value:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role.lower() not in ROLES:
             hint = f" {role!r} is no such role: {nearest(role, ROLES)}" if isinstance(role, str) else ""
             raise InputError(_needed(origin) + hint)
-        read, part_images = _content(content, origin)
-        turns.append({"role": ROLES[role.lower()], "content": read})
-        images += part_images
+        turns.append({"role": ROLES[role.lower()], "content": _content(content, inline, origin)})
     if not any(turn["role"] == "user" for turn in turns):
         raise InputError(_needed(origin))
-    return turns, images
+    return turns, inline
 
 
 def _needed(origin: str) -> str:
@@ -60,46 +63,47 @@ def _needed(origin: str) -> str:
     )
 
 
-def _content(content: Any, origin: str) -> tuple[str | list[Turn], list[Any]]:
+def _content(content: Any, inline: Inline, origin: str) -> str | list[Turn]:
+    """Return a turn's text or parts; what stands in its places is put into `inline`."""
     if isinstance(content, str):
         check_text(content, origin)
-        parts = _placed(content)
-        images = [None] * sum(part["type"] == "image" for part in parts)
-        return (parts, images) if images else (content, [])
+        parts = _placed(content, inline)
+        return content if all(part["type"] == "text" for part in parts) else parts
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, list):
         raise InputError(_needed(origin))
-    parts, images = [], []
-    for part in content:
-        read, part_images = _part(part, origin)
-        parts += read
-        images += part_images
-    return parts, images
+    return [read for part in content for read in _part(part, inline, origin)]
 
 
-def _part(part: Any, origin: str) -> tuple[list[Turn], list[Any]]:
-    """Return one part of a turn; a text may have places of images in it."""
+def _part(part: Any, inline: Inline, origin: str) -> list[Turn]:
+    """Return one part of a turn; a text may have places of images and videos in it."""
     if isinstance(part, str):
         part = {"type": "text", "text": part}
     if not isinstance(part, Mapping):
         raise InputError(_needed(origin))
     held = {key: value for key, value in part.items() if value is not None}  # tables have every key in every row
-    kind = held.get("type", next((key for key in (*TEXT_PARTS, *IMAGE_PARTS) if key in held), None))
+    named = (key for key in (*TEXT_PARTS, *IMAGE_PARTS, *VIDEO_PARTS) if key in held)
+    kind = held.get("type", next(named, None))
     if kind in TEXT_PARTS:
         text = held.get("text", held.get("content"))
         if not isinstance(text, str):
             raise InputError(f"{origin}: a part of type '{kind}' holds no text.")
         check_text(text, origin)
-        placed = _placed(text)
-        images = [None] * sum(piece["type"] == "image" for piece in placed)
-        return (placed if images else [{"type": "text", "text": text}]), images
+        return _placed(text, inline)
     if kind in IMAGE_PARTS:
-        return [{"type": "image"}], [_inline(held)]
-    raise InputError(f"{origin}: a part of type {kind!r} is neither text nor an image ({', '.join(IMAGE_PARTS)}).")
+        inline["image"].append(_inline_image(held))
+        return [{"type": "image"}]
+    if kind in VIDEO_PARTS:
+        inline["video"].append(_inline_video(held))
+        return [{"type": "video"}]
+    raise InputError(
+        f"{origin}: a part of type {kind!r} is neither text nor an image ({', '.join(IMAGE_PARTS)}) nor a video "
+        f"({', '.join(VIDEO_PARTS)})."
+    )
 
 
-def _inline(part: Mapping[str, Any]) -> Any:
+def _inline_image(part: Mapping[str, Any]) -> Any:
     """Return the image that stands in a part, as `image_from` takes it; None for a mere place."""
     for key in ("image_url", "image", "url", "path", "base64", "bytes", "data"):
         if key in part:
@@ -110,15 +114,28 @@ def _inline(part: Mapping[str, Any]) -> Any:
     return None
 
 
-def _placed(text: str) -> list[Turn]:
-    """Return a text as parts, split where `<image>` stands."""
-    if IMAGE_MARK not in text:
+def _inline_video(part: Mapping[str, Any]) -> Any:
+    """Return the video that stands in a part, with its times, as `video_from` takes it; None for a mere place."""
+    for key in ("video_url", "video", "frames", "url", "path"):
+        if key in part:
+            value = part[key]
+            if isinstance(value, Mapping):
+                return value
+            held = {"frames" if isinstance(value, list) else "path": value}
+            return held | {name: part[name] for name in ("fps", "timestamps") if name in part}
+    return None
+
+
+def _placed(text: str, inline: Inline) -> list[Turn]:
+    """Return a text as parts, split where `<image>` and `<video>` stand."""
+    if IMAGE_MARK not in text and VIDEO_MARK not in text:
         return [{"type": "text", "text": text}]
     parts: list[Turn] = []
-    for number, piece in enumerate(PLACE.split(text)):
-        if number > 0:
-            parts.append({"type": "image"})
-        if piece:
+    for number, piece in enumerate(PLACE.split(text)):  # texts, with the kinds of places between them
+        if number % 2:
+            inline[piece].append(None)
+            parts.append({"type": piece})
+        elif piece:
             parts.append({"type": "text", "text": piece})
     return parts
 

@@ -46,10 +46,12 @@ class GivenAnswers:
 
 
 def question_key(sample: Sample) -> str:
-    """Return what tells a question about its images from all others: a hash of the turns and of the image files."""
+    """Return what tells a question from all others: a hash of the turns and of the files of its images and videos."""
     digest = hashlib.sha256(_words(sample).encode())
     for image in sample.images:
         digest.update(hashlib.sha256(open_bytes(image, sample.origin)).digest())
+    for video in sample.videos:
+        digest.update(video.digest(sample.origin))
     return digest.hexdigest()[:KEY_DIGITS]
 
 
@@ -57,11 +59,11 @@ def _words(sample: Sample) -> str:
     return json.dumps(sample.messages, sort_keys=True)
 
 
-def given_answers(path: str, samples: Sequence[Sample], allow_urls: bool = False) -> GivenAnswers:
+def given_answers(path: str, samples: Sequence[Sample], **how: Any) -> GivenAnswers:
     """Read the answers to some questions from a file. What it answers beside them is left alone.
 
     Args:
-        allow_urls: fetch images that stand as web addresses in lines that repeat such a question.
+        how: `allow_urls` and `frames`, as `sample_from` takes them, of lines that repeat such a question.
     Raises: InputError where a question has none or several, and for lines that are no answers.
     """
     file = Path(path).expanduser()
@@ -75,7 +77,7 @@ def given_answers(path: str, samples: Sequence[Sample], allow_urls: bool = False
         answer = record.get("answer")
         if not isinstance(answer, str):
             raise InputError(f"{origin}: 'answer' must be a text, what the original model said to the question.")
-        key = _key_of_line(record, wanted_words, origin=origin, folder=file.parent, allow_urls=allow_urls)
+        key = _key_of_line(record, wanted_words, origin=origin, folder=file.parent, how=how)
         ended = by_key.setdefault(key, {})
         ended[answer.strip()] = ended.get(answer.strip(), False) or record.get(ENDED) is not False
         runs.add(str(record.get("run", "")))
@@ -95,7 +97,7 @@ def given_answers(path: str, samples: Sequence[Sample], allow_urls: bool = False
 
 
 def _key_of_line(
-    record: Mapping[str, Any], wanted_words: Collection[str], *, origin: str, folder: Path, allow_urls: bool
+    record: Mapping[str, Any], wanted_words: Collection[str], *, origin: str, folder: Path, how: Mapping[str, Any]
 ) -> str:
     """Return the key of a line's question; of one that is not asked, whose images need not be here, its place."""
     if KEY in record:
@@ -108,7 +110,7 @@ def _key_of_line(
             "of a new file for `evaluate --predictions`."
         )
     question = {name: value for name, value in record.items() if name not in (*ANSWER_COLUMNS, "choices", "options")}
-    sample = sample_from(question, origin, folder, allow_urls=allow_urls, text_only=True)
+    sample = sample_from(question, origin, folder, text_only=True, **how)
     return question_key(sample) if _words(sample) in wanted_words else origin
 
 

@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .samples import Sample
 
@@ -46,7 +47,7 @@ class Split:
 
 
 def pictures_of(samples: Sequence[Sample]) -> tuple[int, ...]:
-    """Number the pictures, by their content: questions that share an image have the same number."""
+    """Number the pictures, by their content: questions that share an image, a frame or a video have the same number."""
     number_of: dict[str, int] = {}  # by content
     parent: list[int] = []
 
@@ -58,7 +59,8 @@ def pictures_of(samples: Sequence[Sample]) -> tuple[int, ...]:
     firsts = []
     for sample in samples:
         numbers = []
-        for image in sample.images:
+        parts = (part for video in sample.videos for part in video.frames or (video.file,))
+        for image in (*sample.images, *parts):
             key = _content(image)
             if key not in number_of:
                 number_of[key] = len(parent)
@@ -73,13 +75,13 @@ def pictures_of(samples: Sequence[Sample]) -> tuple[int, ...]:
     return tuple(root(number) for number in firsts)
 
 
-def _content(image: object) -> str:
+def _content(image: Any) -> str:
     if isinstance(image, Path):
         try:
             return hashlib.sha256(image.read_bytes()).hexdigest()
         except OSError:  # said elsewhere, by the line that names it
             return str(image)
-    return hashlib.sha256(image.tobytes()).hexdigest()  # type: ignore[attr-defined]
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def split_by_picture(samples: Sequence[Sample], number: int, seed: int) -> Split:

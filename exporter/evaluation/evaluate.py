@@ -44,6 +44,7 @@ def evaluate(
     split: str | None = None,
     config: str | None = None,
     allow_urls: bool = False,
+    frames: int | None = None,
     measure: Measure = Measure(),
     rated_by: JudgeClient | None = None,
     max_new_tokens: int | None = None,
@@ -59,7 +60,7 @@ def evaluate(
         budgets: of routed checkpoints, each evaluated; without any, they run as plain models.
         calibration: questions for rules that measure layers.
         samples: how many of the task's questions, seeded; None: all.
-        columns, split, config, allow_urls: of the task, as `load_calibration` takes them.
+        columns, split, config, allow_urls, frames: of the task, as `load_calibration` takes them.
         measure: by which metric, and what is put behind the questions; none: by what the columns clearly ask for.
         rated_by: the judge of a metric that needs one.
         predictions: JSONL file that keeps every answer; a run that broke off goes on from it.
@@ -77,6 +78,7 @@ def evaluate(
         split=split,
         config=config,
         allow_urls=allow_urls,
+        frames=frames,
         metric=measure.metric,
         suffix=measure.suffix,
     )

@@ -105,9 +105,9 @@ class Judge:
         todo = [i for i in range(len(self.task.samples)) if self._is_open(i, entries.get(i))]
         samples = self.task.samples
         todo.sort(key=lambda i: (samples[i].pixels, len(text_of(samples[i].messages[-1]))))  # less padding
-        kinds = [[i for i in todo if bool(samples[i].images) == seen] for seen in (False, True)]  # in batches apart
+        kinds = [[i for i in todo if samples[i].kind == kind] for kind in sorted({samples[i].kind for i in todo})]
         size = self.batch_size
-        batches = [kind[i : i + size] for kind in kinds for i in range(0, len(kind), size)]
+        batches = [kind[i : i + size] for kind in kinds for i in range(0, len(kind), size)]  # kinds apart
         name = Path(self.loaded.path).name + (f" ({self.loaded.request})" if self.loaded.request else "")
         for indices in progress(batches, f"evaluate {name}", len(batches)):
             fresh = dict(zip(indices, self._batch(indices), strict=True))

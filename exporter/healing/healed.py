@@ -88,8 +88,7 @@ def check_healing(heal: HealRecipe, data: CalibrationData) -> tuple[Calibration,
             f"{FEWEST} or more, since some are held out to tell whether it helps."
         )
     for sample in calibration.samples:
-        sample.chat()
-        sample.open_images()
+        sample.check()
     return calibration, fit, held_out
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from ..data.pictures import pictures_of, split_by_picture
 from ..data.samples import Sample
@@ -39,12 +40,12 @@ def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:
 def exchanged(samples: Sequence[Sample], rounds: int, seed: int) -> list[list[Sample]]:
     """Return the questions, round after round; after the first one each is put to another question's pictures.
 
-    Questions with as many images change places among themselves, in an order drawn once and shifted by another number
-    in each round: no pair comes twice before all have come.
+    Questions with as many images, and videos as long, change places among themselves, in an order drawn once and
+    shifted by another number in each round: no pair comes twice before all have come.
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault(len(sample.images), []).append(index)
+        groups.setdefault((len(sample.images), sample.kind), []).append(index)
     draw = random.Random(seed)
     orders: list[tuple[list[int], list[int]]] = []
     for group in groups.values():
@@ -67,7 +68,8 @@ def with_pictures(question: Sample, pictured: Sample) -> Sample:
     if question is pictured:
         return question
     origin = f"{question.origin} (with the images of {pictured.origin})"
-    return dataclasses.replace(question, origin=origin, images=pictured.images, answers=(), choices=())
+    unlabelled = dataclasses.replace(question, origin=origin, answers=(), choices=())
+    return dataclasses.replace(unlabelled, images=pictured.images, videos=pictured.videos)
 
 
 __all__ = ["exchanged", "parted", "pictures_of", "with_pictures"]

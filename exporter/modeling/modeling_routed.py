@@ -323,7 +323,7 @@ class RoutedModel:
         visual = self._visual({"input_ids": new}, None)
         if visual is None:
             return None
-        return F.pad(coordinates_of(self.config, visual, kwargs), (0, 0, total - new.shape[1], 0))
+        return F.pad(coordinates_of(self.config, visual, {**kwargs, "input_ids": new}), (0, 0, total - new.shape[1], 0))
 
     # --- the router's file ---
 

@@ -215,6 +215,11 @@ def questions(job: ExportJob) -> list[dict[str, Any]]:
         return []
     check_not_kept_aside(str(options.calibration), "calibration")
     samples = load_calibration(options.calibration, samples=options.samples, prompt=DEFAULT_PROMPT).samples
+    if with_video := next((sample for sample in samples if sample.videos), None):
+        raise InputError(
+            f"{with_video.origin}: ONNX graphs take images and no videos: name questions about images with "
+            "--calibration."
+        )
     if job.support.kind == SQUARE:
         samples = tuple(made_square(sample, source.config.vision_config.image_size) for sample in samples)
     processor = load_processor(source.folder)

@@ -109,9 +109,9 @@ def prepare_search(recipe: SearchRecipe, options: RunOptions, progress: Progress
     check_not_kept_aside(recipe.task.data, "a search, which chooses by its task")
     task = compared_task(recipe.task, recipe.task_samples, recipe.seed)
     for sample in task.samples:
-        sample.open_images()
+        sample.check()
     left_out = dict.fromkeys(recipe.without, "it was asked to be left out")
-    for name, check in _checks(recipe, job).items():
+    for name, check in _checks(recipe, job, task).items():
         try:
             if name not in left_out:
                 check()
@@ -132,7 +132,7 @@ def prepare_search(recipe: SearchRecipe, options: RunOptions, progress: Progress
     return search_job
 
 
-def _checks(recipe: SearchRecipe, job: CompressionJob) -> dict[str, Callable[[], object]]:
+def _checks(recipe: SearchRecipe, job: CompressionJob, task: Task) -> dict[str, Callable[[], object]]:
     """Return what each of EXTRAS needs, as functions that raise InputError."""
 
     def router() -> None:
@@ -142,6 +142,8 @@ def _checks(recipe: SearchRecipe, job: CompressionJob) -> dict[str, Callable[[],
     def int8() -> None:
         if job.device != "cpu":
             raise InputError(f"int8 weights are made for the CPU, and this search runs on {job.device}.")
+        if any(sample.videos for sample in task.samples):
+            raise InputError("int8 weights run on ONNX graphs, which take no videos, and the task has some.")
         check_environment(ExportOptions(quantize="int8"))
         support_of(job.source.config)
 

@@ -84,7 +84,7 @@ class LvlmExporter(lmms):
         while order:
             settings = requests[order[0]].args[2]
             batch = [n for n in order[: self.batch_size] if requests[n].args[2] == settings]
-            batch = [n for n in batch if bool(questions[n].images) == bool(questions[order[0]].images)]
+            batch = [n for n in batch if questions[n].kind == questions[order[0]].kind]
             order = [n for n in order if n not in set(batch)]
             for number, answer in zip(batch, self._answer([questions[n] for n in batch], settings), strict=True):
                 answers[number] = answer

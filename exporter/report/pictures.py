@@ -15,11 +15,11 @@ LARGEST_BYTES = 24_000  # of one picture
 
 
 def thumbnail(sample: Sample, processor: Any | None) -> tuple[str, tuple[int, int]]:
-    """Return the first image of a question, as the model sees it, and its size; ('', (0, 0)) for none."""
-    if not sample.images:
+    """Return the first image of a question, or frame, as the model sees it, and its size; ('', (0, 0)) for none."""
+    if not sample.is_seen:
         return "", (0, 0)
     try:
-        image = sample.open_images()[0]
+        image = sample.open_images()[0] if sample.images else sample.open_videos()[0].frames[0]
     except InputError:
         return "", (0, 0)
     if processor is not None:

@@ -129,12 +129,32 @@ def draw_examples(
         route = make_route(model, batch, budget, rule or Rule("router", "router"))
         answers = greedy_answers(model, batch.inputs, ANSWER_TOKENS, route=route)
         answer = processor.tokenizer.decode(answers[0], skip_special_tokens=True)
-        images = [as_seen(image, processor) for image in sample.open_images()]
+        images = pictures_shown(sample, processor, number=len(image_grids(route, sequence=0)))
+        if images is None:
+            continue
         file = Path("assets") / f"route_{number}.png"
         question = question_of(sample)
         draw_route(images, route, sequence=0, question=question, answer=answer.strip(), path=folder / file)
         pictures.append({"file": str(file), "question": question})
     return pictures
+
+
+def pictures_shown(sample: Sample, processor: Any, number: int) -> list[Any] | None:
+    """Return the images of a question or the frames of its videos, as the model sees them, one for each of its grids.
+
+    Args:
+        number: of grids; of frames that the model sees in pairs, each pair has one, and the first is shown.
+    Returns: None where there are others than these, or both kinds, whose order is the chat template's affair.
+    """
+    images = [as_seen(image, processor) for image in sample.open_images()]
+    videos = [clip.frames for clip in sample.open_videos()]
+    if images and videos:
+        return None
+    for step in (1, 2):
+        shown = images or [frame for frames in videos for frame in frames[::step]]
+        if len(shown) == number:
+            return shown
+    return None
 
 
 def question_of(sample: Sample) -> str:

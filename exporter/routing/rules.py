@@ -90,6 +90,8 @@ def _number(sample: Sample, seed: object) -> int:
     digest = hashlib.sha256(json.dumps([str(seed), sample.messages], sort_keys=True).encode())
     for image in sample.images:
         digest.update(image.name.encode() if isinstance(image, Path) else image.tobytes())
+    for video in sample.videos:
+        digest.update(video.digest(sample.origin))
     return int.from_bytes(digest.digest()[:7], "big")
 
 

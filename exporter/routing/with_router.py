@@ -180,8 +180,7 @@ def unlabelled(data: CalibrationData, seed: int) -> Calibration:
             f"{data.data} holds {len(questions.samples)} questions: a router needs 8 to learn from, better 500."
         )
     for sample in questions.samples:
-        sample.chat()
-        sample.open_images()
+        sample.check()
     return questions
 
 

@@ -71,6 +71,19 @@ def test_a_subject_says_what_generate_says(family, budget, tiny, routed_folder, 
     assert cost.kv_bytes == cost.kv_bytes_formula
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_videos_are_encoded_apart_from_the_prompt(family, tiny, clips):
+    subject = TorchRuntime(Setup("cpu")).open(str(tiny(family)), None)
+    prompt = Workload(task=str(clips)).batch(subject.processor, subject.config, 2)
+    with torch.inference_mode():
+        expected = subject.model(**prompt.inputs).logits[:, -1].argmax(-1)
+    prompt = ready(prompt, "cpu")
+    seen = subject.encode_images(prompt)
+    assert set(seen) == {"video"}
+    assert torch.equal(subject.prefill(prompt, seen).token[:, 0], expected)
+    assert subject.cost(prompt, 1).vision_flops > 0
+
+
 def test_cache_formula():
     """Layers that rows skip, tokens that leave, padding that goes with them, windows."""
     text = SimpleNamespace(

@@ -119,6 +119,18 @@ def test_images_are_seen_once(routed_model, routed_folder, task):
     assert len(seen) == 2
 
 
+def test_videos_are_seen_once(routed, clips):
+    case = routed("qwen2_vl")
+    batch = make_batch(read_samples(str(clips))[:2], case.processor, case.model.config)
+    seen = []
+    handle = case.model.base_model.visual.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad(), images_seen_once(case.model):
+        first, second = (case.model(**batch.inputs, preset="off").logits for _ in range(2))
+    handle.remove()
+    assert torch.equal(first, second) and len(seen) == 1
+    assert "get_video_features" not in vars(case.model.base_model)
+
+
 def test_mistakes_in_a_comparison_of_routes(tables, tmp_path):
     def refused(**changes):
         with pytest.raises(InputError) as caught:

@@ -183,8 +183,8 @@ def test_roles_of_all_spellings(read):
         ([SAID], "with a user turn"),
         ([SAID, USER, SAID, "x"], "'messages' must be"),
         (
-            [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
-            "a part of type 'video' is neither text",
+            [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}],
+            "a part of type 'audio' is neither text nor an image .* nor a video",
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], "a part of type 'text' holds no text"),
         ([{"role": "user", "content": [3]}], "'messages' must be"),

@@ -429,6 +429,12 @@ def test_a_checkpoint_that_does_not_verify(tiny, tmp_path, questions, capsys, un
     assert not (tmp_path / "out").exists()
 
 
+def test_videos_are_refused(tiny, tmp_path, clips):
+    with pytest.raises(InputError, match="ONNX graphs take images and no videos: name questions about images"):
+        export(tiny("qwen2_vl"), tmp_path / "out", ExportOptions(calibration=str(clips), samples=2))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_folder_stays(tiny, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(InputError, match="exists already"):

@@ -16,7 +16,7 @@ from exporter.clean_room import load_processor
 from exporter.data.calibration import read_samples
 from exporter.evaluation.evaluate import tightest
 from exporter.modeling.routed_route import Budget, Route
-from exporter.routing.pictures import as_seen, draw_route, grids, image_grids, show_routes, spread_out
+from exporter.routing.pictures import as_seen, draw_route, grids, image_grids, pictures_shown, show_routes, spread_out
 from exporter.routing.requests import BudgetRequest
 from exporter.routing.rules import Rule
 
@@ -90,6 +90,16 @@ def test_images_are_shown_as_they_are_seen(routed_folder, routed):
     image = Image.new("RGB", (60, 40))
     assert as_seen(image, load_processor(routed_folder)).size == (40, 40)  # CLIP's crop
     assert as_seen(image, routed("llava_next").processor).size == (60, 40)
+
+
+def test_frames_are_shown_one_for_each_grid(routed, clips):
+    sample = read_samples(str(clips))[0]
+    for family, frames in (("qwen2_vl", [0, 2]), ("internvl", [0, 1, 2, 3])):  # pairs, and one by one
+        case = routed(family)
+        shown = pictures_shown(sample, case.processor, number=len(frames))
+        whole = sample.open_videos()[0].frames
+        assert [image.tobytes() for image in shown] == [whole[frame].tobytes() for frame in frames]
+        assert pictures_shown(sample, case.processor, number=3) is None
 
 
 def test_of_several_budgets_the_tightest_is_drawn():

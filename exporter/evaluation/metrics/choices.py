@@ -259,7 +259,7 @@ def seed_figures(samples: Sequence[Sample], answers: Sequence[str]) -> Figures:
 
 def scienceqa_figures(samples: Sequence[Sample], answers: Sequence[str]) -> Figures:
     """Return the accuracy of questions with an image, and without."""
-    values = [(bool(s.images), scienceqa_value(s, a)) for s, a in zip(samples, answers, strict=True)]
+    values = [(s.is_seen, scienceqa_value(s, a)) for s, a in zip(samples, answers, strict=True)]
     kinds = {True: "with an image", False: "without an image"}
     there = {kind for kind, _ in values}
     return {

@@ -35,7 +35,7 @@ def measured_task(data: TaskData, samples: int | None, seed: int) -> Task:
     task = load_task(data, samples, seed, text_only=may_be_text)
     name = chosen(data.metric, task.samples)
     metric = METRICS[name]
-    if not metric.text_only and (blind := next((s for s in task.samples if not s.images), None)):
+    if not metric.text_only and (blind := next((s for s in task.samples if not s.is_seen), None)):
         raise TextOnlyError(f"{blind.origin}: a question without an image ('image' or 'images' is missing).")
     if data.metric is None and name != DEFAULT_METRIC:
         logger.warning("metric: %s, by the task's columns (--metric exact for exact match)", name)

@@ -74,7 +74,7 @@ class Judged:
 def fitted_budgets(learner: Learner, held_out: Sequence[int], batch_size: int, progress: Progress) -> dict[str, Any]:
     """Return what `RouterSettings.budgets` says, and under "measured" what the record tells of it. Empty: too few."""
     samples = learner.teacher.samples
-    held_out = [index for index in held_out if samples[index].images]
+    held_out = [index for index in held_out if samples[index].is_seen]
     if len(held_out) < FEWEST:
         return {}
     facts = cost_facts(learner.teacher.model, learner.router)
