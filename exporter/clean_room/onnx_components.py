@@ -12,6 +12,10 @@ from typing import Any
 from .reference import first_difference
 
 NEW_TOKENS = 8
+IMAGE_INPUTS = (
+    *("pixel_values", "image_sizes", "pixel_attention_mask", "batch_num_images"),
+    *("image_grid_thw", "grid_thw", "grid_thws", "image_merge_sizes"),
+)
 
 
 @dataclass
@@ -46,28 +50,47 @@ class Difference:
 
 def torch_features(model: Any, inputs: dict[str, Any]) -> Any:
     """Return features of all images in the prompt's order: [F, D]"""
+    encode = next(holder.get_image_features for holder in (model.base_model, model) if can_encode(holder))
+    accepted = inspect.signature(encode).parameters
+    image_inputs = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs and name in accepted}
+    return features_in_order(encode(**image_inputs))
+
+
+def can_encode(holder: Any) -> bool:
+    return hasattr(holder, "get_image_features")
+
+
+def features_in_order(encoded: Any) -> Any:
+    """Return what `get_image_features` gives as [F, D], all pictures in order.
+
+    Sets of features that enter behind decoder layers stand beside the first one: [F, D * (1 + sets)].
+    """
     import torch
 
-    accepted = inspect.signature(model.model.get_image_features).parameters
-    names = ("pixel_values", "image_sizes", "pixel_attention_mask", "image_grid_thw", "batch_num_images")
-    image_inputs = {name: inputs[name] for name in names if name in inputs and name in accepted}
-    features = model.model.get_image_features(**image_inputs).pooler_output
-    if isinstance(features, torch.Tensor):
-        features = [features]
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+    def flat(features: Any) -> Any:
+        parts = [features] if isinstance(features, torch.Tensor) else features
+        flattened = [part.reshape(-1, part.shape[-1]) for part in parts]
+        return flattened[0] if len(flattened) == 1 else torch.cat(flattened)
+
+    first = flat(getattr(encoded, "pooler_output", encoded))
+    further = [flat(features) for features in getattr(encoded, "deepstack_features", None) or ()]
+    return torch.cat([first, *further], -1) if further else first
 
 
 def compare_parts(
     model: Any, runner: Any, inputs: dict[str, Any], prompt: Any, differences: dict[str, Difference]
 ) -> None:
     """Compare the image features and the embeddings."""
+    from torch.nn import functional
+
     features = torch_features(model, inputs)
     runner_features = runner.image_features(prompt)
     width = features.shape[-1]  # the layout of transformers.js may mark features in a channel more
     differences["vision: image_features"].add(runner_features.numpy()[:, :width], features)
     ids = inputs["input_ids"]
-    visual = ids == model.config.image_token_id
+    visual = ids == runner.manifest["image_token_id"]
     embeds = model.get_input_embeddings()(ids.masked_fill(visual, 0))
+    embeds = functional.pad(embeds, (0, width - embeds.shape[-1]))
     embeds = embeds.masked_scatter(visual[..., None], features)
     runner_embeds = runner.embedded(prompt, runner_features).numpy()[..., :width]
     differences["embeddings: inputs_embeds"].add(runner_embeds[prompt.real], embeds[inputs["attention_mask"].bool()])

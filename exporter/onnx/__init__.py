@@ -4,9 +4,10 @@
     model = exporter.onnx.load("small-onnx")
     tokens = model.generate(**processor(images=image, text=text, return_tensors="np"), max_new_tokens=64)
 
-Files, in the order of an export: `support` (which families, and how), `graphs/` (modules that trace, module to file,
-quantized weights), `layouts/` (folders that other runtimes open), `validation` (against torch, in a clean process),
-`pipeline` (the whole story), `runtime/` (the runner, which needs onnxruntime and numpy only).
+Files, in the order of an export: `support` (which types, and how: by `rows`, or as `found` in a small model, which
+`trial` exports and runs), `tracing` and `graphs/` (modules that trace, module to file, quantized weights), `layouts/`
+(folders that other runtimes open), `validation` (against torch, in a clean process), `pipeline` (the whole story),
+`runtime/` (the runner, which needs onnxruntime and numpy only).
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ from ..checkpoints.shapes import Misfit, one_of
 from ..checkpoints.source import Source
 from ..checkpoints.typed import OR_MISSING, Count, Text, from_data, named
 from ..errors import InputError
+from ..families import visual_token_ids
 from ..version import __version__
-from .graphs.decoder import cache_shape
+from .graphs.decoder import cache_shape, stated_heads
 from .graphs.quantize import BITS
 from .runtime import folder as runner
 from .runtime.client import LAYOUT as TRANSFORMERS_JS
@@ -140,12 +141,12 @@ def differing_facts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     try:
         config = checkpoint_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         text, support = config.get_text_config(), support_of(config, manifest.get("layout"))
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads, head_size = stated_heads(text)
         facts = {
             **model_facts(config, support),
             "layers": text.num_hidden_layers,
             "heads": heads,
-            "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            "head_size": head_size,
             "cache": GROWING if manifest.get("layout") else cache_kind(config, manifest["dtype"], manifest["device"]),
         }
     except Exception as error:  # whatever a class of transformers makes of its settings
@@ -170,15 +171,17 @@ def checkpoint_config(config: Any) -> Any:
 def model_facts(config: Any, support: Support) -> dict[str, Any]:
     """Return the facts of a configuration that the runner goes by."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
+    hidden_size = config.get_text_config().hidden_size
     return {
         "model_type": config.model_type,
-        "hidden_size": config.get_text_config().hidden_size,
-        "image_token_id": config.image_token_id,
+        "hidden_size": hidden_size,
+        "image_token_id": visual_token_ids(config)[0],
         "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
         "first_position": support.first_position,
         "mrope": support.mrope,
         "blocks": support.blocks,
-        "vision": vision_settings(config, support.kind),
+        "vision": vision_settings(config, support.kind) if support.pictures is None else own_settings(config, support),
+        **({"feature_size": hidden_size * (1 + len(support.adds_after))} if support.adds_after else {}),
     }
 
 
@@ -223,6 +226,19 @@ def vision_settings(config: Any, kind: str) -> dict[str, Any]:
         merge = vision.spatial_merge_size
         window = getattr(vision, "window_size", 0)
         settings |= {"merge": merge, "window": window // merge // vision.patch_size}
+    return settings
+
+
+def own_settings(config: Any, support: Support) -> dict[str, Any]:
+    """Return what the runner needs to lay out images of a type that no row knows."""
+    form = support.pictures
+    assert form is not None
+    if support.kind in ("anyres", "sized"):
+        return vision_settings(config, support.kind)
+    settings: dict[str, Any] = {"kind": support.kind}
+    if support.kind == "grids":
+        settings |= {"grid": form.grid, "merges": form.merges, "merge": form.merge, "patch": list(form.tile)}
+        settings |= {"asked": form.host_inputs()}
     return settings
 
 

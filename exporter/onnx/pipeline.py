@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,15 +23,15 @@ from ..modeling.routed_route import RouterSettings
 from ..models.loading import compute_dtype, load_model
 from ..recipe import paths_as_text
 from .card import card
-from .graphs.decoder import Embeddings, GrowingDecoder, SharedDecoder, group_query_attention
-from .graphs.graph import check_exporter, check_opset, trace
+from .graphs.graph import check_exporter, check_opset
 from .graphs.quantize import check_quantize, quantize
 from .graphs.router import describe_router, load_router, read_settings, write_routed
-from .graphs.vision import vision_module
 from .layouts import transformers_js
 from .manifest import describe, write_manifest
+from .rows import GROWING, SQUARE, Support, cache_of
 from .runtime.folder import check_provider
-from .support import GROWING, SHARED, SQUARE, Support, cache_kind, support_of
+from .tracing import write_plain_graphs, write_vision
+from .trial import check_exported
 from .validation import validate
 
 DEFAULT_OPSET = 20
@@ -142,12 +141,18 @@ def prepare(model: str, options: ExportOptions) -> ExportJob:
     layout = layout_of(options.layout)
     if layout is not None:
         layout.check(source, options)
-    cache = GROWING if layout is not None else cache_kind(source.config, dtype, options.device)
+    support = check_exported(source.config, options.layout)
+    if support.pictures is not None and "router" in source.raw_config:
+        raise InputError(
+            f"{source.name} has a router, and routed graphs are written for the types of a table only: export the "
+            "checkpoint that the router was trained on."
+        )
+    cache = GROWING if layout is not None else cache_of(support, dtype, options.device)
     route = read_settings(source.config, source.name, cache) if "router" in source.raw_config else None
     return ExportJob(
         source=source,
         options=options,
-        support=support_of(source.config, options.layout),
+        support=support,
         dtype=dtype,
         cache=cache,
         route=route,
@@ -236,15 +241,12 @@ def made_square(sample: Sample, side: int) -> Sample:
 
 def write_graphs(model: Any, job: ExportJob, folder: Path) -> None:
     device, support = job.options.device, job.support
-    trace(vision_module(model, support.kind), folder / "vision.onnx", device, job.opset)
     if job.route is not None:
+        write_vision(model, support, folder, device=device, opset=job.opset)
         router = load_router(job.source.folder, job.source.config, job.route, model.dtype)
         write_routed(model, router, settings=job.route, support=support, folder=folder, target=device, opset=job.opset)
         return
-    trace(Embeddings(model).eval(), folder / "embeddings.onnx", device, job.opset)
-    decoder = (SharedDecoder if job.cache == SHARED else GrowingDecoder)(model, support).eval()
-    with group_query_attention(decoder) if job.cache == SHARED else contextlib.nullcontext():
-        trace(decoder, folder / "decoder.onnx", device, job.opset)
+    write_plain_graphs(model, support, folder, cache=job.cache, device=device, opset=job.opset)
 
 
 def carry(source: Source, folder: Path) -> None:

@@ -19,7 +19,7 @@ from ..evaluation.metrics.task import compared_task
 from ..healing.healed import check_healing
 from ..healing.schedule import Schedule
 from ..onnx.pipeline import ExportOptions, check_environment
-from ..onnx.support import support_of
+from ..onnx.trial import check_exported
 from ..plan import LayerBudget
 from ..progress import Progress, silent
 from ..recipe import HealRecipe, Recipe, RouterRecipe, RunOptions
@@ -145,7 +145,7 @@ def _checks(recipe: SearchRecipe, job: CompressionJob, task: Task) -> dict[str, 
         if any(sample.videos for sample in task.samples):
             raise InputError("int8 weights run on ONNX graphs, which take no videos, and the task has some.")
         check_environment(ExportOptions(quantize="int8"))
-        support_of(job.source.config)
+        check_exported(job.source.config)
 
     return {
         "heal": lambda: check_healing(HealRecipe(seed=recipe.seed), recipe.heal_calibration),

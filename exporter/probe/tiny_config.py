@@ -128,7 +128,10 @@ def tiny_config(config: Any, layers: int | None = None) -> Any:
         if part is text or (part is raw and text is not raw and part.get("num_hidden_layers") is None):
             continue
         depths = {name: part[name] for name in DEPTHS if type(part.get(name)) is int}
-        if depths and not WITH_STAGES & {name for name, value in part.items() if value}:
+        if isinstance(indexes := part.get("deepstack_visual_indexes"), list) and indexes:
+            part["deepstack_visual_indexes"] = list(range(len(indexes)))
+            depths = dict.fromkeys(depths, max(2, len(indexes)))
+        elif depths and not WITH_STAGES & {name for name, value in part.items() if value}:
             _of_layers(part, min(2, *depths.values()))
             depths = {}
         shrink(part, TOWER_SIZES)
@@ -216,8 +219,14 @@ def shrink_rotary(text: dict[str, Any]) -> None:
             for key in ("mrope_section", "xdrope_section"):
                 if isinstance(section := entry.get(key), list):
                     share = entry.get("partial_rotary_factor") or text.get("partial_rotary_factor") or 1.0
-                    half = int((text.get("head_dim") or HEAD) * share) // 2
+                    half = int(_head_size(text) * share) // 2
                     entry[key] = scaled(section, half)
+
+
+def _head_size(text: dict[str, Any]) -> int:
+    """Return the size of a head, which some configurations leave to be computed."""
+    width, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    return text.get("head_dim") or (width // heads if width and heads else HEAD)
 
 
 def _rotary_settings(value: Any) -> Iterator[dict[str, Any]]:

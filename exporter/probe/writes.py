@@ -10,6 +10,7 @@ Shapes: B samples, S tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -175,6 +176,30 @@ def putting_out(layer: nn.Module, states: Tensor) -> Iterator[None]:
     """Let a layer put out these states, [B, S, D], whatever it is given, until the block ends."""
     with _changed(layer, lambda _: states):
         yield
+
+
+@contextlib.contextmanager
+def adding(layers: Any, features: dict[int, Tensor]) -> Iterator[None]:
+    """Add features [B, S, D] to what layers put out, by their numbers, until the block ends."""
+    with contextlib.ExitStack() as stack:
+        for layer_idx, extra in features.items():
+            stack.enter_context(_changed(layers[layer_idx], functools.partial(torch.add, extra)))
+        yield
+
+
+@contextlib.contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """Note what a module is given in each of its calls, by name, until the block ends."""
+    names, calls = list(inspect.signature(type(module).forward).parameters)[1:], []
+
+    def enters(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append(dict(zip(names, args, strict=False)) | kwargs)
+
+    handle = module.register_forward_pre_hook(enters, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def is_mixer(name: str) -> bool:

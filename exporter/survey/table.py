@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..errors import InputError, nearest
 from ..families import FAMILIES
 from ..progress import Progress, silent
 from ..version import versions
-from .trial import TypeFindings, try_type
+from .trial import TypeFindings, try_type, why_no_onnx
 
 STORED = Path(__file__).with_name("families.json")  # what the last run over all types found
 CAPABILITIES = ("compress", "localize", "fold", "route", "onnx")
@@ -31,6 +31,10 @@ behind the matrices; *route*: the small model, routed, is the stock model bit fo
 tokens dropped and layers skipped gives the logits of stock layers run one by one on what is left, within 1e-4, for the
 prompt and for what is said from the cache. **{routes} of {all} types route**: those with a name in the column *model*
 by the tests, the others by this trial, which `route` repeats on a small model of the configuration that it is given.
+**{exports} of {all} types are exported to ONNX**: those of `exporter/onnx/rows.py` by the tests, the others by a trial,
+too: a small model's graphs, run by ONNX Runtime, give torch's features, logits (within 1e-4, of prompt and steps) and
+tokens for a picture, several pictures, text alone, and questions of different lengths in a batch. `onnx` repeats it on
+a small model of the configuration that it is given, and then compares the checkpoint itself.
 
 Three formats of the authors' own code are no types of transformers; `lvlm-exporter convert` writes them as checkpoints
 that other subcommands read: the original LLaVA as `llava`, Qwen-VL with Qwen-VL-Chat as `qwen`, and mPLUG-Owl2 as
@@ -110,12 +114,36 @@ def write(findings: Sequence[TypeFindings], document: Path) -> None:
         date=datetime.date.today().isoformat(), transformers=version["transformers"], torch=version["torch"],
         works=sum(finding.compress is None for finding in findings), all=len(findings),
         routes=sum(finding.route is None for finding in findings),
+        exports=sum(finding.onnx is None for finding in findings),
     )  # fmt: skip
     document.write_text(head + markdown(findings), encoding="utf-8")
 
 
+def tried_again(types: Sequence[str], onnx_alone: bool, progress: Progress = silent) -> Iterator[list[TypeFindings]]:
+    """Yield the stored table after each type that is tried again; no type: all of them.
+
+    Args:
+        onnx_alone: look at their ONNX export and nothing else.
+    """
+    stored = {finding.model_type: finding for finding in listed_findings()}
+    if not onnx_alone:
+        stored |= {finding.model_type: finding for finding in try_types(types, progress)}
+        yield [stored[name] for name in sorted(stored)]
+        return
+    if unknown := [name for name in types if name not in stored]:
+        raise InputError(f"the stored table has no type '{unknown[0]}': " + nearest(unknown[0], sorted(stored)))
+    chosen = sorted(types or stored)
+    for name in progress(chosen, "model types", len(chosen)):
+        stored[name].onnx = stored[name].compress or why_no_onnx(stored[name])
+        yield list(stored.values())
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Try every type out and write the tables: `python -m exporter.survey.table docs/families.md`."""
+    """Try types out and write the tables: `python -m exporter.survey.table docs/families.md [--onnx] [TYPE ...]`.
+
+    Without a type all are tried; with some, the others stay as they were. `--onnx` tries their ONNX export alone.
+    """
+    document, *rest = arguments
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -127,7 +155,9 @@ def main(arguments: Sequence[str]) -> None:
             yield item
 
     bar: Callable[..., Iterable[Any]] = announced
-    write(try_types((), bar), Path(arguments[0]))
+    types = [name for name in rest if name != "--onnx"]
+    for findings in tried_again(types, "--onnx" in rest, bar) if rest else [try_types((), bar)]:
+        write(findings, Path(document))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from ..families import DECODERS, is_listed, protected_layers
 from ..models.capture import on_output
 from ..models.replay import Trace, last_output, switched_off, walk
 from ..models.variants import Variant, assembled
-from ..onnx.support import REFUSED, SUPPORTED
+from ..onnx.rows import SUPPORTED
+from ..onnx.trial import why_not_exported
 from ..plan import PruningPlan, make_plan
 from ..probe.opened import written_by
 from ..probe.routed import as_routed, tried
@@ -89,9 +90,7 @@ def try_model(model: Any, findings: TypeFindings) -> TypeFindings:
     findings.localize = findings.compress or outcome(lambda: try_replay(model))
     findings.fold = findings.localize or why_no_fold(model)
     findings.route = findings.compress or why_no_route(findings)
-    findings.onnx = findings.compress or REFUSED.get(model.config.model_type)
-    if findings.onnx is None and model.config.model_type not in SUPPORTED:
-        findings.onnx = "its graphs are not written yet"
+    findings.onnx = findings.compress or why_no_onnx(findings)
     return findings
 
 
@@ -99,6 +98,15 @@ def why_no_fold(model: Any) -> str | None:
     """Return why no fold is exact; None where one is, as reconstruction is below norms that the table names."""
     row = DECODERS.get(model.config.get_text_config().model_type)
     return None if row is not None and row.post_norm else written_by(model).unfoldable
+
+
+def why_no_onnx(findings: TypeFindings) -> str | None:
+    """Return why a small model of a type's checkpoints is not exported to ONNX, None if it is; rows are tested."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if findings.listed and findings.model_type in SUPPORTED:
+        return None
+    return why_not_exported(CONFIG_MAPPING[findings.model_type](**AS_PUBLISHED.get(findings.model_type, {})))
 
 
 def why_no_route(findings: TypeFindings) -> str | None:

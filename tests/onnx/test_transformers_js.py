@@ -27,7 +27,7 @@ from exporter.onnx.layouts import precisions, transformers_js
 from exporter.onnx.layouts.client_files import GENERATION, PROCESSORS, readable_vocabulary
 from exporter.onnx.manifest import read_manifest
 from exporter.onnx.pipeline import export
-from exporter.onnx.support import SUPPORTED
+from exporter.onnx.rows import SUPPORTED
 from exporter.onnx.verification import verify
 
 pytestmark = pytest.mark.onnx_export

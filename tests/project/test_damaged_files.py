@@ -29,7 +29,8 @@ from exporter.comparison.zoo import zoo_from_data
 from exporter.data.tables import open_table
 from exporter.errors import InputError
 from exporter.onnx.manifest import differing_facts, model_facts
-from exporter.onnx.support import SUPPORTED, cache_kind, support_of
+from exporter.onnx.rows import SUPPORTED
+from exporter.onnx.support import cache_kind, support_of
 from exporter.pipeline import score
 from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData, Recipe, RunOptions, load_recipe

@@ -14,6 +14,7 @@ E head size, D hidden size, V vocabulary, F visual features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import InputError
+from ...families import visual_token_ids
 from ...modeling.routed_api import cache_name
-from ..support import Support
+from ...probe.stack import find_decoder, logits_of
+from ...probe.writes import adding
+from ..rows import Support
 
 ATTENTION = "lvlm_exporter_group_query"
 Samples = dict[str, Any]
@@ -32,18 +36,24 @@ Present = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 
 
 class Embeddings(nn.Module):
-    """Token ids to what enters the decoder; features stand where the image tokens are, in order."""
+    """Token ids to what enters the decoder; features stand where the image tokens are, in order.
 
-    def __init__(self, model: Any) -> None:
+    Where features are added after layers, too, each set of them is a hidden size more behind the embedding, 0 at text.
+    """
+
+    def __init__(self, model: Any, extra_features: int = 0) -> None:
         super().__init__()
         self.embed = model.get_input_embeddings()
-        self.image_token_id = model.config.image_token_id
-        self.hidden_size = model.config.get_text_config().hidden_size
+        self.image_token_id = visual_token_ids(model.config)[0]
+        self.hidden_size = model.config.get_text_config().hidden_size * (1 + extra_features)
+        self.extra_features = extra_features
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> dict[str, Tensor]:
         """Embed token ids [B, S] with image features [F, D] at their places: [B, S, D]."""
         visual = input_ids == self.image_token_id
         states = self.embed(input_ids.masked_fill(visual, 0))  # its id may lie beyond the vocabulary
+        if self.extra_features:
+            states = F.pad(states, (0, self.hidden_size - states.shape[-1]))
         spare = torch.zeros_like(image_features[:0].sum(0))[None]  # so that a prompt without images has a row to read
         table = torch.cat([image_features, spare])
         order = (visual.flatten().long().cumsum(0) - 1).clamp(min=0).view_as(input_ids)  # [B, S]
@@ -66,19 +76,23 @@ class DecoderGraph(nn.Module):
         super().__init__()
         self.language_model, self.head = language_model(model), model.get_output_embeddings()
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.own_logits: Any = None if support.pictures is None else functools.partial(logits_of, model)
         self.support, self.dtype = support, model.dtype
         self.shape = cache_shape(model)
         self.cache_name = cache_name(self.language_model.forward)
         self.step: Any = None  # what attention reads and writes while a pass is traced
 
     def run(self, embeds: Tensor, position_ids: Tensor, step: Any, mask: Any) -> Tensor:
-        output = self.language_model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            attention_mask=mask,
-            use_cache=True,
-            **{self.cache_name: step},
-        )
+        size = self.language_model.config.hidden_size
+        added = torch.split(embeds[..., size:], size, -1) if self.support.adds_after else ()
+        with adding(self.language_model.layers, dict(zip(self.support.adds_after, added, strict=True))):
+            output = self.language_model(
+                inputs_embeds=embeds[..., :size] if added else embeds,
+                position_ids=position_ids,
+                attention_mask=mask,
+                use_cache=True,
+                **{self.cache_name: step},
+            )
         states: Tensor = output.last_hidden_state
         return states
 
@@ -87,6 +101,9 @@ class DecoderGraph(nn.Module):
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of last [B, 1, D]: three dimensions make the head a MatMul, which can be quantised."""
+        if self.own_logits is not None:
+            of_model: Tensor = self.own_logits(last).float()[:, 0]
+            return of_model
         logits = self.head(last).float()[:, 0]
         capped: Tensor = self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
         return capped
@@ -95,7 +112,7 @@ class DecoderGraph(nn.Module):
         layers, heads, size = self.shape
         cache = [torch.rand(2, heads, past, size, dtype=self.dtype) for _ in range(2 * layers)]
         positions = torch.arange(5).expand(*((3,) if self.support.mrope else ()), 2, 5).contiguous()
-        hidden = self.language_model.config.hidden_size
+        hidden = self.language_model.config.hidden_size * (1 + len(self.support.adds_after))
         return {"inputs_embeds": torch.rand(2, 5, hidden), "position_ids": positions, "past_key_values": cache}
 
     def common_dynamic(self, past: Any) -> Samples:
@@ -297,14 +314,22 @@ def named_cache(present: Present) -> dict[str, Tensor]:
 
 def language_model(model: Any) -> Any:
     """Return the module that takes embeddings and holds the decoder's layers."""
-    decoder = model.get_decoder()
-    return decoder if hasattr(decoder, "layers") else decoder.get_decoder()
+    return find_decoder(model)
 
 
 def cache_shape(model: Any) -> tuple[int, int, int]:
     """Return layers, heads of keys, head size; InputError if they differ between layers."""
-    attentions = [layer.self_attn for layer in language_model(model).layers]
+    layers = language_model(model).layers
+    attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
+    if not all(hasattr(module, "k_proj") and hasattr(module, "head_dim") for module in attentions):
+        return len(layers), *stated_heads(model.config.get_text_config())
     shapes = {(module.k_proj.out_features // module.head_dim, module.head_dim) for module in attentions}
     if len(shapes) != 1:
         raise InputError(f"the layers of this model keep keys of different shapes ({sorted(shapes)}): not exported.")
     return len(attentions), *shapes.pop()
+
+
+def stated_heads(text: Any) -> tuple[int, int]:
+    """Return heads of keys and their size, as a language model's configuration says."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -24,8 +24,8 @@ from ...modeling.modeling_routed import ROUTER_FILE
 from ...modeling.routed_api import cache_name
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
+from ..rows import SHARED, Support
 from ..runtime.routed import FRONT
-from ..support import SHARED, Support
 from .decoder import Embeddings, Samples, SharedDecoder, SharedStep, group_query_attention, last_tokens, named_cache
 from .graph import trace
 from .joining import GraphPiece, join

@@ -27,7 +27,7 @@ class Tiles(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.config = model.model, model.config
+        self.model, self.config = model.base_model, model.config
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Compute [T, C, H, W] -> [F, D]."""
@@ -44,7 +44,7 @@ class Tiles(nn.Module):
     def samples(self) -> Samples:
         return {"pixel_values": torch.rand(3, *self.tile_shape())}
 
-    def tile_shape(self) -> tuple[int, int, int]:
+    def tile_shape(self) -> tuple[int, ...]:
         vision = self.config.vision_config
         size = vision.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -92,14 +92,14 @@ class Sized(Tiles):
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Compute [1, C, H, W] -> [F, D]."""
-        tower, config = self.model.vision_tower, self.config
+        tower, config = pixtral_tower(self.model), self.config
         grid = tower.patch_conv(pixel_values)  # [1, D, rows, columns]
         rows, columns = grid.shape[-2:]
         states = tower.ln_pre(grid.flatten(2).transpose(1, 2))
         row = torch.arange(rows)[:, None].expand(rows, columns).flatten()
         column = torch.arange(columns)[None].expand(rows, columns).flatten()
         positions = tower.patch_positional_embedding(states, torch.stack([row, column], -1))
-        layers = config.vision_feature_layer
+        layers = getattr(config, "vision_feature_layer", -1)
         chosen = []
         hidden = [states]
         for layer in tower.transformer.layers:
@@ -110,7 +110,7 @@ class Sized(Tiles):
 
     def projected(self, states: Tensor, rows: Any, columns: Any) -> Tensor:
         """Project [P, D] -> [F, D]."""
-        projector = self.model.multi_modal_projector
+        projector = getattr(self.model, "multi_modal_projector", None) or self.model.vision_projection
         if not hasattr(projector, "patch_merger"):
             features: Tensor = projector(states[None])[0]
             return features
@@ -177,6 +177,15 @@ class Patches(Tiles):
 
 
 VISION = {"tiles": Tiles, "real_tiles": RealTiles, "anyres": AnyResolution, "sized": Sized, "patches": Patches}
+
+
+def pixtral_tower(model: Any) -> Any:
+    """Return a Pixtral tower by the names that models have for it. Raises: InputError where there is none."""
+    towers = (getattr(model, name, None) for name in ("vision_tower", "vision_encoder"))
+    tower = next((tower for tower in towers if hasattr(tower, "patch_positional_embedding")), None)
+    if tower is None:
+        raise InputError(f"{type(model).__name__} takes pictures of any size, by no tower that is known")
+    return tower
 
 
 def named(features: Tensor) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class OnnxModel:
         layers = range(manifest["layers"])
         self.cache_names = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
         self.dtype = np.float16 if manifest["dtype"] == "float16" else np.float32
-        self.no_features = self._value(np.zeros((0, manifest["hidden_size"]), self.dtype))
+        self.no_features = self._value(np.zeros((0, manifest.get("feature_size", manifest["hidden_size"])), self.dtype))
 
     def _open(self, name: str) -> Any:
         return open_session(self.folder / f"{name}.onnx", self.device, self.threads)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .grids import patch_inputs
+
 try:  # this package's own, where it is there; the runner also works without the rest of the package
     from ...errors import InputError as InputError
 except ImportError:
@@ -22,7 +24,8 @@ except ImportError:
 
 Array = Any  # numpy's generic array types say nothing here
 Feed = dict[str, Array]
-PIXELS = {"pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images"}
+GRIDS = {"image_grid_thw", "grid_thw", "grid_thws", "image_merge_sizes"}
+PIXELS = {"pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images"} | GRIDS
 KNOWN = PIXELS | {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
 
@@ -59,7 +62,7 @@ def prepare(manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> Prompt:
     vision = manifest["vision"]
     images = IMAGES[vision["kind"]](vision, arrays) if "pixel_values" in arrays else []
     sequences = [sequence[keep] for sequence, keep in zip(ids, real, strict=True)]
-    positions = sequence_positions(manifest, sequences, arrays.get("image_grid_thw"))
+    positions = sequence_positions(manifest, sequences, arrays.get(vision.get("grid", "image_grid_thw")))
     blocks = [sequence_blocks(manifest["blocks"], sequence == manifest["image_token_id"]) for sequence in sequences]
     left = manifest["cache"] == "growing"
     return Prompt(
@@ -296,6 +299,22 @@ def _between(length: int, count: int) -> tuple[Array, Array, Array]:
     return before, np.minimum(before + 1, length - 1), position - before
 
 
+def grids(vision: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[Feed]:
+    """Return every image alone: its patches as a grid, and what the graph is told of them."""
+    feeds, start, merge = [], 0, vision["merge"]
+    pixels = arrays["pixel_values"].reshape(-1, *vision["patch"])  # some processors put a dimension of 1 in front
+    if vision["merges"] and (arrays[vision["merges"]] != merge).any():
+        raise InputError(f"{vision['merges']} is not {merge}, the number of patches a side that these graphs merge.")
+    for time, rows, columns in arrays[vision["grid"]].tolist():
+        if time != 1:
+            raise InputError(f"{vision['grid']} says {time} frames: videos are not exported, images have 1.")
+        end = start + rows * columns
+        patches = pixels[start:end].reshape(rows, columns, *vision["patch"])
+        feeds.append({"pixel_values": patches, **patch_inputs(vision["asked"], rows, columns)})
+        start = end
+    return feeds
+
+
 IMAGES = {
     "tiles": tiles,
     "real_tiles": real_tiles,
@@ -303,4 +322,5 @@ IMAGES = {
     "square": square,
     "sized": sized,
     "patches": patches,
+    "grids": grids,
 }
