@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .checkpoints.verification import require
 from .checkpoints.writer import kept_pieces, write_checkpoint
 from .compression.job import CompressionJob, prepare
 from .compression.record import measure, scores_to_keep, write_verified
+from .compression.stages import Stages, fingerprint_of, stages_in
 from .compression.steps import changes_of, localize
 from .data.calibration import Calibration
 from .errors import CheckFailed, InputError
@@ -52,9 +54,11 @@ def compress(
     """
     out = Path(out)
     check_target(out)
-    stored = load_scores(scores) if isinstance(scores, Path | str) else scores
+    stored, work = load_scores(scores) if isinstance(scores, Path | str) else scores, work_folder(out)
     if recipe.router is None and recipe.heal is None:
-        return _compress(recipe, out, options=options, progress=progress, stored=stored)
+        _compress(recipe, out, work, options=options, progress=progress, stored=stored)
+        shutil.rmtree(work, ignore_errors=True)
+        return out
     questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
         check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration.unanswered)
@@ -62,7 +66,7 @@ def compress(
         (stage / "folded").mkdir()
         (stage / "healed").mkdir()
         plain = dataclasses.replace(recipe, heal=None, router=None)
-        folder = _compress(plain, stage / "folded" / out.name, options=options, progress=progress, stored=stored)
+        folder = _compress(plain, stage / "folded" / out.name, work, options=options, progress=progress, stored=stored)
         if recipe.heal is not None:
             target = out if recipe.router is None else stage / "healed" / out.name
             if healed is not None:
@@ -72,7 +76,13 @@ def compress(
         if recipe.router is not None:
             folder = with_router(folder, recipe.router, router_data(recipe.router, recipe.calibration),
                                  out=out, options=options, progress=progress, questions=questions)  # fmt: skip
+    shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder for what a compression that is broken off goes on from; it is removed at the end."""
+    return out.absolute().parent / f".{out.name}.compressing"
 
 
 def heal(
@@ -197,12 +207,20 @@ def check_router(recipe: Recipe) -> Calibration:
 
 
 def _compress(
-    recipe: Recipe, out: Path, options: RunOptions, progress: Progress, stored: StoredScores | None = None
+    recipe: Recipe, out: Path, work: Path, options: RunOptions, progress: Progress, stored: StoredScores | None = None
 ) -> Path:
-    begin = time.monotonic()
     job = prepare(recipe, options, progress, stored)
     check_space(out, job.source.weights.num_bytes)
-    changes = changes_of(job)
+    if not job.needs_model:
+        return _written(job, out, Stages())
+    with stages_in(work, fingerprint_of(job)) as stages:
+        return _written(job, out, stages)
+
+
+def _written(job: CompressionJob, out: Path, stages: Stages) -> Path:
+    """Make a checkpoint from an opened recipe, in the folder `out`, and verify it."""
+    begin, options, progress = time.monotonic(), job.options, job.progress
+    changes = changes_of(job, stages)
     plan, folded, record = changes.plan, changes.folded, changes.record
     if broken := breaks_period(job.source.config, plan.keep):
         logger.warning("%s: %s", out.name, broken)

@@ -158,7 +158,7 @@ def made_files(folder: Path) -> dict[str, Path]:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file that makes up a folder."""
-    return {name: sha256(path) for name, path in made_files(folder).items()}
+    return {name: hash_once(path) for name, path in made_files(folder).items()}
 
 
 def sha256(path: Path) -> str:
@@ -289,13 +289,15 @@ def file_hash(path: Path) -> str:
     """Return SHA-256. A file of the hub's cache is named by it, which saves reading large ones."""
     blob = Path(os.path.realpath(path))
     cached = path.is_symlink() and is_snapshot(path.parent) and blob.parent.name == "blobs"
-    if cached and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
-    state = blob.stat()
-    return _hash_of_state(blob, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    return blob.name if cached and re.fullmatch(r"[0-9a-f]{64}", blob.name) else hash_once(blob)
+
+
+def hash_once(path: Path) -> str:
+    """Return SHA-256 of a file's bytes, read once by a process as long as the file's state does not change."""
+    state = path.stat()
+    return _hash_of_state(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=4096)
 def _hash_of_state(path: Path, *state: int) -> str:
-    """Return SHA-256 of a file of ours to read, once as long as it does not change."""
     return sha256(path)

@@ -6,6 +6,7 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -224,26 +225,51 @@ def _damaged(path: Path, reason: str) -> InputError:
 def copy_range(source: int, target: int, begin: int, count: int, advance: Callable[[int], object]) -> None:
     """Append `count` bytes from `begin` of an open file to another; the kernel copies where it can.
 
+    A hole of a sparse file stays one, as `cp` leaves it.
+
     Args:
         source, target: file descriptors.
         advance: called with the bytes done since the last call (a progress bar).
     """
     in_kernel = hasattr(os, "copy_file_range")
     while count:
+        hole, data = _hole_and_data(source, begin)
+        if hole:
+            done = min(hole, count)
+            os.ftruncate(target, os.lseek(target, done, os.SEEK_CUR))
+            begin, count = begin + done, count - done
+            advance(done)
+            continue
         if in_kernel:
             try:
-                done = os.copy_file_range(source, target, min(count, COPY_CHUNK_BYTES), offset_src=begin)
+                done = os.copy_file_range(source, target, min(count, data, COPY_CHUNK_BYTES), offset_src=begin)
             except OSError as error:
                 if error.errno in _NO_KERNEL_COPY:
                     in_kernel = False
                     continue
                 raise
         else:
-            done = write_all(target, os.pread(source, min(count, COPY_CHUNK_BYTES), begin))
+            done = write_all(target, os.pread(source, min(count, data, COPY_CHUNK_BYTES), begin))
         if done == 0:
             raise OSError(f"the source ended {count} bytes early while it was copied")
         begin, count = begin + done, count - done
         advance(done)
+
+
+def _hole_and_data(file: int, begin: int) -> tuple[int, int]:
+    """Return the bytes of a hole at a position of an open file, and those of data where there is none.
+
+    File systems that know no holes say that all is data.
+    """
+    if not hasattr(os, "SEEK_DATA"):
+        return 0, COPY_CHUNK_BYTES
+    try:
+        data = os.lseek(file, begin, os.SEEK_DATA)
+        return data - begin, os.lseek(file, data, os.SEEK_HOLE) - data
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data behind it; at the end of the file there is no hole either
+            return max(os.fstat(file).st_size - begin, 0), COPY_CHUNK_BYTES
+        return 0, COPY_CHUNK_BYTES
 
 
 def write_all(target: int, data: bytes) -> int:
@@ -254,8 +280,6 @@ def write_all(target: int, data: bytes) -> int:
 
 
 def _errnos(*names: str) -> frozenset[int]:
-    import errno
-
     return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckFailed
 from .clean_process import run_check
-from .files import CONFIG_JSON, is_licence, leads_out, made_files, sha256
+from .files import CONFIG_JSON, hash_once, is_licence, leads_out, made_files
 from .hub_access import resolve
 from .memory import why_too_large
 from .record import CheckpointRecord, read_record
@@ -82,7 +82,7 @@ def compared(folder: Path, recorded: Mapping[str, str], again: str) -> list[str]
     changed = [
         name
         for name, digest in recorded.items()
-        if name in files and name not in [*links, *odd] and sha256(files[name]) != digest.lower()
+        if name in files and name not in [*links, *odd] and hash_once(files[name]) != digest.lower()
     ]
     unrecorded = [name for name in files if name not in recorded and not is_licence(name)]
     kinds = (

@@ -53,7 +53,7 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     recipe, run = recipe_from_flags(options), run_options_from_flags(options)
     from ..checkpoints.record import read_record
-    from ..pipeline import compress
+    from ..pipeline import compress, work_folder
 
     if options.dry_run:
         dry_run(options, recipe, run)
@@ -61,9 +61,9 @@ def run(options: argparse.Namespace) -> None:
     try:
         folder = compress(recipe, options.out, run, progress_bar(options), scores=options.scores)
     except KeyboardInterrupt:
-        if recipe.heal is None:
+        if recipe.heal is None and not work_folder(options.out).exists():
             raise
-        raise KeyboardInterrupt("interrupted; the same command goes on with healing from what is saved.") from None
+        raise KeyboardInterrupt("interrupted; the same command goes on from what is saved.") from None
     record = read_record(folder)
     plan, measured, source = record.plan, record.measured, record.source
     shown = ("plan", "measured", "scores", "fold", "heal")

@@ -14,7 +14,7 @@ from ..data.batches import by_size, make_batches, spread
 from ..fold.reconstruction import refits
 from ..methods import FOLDS, LOCALIZERS, Function, resolve
 from ..models.drafting import may_draft
-from ..models.flops import kv_bytes_per_token
+from ..models.flops import active_parameters, image_patches, kv_bytes_per_token, tower_parameters
 from ..models.loading import PartSizes
 from ..models.questions import JobSize, portion
 from ..plan import make_plan
@@ -27,6 +27,7 @@ LABELLED = 2  # passes that answers take where all questions are labelled, and t
 UNGUESSED, GUESSED = 2, 0.6  # passes of other answers, and for each token of the longest: guesses come from answers
 KNOWN_REFERENCE = 2  # passes of the smaller model's reference answer where the original's is a guess at it
 UNKNOWN_REFERENCE = 6  # where the original has not got far with its own
+DISK_BYTES_PER_SECOND = 1e9  # that a checkpoint is read and written with, roughly
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 
 
@@ -41,6 +42,7 @@ class Estimate:
     kv_bytes_per_token: int
     tokens: int
     forward_passes: float
+    flops: float
     seconds: float
     memory_bytes: int
     sweeps: int  # times that layers on disk are read
@@ -48,13 +50,37 @@ class Estimate:
     bytes_to_read: int | None  # of weights; None where all of them are in memory
 
 
-def estimate(job: CompressionJob) -> Estimate:
-    """Estimate a job: sizes are exact up to which layers go, time and memory are rough and for this machine."""
+@dataclass(frozen=True)
+class Rates:
+    """What a machine reaches."""
+
+    flops_per_second: float
+    bytes_per_second: float = DISK_BYTES_PER_SECOND
+
+
+@dataclass(frozen=True)
+class Running:
+    """What running the model takes."""
+
+    tokens: int = 0
+    passes: float = 0.0  # through all decoder layers, over these tokens
+    flops: float = 0.0
+    memory_bytes: int = COPY_CHUNK_BYTES
+
+
+def estimate(job: CompressionJob, rates: Rates | None = None) -> Estimate:
+    """Estimate a job: sizes are exact up to which layers go, time and memory are rough.
+
+    Args:
+        rates: of the machine that it is to run on; None: of this one, whose products of matrices are timed.
+    """
     per_layer = job.source.parameters_per_layer
     weights = job.source.weights
     gone = round(job.count * sum(per_layer) / len(per_layer))
     gone_bytes = round(job.count * layer_bytes(job) / len(per_layer))
-    tokens, passes, seconds, memory = _running(job) if job.needs_model else (0, 0.0, 0.0, COPY_CHUNK_BYTES)
+    running = _running(job) if job.needs_model else Running()
+    if rates is None:
+        rates = Rates(flops_per_second(job) if job.needs_model else math.inf)
     reading = _reading(job) if job.needs_model and job.options.memory else Reading()
     return Estimate(
         layers=len(per_layer),
@@ -64,29 +90,36 @@ def estimate(job: CompressionJob) -> Estimate:
         bytes=weights.num_bytes,
         bytes_after=weights.num_bytes - gone_bytes,
         kv_bytes_per_token=kv_bytes_per_token(job.source.config, job.dtype),
-        tokens=tokens,
-        forward_passes=passes,
-        seconds=seconds + 2 * weights.num_bytes / 1e9,
-        memory_bytes=memory if reading.num_bytes is None else parse_size(job.options.memory or ""),
+        tokens=running.tokens,
+        forward_passes=running.passes,
+        flops=running.flops,
+        seconds=_seconds(running, reading, weights.num_bytes, rates),
+        memory_bytes=running.memory_bytes if reading.num_bytes is None else parse_size(job.options.memory or ""),
         sweeps=reading.sweeps,
         answer_passes=reading.answer_passes,
         bytes_to_read=reading.num_bytes,
     )
 
 
-def _running(job: CompressionJob) -> tuple[int, float, float, int]:
-    """Return what running the model takes: tokens, forward passes over them, seconds, bytes of memory."""
-    tokens, longest = _tokens(job)
+def _seconds(running: Running, reading: Reading, num_bytes: int, rates: Rates) -> float:
+    """Return the time of a job: layers on disk are read while others run, and the checkpoint is read and written."""
+    computing = running.flops / rates.flops_per_second
+    return max(computing, (reading.num_bytes or 0) / rates.bytes_per_second) + 2 * num_bytes / rates.bytes_per_second
+
+
+def _running(job: CompressionJob) -> Running:
+    """Return what running the model takes: decoder layers, of whose experts few run, and the vision tower."""
+    tokens, patches, longest = _tokens(job)
     width = job.source.config.get_text_config().hidden_size
     passes = forward_passes(job, tokens / len(job.calibration.samples))
-    seconds = passes * 2 * tokens * sum(job.source.parameters_per_layer) / flops_per_second(job)
     memory = (
         job.source.weights.num_parameters * job.dtype.itemsize
         + ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
         + 6 * width * width * 8
         + _streams(job, tokens) * width * job.dtype.itemsize
     )
-    return tokens, passes, seconds, round(memory)
+    of_a_pass = tokens * sum(active_parameters(job.source)) + patches * tower_parameters(job.source)
+    return Running(tokens, passes, passes * 2 * of_a_pass, round(memory))
 
 
 @dataclass(frozen=True)
@@ -193,16 +226,15 @@ def _sweeps(sweeps: int | Function, size: JobSize, method: Method) -> int:
     return sweeps if isinstance(sweeps, int) else int(resolve(sweeps)(size, method.options))
 
 
-def _tokens(job: CompressionJob) -> tuple[int, int]:
-    """Return tokens of all calibration questions, from a few of all sizes, and the longest of these."""
+def _tokens(job: CompressionJob) -> tuple[int, int, int]:
+    """Return tokens and image patches of all calibration questions, from a few of all sizes, and the most tokens."""
     samples = by_size(job.calibration.samples)
-    lengths = [
-        batch.is_visual.numel()
-        for batch in make_batches(
-            list(spread(samples, LOOKED_AT / len(samples))), job.processor, job.source.config, batch_size=1
-        )
-    ]
-    return round(sum(lengths) / len(lengths) * len(samples)), max(lengths)
+    looked_at = list(spread(samples, LOOKED_AT / len(samples)))
+    batches = list(make_batches(looked_at, job.processor, job.source.config, batch_size=1))
+    lengths = [batch.is_visual.numel() for batch in batches]
+    patches = sum(image_patches(batch.inputs, job.source.config) for batch in batches)
+    share = len(samples) / len(lengths)
+    return round(sum(lengths) * share), round(patches * share), max(lengths)
 
 
 def flops_per_second(job: CompressionJob, size: int = 1024) -> float:

@@ -12,6 +12,7 @@ from ..fold.held_out import HeldOut
 from ..fold.job import FoldJob
 from ..fold.sets import FoldedSets
 from ..localize import LocalizeJob, explicit, run_localizer
+from ..localize.judged import JudgedSets, KeptLoss
 from ..localize.scores import LayerScores
 from ..methods import FOLDS, LOCALIZERS, resolve
 from ..models.questions import Questions
@@ -20,6 +21,7 @@ from ..models.variants import Variant, assembled
 from ..plan import Folded, PruningPlan, best_in_period, breaks_period, make_plan
 from .job import CompressionJob
 from .record import describe
+from .stages import Stages
 
 LAST_READ = 4  # weights and biases of the two output matrices of a layer
 
@@ -34,22 +36,36 @@ class Changes:
     bytes_read: int | None = None  # of weights, where layers lie on disk
 
 
-def changes_of(job: CompressionJob) -> Changes:
-    """Choose the layers, and fold; the model is loaded only where it is needed, and let go."""
+def changes_of(job: CompressionJob, stages: Stages | None = None) -> Changes:
+    """Choose the layers, and fold; the model is loaded only where it is needed, and let go.
+
+    Args:
+        stages: what a run that was broken off has finished of this, which is not done again.
+    """
     if not job.needs_model:
         return _without_model(job)
+    stages = stages or Stages()
     model, ignored = job.load_model()
     questions = job.questions(model)
-    scores = localize(job, model, questions)
+    stages.follow_answers(questions)
+    judged = JudgedSets()
+    stages.follow_judged(judged, questions)
+    scores = stages.run("scores", questions, functools.partial(localize, job, model, questions, judged))
     plan = make_plan(job.source.num_layers, scores.drop)
-    folded, fold = fold_gaps(job, model, questions, plan)
-    with assembled(model, Variant(plan, folded)):
-        reference = questions.reference_answer()
+    folded, fold = stages.run("fold", questions, functools.partial(fold_gaps, job, model, questions, plan))
+    smaller = Variant(plan, folded)
+    reference = stages.run("reference", questions, functools.partial(_reference, model, questions, smaller))
     ranges = ranges_of(model)
     del model, questions.model  # verification loads the checkpoint again: there is memory for one
     record = describe(job, questions, scores=scores, plan=plan, fold=fold, reference=reference)
     record["source"]["unexpected_keys"] = ignored
     return Changes(plan, folded, record, None if ranges is None else ranges.bytes_read)
+
+
+def _reference(model: Any, questions: Questions, smaller: Variant) -> dict[str, Any]:
+    """Return what the smaller model says to the reference question."""
+    with assembled(model, smaller):
+        return questions.reference_answer()
 
 
 def _without_model(job: CompressionJob) -> Changes:
@@ -63,8 +79,12 @@ def _without_model(job: CompressionJob) -> Changes:
     return Changes(plan, {}, record)
 
 
-def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScores:
-    """Return the layers to drop: as stored scores or the recipe name them, or by the recipe's localizer."""
+def localize(job: CompressionJob, model: Any, questions: Questions, judged: JudgedSets | None = None) -> LayerScores:
+    """Return the layers to drop: as stored scores or the recipe name them, or by the recipe's localizer.
+
+    Args:
+        judged: sets of layers that a run before has judged, and that takes those that are judged here.
+    """
     if job.chosen is not None:
         return in_period(job, job.chosen) if job.recipe.keep_period else job.chosen
     if job.recipe.budget.layers is not None:
@@ -73,8 +93,10 @@ def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScor
         looking_at_nothing = LocalizeJob(None, job.source.num_layers, None, job.recipe.seed)
         scores = run_localizer(job.recipe.localizer, looking_at_nothing, job.count, job.protect)
         return in_period(job, scores) if job.recipe.keep_period else scores
+    judged = judged or JudgedSets()
     folded = FoldedSets(
         model=model,
+        kept=judged,
         held_out=HeldOut(model, questions),
         read=reader(job.source, model),
         decoder=job.source.decoder,
@@ -86,6 +108,7 @@ def localize(job: CompressionJob, model: Any, questions: Questions) -> LayerScor
         questions=questions,
         seed=job.recipe.seed,
         folded=None if questions.split.too_few else folded,
+        kept_loss=functools.partial(KeptLoss, judged=judged),
     )
     scores = run_localizer(job.recipe.localizer, measured_from, job.count, job.protect)
     return in_period(job, scores) if job.recipe.keep_period else scores

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..families import Decoder
+from ..localize.judged import JudgedSets
 from ..models.divergence import Divergence
 from ..models.loading import text_decoder
 from ..models.residency import ranges_of
@@ -30,12 +31,17 @@ class FoldedSets:
     multiplier: float = 1.0
     known: dict[frozenset[int], Variant] = field(default_factory=dict)
     judged: dict[frozenset[int], Divergence] = field(default_factory=dict)  # on the most questions so far
+    kept: JudgedSets = field(default_factory=JudgedSets)  # by round, also of a run that was broken off
 
     def of_folded(self, sets: Sequence[frozenset[int]], judged_by: str) -> list[Divergence]:
         """Return the divergence on a portion of the held-out questions without each of the sets.
 
         Each is folded once, and put each question once; the original's states are shared by all.
         """
+        judging = judged_by, tuple(sets)
+        if (kept := self.kept.rounds.get(judging)) is not None:
+            self.judged.update(zip(sets, kept, strict=True))
+            return kept
         self._fold([drop for drop in sets if drop not in self.known])
         number = self.held_out.questions.portion(judged_by)
         before = [self.judged[drop] for drop in sets if drop in self.judged]
@@ -43,6 +49,7 @@ class FoldedSets:
         variants = [self.known[drop] for drop in sets]
         divergences = self.held_out.judge(variants, number, known=before if alike else ())
         self.judged.update(zip(sets, divergences, strict=True))
+        self.kept.note_round(judging, divergences)
         return divergences
 
     def _fold(self, sets: Sequence[frozenset[int]]) -> None:

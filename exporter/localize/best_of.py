@@ -219,7 +219,7 @@ def by_best_of(
     batches = list(questions.batches("score layers", part="fit", number=samples))
     statistics = list(layer_statistics(job.model, batches))
     few = questions.batches("score layers", part="fit", number=judged_by)
-    loss = StateError.of(job.model, few, questions.progress)
+    loss = job.kept_loss(lambda: StateError.of(job.model, few, questions.progress), job.num_layers)
     judge = job.folded if folded else None
     scores = best_of(
         statistics,

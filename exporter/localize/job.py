@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,6 +32,9 @@ class FoldedLoss(Protocol):
     def of_folded(self, sets: Sequence[frozenset[int]], judged_by: str) -> list[Divergence]: ...
 
 
+KeepLoss = Callable[[Callable[[], SetLoss], int], SetLoss]  # from what makes one, and the number of layers
+
+
 @dataclass(frozen=True)
 class LocalizeJob:
     """A model and the questions to judge its layers by."""
@@ -41,6 +44,7 @@ class LocalizeJob:
     questions: Questions | None  # None only for those that look at nothing
     seed: int = 0
     folded: FoldedLoss | None = None  # judges sets of layers with a fold; None where nothing can be held out
+    kept_loss: KeepLoss = lambda make, num_layers: make()  # a SetLoss that remembers what another run has judged
 
     @property
     def required_questions(self) -> Questions:

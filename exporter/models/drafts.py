@@ -23,14 +23,28 @@ class DraftPool:
     """All that was said and asked, by the words before it."""
 
     following: dict[tuple[int, ...], deque[Place]] = field(default_factory=dict)
+    notes: list[tuple[list[int], int, int]] = field(default_factory=list)  # of a text: where it began, where it ended
 
-    def note(self, text: list[int], begin: int) -> None:
-        """Remember what follows which words, from the token at `begin` on."""
-        for place in range(max(begin, 1), len(text)):
+    def note(self, text: list[int], begin: int, end: int | None = None) -> None:
+        """Remember what follows which words, from the token at `begin` on, as far as the text goes, or to `end`."""
+        end = len(text) if end is None else end
+        self.notes.append((text, begin, end))
+        for place in range(max(begin, 1), end):
             for length in LENGTHS:
                 if length <= place:
                     places = self.following.setdefault(tuple(text[place - length : place]), deque(maxlen=REMEMBERED))
                     places.append((text, place))
+
+    def so_far(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Return all texts, and what was noted of them in its order: the text's number, beginning, end."""
+        texts = {id(text): text for text, *_ in self.notes}
+        numbers = {key: number for number, key in enumerate(texts)}
+        return list(texts.values()), [[numbers[id(text)], begin, end] for text, begin, end in self.notes]
+
+    def go_on_from(self, texts: Sequence[list[int]], notes: Sequence[Sequence[int]]) -> None:
+        """Remember what another pool did."""
+        for number, begin, end in notes:
+            self.note(texts[number], begin, end)
 
     def guess(self, text: Sequence[int], room: int) -> list[int]:
         """Return at most `room` tokens that may follow a text: those that followed its longest known ending."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,6 +91,7 @@ class Questions:
     tokens: dict[str, int] = field(default_factory=dict)  # visual and text, of the pass that read most
     pool: DraftPool = field(default_factory=DraftPool)  # what was said, from which answers are guessed
     said_to_reference: list[int] = field(default_factory=list)  # by the whole model, to the reference question
+    on_answers: Callable[[], object] = lambda: None  # called when some were given
 
     @functools.cached_property
     def split(self) -> Split:
@@ -168,6 +169,12 @@ class Questions:
 
     def answer(self, *groups: Sequence[int]) -> None:
         """Let the model answer those of the questions that it has not: like ones together, with answers as long."""
+        known = len(self.answers)
+        self._answer(*groups)
+        if len(self.answers) > known:
+            self.on_answers()
+
+    def _answer(self, *groups: Sequence[int]) -> None:
         if self.elsewhere is not None:
             for index in {index for indices in groups for index in indices} - self.answers.keys():
                 self.answers[index] = torch.tensor(self._answered_elsewhere(index))
@@ -193,6 +200,18 @@ class Questions:
         draft = self._drafts(reference)[0]
         yield from answered_together(self.model, batches, self.answer_tokens, self._drafts, aside=(reference, draft))
         self.said_to_reference = self.said_to_reference or draft.answer
+
+    def so_far(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what was answered, to be kept: what goes into JSON, and the tokens of each answer by its index."""
+        texts, notes = self.pool.so_far()
+        data = {"said_to_reference": self.said_to_reference, "texts": texts, "notes": notes}
+        return data, {str(index): tokens for index, tokens in self.answers.items()}
+
+    def go_on_from(self, data: dict[str, Any], answers: dict[str, Tensor]) -> None:
+        """Take what a run before has answered, in place of asking again."""
+        self.said_to_reference = list(data["said_to_reference"])
+        self.pool.go_on_from(data["texts"], data["notes"])
+        self.answers.update({int(index): tokens for index, tokens in answers.items()})
 
     def reference_answer(self) -> dict[str, list[Any]]:
         """Return what the model, as it is now, says to the reference question, and how sure it is of each token.

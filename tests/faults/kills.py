@@ -39,6 +39,7 @@ LIMIT_S = 300.0
 DRAWS = 8  # moments that are drawn for a kill, at most, until one comes before the run's end
 POLL_S = 0.02
 SIGNALS = (signal.SIGKILL,) * 8 + (signal.SIGTERM, signal.SIGINT)
+GONE_ON_FROM = (".training", ".healing", ".compressing")  # what the next run needs
 OTHERS = (".ses", f"torchinductor_{getpass.getuser()}")  # ONNX Runtime's and torch's own, which they keep there
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.link", "shutil.rmtree", "subprocess.Popen")
 QUESTIONS = ("--calibration", "task/all.jsonl")
@@ -202,7 +203,7 @@ def killed(
         wanted = {-number, 0, 130} if number != signal.SIGKILL else {-number, 0}
         assert first.code in wanted, f"exit code {first.code}: {first.said[-300:]}"
         if number != signal.SIGKILL and first.code == 130:
-            temporary = [entry for entry in row["left"] if not entry.endswith((".training", ".healing"))]
+            temporary = [entry for entry in row["left"] if not entry.endswith(GONE_ON_FROM)]
             assert not temporary, f"{number.name} leaves {temporary}"
         _whole_or_not_at_all(name, home, hub, repository)
         shutil.rmtree(home / "made", ignore_errors=True)

@@ -1,0 +1,204 @@
+"""What the steps of a compression have found, on disk, so that a run that was broken off goes on behind its last one.
+
+Each step is a safetensors file in a folder beside the result: its tensors, and the rest as JSON in the header. An index
+names the SHA-256 of each, and the fingerprint of all that the run depends on: recipe, source, questions, device, the
+package's own code. Steps of another fingerprint are not used, and neither is a file that is not what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import hash_once, replace_bytes, replace_text
+from ..checkpoints.source import file_hashes
+from ..checkpoints.temporary import held
+from ..errors import CheckFailed, InputError
+from ..localize.judged import JudgedSets
+from ..localize.scores import LayerScores
+from ..models.questions import Questions
+from ..plan import Folded
+from ..version import versions
+from .job import CompressionJob
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+INDEX, DATA = "stages.json", "data"
+Content = tuple[Any, dict[str, Tensor]]  # what goes into JSON, and tensors
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a step's result becomes JSON and tensors, and is made of them again."""
+
+    content: Callable[[Any], Content]
+    result: Callable[[Any, dict[str, Tensor]], Any]
+
+
+def _scores(data: Any, tensors: dict[str, Tensor]) -> LayerScores:
+    return LayerScores(data["method"], tuple(data["values"]), tuple(data["drop"]), data["details"])
+
+
+def _folded_content(result: tuple[Folded, Any]) -> Content:
+    folded, told = result
+    return told, {f"{layer}:{name}": tensor for (layer, name), tensor in folded.items()}
+
+
+def _folded(data: Any, tensors: dict[str, Tensor]) -> tuple[Folded, Any]:
+    split = {key: key.split(":", 1) for key in tensors}
+    return {(int(layer), name): tensors[key] for key, (layer, name) in split.items()}, data
+
+
+FOLLOWED = ("answers", "judged")  # kept as they grow
+CODECS = {  # of steps that are kept whole
+    "scores": Codec(lambda scores: (asdict(scores), {}), _scores),
+    "fold": Codec(_folded_content, _folded),
+    "reference": Codec(lambda answer: (answer, {}), lambda data, tensors: data),
+}
+
+
+@dataclass
+class Stages:
+    """The finished steps of one run. Without a folder nothing is kept."""
+
+    folder: Path | None = None
+    fingerprint: str = ""
+    finished: dict[str, str] = field(default_factory=dict)  # SHA-256 of each step's file
+
+    def run(self, name: str, questions: Questions, compute: Callable[[], T]) -> T:
+        """Return what a step finds: from disk where a run before has finished it, else computed, and kept."""
+        if (kept := self._read(name)) is not None:
+            data, tensors = kept
+            questions.tokens.update(data["tokens"])
+            result: T = CODECS[name].result(data["result"], tensors)
+            return result
+        result = compute()
+        data, tensors = CODECS[name].content(result)
+        self._keep(name, {"result": data, "tokens": questions.tokens}, tensors)
+        return result
+
+    def follow_answers(self, questions: Questions) -> None:
+        """Give questions the answers that a run before was given, and keep those that follow."""
+        if self.folder is None:
+            return
+        if (kept := self._read("answers")) is not None:
+            questions.go_on_from(*kept)
+        questions.on_answers = lambda: self._keep("answers", *questions.so_far())
+
+    def follow_judged(self, judged: JudgedSets, questions: Questions) -> None:
+        """Give sets of layers what a run before has judged, and keep what follows."""
+        if self.folder is None:
+            return
+        if (kept := self._read("judged")) is not None:
+            judged.go_on_from(kept[0]["result"])
+            questions.tokens.update(kept[0]["tokens"])
+        judged.on_more = lambda: self._keep("judged", {"result": judged.to_data(), "tokens": questions.tokens}, {})
+
+    def _read(self, name: str) -> Content | None:
+        from safetensors import safe_open
+
+        if self.folder is None or name not in self.finished:
+            return None
+        path = self._path(name)
+        if not path.is_file() or hash_once(path) != self.finished[name]:
+            logger.warning("%s is not what was written there: this step is done again", path)
+            return None
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()[DATA]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def _keep(self, name: str, data: Any, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        if self.folder is None:
+            return
+        parts = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        content = save(parts, {DATA: json.dumps(data)})
+        replace_bytes(self._path(name), content)
+        self.finished[name] = hashlib.sha256(content).hexdigest()
+        replace_text(self.folder / INDEX, json.dumps({"fingerprint": self.fingerprint, "stages": self.finished}))
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+
+@contextlib.contextmanager
+def stages_in(folder: Path, fingerprint: str) -> Iterator[Stages]:
+    """Give the steps that are kept in a folder, which is made.
+
+    The folder stays where the block is broken off behind a finished step, and where it ends well; the caller removes it
+    then. It goes where the block refuses its input or finds that a check does not hold.
+
+    Raises: InputError where another run that is alive holds the folder, or something else has its name.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder} is no folder, and a run keeps there what it goes on from: move it away.")
+    folder.mkdir(exist_ok=True)
+    stages = Stages(folder, fingerprint)
+    with held(folder, "another run is compressing"):
+        try:
+            stages.finished = _finished(folder, fingerprint)
+            yield stages
+        except BaseException as error:
+            if isinstance(error, InputError | CheckFailed) or not stages.finished:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _finished(folder: Path, fingerprint: str) -> dict[str, str]:
+    """Return the SHA-256 of each step that a run before has finished; what it left is removed where it was another."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        steps = {name: str(digest) for name, digest in index["stages"].items() if name in (*FOLLOWED, *CODECS)}
+        same = index["fingerprint"] == fingerprint
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        steps, same = {}, False
+    if same:
+        logger.warning("%s: goes on behind what a run before has finished: %s", folder, ", ".join(steps))
+        return steps
+    logger.warning(
+        "%s is of another recipe, model or version, or damaged: it is not used, and all is done anew", folder
+    )
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    (folder / INDEX).unlink()
+    return {}
+
+
+def fingerprint_of(job: CompressionJob) -> str:
+    """Return one of all that the result of a compression depends on."""
+    elsewhere = job.calibration.answers
+    parts = {
+        "recipe": job.recipe.to_data(),
+        "source": file_hashes(job.source),
+        "questions": job.calibration.fingerprint if job.calibration.samples else None,
+        "answers": None if elsewhere is None else elsewhere.sha256,
+        "scores": None if job.stored is None else asdict(job.stored),
+        "run": [job.device, str(job.dtype), job.options.batch_size, job.options.memory, torch.get_num_threads()],
+        "versions": versions(),
+        "code": code_hash(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.cache
+def code_hash() -> str:
+    """Return one hash of all files of this package that are code."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()
