@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from .cards.model_card import card
+from .checkpoints.files import real_target
 from .checkpoints.record import is_compressed, write_record
 from .checkpoints.source import Source, open_source
 from .checkpoints.staging import check_space, check_target, staged, staging_directory
+from .checkpoints.temporary import remove_unless_held
 from .checkpoints.tensor_types import refuse_not_finite
 from .checkpoints.verification import require
 from .checkpoints.writer import kept_pieces, write_checkpoint
@@ -57,7 +57,7 @@ def compress(
     stored, work = load_scores(scores) if isinstance(scores, Path | str) else scores, work_folder(out)
     if recipe.router is None and recipe.heal is None:
         _compress(recipe, out, work, options=options, progress=progress, stored=stored)
-        shutil.rmtree(work, ignore_errors=True)
+        remove_unless_held(work)
         return out
     questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
@@ -76,13 +76,17 @@ def compress(
         if recipe.router is not None:
             folder = with_router(folder, recipe.router, router_data(recipe.router, recipe.calibration),
                                  out=out, options=options, progress=progress, questions=questions)  # fmt: skip
-    shutil.rmtree(work, ignore_errors=True)
+    remove_unless_held(work)
     return folder
 
 
-def work_folder(out: Path) -> Path:
-    """Return the folder for what a compression that is broken off goes on from; it is removed at the end."""
-    return out.absolute().parent / f".{out.name}.compressing"
+def work_folder(out: Path, what: str = "compressing") -> Path:
+    """Return the folder for what a run that is broken off goes on from; it is removed at the end.
+
+    It lies beside the result: where `out` is a link, beside what it leads to.
+    """
+    target = real_target(out)
+    return target.parent / f".{target.name}.{what}"
 
 
 def heal(
@@ -149,7 +153,7 @@ def _heal(
 ) -> Path:
     """Heal a checkpoint into `target`; what a broken-off run goes on from lies beside `out` as .NAME.healing."""
     data, teacher = healing.calibration or recipe.calibration.unanswered, healing.teacher or recipe.model
-    work = out.absolute().parent / f".{out.name}.healing"
+    work = work_folder(out, "healing")
     heal = healing.seeded(recipe.seed)
     return with_healing(plain, heal, data, teacher=teacher, out=target, options=options, progress=progress, work=work)
 
@@ -219,7 +223,7 @@ def _compress(
 
 def _written(job: CompressionJob, out: Path, stages: Stages) -> Path:
     """Make a checkpoint from an opened recipe, in the folder `out`, and verify it."""
-    begin, options, progress = time.monotonic(), job.options, job.progress
+    options, progress = job.options, job.progress
     changes = changes_of(job, stages)
     plan, folded, record = changes.plan, changes.folded, changes.record
     if broken := breaks_period(job.source.config, plan.keep):
@@ -228,7 +232,7 @@ def _written(job: CompressionJob, out: Path, stages: Stages) -> Path:
         kept = sum(piece.entry.num_bytes for shard in kept_pieces(job.source, plan, folded) for piece in shard)
         with counting_bytes(progress, "write", kept) as advance:
             write_checkpoint(job.source, plan, folded=folded, folder=stage, advance=advance)
-        record["measured"] = measure(stage, record, time.monotonic() - begin, changes.bytes_read)
+        record["measured"] = measure(stage, record, stages.spent.seconds, changes.bytes_read)
         write_record(stage, record)
         card(stage, out.name)
         try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -55,6 +55,9 @@ OTHER_DOCUMENTS = (".csv", ".jsonl", ".log", ".cff", ".bib")  # that no loader r
 VOCABULARY_ENDINGS = (".json", ".txt", ".model", ".tiktoken", ".bpe", ".codes", ".vocab", ".spm")
 LEFTOVERS = ("__pycache__", "*.pyc", "*.partial", "*.lock")  # parts of names, as globs
 NAMED_AT_MOST = 8
+TICK_NS = 50_000_000  # more than the longest step of the clock by which a file system says when a file was written
+MOST_HASHES = 4096  # that a process remembers
+_known_hashes: dict[tuple[str, int, int, int, int, int], str] = {}  # by the state of a file
 
 
 def leads_out(path: Path, folder: Path) -> bool:
@@ -293,11 +296,22 @@ def file_hash(path: Path) -> str:
 
 
 def hash_once(path: Path) -> str:
-    """Return SHA-256 of a file's bytes, read once by a process as long as the file's state does not change."""
+    """Return SHA-256 of a file's bytes, read once by a process as long as the file's state does not change.
+
+    A file that was written a moment ago is read again: another change within one tick of the clock would not show.
+    """
+    state = _state_of(path)
+    if state not in _known_hashes:
+        digest = sha256(path)
+        if time.time_ns() - max(state[-2:]) < TICK_NS or _state_of(path) != state:
+            return digest
+        if len(_known_hashes) >= MOST_HASHES:
+            _known_hashes.clear()
+        _known_hashes[state] = digest
+    return _known_hashes[state]
+
+
+def _state_of(path: Path) -> tuple[str, int, int, int, int, int]:
+    """Return what changes with a file: where and how large it is, and when it and its entry were written."""
     state = path.stat()
-    return _hash_of_state(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash_of_state(path: Path, *state: int) -> str:
-    return sha256(path)
+    return str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns

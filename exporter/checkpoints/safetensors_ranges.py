@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .temporary import file_beside
 
 if TYPE_CHECKING:
     import torch
@@ -325,7 +326,15 @@ def write_shards(
 def write_shard(
     path: Path, pieces: Sequence[TensorRange], metadata: dict[str, str], advance: Callable[[int], object]
 ) -> None:
-    """Write one safetensors file. Unchanged tensors are copied as bytes, adjacent ones in one go.
+    """Write one safetensors file. Unchanged tensors are copied as bytes, adjacent ones in one go."""
+    with path.open("wb", buffering=0) as target:
+        write_pieces(target.fileno(), pieces, metadata, advance)
+
+
+def write_pieces(
+    target: int, pieces: Sequence[TensorRange], metadata: dict[str, str], advance: Callable[[int], object]
+) -> None:
+    """Write tensors as safetensors has them into an open file that is empty.
 
     Memory does not grow with the file: at most one replaced tensor is held beside what the caller holds.
     """
@@ -340,16 +349,26 @@ def write_shard(
         position += piece.entry.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as target:
-        write_all(target.fileno(), struct.pack("<Q", len(text)) + text)
-        for run in _adjacent(pieces):
-            if (replacement := run[0].replacement) is not None:
-                write_all(target.fileno(), tensor_bytes(replacement() if callable(replacement) else replacement))
-                advance(run[0].entry.num_bytes)
-                continue
-            begin, end = run[0].entry.begin, run[-1].entry.end
-            with run[0].entry.path.open("rb") as source:
-                copy_range(source.fileno(), target.fileno(), begin=begin, count=end - begin, advance=advance)
+    write_all(target, struct.pack("<Q", len(text)) + text)
+    for run in _adjacent(pieces):
+        if (replacement := run[0].replacement) is not None:
+            write_all(target, tensor_bytes(replacement() if callable(replacement) else replacement))
+            advance(run[0].entry.num_bytes)
+            continue
+        begin, end = run[0].entry.begin, run[-1].entry.end
+        with run[0].entry.path.open("rb") as source:
+            copy_range(source.fileno(), target, begin=begin, count=end - begin, advance=advance)
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write new tensors as a safetensors file, in one step; one tensor at a time is copied in memory."""
+    names = {name: key for key, name in TORCH_NAMES.items()}
+    pieces = []
+    for name, tensor in tensors.items():
+        dtype, size = names[str(tensor.dtype).removeprefix("torch.")], tensor.numel() * tensor.element_size()
+        pieces.append(TensorRange(name, TensorEntry(path, dtype, tuple(tensor.shape), begin=0, end=size), tensor))
+    with file_beside(path) as file:
+        write_pieces(file.fileno(), pieces, metadata, advance=lambda done: None)
 
 
 def _adjacent(pieces: Sequence[TensorRange]) -> Iterator[list[TensorRange]]:

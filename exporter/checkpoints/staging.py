@@ -48,7 +48,9 @@ def staging_directory(target: Path) -> Iterator[Path]:
         yield directory
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise InputError(f"the disk of {target.parent} is full; nothing was kept. Free some space.") from error
+            raise InputError(
+                f"the disk of {target.parent} is full; nothing was kept of {target.name}. Free some space."
+            ) from error
         raise
     finally:
         lock.close()

@@ -134,6 +134,11 @@ def sweep(place: Path, prefix: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
+def remove_unless_held(folder: Path) -> None:
+    """Remove a folder that was held for a later run to go on from, unless another run that is alive holds it now."""
+    _remove_unlocked(folder / LOCK, functools.partial(shutil.rmtree, folder, ignore_errors=True))
+
+
 def _remove_unlocked(lock_file: Path, remove: Callable[[], object]) -> None:
     """Call `remove` unless somebody holds the lock; holds it meanwhile."""
     with contextlib.suppress(OSError), lock_file.open("r+") as lock:  # BlockingIOError: a run that is alive

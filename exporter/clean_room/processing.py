@@ -13,7 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .video import Clip, check_takes_both, check_takes_video, number_words, video_options, video_processor
+from .video import (
+    Clip,
+    check_takes_both,
+    check_takes_video,
+    check_told_apart,
+    number_words,
+    video_options,
+    video_processor,
+)
 
 WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)  # families whose processors put one question as it stands
 ANSWER_TOKEN_TYPE = {"paligemma": 1}  # its prompt sees itself both ways, answers are causal; 0 is text elsewhere
@@ -114,6 +122,7 @@ def encode(
     if shown and "videos" in options:
         check_takes_both(processor)
     inputs = dict(processor(text=texts, images=shown, padding=True, return_tensors="pt", **options))
+    check_told_apart(processor, inputs)
     inputs.pop("labels", None)  # PaliGemma's processor adds some that ask for nothing
     return inputs
 

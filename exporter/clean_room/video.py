@@ -70,9 +70,11 @@ def video_options(processor: Any, videos: list[list[Clip]]) -> dict[str, Any]:
     check_takes_video(processor)
     counts = sorted({len(clip.frames) for clip in clips})
     if len(counts) > 1 and not has_grids(processor):
+        in_one = any(len({len(clip.frames) for clip in row}) > 1 for row in videos)
         raise VideoError(
-            f"{_name(processor)} takes videos of as many frames in one batch, not of {counts[0]} and {counts[-1]}: "
-            "give them as many frames, or set the batch size to 1"
+            f"{_name(processor)} takes videos of as many frames in one {'question' if in_one else 'batch'}, not of "
+            f"{counts[0]} and {counts[-1]}: give them as many frames"
+            + ("" if in_one else ", or set the batch size to 1")
         )
     import torch
 
@@ -111,10 +113,25 @@ def check_takes_video(processor: Any) -> None:
 def check_takes_both(processor: Any) -> None:
     """Raise VideoError for a processor that gives the pixels of images and of videos the same name (SmolVLM's)."""
     if "pixel_values" in getattr(processor.video_processor, "model_input_names", ()):
-        raise VideoError(
-            f"{_name(processor)} takes images or videos in one batch, not both: ask about them apart, with a batch "
-            "size of 1"
-        )
+        raise _takes_one_kind(processor)
+
+
+def check_told_apart(processor: Any, inputs: dict[str, Any]) -> None:
+    """Raise VideoError where images and videos have one placeholder, so that the model takes all for images (GLM-4.1V).
+
+    Args:
+        inputs: that the processor made of both.
+    """
+    both = {"pixel_values", "pixel_values_videos"} <= inputs.keys()
+    if both and not bool((inputs["input_ids"] == getattr(processor, "video_token_id", None)).any()):
+        raise _takes_one_kind(processor)
+
+
+def _takes_one_kind(processor: Any) -> VideoError:
+    return VideoError(
+        f"{_name(processor)} takes images or videos in one batch, not both: ask about them apart, with a batch size of "
+        "1, or give the frames as several images, under 'images'"
+    )
 
 
 def _name(processor: Any) -> str:

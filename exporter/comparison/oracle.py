@@ -44,8 +44,9 @@ def images_seen_once(model: Any) -> Iterator[None]:
     """Run the vision tower for the first pass only: all passes inside must be over the same images."""
     base = model.base_model
     names = [name for name in ("get_image_features", "get_video_features") if hasattr(base, name)]
+    running: list[str] = []
     for name in names:
-        setattr(base, name, _remembered(getattr(base, name)))
+        setattr(base, name, _remembered(name, getattr(base, name), running=running))
     try:
         yield
     finally:
@@ -53,13 +54,24 @@ def images_seen_once(model: Any) -> Iterator[None]:
             delattr(base, name)
 
 
-def _remembered(features: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls another one once, and returns the same whatever it is given then."""
+def _remembered(name: str, features: Callable[..., Any], running: list[str]) -> Callable[..., Any]:
+    """Return a function that calls another one once, and returns the same whatever it is given then.
+
+    Args:
+        running: names of those that are being called. What one of them asks of another (Qwen3-VL's for videos asks the
+            one for images) is about other pixels, and is not remembered.
+    """
     known: list[Any] = []
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
+        if running:
+            return features(*args, **kwargs)
         if not known:
-            known.append(features(*args, **kwargs))
+            running.append(name)
+            try:
+                known.append(features(*args, **kwargs))
+            finally:
+                running.remove(name)
         return known[0]
 
     return remembered

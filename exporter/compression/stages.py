@@ -8,11 +8,13 @@ package's own code. Steps of another fingerprint are not used, and neither is a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..checkpoints.files import hash_once, replace_bytes, replace_text
+from ..checkpoints.files import hash_once, replace_text, sha256
+from ..checkpoints.safetensors_ranges import replace_tensors
 from ..checkpoints.source import file_hashes
-from ..checkpoints.temporary import held
+from ..checkpoints.temporary import LOCK, held
 from ..errors import CheckFailed, InputError
 from ..localize.judged import JudgedSets
 from ..localize.scores import LayerScores
@@ -34,7 +37,7 @@ from .job import CompressionJob
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-INDEX, DATA = "stages.json", "data"
+INDEX, STEP, DATA = "stages.json", ".safetensors", "data"
 Content = tuple[Any, dict[str, Tensor]]  # what goes into JSON, and tensors
 
 
@@ -60,12 +63,22 @@ def _folded(data: Any, tensors: dict[str, Tensor]) -> tuple[Folded, Any]:
     return {(int(layer), name): tensors[key] for key, (layer, name) in split.items()}, data
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FOLLOWED = ("answers", "judged")  # kept as they grow
 CODECS = {  # of steps that are kept whole
     "scores": Codec(lambda scores: (asdict(scores), {}), _scores),
     "fold": Codec(_folded_content, _folded),
     "reference": Codec(lambda answer: (answer, {}), lambda data, tensors: data),
 }
+LAST = "reference"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a compression took until now."""
+
+    seconds: float = 0.0
+    bytes_read: int = 0
 
 
 @dataclass
@@ -75,6 +88,15 @@ class Stages:
     folder: Path | None = None
     fingerprint: str = ""
     finished: dict[str, str] = field(default_factory=dict)  # SHA-256 of each step's file
+    before: Spent = Spent()  # by runs that were broken off, on what they have finished
+    begin: float = field(default_factory=time.monotonic)
+    read_here: Callable[[], int] = lambda: 0  # bytes of weights, where layers lie on disk
+
+    @property
+    def spent(self) -> Spent:
+        """What this run has spent, with the runs before it that it goes on from."""
+        here = time.monotonic() - self.begin
+        return Spent(self.before.seconds + here, self.before.bytes_read + self.read_here())
 
     def run(self, name: str, questions: Questions, compute: Callable[[], T]) -> T:
         """Return what a step finds: from disk where a run before has finished it, else computed, and kept."""
@@ -118,19 +140,22 @@ class Stages:
             return json.loads(file.metadata()[DATA]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def _keep(self, name: str, data: Any, tensors: dict[str, Tensor]) -> None:
-        from safetensors.torch import save
-
         if self.folder is None:
             return
-        parts = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        content = save(parts, {DATA: json.dumps(data)})
-        replace_bytes(self._path(name), content)
-        self.finished[name] = hashlib.sha256(content).hexdigest()
-        replace_text(self.folder / INDEX, json.dumps({"fingerprint": self.fingerprint, "stages": self.finished}))
+        path = self._path(name)
+        try:
+            replace_tensors(path, tensors, {DATA: json.dumps(data)})
+            self.finished[name] = sha256(path)
+            index = {"fingerprint": self.fingerprint, "stages": self.finished, "spent": asdict(self.spent)}
+            replace_text(self.folder / INDEX, json.dumps(index))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            logger.warning("%s can't be kept, since the disk is full: a run that is broken off does it again", path)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{name}.safetensors"
+        return self.folder / f"{name}{STEP}"
 
 
 @contextlib.contextmanager
@@ -138,44 +163,64 @@ def stages_in(folder: Path, fingerprint: str) -> Iterator[Stages]:
     """Give the steps that are kept in a folder, which is made.
 
     The folder stays where the block is broken off behind a finished step, and where it ends well; the caller removes it
-    then. It goes where the block refuses its input or finds that a check does not hold.
+    then. It goes where a check does not hold, or a step refuses its input; not where the system fails, on a full disk
+    for example, and not once all steps are finished: what is refused then is the place of the result.
 
     Raises: InputError where another run that is alive holds the folder, or something else has its name.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder} is no folder, and a run keeps there what it goes on from: move it away.")
+    if foreign := _foreign(folder):
+        raise InputError(
+            f"{folder} holds {foreign[0]}, which no run has left there, and would be removed with it: move it away."
+        )
     folder.mkdir(exist_ok=True)
     stages = Stages(folder, fingerprint)
     with held(folder, "another run is compressing"):
         try:
-            stages.finished = _finished(folder, fingerprint)
+            stages.finished, stages.before = _finished(folder, fingerprint)
             yield stages
         except BaseException as error:
-            if isinstance(error, InputError | CheckFailed) or not stages.finished:
+            failed = isinstance(error, CheckFailed) or isinstance(error.__context__, CheckFailed)
+            refused = isinstance(error, InputError) and not (
+                LAST in stages.finished or isinstance(error.__cause__, OSError)
+            )
+            if failed or refused or not stages.finished:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _finished(folder: Path, fingerprint: str) -> dict[str, str]:
-    """Return the SHA-256 of each step that a run before has finished; what it left is removed where it was another."""
+def _foreign(folder: Path) -> list[str]:
+    """Return the names of what lies in a folder and is not from a run."""
+    ours = {LOCK, INDEX, *(f"{name}{STEP}" for name in (*FOLLOWED, *CODECS))}
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return [name for name in names if name not in ours and not name.endswith(".partial")]
+
+
+def _finished(folder: Path, fingerprint: str) -> tuple[dict[str, str], Spent]:
+    """Return the SHA-256 of each step that a run before has finished, and what it spent on them.
+
+    What it left is removed where it was another.
+    """
     try:
         index = json.loads((folder / INDEX).read_text())
         steps = {name: str(digest) for name, digest in index["stages"].items() if name in (*FOLLOWED, *CODECS)}
+        spent = Spent(float(index["spent"]["seconds"]), int(index["spent"]["bytes_read"]))
         same = index["fingerprint"] == fingerprint
     except FileNotFoundError:
-        return {}
+        return {}, Spent()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        steps, same = {}, False
+        steps, spent, same = {}, Spent(), False
     if same:
         logger.warning("%s: goes on behind what a run before has finished: %s", folder, ", ".join(steps))
-        return steps
+        return steps, spent
     logger.warning(
         "%s is of another recipe, model or version, or damaged: it is not used, and all is done anew", folder
     )
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob(f"*{STEP}"):
         path.unlink()
     (folder / INDEX).unlink()
-    return {}
+    return {}, Spent()
 
 
 def fingerprint_of(job: CompressionJob) -> str:
@@ -185,6 +230,9 @@ def fingerprint_of(job: CompressionJob) -> str:
         "recipe": job.recipe.to_data(),
         "source": file_hashes(job.source),
         "questions": job.calibration.fingerprint if job.calibration.samples else None,
+        "right answers": [
+            sample.answers for sample in job.calibration.samples
+        ],  # guesses at the model's are made of them
         "answers": None if elsewhere is None else elsewhere.sha256,
         "scores": None if job.stored is None else asdict(job.stored),
         "run": [job.device, str(job.dtype), job.options.batch_size, job.options.memory, torch.get_num_threads()],

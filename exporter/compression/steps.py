@@ -47,6 +47,8 @@ def changes_of(job: CompressionJob, stages: Stages | None = None) -> Changes:
     stages = stages or Stages()
     model, ignored = job.load_model()
     questions = job.questions(model)
+    ranges = ranges_of(model)
+    stages.read_here = lambda: 0 if ranges is None else ranges.bytes_read
     stages.follow_answers(questions)
     judged = JudgedSets()
     stages.follow_judged(judged, questions)
@@ -55,11 +57,12 @@ def changes_of(job: CompressionJob, stages: Stages | None = None) -> Changes:
     folded, fold = stages.run("fold", questions, functools.partial(fold_gaps, job, model, questions, plan))
     smaller = Variant(plan, folded)
     reference = stages.run("reference", questions, functools.partial(_reference, model, questions, smaller))
-    ranges = ranges_of(model)
+    read = stages.read_here()
+    stages.read_here = lambda: read  # lets the layers go
     del model, questions.model  # verification loads the checkpoint again: there is memory for one
     record = describe(job, questions, scores=scores, plan=plan, fold=fold, reference=reference)
     record["source"]["unexpected_keys"] = ignored
-    return Changes(plan, folded, record, None if ranges is None else ranges.bytes_read)
+    return Changes(plan, folded, record, None if ranges is None else stages.before.bytes_read + read)
 
 
 def _reference(model: Any, questions: Questions, smaller: Variant) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def read_samples(
         raise InputError(f"{spec} names no data set: {DATASETS_PREFIX}USER/NAME.")
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
         raise InputError(f"frames={frames!r}: at least 1 frame of a video file is needed.")
-    how: dict[str, Any] = {"allow_urls": allow_urls, "text_only": text_only}
+    how: dict[str, Any] = {"allow_urls": allow_urls, "text_only": text_only, "frames": frames}
     if spec.startswith(DATASETS_PREFIX):
         return open_table(spec.removeprefix(DATASETS_PREFIX), columns or {}, split, config, **how)
     path = Path(spec).expanduser()
@@ -185,7 +185,7 @@ def read_samples(
     for flag, value in (("--columns", columns), ("--config", config)):
         if value:
             raise InputError(f"{flag} is for data sets and parquet files, which {spec} is not: take it out.")
-    return _from_folder(path, prompt) if path.is_dir() else _from_file(path, how | {"frames": frames}, left_out)
+    return _from_folder(path, prompt) if path.is_dir() else _from_file(path, how, left_out)
 
 
 def _from_file(path: Path, how: Mapping[str, Any], left_out: list[str] | None) -> list[Sample]:

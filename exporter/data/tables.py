@@ -48,6 +48,7 @@ class TableSamples(Sequence[Sample]):
     folder: Path  # what paths are relative to
     allow_urls: bool
     text_only: bool = False
+    frames: int | None = None  # the most to take of a video file that stands in messages
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,8 +74,8 @@ class TableSamples(Sequence[Sample]):
         return sample_from(record, f"{self.name} row {index}", self.folder, **self._how)
 
     @property
-    def _how(self) -> dict[str, bool]:
-        return {"allow_urls": self.allow_urls, "text_only": self.text_only}
+    def _how(self) -> dict[str, Any]:
+        return {"allow_urls": self.allow_urls, "text_only": self.text_only, "frames": self.frames}
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -131,6 +132,7 @@ def open_table(
     *,
     allow_urls: bool = False,
     text_only: bool = False,
+    frames: int | None = None,
 ) -> TableSamples:
     """Open a data set, a saved folder, or a parquet file, without reading a row. Raises InputError."""
     table = _loaded(name, split, config).with_format("arrow")
@@ -141,8 +143,9 @@ def open_table(
     path = Path(name).expanduser()
     folder = path if path.is_dir() else path.parent if path.is_file() else Path()
     return TableSamples(
-        name, table, column_of=column_of, class_names=classes, folder=folder, allow_urls=allow_urls, text_only=text_only
-    )
+        name, table, column_of=column_of, class_names=classes, folder=folder,
+        allow_urls=allow_urls, text_only=text_only, frames=frames,
+    )  # fmt: skip
 
 
 def _loaded(name: str, split: str | None, config: str | None) -> Any:

@@ -164,20 +164,26 @@ def _read(path: Path, most: int, origin: str) -> Clip:
     with _opened(path, origin) as stream:
         fps = float(stream.average_rate or stream.guessed_rate or 0)
         total = stream.frames
-    if not total:  # some containers don't say: count
+    taken = _decoded(path, origin, chosen_frames(total, most)) if total else {}
+    if len(taken) < min(total, most) or not total:  # the container doesn't say how many, or says more than there are
         with _opened(path, origin) as stream:
             total = sum(1 for _ in stream.container.decode(stream))
-    numbers = chosen_frames(total, most)
-    taken = {}
+        taken = _decoded(path, origin, chosen_frames(total, most)) if total else {}
+    if not taken or fps <= 0:
+        raise InputError(f"{origin}: {short(str(path))} holds no frames that can be read.")
+    return Clip(tuple(taken.values()), tuple(taken), total, fps)
+
+
+def _decoded(path: Path, origin: str, numbers: Sequence[int]) -> dict[int, Any]:
+    """Return frames of a file by their numbers, RGB images; without those behind its end."""
+    taken: dict[int, Any] = {}
     with _opened(path, origin) as stream:
         for number, frame in enumerate(stream.container.decode(stream)):
             if number in numbers:
                 taken[number] = frame.to_image().convert("RGB")
             if len(taken) == len(numbers):
                 break
-    if not taken or fps <= 0:
-        raise InputError(f"{origin}: {short(str(path))} holds no frames that can be read.")
-    return Clip(tuple(taken.values()), tuple(taken), total, fps)
+    return taken
 
 
 class _opened:  # noqa: N801 - a context manager, used as `with _opened(path, origin) as stream`

@@ -48,19 +48,32 @@ def tower_parameters(source: Source) -> int:
 
 
 def image_patches(inputs: Mapping[str, Any], config: Any) -> int:
-    """Return how many patches of images a batch has, as the vision tower takes them.
+    """Return how many patches of images and of frames a batch has, as the vision tower takes them.
 
     Args:
-        inputs: of the processor: pixel_values, [patches, values] or [..., 3, height, width].
+        inputs: of the processor: pixel_values and pixel_values_videos, [patches, values] or [..., 3, height, width].
     """
-    pixels = inputs.get("pixel_values")
+    return sum(_patches(inputs.get(name), config) for name in ("pixel_values", "pixel_values_videos"))
+
+
+def _patches(pixels: Any, config: Any) -> int:
     if pixels is None or not hasattr(pixels, "shape"):
         return 0
     if pixels.ndim == 2:
         return int(pixels.shape[0])
-    size = getattr(getattr(config, "vision_config", None), "patch_size", None)
+    size = getattr(getattr(config, "vision_config", None), "patch_size", None) or _stated(
+        config.to_dict(), "patch_size"
+    )
     side = size[0] if isinstance(size, list | tuple) else size
     if not isinstance(side, int) or pixels.ndim < 4:
         return 0
     *images, _, height, width = pixels.shape
     return int(math.prod(images) * (height // side) * (width // side))
+
+
+def _stated(data: Mapping[str, Any], name: str) -> Any:
+    """Return the first value of a name in a configuration or its parts: our own types have no vision_config."""
+    if data.get(name) is not None:
+        return data[name]
+    parts = (_stated(part, name) for part in data.values() if isinstance(part, Mapping))
+    return next((value for value in parts if value is not None), None)

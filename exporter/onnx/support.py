@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from ..families import family_of, is_listed
+from ..families import OWN_FAMILIES, family_of, is_listed
 from .found import found_support
 from .rows import GROWING, SHARED, SQUARE, SUPPORTED, NotExported, Support, cache_of
 
@@ -19,6 +19,8 @@ def support_of(config: Any, layout: str | None = None) -> Support:
     Args:
         layout: of the folder; None: that of our own runner. Clients cut no tiles: they show a picture as one square.
     """
+    if config.model_type in OWN_FAMILIES:
+        raise refusal(config, "it runs by a modeling file of this package, for which no graphs are written")
     if not is_listed(config) or config.model_type not in SUPPORTED:
         try:
             return found_support(config)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fixtures.checkpoints import recipe
 from fixtures.made_folders import edit
 from transformers import AutoModelForImageTextToText
 
+from exporter.checkpoints import files
 from exporter.checkpoints.files import (
     companions,
     hashes,
@@ -225,3 +227,16 @@ def test_messages_name_no_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with staging_directory(tmp_path / "out") as room, pytest.raises(InputError, match=r"^inner needs 0\.00 GB"):
         check_space(room / "inner", 10)
+
+
+def test_a_hash_is_remembered_as_long_as_the_file_stays(tmp_path, monkeypatch):
+    path, read = tmp_path / "file", []
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or str(len(read)))
+    path.write_text("one")
+    now = path.stat().st_ctime_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now + 1000)  # a moment later: a change now would not show
+    assert [files.hash_once(path) for _ in range(2)] == ["1", "2"]
+    monkeypatch.setattr(time, "time_ns", lambda: now + 10**9)
+    assert [files.hash_once(path) for _ in range(2)] == ["3", "3"]
+    path.write_text("more")
+    assert files.hash_once(path) == "4"

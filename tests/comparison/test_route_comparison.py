@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 import yaml
+from fixtures.videos import chat, clip
 
-from exporter.clean_room import load_processor
+from exporter.checkpoints.source import open_source
+from exporter.clean_room import encode, load_processor
 from exporter.cli.entry import main
 from exporter.comparison.oracle import Search, images_seen_once, search, swapped
 from exporter.comparison.routers import compare_routes
@@ -18,6 +20,7 @@ from exporter.data.calibration import read_samples
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
 from exporter.modeling.routed_route import Budget
+from exporter.models.loading import load_model
 from exporter.recipe import RunOptions
 from exporter.routing.requests import BudgetGrid
 from exporter.routing.rules import Rule, generators, make_route
@@ -129,6 +132,19 @@ def test_videos_are_seen_once(routed, clips):
     handle.remove()
     assert torch.equal(first, second) and len(seen) == 1
     assert "get_video_features" not in vars(case.model.base_model)
+
+
+def test_images_and_videos_of_one_question_are_told_apart(tiny):
+    """Qwen3-VL asks for a video's features by the function for images."""
+    source = open_source(str(tiny("qwen3_vl")))
+    model = load_model(source, "cpu", torch.float32)[0]
+    images, videos = [list(clip(1).frames)], [[clip(3)]]
+    inputs = encode(load_processor(source.folder), [chat("image", "video")], images, videos)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with images_seen_once(model):
+            for _ in range(2):
+                assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_mistakes_in_a_comparison_of_routes(tables, tmp_path):

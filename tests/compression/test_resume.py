@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import fcntl
 import json
 import signal
@@ -18,10 +20,12 @@ import exporter
 from exporter.checkpoints.files import hashes
 from exporter.cli.entry import main
 from exporter.compression import steps
-from exporter.errors import InputError
+from exporter.compression.job import prepare
+from exporter.compression.stages import fingerprint_of
+from exporter.errors import CheckFailed, InputError
 from exporter.models.questions import PORTIONS, Questions
 from exporter.plan import LayerBudget
-from exporter.recipe import CalibrationData, Method, Recipe, RunOptions
+from exporter.recipe import NO_QUESTIONS, CalibrationData, Method, Recipe, RunOptions
 
 STEPS = ("answers", "localize", "fold_gaps", "_reference")  # in their order
 KILLED = """
@@ -125,6 +129,8 @@ def test_where_layers_lie_on_disk_guesses_go_on_too(tiny, questions, counted, tm
     small = exporter.compress(asked, tmp_path / "small", run)
     assert dict(counted) == {"_reference": 1}
     assert hashes(small) == hashes(whole) and record_of(small) == record_of(whole)
+    read = [json.loads((made / "compression.json").read_text())["measured"]["bytes_read"] for made in (small, whole)]
+    assert read[0] >= read[1] > 0  # those of both runs
 
 
 @pytest.mark.slow
@@ -216,6 +222,93 @@ def test_two_runs_at_once_are_refused_and_wrong_input_leaves_nothing(broken, ask
     work(broken).write_text("mine")
     with pytest.raises(InputError, match=r"is no folder, and a run keeps there what it goes on from: move it away"):
         exporter.compress(asked, broken)
+
+
+def test_labels_are_among_what_the_answers_are_guessed_from(broken, tiny, questions, tmp_path, counted):
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    other = questions.with_name("relabelled.jsonl")
+    other.write_text("".join(json.dumps({**line, "answer": "another"}) + "\n" for line in lines))
+    same = recipe(tiny("llava"), questions, localizer=Method("tis"), fold=Method("scp"))
+    jobs = [prepare(dataclasses.replace(same, calibration=dataclasses.replace(same.calibration, data=str(path))),
+                    RunOptions()) for path in (questions, other)]  # fmt: skip
+    assert jobs[0].calibration.fingerprint == jobs[1].calibration.fingerprint
+    jobs[1] = dataclasses.replace(jobs[1], recipe=jobs[0].recipe)
+    assert fingerprint_of(jobs[0]) != fingerprint_of(jobs[1])
+
+
+@pytest.mark.usefixtures("unverified")
+def test_the_folder_lies_where_the_result_will(asked, whole, tmp_path, monkeypatch):
+    """A link is followed: its own place may not be writable. And what is no run's is not removed."""
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "small").symlink_to(tmp_path / "disk" / "empty")
+    kept = tmp_path / "disk" / ".empty.compressing"
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "fold_gaps", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            exporter.compress(asked, tmp_path / "small")
+    assert kept.is_dir() and sorted(path.name for path in tmp_path.iterdir()) == ["disk", "small"]
+    (kept / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds mine\.txt, which no run has left there, and would be removed with it"):
+        exporter.compress(asked, tmp_path / "small")
+    (kept / "mine.txt").unlink()
+    assert hashes(exporter.compress(asked, tmp_path / "small")) == hashes(whole) and not kept.exists()
+
+
+@pytest.mark.usefixtures("unverified")
+def test_a_full_disk_ends_no_run_that_has_room_for_its_result(asked, whole, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("exporter.compression.stages.replace_tensors", full)
+    assert hashes(exporter.compress(asked, tmp_path / "small")) == hashes(whole)
+    assert "fold.safetensors can't be kept, since the disk is full" in caplog.text
+
+
+@pytest.mark.usefixtures("unverified")
+def test_where_the_result_has_no_room_the_steps_are_kept(asked, whole, counted, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("exporter.pipeline.write_checkpoint", full)
+        with pytest.raises(InputError, match="is full; nothing was kept of small"):
+            exporter.compress(asked, tmp_path / "small")
+    counted.clear()
+    assert hashes(exporter.compress(asked, tmp_path / "small")) == hashes(whole) and not counted
+
+
+@pytest.mark.usefixtures("unverified")
+def test_what_the_system_refuses_is_gone_on_from(asked, whole, tmp_path, monkeypatch):
+    def full(*_):
+        raise InputError("/tmp is full: the states between layers take over it") from OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "fold_gaps", full)
+        with pytest.raises(InputError, match="the states between layers take over it"):
+            exporter.compress(asked, tmp_path / "small")
+    assert work(tmp_path / "small").is_dir()
+    assert hashes(exporter.compress(asked, tmp_path / "small")) == hashes(whole)
+
+
+@pytest.mark.usefixtures("unverified")
+def test_what_fails_its_check_is_not_gone_on_from(asked, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise CheckFailed("another answer")
+
+    monkeypatch.setattr("exporter.pipeline.require", fails)
+    with pytest.raises(CheckFailed, match="another answer"):
+        exporter.compress(asked, tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("unverified")
+def test_what_another_run_holds_is_not_removed(broken, tiny):
+    """A run that needs no model has the same name for its result, and keeps nothing itself."""
+    plain = Recipe(str(tiny("llava")), NO_QUESTIONS, LayerBudget(layers=(2,)), fold=Method("none"))
+    with (work(broken) / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        exporter.compress(plain, broken)
+        assert work(broken).is_dir()
 
 
 def test_an_interrupted_command_says_so(tiny, questions, tmp_path, monkeypatch, capsys):

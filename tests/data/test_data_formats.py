@@ -425,6 +425,17 @@ def test_columns_by_role(saved, tmp_path):
         first(image="photo")
 
 
+def test_videos_in_the_messages_of_a_data_set(saved):
+    """They are taken as those of a file of questions are, with as many frames."""
+    part = {"type": "video", "path": "clip.mp4"}
+    turns = [[{"role": "user", "content": [part, {"type": "text", "text": "what?", "path": None}]}]]
+    folder = saved({"messages": turns})
+    for frames, most in ((None, 8), (16, 16)):
+        (sample,) = load_calibration(str(folder), samples=None, frames=frames).samples
+        (video,) = sample.videos
+        assert (video.file, video.most_frames) == (folder / "clip.mp4", most)
+
+
 def test_splits_configurations_and_parquet(saved, tmp_path):
     import datasets
 

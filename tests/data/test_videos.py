@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from exporter.checkpoints.source import open_source
 from exporter.clean_room import encode, load_processor
 from exporter.clean_room import video as video_module
 from exporter.clean_room.video import number_words, without_torchvision
+from exporter.data import videos as video_file
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
 from exporter.data.pictures import pictures_of
@@ -22,6 +24,7 @@ from exporter.data.samples import sample_from
 from exporter.data.videos import chosen_frames
 from exporter.errors import InputError
 from exporter.families import visual_token_ids
+from exporter.models.loading import load_model
 
 NAMES = ["0.png", "1.png", "2.png"]
 
@@ -113,6 +116,17 @@ def test_questions_about_one_video_are_about_one_picture(tmp_path):
     assert first == third != second
 
 
+class Stated:
+    """A stream that says another number of frames."""
+
+    def __init__(self, stream, frames):
+        self.stream, self.frames = stream, frames
+        self.container = SimpleNamespace(decode=lambda _: stream.container.decode(stream))
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -137,16 +151,21 @@ def test_a_file_without_pyav_says_what_to_install(read, monkeypatch):
     assert sample.pixels == 0
 
 
-def test_a_file_through_pyav(read, tmp_path):
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])  # the latter does not say how many frames there are
+@pytest.mark.parametrize("stated", [None, 30])
+def test_a_file_through_pyav(name, stated, read, tmp_path, monkeypatch):
     av = pytest.importorskip("av")
-    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+    with av.open(str(tmp_path / name), "w") as file:
         stream = file.add_stream("mpeg4", rate=10)
         stream.width, stream.height = 64, 48
         for number in range(20):
             gray = np.full((48, 64, 3), 12 * number, dtype=np.uint8)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
         file.mux(stream.encode())
-    sample = read({"video": "a.mp4"}, frames=4)
+    if stated:  # more than there are, as in a file that was cut off
+        opened = video_file._opened.__enter__
+        monkeypatch.setattr(video_file._opened, "__enter__", lambda self: Stated(opened(self), stated))
+    sample = read({"video": name}, frames=4)
     (video,) = sample.open_videos()
     assert (video.indices, video.total, video.fps) == ((2, 7, 12, 17), 20, 10.0)
     assert sample.pixels == 4 * 64 * 48
@@ -259,9 +278,33 @@ def test_what_goes_into_one_batch(tiny, tmp_path):
     source = open_source(str(tiny("llava_onevision")))
     with pytest.raises(InputError, match="takes videos of as many frames in one batch, not of 2 and 3"):
         make_batch(samples, load_processor(source.folder), source.config)
-    processor = load_processor(tiny("smolvlm"))
-    with pytest.raises(ValueError, match="takes images or videos in one batch, not both"):
-        encode(processor, [chat("image"), chat("video")], [[clip(1).frames[0]], []], [[], [clip(2)]])
+    with pytest.raises(ValueError, match=r"as many frames in one question, not of 2 and 3: give them as many frames$"):
+        encode(load_processor(source.folder), [chat("video", "video")], [[]], [[clip(3), clip(2)]])
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "glm4v"])
+def test_who_takes_images_or_videos(family, tiny):
+    """SmolVLM gives both one name, GLM-4.1V one placeholder, which its model then takes for images."""
+    processor, image = load_processor(tiny(family)), clip(1).frames[0]
+    with pytest.raises(ValueError, match="takes images or videos in one batch, not both: ask about them apart"):
+        encode(processor, [chat("image"), chat("video")], [[image], []], [[], [clip(2)]])
+    with pytest.raises(ValueError, match="or give the frames as several images, under 'images'"):
+        encode(processor, [chat("image", "video")], [[image]], [[clip(2)]])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_each_video_and_image_keeps_its_place(family, tiny):
+    """A video of odd length, and an image, each say the same with other questions in their batch as alone."""
+    source = open_source(str(tiny(family)))
+    processor, model = load_processor(source.folder), load_model(source, "cpu", torch.float32)[0]
+    asked = [("video", "image"), ("video",), ("image", "image")]
+    images = [[clip(1, seed=1).frames[0]], [], [clip(1, seed=seed).frames[0] for seed in (2, 3)]]
+    videos = [[clip(3, seed=4)], [clip(3, seed=5)], []]
+    with torch.no_grad():
+        together = model(**encode(processor, [chat(*kinds) for kinds in asked], images, videos)).logits[:, -1]
+        for row, kinds in enumerate(asked):
+            alone = model(**encode(processor, [chat(*kinds)], [images[row]], [videos[row]])).logits[0, -1]
+            torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=0)
 
 
 def test_frames_are_cut_in_the_middle():

@@ -31,9 +31,13 @@ from exporter.checkpoints.own_types import OWN_TYPES
 from exporter.checkpoints.record import read_record
 from exporter.checkpoints.source import open_source
 from exporter.clean_room import extend, load_processor
+from exporter.data.batches import make_batch
+from exporter.data.calibration import read_samples
+from exporter.errors import InputError
 from exporter.modeling.routed_api import cache_of
 from exporter.modeling.routed_route import Route
 from exporter.models.loading import load_model
+from exporter.onnx.pipeline import ExportOptions, prepare
 from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData
 from exporter.routing.folder import load_routed, update_modeling_files
@@ -251,3 +255,15 @@ def test_the_folder_names_its_own_classes(family, case, tmp_path, questions, mon
     assert config["auto_map"] == ours.auto_map and "router" not in config
     assert not (small / f"{ours.routed_module}.py").exists() and (small / f"{ours.module}.py").exists()
     assert AutoConfig.from_pretrained(small).num_hidden_layers == 3
+
+
+@pytest.mark.clean_process
+@pytest.mark.parametrize("family", PLAIN)
+def test_what_they_are_not_made_for_is_refused(family, made, clips):
+    """The reason is the type's, whatever a trial of its code would come to in this process."""
+    folder = made(family)
+    source = open_source(str(folder))
+    with pytest.raises(InputError, match="it runs by a modeling file of this package, for which no graphs are written"):
+        prepare(str(folder), ExportOptions())
+    with pytest.raises(InputError, match="takes no video: give its frames as several images"):
+        make_batch(read_samples(str(clips))[:1], load_processor(folder), source.config)
