@@ -24,6 +24,7 @@ from exporter.families import DECODERS
 from exporter.fold import reconstruction
 from exporter.fold.job import FoldJob
 from exporter.models.answers import AnsweredBatch, with_answers
+from exporter.models.divergence import READ
 from exporter.models.loading import text_decoder
 from exporter.models.variants import Variant, judge
 from exporter.plan import Folded, make_plan
@@ -93,7 +94,7 @@ def refitted(model: LlavaForConditionalGeneration, fitted_on: list[AnsweredBatch
 
 def error(model: LlavaForConditionalGeneration, folded: Folded, judged_by: list[AnsweredBatch]) -> float:
     found = judge(model, [Variant(make_plan(LAYERS, (GONE,)), folded)], judged_by)[0]
-    return found.state_error / found.states
+    return found.states.over(READ)
 
 
 def main() -> None:

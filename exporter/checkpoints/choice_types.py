@@ -24,7 +24,7 @@ class JudgedPart:
     questions: Count
     more: Annotated[Number | None, OR_MISSING] = None  # than the chosen one has on the same questions
     error: Number | None = None  # standard error of that difference, over pictures
-    state_error: Number | None = None  # relative squared error of the last states
+    state_error: Number | None = None  # of the last states, see models/state_error.py
 
 
 @dataclass(frozen=True)

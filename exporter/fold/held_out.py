@@ -49,7 +49,6 @@ class HeldOut:
                 tokens=tuple(agreement.tokens_of),
                 pictures=pictures,
                 follows=tuple(agreement.follows),
-                state_error=agreement.state_error / max(1, agreement.states),
                 states=agreement.states,
             )
             for agreement in agreements

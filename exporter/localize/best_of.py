@@ -2,11 +2,11 @@
 questions.
 
 Cosines look at one layer at a time: they misrank layers in ways that differ from model to model, and take two that
-make up for each other. What leaving a set out does to the last states, of all tokens, ranks sets better, and says
-which few are worth folding. A greedy search by it can be asked for (`search`): it finds layers that no ranking names,
-on a dozen questions. The few are folded and judged on growing numbers of held-out questions (successive halving; K.
-Jamieson and A. Talwalkar, 2016), by the same error unless the divergence clearly speaks against it: the error is a
-mean over all tokens, where the divergence hangs on the few answers that go wrong.
+make up for each other. What leaving a set out does to the last states ranks sets better, and says which few are worth
+folding. A greedy search by it finds layers that no ranking names, on a dozen questions. The few are folded and judged
+on growing numbers of held-out questions (successive halving; K. Jamieson and A. Talwalkar, 2016), by the same error
+unless the divergence clearly speaks against it: every token adds to the error, where the divergence hangs on the few
+answers that go wrong.
 
 Shapes: L layers.
 """
@@ -24,14 +24,15 @@ from ..models.capture import BatchStatistics, layer_statistics
 from ..models.divergence import most_faithful
 from ..models.questions import SUFFIX, JobSize, portion
 from ..models.residency import ranges_of
-from .greedy import greedy
+from .greedy import greedy, search_size
 from .job import FoldedLoss, LocalizeJob, SetLoss
 from .scores import LayerScores, most_redundant
 from .spacing import spaced, spacing_wanted
 
 PROPOSERS = ("tis", "block_influence", "angular")  # from one pass; which ones was decided by measurement
 WIDTH = 6  # layers that the greedy search looks at again after each removal
-EXCHANGES = 2  # at most
+STEPS = 4  # of the greedy search, at most
+EXCHANGES, SEARCHED = 2, 1  # exchanges at most; behind a search, which has looked at most of them
 SETS_PASSES = 0.5  # that judging sets without a fold may cost: fewer questions judge where there are more sets
 FEWEST = 6  # questions that judge them
 SPARE = 2  # layers that each ranking names beyond those that are to go: what may be exchanged for others
@@ -64,11 +65,13 @@ def best_of(
     if spacing_wanted(count, loss.num_layers):
         sets["spacing"] = frozenset(spaced(loss.num_layers, count, protect))
     known: dict[frozenset[int], float] = {}
-    searched = greedy(Remembered(loss, known), count, protect, WIDTH).drop if search else ()
+    asks_next, alone = ahead and exchanges > 0, [frozenset({layer}) for layer in range(loss.num_layers)]
+    first = [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else []), *(alone if search else [])]
+    _judge(known, loss, first)
+    searched = greedy(Remembered(loss, known), count, protect, width=WIDTH, steps=STEPS).drop if search else ()
     if search:
         sets["greedy"] = frozenset(searched)
-    asks_next = ahead and exchanges > 0
-    _judge(known, loss, [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else [])])
+        _judge(known, loss, [sets["greedy"]])
     shown = min(proposed.values(), key=lambda scores: known[frozenset(scores.drop)])
     named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}.union(searched)
     start = min(sets.values(), key=lambda layers: known[layers])
@@ -200,22 +203,24 @@ def by_best_of(
     *,
     samples: int | None = None,
     judged_by: int | None = None,
-    exchanges: int = EXCHANGES,
+    exchanges: int | None = None,
     folded: bool = True,
-    search: bool = False,
+    search: bool | None = None,
 ) -> LayerScores:
     """Choose the set that folds best, from a part of the questions.
 
     Args:
         samples: questions that rankings are read from; None: a sixteenth.
         judged_by: questions that sets are judged by without a fold; None: one in 32 or fewer, see `judges`.
-        exchanges: at most.
+        exchanges: at most; None: two, or one where a search was made.
         folded: whether the last few sets are judged with a fold, on held-out questions.
-        search: whether a greedy search by the error of the last states proposes a set too.
+        search: whether a greedy search by the error of the last states proposes a set too; None: where enough questions
+            can be afforded to judge its sets by.
     """
     questions = job.required_questions
     samples = samples or questions.portion("rank")
-    judged_by = judged_by or judges(len(questions.samples), sets_judged(job.num_layers, count, exchanges, search))
+    effort = Effort.of(len(questions.samples), job.num_layers, count, exchanges=exchanges, search=search)
+    judged_by = judged_by or effort.judges
     batches = list(questions.batches("score layers", part="fit", number=samples))
     statistics = list(layer_statistics(job.model, batches))
     few = questions.batches("score layers", part="fit", number=judged_by)
@@ -226,9 +231,9 @@ def by_best_of(
         count,
         protect=tuple(protect),
         loss=loss,
-        exchanges=exchanges,
+        exchanges=effort.exchanges,
         folded=judge,
-        search=search,
+        search=effort.search,
         ahead=ranges_of(job.model) is not None,
     )
     read = len(questions.indices("fit", max(samples, judged_by)))
@@ -238,25 +243,59 @@ def by_best_of(
     return replace(scores, details=scores.details | {"questions": read})
 
 
-def sets_judged(num_layers: int, count: int, exchanges: int, search: bool) -> int:
-    """Return how many sets of layers are judged without a fold, at most."""
-    searched = num_layers + max(0, count - 1) * WIDTH if search else 0
-    return len(PROPOSERS) + 1 + searched + exchanges * (2 * count + SPARE)
+@dataclass(frozen=True)
+class Effort:
+    """How sets of layers are looked for without a fold, and by how many questions they are judged."""
 
+    questions: int
+    num_layers: int
+    count: int
+    exchanges: int
+    search: bool
 
-def judges(questions: int, sets: int) -> int:
-    """Return how many questions judge so many sets: what SETS_PASSES pays for, a part of all at most."""
-    affordable = int(SETS_PASSES * questions / (sets * SUFFIX))
-    return min(portion("sets", questions), max(FEWEST, affordable))
+    @classmethod
+    def of(
+        cls, questions: int, num_layers: int, count: int, exchanges: int | None = None, search: bool | None = None
+    ) -> Effort:
+        """Return the effort; None: a search where FEWEST questions can be afforded for it, then fewer exchanges."""
+        if search is None:
+            tried = cls.of(questions, num_layers, count, exchanges=exchanges, search=True)
+            search = tried.affordable >= FEWEST
+        if exchanges is None:
+            exchanges = SEARCHED if search else EXCHANGES
+        return cls(questions=questions, num_layers=num_layers, count=count, exchanges=exchanges, search=search)
+
+    @property
+    def sets(self) -> int:
+        """Return how many sets of layers are judged without a fold, at most."""
+        searched = search_size(self.num_layers, self.count, WIDTH, STEPS)[0] if self.search else 0
+        return len(PROPOSERS) + 1 + searched + self.exchanges * (2 * self.count + SPARE)
+
+    @property
+    def affordable(self) -> int:
+        """Return how many questions SETS_PASSES pays for."""
+        return int(SETS_PASSES * self.questions / (self.sets * SUFFIX))
+
+    @property
+    def judges(self) -> int:
+        """Return how many questions judge the sets: a part of all at most."""
+        return min(portion("sets", self.questions), max(FEWEST, self.affordable))
+
+    @property
+    def walks(self) -> int:
+        """Return how often the weights are read to judge the sets."""
+        if not self.search:
+            return 1 + self.exchanges
+        # each layer alone is judged with the rankings' sets; the first exchange begins with a set not known before
+        return search_size(self.num_layers, self.count, WIDTH, STEPS)[1] + self.exchanges + (self.exchanges > 0)
 
 
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     """Return what it costs: rankings, sets without a fold, and the best of them with one."""
     used = size.share("fit") + size.share("held_out")
-    exchanges, search = options.get("exchanges", EXCHANGES), options.get("search", False)
-    sets = sets_judged(size.plan.num_layers, size.drop, exchanges, search)
-    judged_by = options.get("judged_by") or judges(size.questions, sets)
-    cost = 1.15 * size.share("rank") + judged_by / size.questions * (1 + sets * SUFFIX)
+    effort = _effort(size, options)
+    judged_by = options.get("judged_by") or effort.judges
+    cost = 1.15 * size.share("rank") + judged_by / size.questions * (1 + effort.sets * SUFFIX)
     if options.get("folded", True):
         first, few = (number for number, _ in ROUNDS)
         judge_first, judge_few = size.share("judge_sets"), size.share("judge_few_sets")
@@ -268,7 +307,11 @@ def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
 
 def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
     """Return how often the weights are read: a pass for rankings, one for each judgement, two for the folds."""
-    judged: int = 1 + options.get("exchanges", EXCHANGES) + (size.drop if options.get("search", False) else 0)
     held_out = portion("held_out", size.questions)
     rounds = {min(held_out, portion(judged_by, size.questions)) for _, judged_by in ROUNDS}
-    return 1 + judged + (2 + len(rounds) if options.get("folded", True) else 0)
+    return 1 + _effort(size, options).walks + (2 + len(rounds) if options.get("folded", True) else 0)
+
+
+def _effort(size: JobSize, options: Mapping[str, Any]) -> Effort:
+    exchanges, search = options.get("exchanges"), options.get("search")
+    return Effort.of(size.questions, size.plan.num_layers, size.drop, exchanges=exchanges, search=search)

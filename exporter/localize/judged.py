@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..models.divergence import Divergence
+from ..models.divergence import Divergence, StateErrors
 from .job import SetLoss
 
 JudgingRound = tuple[str, tuple[frozenset[int], ...]]  # by which questions, and which sets
@@ -48,9 +48,13 @@ class JudgedSets:
 
 
 def _divergence(data: dict[str, Any]) -> Divergence:
-    """Return a divergence from JSON, which has lists in place of tuples."""
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    return Divergence(**values)
+    """Return a divergence from JSON."""
+    return Divergence(**_with_tuples(data) | {"states": StateErrors(**_with_tuples(data["states"]))})
+
+
+def _with_tuples(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what JSON holds as lists, as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
 
 
 @dataclass(frozen=True)

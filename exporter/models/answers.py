@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..clean_room import PromptError, extend, greedy_answers, render
 from ..data.batches import Batch
-from ..probe.stack import final_norm
 from ..progress import Progress, silent
+from .divergence import KINDS, StateErrors
 from .loading import text_decoder
 from .replay import logits
+from .state_error import errors_of, head_states, kinds_of
 from .sweep import ORIGINAL, Change, sweep
 
 ANSWER_TOKENS = 128  # that an answer may take: whole ones matter, since damage shows late in long ones
@@ -122,16 +123,16 @@ class AnswerDivergence:
 
 @dataclass(frozen=True)
 class StateError:
-    """Relative squared error of the states that the head reads, over all tokens: a SetLoss for few questions.
+    """The error of the states that the head reads (`state_error.py`): a SetLoss for few questions.
 
-    Every token tells something of a set of layers, where the divergence hangs on the few answers that go wrong: a dozen
-    questions rank sets by it as steadily as hundreds do by the divergence, and by what folds can make up for.
+    A dozen questions rank sets of layers by it as steadily as hundreds do by the divergence, and by what folds can make
+    up for.
     """
 
     model: Any
     batches: Sequence[Batch]
     progress: Progress = silent
-    states: list[Tensor] = field(default_factory=list)  # [N, D] of the original's counted tokens, behind the last norm
+    states: list[list[Tensor]] = field(default_factory=list)  # of the original, a batch: [N, D] of each kind of token
 
     @classmethod
     def of(cls, model: Any, batches: Iterable[Batch], progress: Progress = silent) -> StateError:
@@ -142,42 +143,26 @@ class StateError:
         return len(text_decoder(self.model).layers)
 
     def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        """Return the mean error without each of the sets of layers, from one walk for all of them.
+        """Return the error without each of the sets of layers, from one walk for all of them.
 
         The first walk takes the original along, whose states are kept.
         """
-        totals, number = [0.0] * len(sets), 0
+        totals = [StateErrors()] * len(sets)
         beside = [] if self.states else [ORIGINAL]
         walks = sweep(self.model, self.batches, [*beside, *without(sets)])
         for place, passed in enumerate(self.progress(walks, "leave layers out", len(self.batches))):
-            outputs, counted = passed.outputs(), _counted(passed.batch)
+            outputs, kinds = passed.outputs(), kinds_of(passed.batch)
             if beside:
-                self.states.append(_normed(self.model, next(outputs)[1], counted))
-            original = self.states[place].float()
-            number += len(original)
-            sizes = original.square().sum(-1)
+                self.states.append(head_states(self.model, next(outputs)[1], kinds))
             for which, output in outputs:
-                with torch.inference_mode():
-                    changed = _normed(self.model, output, counted).float()
-                    totals[which - len(beside)] += float(((changed - original).square().sum(-1) / sizes).sum())
-        return [total / max(1, number) for total in totals]
+                errors = errors_of(self.states[place], head_states(self.model, output, kinds))
+                totals[which - len(beside)] += errors
+        return [total.over(KINDS) for total in totals]
 
 
 def without(sets: Sequence[frozenset[int]]) -> list[Change]:
     """Return the variants that leave sets of layers out."""
     return [Change(frozenset(layers)) for layers in sets]
-
-
-def _counted(batch: Batch) -> Tensor:
-    """Return the tokens that count, [B, S]."""
-    return batch.is_visual | batch.is_text
-
-
-def _normed(model: Any, output: Tensor, counted: Tensor) -> Tensor:
-    """Return what the head reads of the counted tokens, [N, D]."""
-    with torch.inference_mode():
-        states: Tensor = final_norm(model)(output[counted])
-        return states
 
 
 def answer_all(model: Any, batches: Iterable[Batch], max_new_tokens: int = ANSWER_TOKENS) -> list[AnsweredBatch]:

@@ -13,6 +13,31 @@ from typing import Any
 
 Z = 1.959964  # of a 95 % interval
 CLEARLY = 2.0  # standard errors by which a divergence has to speak against the error of the states
+KINDS = ("visual", "text", "answers")  # of tokens: of the picture, of the question, and where an answer is said
+READ = ("text", "answers")  # what counts where a fold has made up for the rest
+EXACT = 1e-12  # an error below it is none: a kind that is not hurt at all does not make up for one that is
+
+
+@dataclass(frozen=True)
+class StateErrors:
+    """Relative squared errors, summed over the tokens of each kind, and how many these are."""
+
+    sums: tuple[float, ...] = (0.0,) * len(KINDS)
+    tokens: tuple[int, ...] = (0,) * len(KINDS)
+
+    def __add__(self, other: StateErrors) -> StateErrors:
+        return StateErrors(
+            tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)),
+            tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True)),
+        )
+
+    def over(self, kinds: Sequence[str]) -> float:
+        """Return the geometric mean of some kinds' means; of kinds that do not occur nothing is said."""
+        by_kind = dict(zip(KINDS, zip(self.sums, self.tokens, strict=True), strict=True))
+        means = [total / tokens for total, tokens in map(by_kind.__getitem__, kinds) if tokens]
+        if not any(means):
+            return 0.0
+        return math.exp(sum(math.log(max(mean, EXACT)) for mean in means) / len(means))
 
 
 @dataclass(frozen=True)
@@ -23,13 +48,17 @@ class Divergence:
     tokens: tuple[int, ...]  # of each answer
     pictures: tuple[int, ...]  # the number of each question's picture
     follows: tuple[bool, ...] = ()  # the variant would give the very same answer
-    state_error: float = 0.0  # relative squared error of the last states, over all tokens: little noise, but no answer
-    states: int = 0  # that it is the mean over
+    states: StateErrors = StateErrors()  # of the last states: little noise, but no answer
 
     @property
     def mean(self) -> float:
         """Return the mean per answer token."""
         return sum(self.kl) / max(1, sum(self.tokens))
+
+    @property
+    def state_error(self) -> float:
+        """Return the error of the last states where text is read or an answer is said."""
+        return self.states.over(READ)
 
     @property
     def error(self) -> float:
@@ -48,15 +77,12 @@ class Divergence:
 
     def and_on(self, more: Divergence) -> Divergence:
         """Return the divergence on these questions and on more of them."""
-        states = self.states + more.states
-        summed = self.state_error * self.states + more.state_error * more.states
         return Divergence(
             kl=self.kl + more.kl,
             tokens=self.tokens + more.tokens,
             pictures=self.pictures + more.pictures,
             follows=self.follows + more.follows,
-            state_error=summed / max(1, states),
-            states=states,
+            states=self.states + more.states,
         )
 
     def compared_with(self, other: Divergence) -> dict[str, float | None]:
@@ -80,7 +106,7 @@ class Divergence:
         known = math.isfinite(self.error)  # one picture alone says nothing of others; JSON has no infinite numbers
         interval = list(self.interval) if known else None
         data: dict[str, Any] = {"kl": self.mean, "interval": interval, "questions": len(self.kl)}
-        if self.states:
+        if any(self.states.tokens):
             data["state_error"] = self.state_error
         if self.follows:
             data["same_answers"] = sum(self.follows) / len(self.follows)
@@ -91,7 +117,7 @@ def most_faithful(divergences: Sequence[Divergence]) -> int:
     """Return the one of the lowest error of the last states, unless the divergence clearly speaks against it.
 
     What counts is the divergence, but it hangs on the few answers that go wrong: a dozen questions tell folds and sets
-    of layers apart by the error, which is a mean over all tokens, where the divergence needs hundreds
+    of layers apart by the error, to which every token adds, where the divergence needs hundreds
     (examples/results.md). Among equals the first one is taken: give them in order of simplicity.
     """
     order = sorted(range(len(divergences)), key=lambda number: divergences[number].state_error)

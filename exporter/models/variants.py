@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.pruned_config import layer_changes
-from ..data.batches import Batch
 from ..families import PER_LAYER_TENSORS
 from ..plan import Folded, PruningPlan
-from ..probe.stack import final_norm
 from .answers import AnsweredBatch
+from .divergence import StateErrors
 from .loading import text_decoder
 from .replay import logits, replaced
+from .state_error import errors_of, head_states, kinds_of
 from .sweep import ORIGINAL, Change, sweep
 
 UNSETTABLE = ("per_layer_config",)  # kept as objects of their own, and read when layers are built only
@@ -51,8 +51,7 @@ class AnswerAgreement:
     follows: list[bool] = field(default_factory=list)  # per sample: it would say the very same answer
     kl_of: list[float] = field(default_factory=list)  # per sample: KL summed over its answer
     tokens_of: list[int] = field(default_factory=list)  # per sample
-    state_error: float = 0.0  # relative squared error of the states that the head reads, summed over all tokens
-    states: int = 0  # that it is summed over
+    states: StateErrors = field(default_factory=StateErrors)  # of the states that the head reads
 
 
 @contextlib.contextmanager
@@ -118,6 +117,8 @@ def judge(
         answered_batch, outputs = passed.batch, passed.outputs()
         output = next(outputs)[1]
         log_p = logits(model, output[answered_batch.predicts]).float().log_softmax(-1)  # [N, vocabulary]
+        kinds = kinds_of(answered_batch.batch)
+        original = head_states(model, output, kinds)
         for (_, changed), variant, result in zip(outputs, variants, results, strict=True):
             same = variant.first_change == variant.plan.num_layers
             _add(
@@ -126,19 +127,9 @@ def judge(
                 log_p,
                 log_p if same else logits(model, changed[answered_batch.predicts]).float(),
             )
-            result.states += int((answered_batch.batch.is_visual | answered_batch.batch.is_text).sum())
-            if not same:
-                result.state_error += state_error(model, answered_batch.batch, output, changed)
+            result.states += errors_of(original, original if same else head_states(model, changed, kinds))
             done(1)
     return results
-
-
-def state_error(model: Any, batch: Batch, original: Tensor, changed: Tensor) -> float:
-    """Return the relative squared error of the states that the head reads, summed over tokens; outputs [B, S, D]."""
-    counted = (batch.is_visual | batch.is_text).to(original.device)
-    with torch.inference_mode():
-        before, after = (final_norm(model)(output[counted]).float() for output in (original, changed))  # [N, D]
-        return float(((after - before).square().sum(-1) / before.square().sum(-1)).sum())
 
 
 def _add(result: AnswerAgreement, answered_batch: AnsweredBatch, log_p: Tensor, logits: Tensor) -> None:

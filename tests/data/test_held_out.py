@@ -20,7 +20,7 @@ from exporter.data.samples import Sample
 from exporter.fold.held_out import HeldOut
 from exporter.fold.reconstruction import fold_reconstruction
 from exporter.methods import FOLDS, Fold
-from exporter.models.divergence import Divergence, most_faithful, simplest
+from exporter.models.divergence import Divergence, StateErrors, most_faithful, simplest
 from exporter.models.loading import text_decoder
 from exporter.models.variants import Variant
 from exporter.plan import LayerBudget, make_plan
@@ -86,7 +86,7 @@ def test_errors_are_over_pictures_and_differences_below_them_go_to_the_simpler()
 
 def test_the_error_of_the_states_decides_unless_the_divergence_clearly_speaks_against_it():
     def judged(kl: tuple[float, ...], error: float) -> Divergence:
-        return Divergence(kl, (1,) * len(kl), tuple(range(len(kl))), state_error=error, states=10)
+        return Divergence(kl, (1,) * len(kl), tuple(range(len(kl))), states=StateErrors((10 * error,) * 3, (10,) * 3))
 
     none = judged((0.2, 0.2, 0.3, 0.3), 0.10)
     noisy = judged((0.1, 0.1, 0.1, 0.9), 0.03)  # one answer went wrong: no proof
@@ -141,7 +141,7 @@ def test_more_questions_add_to_what_fewer_have_said(tiny, many):
     assert held_out.judge(variants, 4, known=in_turn) == in_turn, "nothing is asked twice"
     for one, two in zip(at_once, in_turn, strict=True):
         assert sorted(one.pictures) == sorted(two.pictures)
-        assert one.states == two.states > 0
+        assert one.states.tokens == two.states.tokens > (0, 0, 0)
         assert two.mean == pytest.approx(one.mean, rel=1e-4)
         assert two.error == pytest.approx(one.error, rel=1e-4)
         assert two.state_error == pytest.approx(one.state_error, rel=1e-4)

@@ -17,10 +17,10 @@ from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
 from exporter.localize import LocalizeJob, explicit, run_localizer
 from exporter.localize.angular import angular
-from exporter.localize.best_of import best_of, judges, sets_judged
+from exporter.localize.best_of import Effort, best_of
 from exporter.localize.block_influence import block_influence
 from exporter.localize.fisher import _gated_log_p, cheapest_set, fisher, information, set_cost
-from exporter.localize.greedy import greedy
+from exporter.localize.greedy import greedy, search_size
 from exporter.localize.scores import most_redundant
 from exporter.localize.spacing import spaced
 from exporter.localize.tis import important, tis
@@ -115,6 +115,22 @@ def test_greedy_of_a_width_looks_at_the_cheapest_again():
     assert greedy(FakeLoss(), 3, width=2).drop == greedy(FakeLoss(), 3).drop == (0, 2, 3)
 
 
+def test_greedy_takes_several_layers_in_a_step_where_many_go():
+    walks = []
+
+    class Counted(FakeLoss):
+        def of_sets(self, sets):
+            walks.append(len(sets))
+            return super().of_sets(sets)
+
+    scores = greedy(Counted(), 3, width=3, steps=2)
+    assert scores.drop == (0, 2, 3), "the pairs of 0, 1 and 2 are looked at, then what is left"
+    assert scores.details["losses"] == pytest.approx([0.6, 1.5])
+    assert search_size(4, 3, width=3, steps=2) == (4 + 6 + 3, len(walks))  # pairs of four that are looked at
+    assert greedy(FakeLoss(), 2, width=3, steps=2) == greedy(FakeLoss(), 2, width=3)
+    assert search_size(12, 4, width=6, steps=4) == (12 + 3 * 6, 4)
+
+
 def test_most_redundant_prefers_the_deeper_of_equals_and_spares_the_protected():
     assert most_redundant([0.5, 0.9, 0.9, 0.1], 2, ()) == (2, 1)
     assert most_redundant([0.5, 0.9, 0.9, 0.1], 2, (2,)) == (1, 0)
@@ -187,10 +203,12 @@ def test_best_of_searches_for_layers_that_no_ranking_names():
 
 
 def test_fewer_questions_judge_where_there_are_more_sets():
-    few, many = (sets_judged(layers, layers // 4, 1, True) for layers in (12, 32))
-    assert judges(512, few) == 14 and judges(512, many) == 6
-    assert judges(512, few) / 512 * few * SUFFIX <= 0.5
-    assert judges(2048, 1) == 64, "a part of all at most"
+    few, many = (Effort.of(512, layers, layers // 4, search=True) for layers in (12, 32))
+    assert (few.judges, many.judges) == (14, 6)
+    assert few.judges / 512 * few.sets * SUFFIX <= 0.5
+    assert Effort.of(2048, 12, 1, search=False).judges == 64, "a part of all at most"
+    assert Effort.of(256, 12, 3).search and not Effort.of(256, 32, 8).search, "six questions can't be afforded there"
+    assert (Effort.of(512, 12, 3).exchanges, Effort.of(256, 32, 8).exchanges) == (1, 2)
 
 
 def test_best_of_exchanges_a_layer_that_others_make_up_for():

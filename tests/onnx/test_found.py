@@ -12,7 +12,7 @@ from tiny_models import FAMILIES_HERE, make_config, make_tokenizer
 from transformers import vision_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from exporter.clean_room.onnx_components import features_in_order
+from exporter.clean_room.onnx_components import features_in_order, torch_features
 from exporter.errors import InputError
 from exporter.onnx import trial
 from exporter.onnx.found import facts_of, given_by_processor, small_model
@@ -81,7 +81,7 @@ class Runner:
 
     def __init__(self, model, inputs, **added):
         self.answer, self.added = trial.answered(model, inputs), added
-        self.features = trial.torch_features(model, inputs)
+        self.features = torch_features(model, inputs)
 
     def prompt(self, arrays):
         return None
@@ -175,7 +175,7 @@ def test_segments_see_themselves_alone():
     ends = torch.tensor([0, 2, 7, 9])
     mixed, _ = attend_in_segments(None, query, key, value, cu_seq_lens_q=ends, scaling=0.5)
     parts = [
-        torch.nn.functional.scaled_dot_product_attention(*(x[:, :, a:b] for x in (query, key, value)), scale=0.5)
+        torch.nn.functional.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale=0.5)
         for a, b in itertools.pairwise(ends)
     ]
     torch.testing.assert_close(mixed.transpose(1, 2), torch.cat(parts, 2))
