@@ -91,12 +91,12 @@ class BestUpdates:
             ParametersState(student.parameters).load_state_dict(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        lowest = None if self.lowest is None else vars(self.lowest)
+        lowest = None if self.lowest is None else self.lowest.to_state()
         return {"weights": self.weights, "step": self.step, "waited": self.waited, "lowest": lowest}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.weights, self.step, self.waited = saved["weights"], saved["step"], saved["waited"]
-        self.lowest = saved["lowest"] and Divergence(**saved["lowest"])
+        self.lowest = saved["lowest"] and Divergence.from_state(saved["lowest"])
 
 
 def train(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..models.divergence import Divergence, StateErrors
+from ..models.divergence import Divergence
 from .job import SetLoss
 
 JudgingRound = tuple[str, tuple[frozenset[int], ...]]  # by which questions, and which sets
@@ -34,7 +34,7 @@ class JudgedSets:
         return {
             "losses": [[sorted(layers), loss] for layers, loss in self.losses.items()],
             "rounds": [
-                [judged_by, [sorted(layers) for layers in sets], [asdict(divergence) for divergence in divergences]]
+                [judged_by, [sorted(layers) for layers in sets], [divergence.to_state() for divergence in divergences]]
                 for (judged_by, sets), divergences in self.rounds.items()
             ],
         }
@@ -44,17 +44,7 @@ class JudgedSets:
         self.losses.update((frozenset(layers), loss) for layers, loss in data["losses"])
         for judged_by, sets, divergences in data["rounds"]:
             judging = judged_by, tuple(map(frozenset, sets))
-            self.rounds[judging] = list(map(_divergence, divergences))
-
-
-def _divergence(data: dict[str, Any]) -> Divergence:
-    """Return a divergence from JSON."""
-    return Divergence(**_with_tuples(data) | {"states": StateErrors(**_with_tuples(data["states"]))})
-
-
-def _with_tuples(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what JSON holds as lists, as tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+            self.rounds[judging] = list(map(Divergence.from_state, divergences))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 Z = 1.959964  # of a 95 % interval
@@ -85,6 +85,15 @@ class Divergence:
             states=self.states + more.states,
         )
 
+    def to_state(self) -> dict[str, Any]:
+        """Return it as lists, numbers and names, for a run that goes on from this one."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Divergence:
+        """Return what `to_state` was given, also where JSON has made lists of its tuples."""
+        return cls(**_with_tuples(state) | {"states": StateErrors(**_with_tuples(state["states"]))})
+
     def compared_with(self, other: Divergence) -> dict[str, float | None]:
         """Return `more_than` as a record has it: the paired difference, and its standard error over pictures."""
         more, error = self.more_than(other)
@@ -111,6 +120,10 @@ class Divergence:
         if self.follows:
             data["same_answers"] = sum(self.follows) / len(self.follows)
         return data
+
+
+def _with_tuples(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in state.items()}
 
 
 def most_faithful(divergences: Sequence[Divergence]) -> int:

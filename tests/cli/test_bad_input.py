@@ -216,7 +216,14 @@ def test_full_disk_before_and_during(capsys, model, questions, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors_ranges, "write_shard", full)
-    assert "disk" in compress_refused(capsys, model, questions)
+    before = {path.name for path in tmp_path.iterdir()}
+    arguments = ["compress", model, "--out", tmp_path / "out", "--drop-layers", "2", "--calibration", questions]
+    message = refused(capsys, *arguments)
+    assert "the disk is full: make room, and the same command goes on behind the steps that" in message
+    assert {path.name for path in tmp_path.iterdir()} - before == {".out.compressing"}, "no part of a checkpoint"
+    monkeypatch.undo()
+    assert main([*map(str, arguments), "--quiet"]) == 0
+    assert not (tmp_path / ".out.compressing").exists()
 
 
 def test_recipe_mistakes(capsys, model, questions, tmp_path):
@@ -275,15 +282,16 @@ def start(model: Path, questions: Path, out: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.clean_process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing(number, model, questions, tmp_path):
+def test_interrupt_leaves_no_checkpoint(number, model, questions, tmp_path):
     process = start(model, questions, tmp_path / "out")
     before = {path.name for path in tmp_path.iterdir()}
     assert any(".out.partial-" in name for name in before)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "lvlm-exporter: interrupted; nothing was left behind."
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert errors.strip() == "lvlm-exporter: interrupted; the same command goes on from what is saved."
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model", ".out.compressing"}, "steps that were finished, and no part of a checkpoint"
 
 
 @pytest.mark.clean_process

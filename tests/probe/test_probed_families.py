@@ -92,7 +92,7 @@ def test_the_best_layers_that_keep_the_period():
 def test_the_table_says_why_not():
     findings = try_types(["florence2", "got_ocr2"])
     text = markdown(findings)
-    assert "| got_ocr2 |  | yes | yes | yes | yes | no |" in text and "`got_ocr2`: routed with" not in text
+    assert "| got_ocr2 |  | yes | yes | yes | yes | yes |" in text and "`got_ocr2`: routed with" not in text
     assert "`florence2`: nothing works: it is an encoder and a decoder, whose layers attend to each other" in text
     assert json.loads(json.dumps(as_data(findings)))["types"][1]["compress"] is None
     with pytest.raises(InputError, match="has no image-text-to-text type 'gpt2'"):

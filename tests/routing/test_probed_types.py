@@ -78,7 +78,7 @@ def test_a_type_that_does_not_route_is_refused_before_anything_is_loaded(
 def test_costs_that_the_formula_does_not_count_give_no_budget_by_cost(monkeypatch, caplog):
     """Experts are no linear maps of a layer: a share of operations that is not their number is not offered."""
 
-    samples = [SimpleNamespace(images=[1])] * outcomes.FEWEST
+    samples = [SimpleNamespace(images=[1], is_seen=True)] * outcomes.FEWEST
     model = SimpleNamespace(config=CONFIG_MAPPING["vipllava"]())
     teacher = SimpleNamespace(model=model, samples=samples, question=lambda _: [None])
     learner = SimpleNamespace(teacher=teacher, router=None)
