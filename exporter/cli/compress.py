@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import InputError
 from ..methods import FOLDS
 from ..recipe import DEFAULT_FOLD, Recipe, RunOptions
 from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
@@ -66,13 +64,6 @@ def run(options: argparse.Namespace) -> None:
         if recipe.heal is None and not work_folder(options.out).exists():
             raise
         raise KeyboardInterrupt("interrupted; the same command goes on from what is saved.") from None
-    except OSError as error:
-        kept = work_folder(options.out)
-        if error.errno != errno.ENOSPC or not kept.exists():
-            raise
-        raise InputError(
-            f"the disk is full: make room, and the same command goes on behind the steps that {kept} keeps."
-        ) from None
     record = read_record(folder)
     plan, measured, source = record.plan, record.measured, record.source
     shown = ("plan", "measured", "scores", "fold", "heal")
