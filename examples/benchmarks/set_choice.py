@@ -2,6 +2,7 @@
 
     python examples/benchmarks/set_choice.py --models zoo/qwen-shapes zoo/llava-shapes --drop-ratio 0.25 0.33
     python examples/benchmarks/set_choice.py --folds --models zoo/qwen-shapes zoo/llava-shapes
+    python examples/benchmarks/set_choice.py --read FILE.jsonl     the second table over runs that --out has kept
 
 For each model and share of the layers, `compress` runs up to its localizer, which chooses in several WAYS. Beside what
 these name, many sets are drawn. Those that some measure without a fold puts first are folded from all questions that
@@ -171,7 +172,7 @@ def study(options: argparse.Namespace, model: str, ratio: float) -> Study:
         pool = sorted(worth, key=sorted)
         judge.known.clear()
         with mock.patch.dict(asked.PORTIONS, fold_sets=asked.PORTIONS["fit"]):
-            judge._fold(pool)
+            judge.fold(pool)
         changes = {drop: Change(drop, judge.known[drop].folded) for drop in pool}
         folded, true = judged(held_out, changes, model, options)
         found.append(Study(Path(model).name, count, chosen, raw, folded, true))
@@ -202,9 +203,9 @@ def study_folds(options: argparse.Namespace, model: str, ratio: float) -> Study:
         changes = {name: Change(frozenset(variant.plan.drop), variant.folded) for name, variant in variants.items()}
         folded, true = judged(held_out, changes, model, options)
         own = judge(held_out, variants)[0]
-        chosen: dict[str, Choice] = {"default": auto._winner(own)}
+        chosen: dict[str, Choice] = {"default": auto.winner(own)}
         with constants({"over": "all tokens"}):
-            chosen["error over all tokens"] = auto._winner(own)
+            chosen["error over all tokens"] = auto.winner(own)
         found.append(Study(Path(model).name, len(variants["none"].plan.drop), chosen, {}, folded, true))
         raise Enough
 
@@ -262,6 +263,26 @@ def print_regrets(studies: Sequence[Study]) -> None:
         print(f"| {name} | {statistics.mean(above):.4f} | {max(above):.4f} | {times:.2f} |")
 
 
+def studies_kept(path: Path) -> list[Study]:
+    """Return the studies that `keep` has written, a model and a number of layers each."""
+    lines = sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: (line["model"], line["count"]))
+    studies = []
+    for (model, count), group in itertools.groupby(lines, key=lambda line: (line["model"], line["count"])):
+        by_choice: dict[Choice, Any] = {line.get("fold") or frozenset(line["drop"]): line for line in group}
+        numbers = next(iter(by_choice.values()))["folded"]
+        studies.append(
+            Study(
+                model=model,
+                drop=count,
+                chosen={way: choice for choice, line in by_choice.items() for way in line["ways"]},
+                raw={choice: line["raw"] for choice, line in by_choice.items() if "raw" in line},
+                folded={int(n): {choice: line["folded"][n] for choice, line in by_choice.items()} for n in numbers},
+                others={choice: line["others"] for choice, line in by_choice.items()},
+            )
+        )
+    return studies
+
+
 def keep(done: Study, path: Path) -> None:
     """Append what was measured of every set that was folded, or of every fold."""
     with path.open("a") as file:
@@ -276,7 +297,7 @@ def keep(done: Study, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--models", nargs="+", default=[])
     parser.add_argument("--calibration", default="{}-data/calibration-unseen.jsonl", help="{} stands for the model")
     parser.add_argument("--others", default="{}-data/validation.jsonl")
     parser.add_argument("--drop-ratio", type=float, nargs="+", default=[0.25, 0.33])
@@ -289,7 +310,13 @@ def main() -> None:
     parser.add_argument("--folds", action="store_true", help="study the folds of the default's layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines of what was measured")
+    parser.add_argument("--read", type=Path, help="print the second table of what --out has kept, and measure nothing")
     options = parser.parse_args()
+    if options.read:
+        print_regrets(studies_kept(options.read))
+        return
+    if not options.models:
+        parser.error("give --models or --read.")
     ways = ["default", "error over all tokens"] if options.folds else list(WAYS)
     print(f"| model | drop | best | {' | '.join(ways)} |\n|---|---:|---|{'---|' * len(ways)}")
     studies = []

@@ -316,7 +316,8 @@ def sureness(fold: FoldPart) -> str:
     text += "."
     if chosen.state_error is not None and without.state_error is not None:
         text += (
-            " The last hidden states, by which folds are told apart, have a relative squared error of "
+            " The last hidden states where text is read and answers are said, by which folds are told apart, have a "
+            "relative squared error (the geometric mean of both) of "
             f"{chosen.state_error:.4f}"
         )
         text += "." if fold.name == "none" else f", without a fold of {without.state_error:.4f}."

@@ -230,9 +230,8 @@ def fingerprint_of(job: CompressionJob) -> str:
         "recipe": job.recipe.to_data(),
         "source": file_hashes(job.source),
         "questions": job.calibration.fingerprint if job.calibration.samples else None,
-        "right answers": [
-            sample.answers for sample in job.calibration.samples
-        ],  # guesses at the model's are made of them
+        # guesses at the model's answers are made of the right ones
+        "right answers": [sample.answers for sample in job.calibration.samples],
         "answers": None if elsewhere is None else elsewhere.sha256,
         "scores": None if job.stored is None else asdict(job.stored),
         "run": [job.device, str(job.dtype), job.options.batch_size, job.options.memory, torch.get_num_threads()],

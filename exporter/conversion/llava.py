@@ -16,7 +16,7 @@ from ..checkpoints.safetensors_ranges import TensorRange
 from ..errors import InputError
 from .parts import Converted, Original
 from .towers import Tower, tower_of
-from .words import add_image_token, behind_image, load_tokenizer, start_of_prompt
+from .words import TURNS, add_image_token, behind_image, load_tokenizer, start_of_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -52,14 +52,7 @@ SYSTEM = (  # of the conversation 'vicuna_v1', with which LLaVA 1.5 was trained
 TEMPLATE = (
     "START{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% else %}"
     "{% set system = SYSTEM %}{% endif %}"
-    "{% if system is not string %}{% set system = system[0]['text'] %}{% endif %}{{ system + ' ' }}"
-    "{% for message in messages if message['role'] != 'system' %}"
-    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ IMAGE }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ ' ' if message['role'] == 'user' else '</s>' }}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{% if system is not string %}{% set system = system[0]['text'] %}{% endif %}{{ system + ' ' }}" + TURNS
 )
 
 

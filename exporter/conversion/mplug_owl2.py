@@ -14,8 +14,8 @@ from ..checkpoints.json_file import parse_json
 from ..checkpoints.own_types import OWN_TYPES, register
 from ..errors import InputError
 from .parts import Converted, Original
-from .towers import CLIP_MEAN, CLIP_STD
-from .words import add_image_token, behind_image, load_tokenizer, start_of_prompt
+from .towers import CLIP_MEAN, CLIP_STD, square_images
+from .words import TURNS, add_image_token, behind_image, load_tokenizer, start_of_prompt
 
 IMAGE = "<|image|>"
 NOTICE = (
@@ -44,14 +44,7 @@ FIXED = (  # settings that the modeling file has no choice of: where, name, the 
 )
 TEMPLATE = (  # the conversation 'mplug_owl2'; the original has no system text, and one that is given stands in front
     "START{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
-    "{{ (system if system is string else system[0]['text']) + ' ' }}{% endif %}"
-    "{% for message in messages if message['role'] != 'system' %}"
-    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ IMAGE }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ ' ' if message['role'] == 'user' else '</s>' }}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{{ (system if system is string else system[0]['text']) + ' ' }}{% endif %}" + TURNS
 )
 
 
@@ -147,20 +140,7 @@ def _processor_files(original: Original) -> dict[str, dict[str, Any]]:
     size = visual["visual_model"]["image_size"]
     path = original.folder / "preprocessor_config.json"
     stated = parse_json(path) if path.exists() else {}
-    images = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 3,
-        "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": stated.get("image_mean", list(CLIP_MEAN)),
-        "image_std": stated.get("image_std", list(CLIP_STD)),
-    }
+    images = square_images(size, stated.get("image_mean", CLIP_MEAN), stated.get("image_std", CLIP_STD))
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE,

@@ -14,7 +14,7 @@ from ..checkpoints.own_types import OWN_TYPES
 from ..errors import InputError
 from .parts import Converted, Original
 from .tiktoken import make_tokenizer, read_ranks
-from .towers import CLIP_MEAN, CLIP_STD
+from .towers import CLIP_MEAN, CLIP_STD, square_images
 
 VOCABULARY = "qwen.tiktoken"
 NOTICE = (
@@ -110,20 +110,7 @@ def check_qwen_vl(original: Original) -> None:
 def _processor_files(visual: dict[str, Any]) -> dict[str, dict[str, Any]]:
     size = visual["image_size"]
     side = math.isqrt(visual.get("n_queries", 256))
-    images = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 3,
-        "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
-    }
+    images = square_images(size, CLIP_MEAN, CLIP_STD)
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": PLACEHOLDER,

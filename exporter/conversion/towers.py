@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,21 @@ def _clip_settings(name: str, raw: dict[str, Any]) -> dict[str, Any]:
     if missing := [key for key in NEEDED if key not in settings]:
         raise InputError(f"{name}: config.json does not say {missing[0]} of the vision tower.")
     return {"model_type": "clip_vision_model", **{key: settings[key] for key in KEPT if key in settings}}
+
+
+def square_images(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Return settings of an image processor that scales each picture to a square of so many pixels, and crops none."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }

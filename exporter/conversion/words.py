@@ -13,6 +13,16 @@ from ..checkpoints.config_file import first_lines
 from ..errors import InputError
 from .parts import Original
 
+TURNS = (  # of Vicuna's conversations, in a chat template: IMAGE stands for what a picture is written as
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ IMAGE }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ ' ' if message['role'] == 'user' else '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
 
 def load_tokenizer(original: Original) -> Any:
     """Return the folder's tokenizer. Raises InputError where it does not load."""

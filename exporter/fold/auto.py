@@ -61,7 +61,7 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
             variants[name] = Variant(job.plan, folded)
             notes[name] = inner.report
     judged, first = judge_candidates(held_out, variants)
-    name = _winner(judged)
+    name = winner(judged)
     job.report.update(_report(name, judged, first, notes))
     return variants[name].folded
 
@@ -90,7 +90,7 @@ def _rank(divergence: Divergence, unfolded: Divergence) -> tuple[bool, float]:
     return more > CLEARLY * error, divergence.state_error
 
 
-def _winner(judged: dict[str, Divergence]) -> str:
+def winner(judged: dict[str, Divergence]) -> str:
     """Return the most faithful of those whose divergence is no worse than without a fold."""
     names = [name for name in judged if judged[name].mean <= judged["none"].mean]
     return names[most_faithful([judged[name] for name in names])]

@@ -42,7 +42,7 @@ class FoldedSets:
         if (kept := self.kept.rounds.get(judging)) is not None:
             self.judged.update(zip(sets, kept, strict=True))
             return kept
-        self._fold([drop for drop in sets if drop not in self.known])
+        self.fold([drop for drop in sets if drop not in self.known])
         number = self.held_out.questions.portion(judged_by)
         before = [self.judged[drop] for drop in sets if drop in self.judged]
         alike = len(before) == len(sets) and len({len(divergence.kl) for divergence in before}) == 1
@@ -52,7 +52,8 @@ class FoldedSets:
         self.kept.note_round(judging, divergences)
         return divergences
 
-    def _fold(self, sets: Sequence[frozenset[int]]) -> None:
+    def fold(self, sets: Sequence[frozenset[int]]) -> None:
+        """Fold each of the sets quickly, and remember what came of it."""
         if not sets:
             return
         number = self.held_out.questions.portion("fold_sets")

@@ -26,6 +26,7 @@ from ..models.questions import SUFFIX, JobSize, portion
 from ..models.residency import ranges_of
 from .greedy import greedy, search_size
 from .job import FoldedLoss, LocalizeJob, SetLoss
+from .judged import JudgedSets, KeptLoss
 from .scores import LayerScores, most_redundant
 from .spacing import spaced, spacing_wanted
 
@@ -68,10 +69,10 @@ def best_of(
     asks_next, alone = ahead and exchanges > 0, [frozenset({layer}) for layer in range(loss.num_layers)]
     first = [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else []), *(alone if search else [])]
     _judge(known, loss, first)
-    searched = greedy(Remembered(loss, known), count, protect, width=WIDTH, steps=STEPS).drop if search else ()
+    remembered = KeptLoss(lambda: loss, loss.num_layers, JudgedSets(losses=known))
+    searched = greedy(remembered, count, protect, width=WIDTH, steps=STEPS).drop if search else ()
     if search:
         sets["greedy"] = frozenset(searched)
-        _judge(known, loss, [sets["greedy"]])
     shown = min(proposed.values(), key=lambda scores: known[frozenset(scores.drop)])
     named = {layer for scores in proposed.values() for layer in candidates(scores, count, protect)}.union(searched)
     start = min(sets.values(), key=lambda layers: known[layers])
@@ -85,22 +86,6 @@ def best_of(
         drop, details["rounds"] = halved([drop, *sets.values()], known, folded, count)
     in_order = tuple(sorted(drop, key=lambda layer: (-shown.values[layer], -layer)))
     return LayerScores("best_of", shown.values, in_order, details)
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """A SetLoss that keeps what it has said of each set."""
-
-    loss: SetLoss
-    known: dict[frozenset[int], float]
-
-    @property
-    def num_layers(self) -> int:
-        return self.loss.num_layers
-
-    def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        _judge(self.known, self.loss, sets)
-        return [self.known[layers] for layers in sets]
 
 
 def _proposals(statistics: Sequence[BatchStatistics], count: int, protect: tuple[int, ...]) -> dict[str, LayerScores]:
@@ -210,8 +195,8 @@ def by_best_of(
     """Choose the set that folds best, from a part of the questions.
 
     Args:
-        samples: questions that rankings are read from; None: a sixteenth.
-        judged_by: questions that sets are judged by without a fold; None: one in 32 or fewer, see `judges`.
+        samples: questions that rankings are read from; None: one in 32.
+        judged_by: questions that sets are judged by without a fold; None: one in 32 or fewer, see `Effort`.
         exchanges: at most; None: two, or one where a search was made.
         folded: whether the last few sets are judged with a fold, on held-out questions.
         search: whether a greedy search by the error of the last states proposes a set too; None: where enough questions

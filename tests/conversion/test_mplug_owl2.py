@@ -12,22 +12,22 @@ import torch
 from fixtures.checkpoints import not_verified, recipe
 from fixtures.mplug_owl2 import ABSTRACTOR, QUERIES, TOWER, owl_logits
 from fixtures.originals import change_config, change_tensors, pickle_weights
+from fixtures.own_types import healed_smaller, labelled
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from exporter import InputError, compress, convert, evaluate, heal, push, reproduce, verify
+from exporter import InputError, compress, convert, evaluate, push, reproduce, verify
 from exporter.checkpoints.record import read_record
 from exporter.checkpoints.source import open_source
 from exporter.clean_room import encode, load_processor
 from exporter.cli.entry import main
 from exporter.data.batches import Batch
-from exporter.healing.student import prepared
 from exporter.models.loading import load_model
 from exporter.models.replay import last_output, logits, trace, walk
 from exporter.plan import LayerBudget
-from exporter.recipe import CalibrationData, HealRecipe, Method
+from exporter.recipe import Method
 
 IMAGE = "<|image|>"
 
@@ -253,25 +253,14 @@ def test_it_is_scored(localizer, made, questions):
 
 
 def test_it_is_evaluated(made, questions):
-    lines = [json.loads(line) | {"answer": "red"} for line in questions.read_text().splitlines()[:2]]
-    task = questions.parent / "labelled.jsonl"
-    task.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert evaluate([made], str(task)) is not None
+    assert evaluate([made], str(labelled(questions))) is not None
 
 
 @pytest.mark.slow
 def test_it_is_healed(made, tmp_path, questions, monkeypatch):
-    monkeypatch.setattr("exporter.healing.healed.require", not_verified)
-    small = compress(recipe(made, questions, budget=LayerBudget(layers=(2,))), tmp_path / "small")
-    calibration = CalibrationData(str(questions), answer_tokens=3)
-    healing = HealRecipe(steps=4, rank=2, learning_rate=0.02, batch_size=4, exchanges=1, norms=True,
-                         calibration=calibration, teacher=str(made))  # fmt: skip
-    healed = heal(small, healing, tmp_path / "healed")
+    small, healed, learnt = healed_smaller(made, questions, tmp_path, monkeypatch)
     assert load_file(healed / "model.safetensors").keys() == load_file(small / "model.safetensors").keys()
     assert (healed / "modeling_mplug_owl2.py").exists() and (healed / "mplug_owl2_visual.py").exists()
-    source = open_source(str(small))
-    student = prepared(load_model(source, "cpu", torch.float32)[0], None, source, rank=2, norms=True, seed=0)
-    learnt = {name.split(".", 2)[2] for name in student.parameters}
     assert {"input_layernorm.multiway.1.weight", "self_attn.k_proj.multiway.1.lora_A"} < learnt
 
 

@@ -20,20 +20,19 @@ from fixtures.originals import (
     tiktoken_ranks,
     write_qwen_vl,
 )
+from fixtures.own_types import healed_smaller, labelled
 from fixtures.qwen_vl import qwen_logits
 from PIL import Image
 from safetensors.torch import load_file
 
-from exporter import InputError, compress, convert, evaluate, heal, push, reproduce, verify
+from exporter import InputError, compress, convert, evaluate, push, reproduce, verify
 from exporter.checkpoints.record import read_record
 from exporter.checkpoints.source import open_source
 from exporter.clean_room import encode, load_processor
 from exporter.cli.entry import main
 from exporter.conversion.tiktoken import make_tokenizer, read_ranks
-from exporter.healing.student import prepared
 from exporter.models.loading import load_model
 from exporter.plan import LayerBudget
-from exporter.recipe import CalibrationData, HealRecipe
 
 
 @pytest.fixture
@@ -274,25 +273,14 @@ def test_layers_are_dropped_and_folded(fold, made, qwen_vl, tmp_path, questions)
 
 def test_it_is_scored_and_evaluated(made, tmp_path, questions, capsys):
     assert main(["score", str(made), "--calibration", str(questions), "--samples", "4", "--localizer", "tis"]) == 0
-    lines = [json.loads(line) | {"answer": "red"} for line in questions.read_text().splitlines()[:2]]
-    task = questions.parent / "labelled.jsonl"
-    task.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert evaluate([made], str(task)) is not None
+    assert evaluate([made], str(labelled(questions))) is not None
 
 
 @pytest.mark.slow
 def test_it_is_healed(made, tmp_path, questions, monkeypatch):
-    monkeypatch.setattr("exporter.healing.healed.require", not_verified)
-    small = compress(recipe(made, questions, budget=LayerBudget(layers=(2,))), tmp_path / "small")
-    calibration = CalibrationData(str(questions), answer_tokens=3)
-    healing = HealRecipe(steps=4, rank=2, learning_rate=0.02, batch_size=4, exchanges=1, norms=True,
-                         calibration=calibration, teacher=str(made))  # fmt: skip
-    healed = heal(small, healing, tmp_path / "healed")
+    small, healed, learnt = healed_smaller(made, questions, tmp_path, monkeypatch)
     assert load_file(healed / "model.safetensors").keys() == load_file(small / "model.safetensors").keys()
     assert (healed / "modeling_qwen_vl.py").exists() and (healed / "qwen_vl_visual.py").exists()
-    source = open_source(str(small))
-    student = prepared(load_model(source, "cpu", torch.float32)[0], None, source, rank=2, norms=True, seed=0)
-    learnt = {name.split(".", 2)[2] for name in student.parameters}
     assert {"ln_1.weight", "ln_2.weight"} < learnt and any("c_attn" in name for name in learnt)
 
 
