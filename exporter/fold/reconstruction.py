@@ -35,10 +35,13 @@ from .moments import Moments
 from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
 from .outputs import Matrix
 
-RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RIDGE = 0.03  # where tokens are plenty
+SHRINKAGE = 2.0  # ridge times tokens for each input, where these are few
+RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # that cross-validation chooses from
+GAIN_RIDGE = 1.0  # of a norm's gain where the matrices' is chosen by cross-validation
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
 INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
-TOKENS_PER_INPUT = 1.0  # that a regression needs at least; with fewer tokens its solution is the ridge's doing
+TOKENS_PER_INPUT = 4.0  # that a regression needs at least: with fewer, answers were worse than without a fold
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Stream:
 class Fit:
     """Weights and regularisation of the regressions."""
 
-    ridge: float | Literal["auto"] = 0.03
+    ridge: float | Literal["auto"] | None = None
     share_of_text: float | None = None
     answer_weight: float = 4.0
     tokens: str = "all"
@@ -256,7 +259,7 @@ def _refit(
     modules: Sequence[str],
     streams: Sequence[Stream],
     folded: Folded,
-    ridge: float | str,
+    ridge: float | str | None,
 ) -> Folded:
     """Fit the modules' weights together so that the layer's output is closest to the original's state after it."""
     halves: list[Moments] = []
@@ -292,7 +295,7 @@ def _refit(
 
 
 def _refit_gain(
-    job: FoldJob, layer_idx: int, norm: str, streams: Sequence[Stream], folded: Folded, ridge: float | str
+    job: FoldJob, layer_idx: int, norm: str, streams: Sequence[Stream], folded: Folded, ridge: float | str | None
 ) -> Tensor:
     """Return the weight of the norm behind the last matrix, with its gain refitted. [D]"""
     module = text_decoder(job.model).layers[layer_idx].get_submodule(norm)
@@ -307,7 +310,7 @@ def _refit_gain(
             sums.add(seen.pop()[counted], missing[counted], stream.weights[counted][:, None])
         gain = gain_of(module, streams[0]["smaller"])
         weight: Tensor = module.weight.detach()
-    change = sums.change(ridge if isinstance(ridge, float) else RIDGES[-1])
+    change = sums.change(GAIN_RIDGE if isinstance(ridge, str) else RIDGE if ridge is None else ridge)
     solved: Tensor = (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
     return solved
 
@@ -349,8 +352,11 @@ def _weight(job: FoldJob, layer_idx: int, module: str) -> Tensor:
     return weight
 
 
-def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str, device: Any = "cpu") -> Tensor:
-    """Refit on all of the data; ridge 'auto' is the one that serves each half best when fitted on the other."""
+def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str | None, device: Any = "cpu") -> Tensor:
+    """Refit on all of the data; ridge 'auto' is the one that serves each half best when fitted on the other.
+
+    None: one that grows as tokens get few, `ridge_for`.
+    """
 
     def loss(ridge: float) -> float:
         return sum(a.error(b.refit(weight, ridge, device)) for a, b in (halves, halves[::-1]))
@@ -359,7 +365,18 @@ def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str, device:
     if ridge == "auto":
         two = len(halves) == 2 and all(half.count for half in halves)
         ridge = min(RIDGES, key=loss) if two else RIDGES[-1]
+    if ridge is None:
+        ridge = ridge_for(whole.count, len(whole.xx))
     return whole.refit(weight, float(ridge), device)
+
+
+def ridge_for(tokens: int, inputs: int) -> float:
+    """Return the pull towards the old weights for a regression of so many inputs from so many tokens.
+
+    The noise of a regression's solution grows with inputs over tokens, and so does the ridge that is best for it
+    (A. E. Hoerl, R. W. Kennard and K. F. Baldwin, 1975). What the constants rest on is in examples/results.md.
+    """
+    return max(RIDGE, SHRINKAGE * inputs / max(1, tokens))
 
 
 def _of_layer(folded: Folded, layer_idx: int) -> Folded:
@@ -369,7 +386,7 @@ def _of_layer(folded: Folded, layer_idx: int) -> Folded:
 def fold_reconstruction(
     job: FoldJob,
     *,
-    ridge: float | Literal["auto"] = 0.03,
+    ridge: float | Literal["auto"] | None = None,
     share: float | None = None,
     text_share: float | None = None,
     answer_weight: float = 4.0,
@@ -379,7 +396,8 @@ def fold_reconstruction(
     """Refit everything that stays behind the first gap, layer by layer.
 
     Args:
-        ridge: pull towards the old weights; 'auto' is chosen per matrix by two-fold cross-validation over pictures.
+        ridge: pull towards the old weights, as a share of the inputs' mean square; None: as many tokens ask for, 0.03
+            at least (`ridge_for`); 'auto' is chosen per matrix by two-fold cross-validation over pictures.
         share: of the calibration questions that is used; None: as many as make it cost about one forward pass over all.
         text_share: share of the regression's weight that text tokens have together; None: every token alike.
         answer_weight: of a token of an answer, beside 1 for one of the prompt.

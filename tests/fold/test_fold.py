@@ -13,7 +13,7 @@ from exporter.data.calibration import load_calibration
 from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
 from exporter.fold.moments import Moments
-from exporter.fold.reconstruction import Fit, fold_reconstruction, solve, token_weights
+from exporter.fold.reconstruction import RIDGE, Fit, fold_reconstruction, ridge_for, solve, token_weights
 from exporter.fold.scp import scp, top_directions
 from exporter.models.answers import answer_all
 from exporter.models.loading import load_model, text_decoder
@@ -93,6 +93,17 @@ def test_the_ridge_that_is_chosen_is_the_one_that_generalises(noise):
     assert solve(halves, old, "auto").norm() < 0.5 * solve(halves, old, 1e-4).norm()
 
 
+def test_the_fewer_tokens_the_stronger_the_ridge(noise):
+    assert ridge_for(1_000_000, inputs=256) == RIDGE
+    assert ridge_for(512, inputs=512) == 2 * ridge_for(1024, inputs=512) > RIDGE
+    assert ridge_for(0, inputs=8) == ridge_for(1, inputs=8)
+    old, moments = torch.zeros(2, 20, dtype=torch.double), Moments.empty(20, 2)
+    moments.add(torch.randn(40, 20, generator=noise), torch.randn(40, 2, generator=noise))
+    assert torch.equal(solve([moments], old, None), solve([moments], old, ridge_for(40, inputs=20)))
+    moments.add(torch.randn(4000, 20, generator=noise), torch.randn(4000, 2, generator=noise))
+    assert torch.equal(solve([moments], old, None), solve([moments], old, RIDGE))
+
+
 def test_token_weights_share_out_what_is_asked():
     visual = torch.tensor([[True, True, True, False, False]])
     text = torch.tensor([[False, False, False, True, True]])
@@ -125,7 +136,7 @@ def job(tiny, questions):
         for layer in silence:
             for name in (source.decoder.o_proj, source.decoder.down_proj):
                 torch.nn.init.zeros_(text_decoder(model).layers[layer].get_submodule(name).weight)
-        samples = load_calibration(str(questions), samples=None).samples
+        samples = load_calibration(str(questions), samples=None).samples * 4  # enough tokens for every regression
         processor = load_processor(source.folder)
         return FoldJob(
             model,
