@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "project")]
 from test_architecture import FLOORS, PACKAGE, dotted_name, own_imports, room, trees  # noqa: E402
 
 STANDALONE = ("modeling", "clean_room")  # import nothing of ours
-SMALL = ("errors", "version", "progress")  # any other may import them
+SMALL = ("errors", "version", "progress", "ranks")  # any other may import them
 DRAWN = FLOORS[:-1]  # the uppermost floor gives names to what is below it
 WIDTH, STEP = 1.9, 2.45  # of a box; from the middle of one to the next
 Needs = dict[str, set[str]]  # by room, the rooms that it imports

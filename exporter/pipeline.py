@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
+from . import ranks
 from .cards.model_card import card
 from .checkpoints.files import real_target
 from .checkpoints.record import is_compressed, write_record
@@ -18,8 +20,8 @@ from .checkpoints.verification import require
 from .checkpoints.writer import kept_pieces, write_checkpoint
 from .compression.job import CompressionJob, prepare
 from .compression.record import measure, scores_to_keep, write_verified
-from .compression.stages import Stages, fingerprint_of, stages_in
-from .compression.steps import changes_of, localize
+from .compression.stages import Stages, fingerprint_of, parts_of, stages_in
+from .compression.steps import Changes, changes_of, localize
 from .data.calibration import Calibration
 from .errors import CheckFailed, InputError
 from .healing.estimate import healing_cost
@@ -53,12 +55,19 @@ def compress(
     cases nothing is left at `out`.
     """
     out = Path(out)
-    check_target(out)
+    if ranks.is_first():
+        check_target(out)
     stored, work = load_scores(scores) if isinstance(scores, Path | str) else scores, work_folder(out)
     if recipe.router is None and recipe.heal is None:
         _compress(recipe, out, work, options=options, progress=progress, stored=stored)
-        remove_unless_held(work)
+        if ranks.is_first():
+            remove_unless_held(work)
         return out
+    if ranks.world() > 1:
+        raise InputError(
+            "healing and a router's training run in one process: compress by several without them, then start `heal` "
+            "or `route` without torchrun or accelerate."
+        )
     questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
         check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration.unanswered)
@@ -213,18 +222,29 @@ def check_router(recipe: Recipe) -> Calibration:
 def _compress(
     recipe: Recipe, out: Path, work: Path, options: RunOptions, progress: Progress, stored: StoredScores | None = None
 ) -> Path:
-    job = prepare(recipe, options, progress, stored)
-    check_space(out, job.source.weights.num_bytes)
+    job = _prepared(recipe, options, progress, stored)
+    if ranks.is_first():
+        check_space(out, job.source.weights.num_bytes)
     if not job.needs_model:
-        return _written(job, out, Stages())
-    with stages_in(work, fingerprint_of(job)) as stages:
-        return _written(job, out, stages)
+        return ranks.from_first(lambda: _written(job, out, Stages(), changes_of(job)))
+    with stages_in(work, fingerprint_of(job)) if ranks.is_first() else contextlib.nullcontext(Stages()) as stages:
+        changes = changes_of(job, stages)
+        return ranks.from_first(lambda: _written(job, out, stages, changes))
 
 
-def _written(job: CompressionJob, out: Path, stages: Stages) -> Path:
-    """Make a checkpoint from an opened recipe, in the folder `out`, and verify it."""
+def _prepared(
+    recipe: Recipe, options: RunOptions, progress: Progress, stored: StoredScores | None = None
+) -> CompressionJob:
+    """Open what a recipe names. Raises: InputError also where processes of one run are given different things."""
+    job = prepare(recipe, options, progress, stored)
+    if ranks.world() > 1:
+        ranks.same(parts_of(job))
+    return job
+
+
+def _written(job: CompressionJob, out: Path, stages: Stages, changes: Changes) -> Path:
+    """Write a checkpoint into the folder `out`, and verify it."""
     options, progress = job.options, job.progress
-    changes = changes_of(job, stages)
     plan, folded, record = changes.plan, changes.folded, changes.record
     if broken := breaks_period(job.source.config, plan.keep):
         logger.warning("%s: %s", out.name, broken)
@@ -252,10 +272,11 @@ def score(
     Args:
         save: a file that takes the scores with all that they depend on, for `compress(..., scores=FILE)`.
     """
-    job = prepare(recipe, options, progress)
+    job = _prepared(recipe, options, progress)
     model = job.load_model()[0] if job.reads_questions else None
     questions = job.questions(model)
     scores = localize(job, model, questions)
-    if save is not None:
+    questions.count_tokens()
+    if save is not None and ranks.is_first():
         scores_to_keep(job, questions, scores).save(Path(save))
     return job, scores

@@ -17,12 +17,20 @@ LARGEST = 10**12  # of a whole number behind a flag: more is a slip of the hand,
 MODEL, DATA = "examples/digits/model", "examples/digits/data"
 
 
-def add_subcommand(subcommands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+def add_subcommand(
+    subcommands: Any, name: str, summary: str, example: str, shared: bool = False
+) -> argparse.ArgumentParser:
+    """Declare a subcommand.
+
+    Args:
+        shared: several processes can do it.
+    """
+    many = f"\n\nseveral processes, a share of questions each:\n  torchrun --nproc-per-node 2 -m exporter {name} ..."
     subcommand: argparse.ArgumentParser = subcommands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  lvlm-exporter {example}",
+        epilog=f"example:\n  lvlm-exporter {example}{many if shared else ''}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return subcommand

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from .. import ranks
 from ..methods import FOLDS
 from ..recipe import DEFAULT_FOLD, Recipe, RunOptions
 from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     from ..pipeline import compress, work_folder
 
     if options.dry_run:
-        dry_run(options, recipe, run)
+        ranks.from_first(lambda: dry_run(options, recipe, run))
         return
     try:
         folder = compress(recipe, options.out, run, progress_bar(options), scores=options.scores)
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
         if recipe.heal is None and not work_folder(options.out).exists():
             raise
         raise KeyboardInterrupt("interrupted; the same command goes on from what is saved.") from None
+    if not ranks.is_first():
+        return
     record = read_record(folder)
     plan, measured, source = record.plan, record.measured, record.source
     shown = ("plan", "measured", "scores", "fold", "heal")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .. import ranks
 from ..errors import InputError
 from .arguments import (
     DATA,
@@ -87,6 +88,8 @@ def run(options: argparse.Namespace) -> None:
         show=0 if options.report is None else SHOWN,
         progress=progress_bar(options),
     )
+    if not ranks.is_first():
+        return
     write_json(options, done.to_data())
     print(evaluation_table(done))
     if options.report is not None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
+from .. import ranks
 from ..errors import printable, shown
 
 LONGEST = 1200  # characters of a message
 
 
-def interrupted(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def complain(message: str, code: int) -> int:
+    """Say why the run has ended, unless another process does. Returns: the exit code."""
+    if ranks.is_silent():
+        return code
     text = printable(shown(message))
     text = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."  # of a file that says things of any length
     print(f"lvlm-exporter: {text}", file=sys.stderr)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .. import ranks
 from ..errors import InputError
 from ..recipe import (
     DEFAULT_FOLD,
@@ -134,13 +135,14 @@ def progress_bar(options: argparse.Namespace) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if options.quiet or not sys.stderr.isatty():
+    quiet = options.quiet or not ranks.is_first()
+    if quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
 
     def bar(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
         from tqdm import tqdm
 
-        return tqdm(items, what, total, disable=True if options.quiet else None, leave=False)
+        return tqdm(items, what, total, disable=True if quiet else None, leave=False)
 
     return bar
 

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from .. import ranks
 from ..errors import InputError
 from .arguments import DATA, MODEL, calibration_arguments, layer_budget_arguments, localizer_arguments, run_arguments
 from .from_flags import progress_bar, recipe_from_flags, run_options_from_flags, write_json
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
     from ..pipeline import score
 
     job, scores = score(recipe, run, progress_bar(options), options.save)
+    if not ranks.is_first():
+        return
     write_json(options, asdict(scores) | {"protect": job.protect, "num_layers": job.source.num_layers})
     print(scores_table(scores, job.source.parameters_per_layer, job.protect))
     if options.save:

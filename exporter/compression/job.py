@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .. import ranks
 from ..checkpoints.source import Source, file_hashes, open_source
 from ..clean_room import load_processor
 from ..data.batches import check_prompt
@@ -123,7 +124,8 @@ def prepare(
     calibration = load_for(recipe)
     if calibration.answers is not None:
         calibration.answers.check_layers(source.num_layers)
-    for sample in progress(calibration.samples, "check images", len(calibration.samples)):
+    mine = ranks.share(calibration.samples)
+    for sample in progress(mine, "check images", len(mine)):
         sample.check()
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..checkpoints.files import hash_once, replace_text, sha256
 from ..checkpoints.safetensors_ranges import replace_tensors
 from ..checkpoints.source import file_hashes
@@ -32,7 +32,7 @@ from ..localize.judged import JudgedSets
 from ..localize.scores import LayerScores
 from ..models.questions import Questions
 from ..plan import Folded
-from ..version import versions
+from ..version import code_hash, versions
 from .job import CompressionJob
 
 logger = logging.getLogger(__name__)
@@ -100,32 +100,33 @@ class Stages:
 
     def run(self, name: str, questions: Questions, compute: Callable[[], T]) -> T:
         """Return what a step finds: from disk where a run before has finished it, else computed, and kept."""
-        if (kept := self._read(name)) is not None:
-            data, tensors = kept
+        kept = self._read(name)
+        if (data := ranks.from_first(lambda: kept and kept[0])) is not None:
             questions.tokens.update(data["tokens"])
-            result: T = CODECS[name].result(data["result"], tensors)
+            # Tensors are for the first process alone, which writes them.
+            result: T = CODECS[name].result(data["result"], {} if kept is None else kept[1])
             return result
         result = compute()
         data, tensors = CODECS[name].content(result)
-        self._keep(name, {"result": data, "tokens": questions.tokens}, tensors)
+        self._keep(name, {"result": data, "tokens": questions.count_tokens()}, tensors)
         return result
 
     def follow_answers(self, questions: Questions) -> None:
         """Give questions the answers that a run before was given, and keep those that follow."""
-        if self.folder is None:
-            return
-        if (kept := self._read("answers")) is not None:
+        if (kept := ranks.from_first(lambda: self._read("answers"))) is not None:
             questions.go_on_from(*kept)
         questions.on_answers = lambda: self._keep("answers", *questions.so_far())
 
     def follow_judged(self, judged: JudgedSets, questions: Questions) -> None:
         """Give sets of layers what a run before has judged, and keep what follows."""
-        if self.folder is None:
-            return
-        if (kept := self._read("judged")) is not None:
+        if (kept := ranks.from_first(lambda: self._read("judged"))) is not None:
             judged.go_on_from(kept[0]["result"])
             questions.tokens.update(kept[0]["tokens"])
-        judged.on_more = lambda: self._keep("judged", {"result": judged.to_data(), "tokens": questions.tokens}, {})
+
+        def keep() -> None:
+            self._keep("judged", {"result": judged.to_data(), "tokens": questions.count_tokens()}, {})
+
+        judged.on_more = keep
 
     def _read(self, name: str) -> Content | None:
         from safetensors import safe_open
@@ -225,27 +226,25 @@ def _finished(folder: Path, fingerprint: str) -> tuple[dict[str, str], Spent]:
 
 def fingerprint_of(job: CompressionJob) -> str:
     """Return one of all that the result of a compression depends on."""
-    elsewhere = job.calibration.answers
-    parts = {
-        "recipe": job.recipe.to_data(),
-        "source": file_hashes(job.source),
-        "questions": job.calibration.fingerprint if job.calibration.samples else None,
-        # guesses at the model's answers are made of the right ones
-        "right answers": [sample.answers for sample in job.calibration.samples],
-        "answers": None if elsewhere is None else elsewhere.sha256,
-        "scores": None if job.stored is None else asdict(job.stored),
-        "run": [job.device, str(job.dtype), job.options.batch_size, job.options.memory, torch.get_num_threads()],
-        "versions": versions(),
-        "code": code_hash(),
-    }
+    parts = parts_of(job) | {"threads": torch.get_num_threads(), "versions": versions(), "code": code_hash()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@functools.cache
-def code_hash() -> str:
-    """Return one hash of all files of this package that are code."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return digest.hexdigest()
+def parts_of(job: CompressionJob) -> dict[str, Any]:
+    """Return what is asked for, by names for a message to those whose processes differ."""
+    elsewhere = job.calibration.answers
+    return {
+        "the recipe": job.recipe.to_data(),
+        "the source": file_hashes(job.source),
+        "the questions": job.calibration.fingerprint if job.calibration.samples else None,
+        # guesses at the model's answers are made of the right ones
+        "the right answers": [sample.answers for sample in job.calibration.samples],
+        "the answers given elsewhere": None if elsewhere is None else elsewhere.sha256,
+        "the stored scores": None if job.stored is None else asdict(job.stored),
+        "device, dtype, batch size or memory": [
+            job.device.partition(":")[0] if ranks.world() > 1 else job.device,  # each takes its own
+            str(job.dtype),
+            job.options.batch_size,
+            job.options.memory,
+        ],
+    }

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from .. import ranks
 from ..checkpoints.source import Source, ignored_keys
 from ..fold.held_out import HeldOut
 from ..fold.job import FoldJob
@@ -57,7 +58,7 @@ def changes_of(job: CompressionJob, stages: Stages | None = None) -> Changes:
     folded, fold = stages.run("fold", questions, functools.partial(fold_gaps, job, model, questions, plan))
     smaller = Variant(plan, folded)
     reference = stages.run("reference", questions, functools.partial(_reference, model, questions, smaller))
-    read = stages.read_here()
+    read = ranks.total(stages.read_here())
     stages.read_here = lambda: read  # lets the layers go
     del model, questions.model  # verification loads the checkpoint again: there is memory for one
     record = describe(job, questions, scores=scores, plan=plan, fold=fold, reference=reference)
@@ -66,9 +67,13 @@ def changes_of(job: CompressionJob, stages: Stages | None = None) -> Changes:
 
 
 def _reference(model: Any, questions: Questions, smaller: Variant) -> dict[str, Any]:
-    """Return what the smaller model says to the reference question."""
-    with assembled(model, smaller):
-        return questions.reference_answer()
+    """Return what the smaller model says to the reference question; the first process asks it."""
+
+    def answer() -> dict[str, Any]:
+        with assembled(model, smaller):
+            return questions.reference_answer()
+
+    return ranks.from_first(answer)
 
 
 def _without_model(job: CompressionJob) -> Changes:

@@ -5,11 +5,13 @@ Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a batch,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import ranks
 from ..cards.card_file import results_first
 from ..checkpoints.record import check_updatable
 from ..checkpoints.source import open_source
@@ -85,7 +87,8 @@ def evaluate(
     questions = measured_task(data, samples, seed)
     uses = warned_of_uses(str(task))
     ratings = _ratings(questions.metric, rated_by, predictions)
-    kept = ResumableLines(None if predictions is None else Path(predictions), ROW_FIELDS, "answer of an evaluation")
+    lines = Path(predictions) if predictions is not None and ranks.is_first() else None
+    kept = ResumableLines(lines, ROW_FIELDS, "answer of an evaluation")
     check_same_task(kept, questions)
     shown = Shown.spread(show, questions.samples) if show else None
     requests_by_model = budgets_of([str(path) for path in paths], reference, budgets, update_cards)
@@ -105,11 +108,12 @@ def evaluate(
                 judge.compare_with(says)
             result = judge.run(kept, progress)
             if rated_by is not None and ratings is not None:
-                scores = rate_all(rated_by, questions.samples, answers=result.answers, kept=ratings, progress=progress)
+                rate = functools.partial(rate_all, rated_by, questions.samples, answers=result.answers)
+                scores = ranks.from_first(functools.partial(rate, kept=ratings, progress=progress))
                 result = result.rated(scores, questions)
             results.append(result)
         results[-len(requests) :] = with_answers_kept(results[-len(requests) :])
-        if update_cards and (budget := tightest(requests, results[-len(requests) :])):
+        if update_cards and ranks.is_first() and (budget := tightest(requests, results[-len(requests) :])):
             show_in_card(loaded, questions, budget)
         del loaded, judge
     pairs = paired_tests([result.label for result in results], [result.trials for result in results])
@@ -122,6 +126,8 @@ def evaluate(
         shown=shown,
         uses=uses,
     )
+    if not ranks.is_first():
+        return done
     if uses is not None:
         uses.note("evaluate", list(requests_by_model), len(questions.samples), questions.fingerprint)
     if update_cards:
@@ -151,7 +157,7 @@ def budgets_of(
         ):
             requests.insert(0, None)  # answers are kept that it gives without a budget
         known += requests
-        if update_cards:
+        if update_cards and ranks.is_first():
             check_updatable(Path(path))
     return requests_by_model
 
@@ -171,8 +177,8 @@ def _ratings(metric: str, rated_by: JudgeClient | None, predictions: str | Path 
         return None
     if rated_by is None:
         raise InputError(f"the metric '{metric}' needs a judge: give --judge URL and --judge-model NAME.")
-    ratings = ratings_file(None if predictions is None else Path(predictions))
-    rated_by.reply_to("Answer with the word yes.")
+    ratings = ratings_file(None if predictions is None or not ranks.is_first() else Path(predictions))
+    ranks.from_first(lambda: rated_by.reply_to("Answer with the word yes."))
     return ratings
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import ranks
+from ..checkpoints.source import file_hashes
 from ..clean_room import greedy_answers
 from ..data.batches import Batch, make_batch
 from ..data.chats import text_of
@@ -30,6 +32,8 @@ from .metrics.metric import Metric, grouped
 from .metrics.table import DEFAULT_METRIC, METRICS
 from .results import ModelResult
 from .scoring import Fidelity, TaskResult
+
+Said = dict[int, tuple[Tensor, Tensor]]  # sample index -> [A] tokens up to and with the end, [A, D] states
 
 
 @dataclass
@@ -55,12 +59,21 @@ class Reference:
             weight = head(probe).float().cpu().T - bias[:, None]
         return cls(loaded.processor.tokenizer.get_vocab(), weight, bias)
 
-    def add(self, loaded: Loaded, batch: Batch, answers: Tensor, indices: Sequence[int]) -> None:
+    @staticmethod
+    def spoken(loaded: Loaded, batch: Batch, answers: Tensor, indices: Sequence[int]) -> Said:
+        """Return what the reference has said in a batch, and the states behind it."""
         answered_batch = with_answers(loaded.model, batch, answers)
         lengths = answered_batch.predicts.sum(1).tolist()
-        states = torch.split(loaded.answer_states(answered_batch), lengths)
-        for index, tokens, state in zip(indices, torch.split(answered_batch.targets, lengths), states, strict=True):
-            self.answers[index], self.states[index] = tokens.cpu(), state.float().cpu()
+        states = torch.split(loaded.answer_states(answered_batch).float().cpu(), lengths)
+        tokens = torch.split(answered_batch.targets.cpu(), lengths)
+        return {
+            index: (some.clone(), state.clone()) for index, some, state in zip(indices, tokens, states, strict=True)
+        }
+
+    def take(self, spoken: Said) -> None:
+        """Keep what the reference has said in a batch."""
+        for index, (tokens, states) in spoken.items():
+            self.answers[index], self.states[index] = tokens, states
 
     def compare(self, loaded: Loaded, batch: Batch, indices: Sequence[int], route: Route | None = None) -> list[Entry]:
         """Return for each sample the summed KL(reference || model), tokens that both rank first, and its tokens."""
@@ -100,8 +113,10 @@ class Judge:
 
     def run(self, kept: ResumableLines, progress: Callable[..., Iterable[Any]]) -> ModelResult:
         begin = time.monotonic()
+        if ranks.world() > 1:
+            ranks.same(self._like_the_others())
         fingerprint = run_fingerprint(self, str(self.loaded.model.device))
-        entries = kept.entries(fingerprint)
+        entries = ranks.from_first(lambda: kept.entries(fingerprint))
         todo = [i for i in range(len(self.task.samples)) if self._is_open(i, entries.get(i))]
         samples = self.task.samples
         todo.sort(key=lambda i: (samples[i].pixels, len(text_of(samples[i].messages[-1]))))  # less padding
@@ -109,18 +124,41 @@ class Judge:
         size = self.batch_size
         batches = [kind[i : i + size] for kind in kinds for i in range(0, len(kind), size)]  # kinds apart
         name = Path(self.loaded.path).name + (f" ({self.loaded.request})" if self.loaded.request else "")
-        for indices in progress(batches, f"evaluate {name}", len(batches)):
-            fresh = dict(zip(indices, self._batch(indices), strict=True))
+        mine = ranks.share(batches)
+        for fresh, spoken in ranks.in_order(map(self._said, progress(mine, f"evaluate {name}", len(mine)))):
             entries |= fresh
+            if self.remember is not None:
+                self.remember.take(spoken)
             kept.add(fingerprint, fresh)
         return self._result(entries, time.monotonic() - begin)
+
+    def _like_the_others(self) -> dict[str, object]:
+        """Return what processes that share the questions must agree on, by names for a message."""
+        loaded, task = self.loaded, self.task
+        return {
+            "the task": [task.fingerprint, task.answers_fingerprint, task.metric],
+            "the source": file_hashes(loaded.source),
+            "the budget": None if loaded.request is None else [loaded.request.to_data(), loaded.influence_key],
+            "the reference": None if self.against is None else sorted(self.against.answers),
+            "dtype, batch size, seed or length of answers": [
+                str(loaded.model.dtype),
+                self.batch_size,
+                loaded.seed,
+                self.max_new_tokens,
+            ],
+        }
+
+    def _said(self, indices: Sequence[int]) -> tuple[dict[int, Entry], Said]:
+        """Return the entries of a batch, and what a reference says in it: nothing where this is none."""
+        spoken: Said = {}
+        return dict(zip(indices, self._batch(indices, spoken), strict=True)), spoken
 
     def _is_open(self, index: int, entry: Entry | None) -> bool:
         if entry is not None and index in self.show and self.loaded.request is not None and "kept" not in entry:
             return True
         return entry is None or self.remember is not None or (self.against is not None and "kl" not in entry)
 
-    def _batch(self, indices: Sequence[int]) -> list[Entry]:
+    def _batch(self, indices: Sequence[int], spoken: Said) -> list[Entry]:
         loaded, samples = self.loaded, [self.task.samples[i] for i in indices]
         batch = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
         route = loaded.route(batch)
@@ -142,7 +180,7 @@ class Judge:
             for number in [number for number, index in enumerate(indices) if index in self.show]:
                 entries[number]["kept"] = first_grid(route, number)
         if self.remember is not None:
-            self.remember.add(loaded, batch, answers, indices)
+            spoken |= Reference.spoken(loaded, batch, answers, indices)
         if self.against is not None:
             compared = self.against.compare(loaded, batch, indices, route)
             entries = [entry | more for entry, more in zip(entries, compared, strict=True)]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..checkpoints.source import Source, open_source
 from ..clean_room import load_processor
-from ..data.batches import Batch, by_size, check_prompt, make_batches
+from ..data.batches import Batch, by_size, check_prompt, make_batch
 from ..data.calibration import load_calibration
 from ..data.task import Task
 from ..data.uses import check_not_kept_aside
@@ -112,4 +113,6 @@ def influence_of(loaded: Loaded, calibration: str, batch_size: int, seed: int = 
     """Return the block influence of the layers, [L], on a few calibration questions."""
     check_not_kept_aside(calibration, "calibration")
     chosen = by_size(load_calibration(calibration, samples=DEFAULT_SAMPLES, seed=seed).samples)
-    return block_influences(loaded.model, make_batches(chosen, loaded.processor, loaded.model.config, batch_size))
+    starts = ranks.share(range(0, len(chosen), batch_size))
+    parts = (chosen[start : start + batch_size] for start in starts)
+    return block_influences(loaded.model, (make_batch(part, loaded.processor, loaded.model.config) for part in parts))

@@ -6,11 +6,10 @@ Shapes: B samples, S tokens, N counted tokens, D hidden size, I intermediate siz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..data.batches import Batch
@@ -25,7 +24,7 @@ from ..models.residency import held
 from ..models.sweep import Lane, after, entered, stepped, store_for, sweep
 from ..plan import PruningPlan
 from .held_out import HeldOut
-from .moments import Moments
+from .moments import ExactSum, Moments, MomentSums, agreed, bounds_of
 
 ORIGINALS_BYTES = 2 << 30  # of states that several folds share, in memory
 ON_DISK_BYTES = 1 << 62  # where they go to disk: its end is met there
@@ -96,6 +95,12 @@ class FoldJob:
         """Return the kept layer before each gap, and the gap. A gap that begins at layer 0 has none."""
         return {gap[0] - 1: gap for gap in self.plan.gaps if gap[0] > 0}
 
+    def width_of(self, layer_idx: int) -> int:
+        """Return how many outputs the last matrix of a layer has."""
+        weight = self.read(layer_idx, f"{self.decoder.down_proj_of(layer_idx)}.weight")
+        assert weight is not None
+        return len(weight)
+
     def refuse_unfoldable(self, fold: str) -> None:
         """Raise FoldRefused where no fold is exact."""
         if reason := self.decoder.unfoldable:
@@ -116,24 +121,42 @@ class FoldJob:
 
 @dataclass(frozen=True)
 class GapMoments:
-    """The effect of one gap's layers, seen from the kept layer before it."""
+    """The effect of one gap's layers, seen from the kept layer before it. The first process alone has it."""
 
     differences: list[Tensor]  # [D, D] HᵀH, H = X^p - X^r, of the last dropped layer p, or of each one of the run
     mlp: Moments  # predictors: the MLP's output M [N, D]; targets: M + H, what it should have been
 
-    @classmethod
-    def empty(cls, like: Gap) -> GapMoments:
-        width = like.mlp.shape[-1]
-        grams = [torch.zeros(width, width, dtype=torch.double) for _ in like.added]
-        return cls(grams, Moments.empty(width, width))
 
-    def add(self, gap: Gap, counted: Tensor, multiplier: float) -> None:
-        """Add the counted tokens [B, S] of one batch."""
-        mlp = gap.mlp[counted].float()  # [N, D]
-        for gram, added in zip(self.differences, gap.added, strict=True):
-            difference = added[counted].float()  # [N, D]
-            gram.add_((difference.T @ difference).cpu().double())
-        self.mlp.add(mlp, mlp + difference / multiplier)
+class GapSums:
+    """Adds up what batches say of one gap.
+
+    Args:
+        bounds: of the first batch, for each difference and for the two sides of the regression.
+    """
+
+    def __init__(self, width: int, bounds: Sequence[float]) -> None:
+        *of_differences, of_x, of_y = bounds
+        self.differences = [ExactSum(width, width, largest=largest) for largest in of_differences]
+        self.mlp = MomentSums(width, width, (of_x, of_y))
+
+    @staticmethod
+    def rows(gap: Gap, counted: Tensor, multiplier: float) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the counted tokens [B, S] of one batch: differences, the MLP's outputs and their targets, [N, D]."""
+        mlp = gap.mlp[counted].float()
+        differences = [added[counted].float() for added in gap.added]
+        return differences, mlp, mlp + differences[-1] / multiplier
+
+    @staticmethod
+    def bounds_of(differences: Sequence[Tensor], mlp: Tensor, target: Tensor) -> tuple[float, ...]:
+        return *(bounds_of(difference, difference)[0] for difference in differences), *bounds_of(mlp, target)
+
+    def add(self, differences: Sequence[Tensor], mlp: Tensor, target: Tensor) -> None:
+        for total, difference in zip(self.differences, differences, strict=True):
+            total.add(difference.T @ difference)
+        self.mlp.add(mlp, target)
+
+    def total(self) -> GapMoments:
+        return GapMoments([difference.total() for difference in self.differences], self.mlp.total())
 
 
 def counted_tokens(batch: Batch, tokens: str) -> Tensor:
@@ -155,18 +178,21 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
         return (kept, job.gaps[kept], tokens, p, each)
 
     unmeasured = {kept: dropped for kept, dropped in job.gaps.items() if key(kept) not in job.memo}
-    sums: dict[int, GapMoments] = {}
+    sums: dict[int, GapSums] = {}
     if unmeasured:
         batches = job.batches()  # before attention is changed: the model may have to answer them first
 
         def add(batch: Batch, kept: int, gap: Gap) -> None:
+            rows = GapSums.rows(gap, gap.counted(batch, tokens, p), job.multiplier)
             if kept not in sums:
-                sums[kept] = GapMoments.empty(gap)
-            sums[kept].add(gap, gap.counted(batch, tokens, p), job.multiplier)
+                sums[kept] = GapSums(gap.mlp.shape[-1], agreed(GapSums.bounds_of(*rows)))
+            sums[kept].add(*rows)
 
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
             _cross(job, unmeasured, batches, reducer, each=each, add=add)
-    job.memo.update({key(kept): moments for kept, moments in sums.items()})
+        for kept in sorted(unmeasured.keys() - sums.keys()):  # of a process that had no batch
+            sums[kept] = GapSums(job.width_of(kept), agreed(()))
+    job.memo.update({key(kept): sums[kept].total() for kept in unmeasured})
     return {kept: job.memo[key(kept)] for kept in job.gaps}
 
 

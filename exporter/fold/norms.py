@@ -51,10 +51,16 @@ class GainMoments:
         self.squares = torch.zeros(width, dtype=torch.double)
         self.products = torch.zeros(width, dtype=torch.double)
 
-    def add(self, put: Tensor, missing: Tensor, weights: Tensor) -> None:
-        """Add tokens: what the norm puts out [N, D], what is missing [N, D], weights [N, 1]."""
-        self.squares += (put.float().square() * weights).sum(0).cpu().double()
-        self.products += (put.float() * missing.float() * weights).sum(0).cpu().double()
+    @staticmethod
+    def of_batch(put: Tensor, missing: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what tokens add: what the norm puts out [N, D], what is missing [N, D], weights [N, 1]."""
+        squares = (put.float().square() * weights).sum(0).cpu()
+        return squares, (put.float() * missing.float() * weights).sum(0).cpu()
+
+    def add(self, squares: Tensor, products: Tensor) -> None:
+        """Add what a batch adds."""
+        self.squares += squares.double()
+        self.products += products.double()
 
     def change(self, ridge: float) -> Tensor:
         """Return the factor c [D] of the gain that minimises ‖c z - (z + missing)‖², pulled towards 1."""

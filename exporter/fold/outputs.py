@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from .. import ranks
 from ..plan import Folded
 from .job import FoldJob, GapMoments
 
@@ -19,10 +20,14 @@ def change_outputs(
     weights: tuple[Matrix, ...],
 ) -> Folded:
     """Multiply from the left the output-side weights, and their biases, of the kept layer before each gap."""
-    folded: Folded = {}
-    for kept, gap in gaps.items():
-        for module in job.decoder.maps_of(kept, weights):
-            for name in (f"{module}.weight", f"{module}.bias"):
-                if (tensor := job.read(kept, name)) is not None:
-                    folded[kept, name] = change(name, tensor, gap)
-    return folded
+
+    def changed() -> Folded:
+        folded: Folded = {}
+        for kept, gap in gaps.items():
+            for module in job.decoder.maps_of(kept, weights):
+                for name in (f"{module}.weight", f"{module}.bias"):
+                    if (tensor := job.read(kept, name)) is not None:
+                        folded[kept, name] = change(name, tensor, gap)
+        return folded
+
+    return ranks.from_first(changed)  # which has the moments

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..data.batches import Batch
 from ..families import Decoder
 from ..models.boundary import Kept, StateStore
@@ -31,13 +32,10 @@ from ..models.residency import held, ranges_of
 from ..models.sweep import Lane, after, stepped
 from ..plan import Folded, PruningPlan
 from .job import FoldJob, FoldRefused, Originals, counted_tokens, originals_of
-from .moments import Moments
+from .moments import RIDGE, Moments, MomentSums, agreed, bounds_of, solve
 from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
 from .outputs import Matrix
 
-RIDGE = 0.03  # where tokens are plenty
-SHRINKAGE = 2.0  # ridge times tokens for each input, where these are few
-RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # that cross-validation chooses from
 GAIN_RIDGE = 1.0  # of a norm's gain where the matrices' is chosen by cross-validation
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
 INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
@@ -52,7 +50,7 @@ class Stream:
     store: StateStore
     weights: Tensor  # [B, S] of the tokens in the regressions; 0 for those that don't count
     half: Tensor  # [B] bool: the half of the pictures that each question belongs to
-    num_batches: int  # batches that there are
+    num_batches: int  # batches that there are, in all processes
     kept: dict[str, Kept] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -130,11 +128,13 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
     """Reconstruct, asking for each layer before it runs."""
     reached = max(0, min(job.plan.drop) - 1)  # the first layer that changes: up to its input both models are one
     refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
-    streams = [_stream(job, lane, originals, fit) for lane in originals.lanes]
+    num_batches = ranks.total(len(originals.lanes))
+    streams = [_stream(job, lane, originals, fit, num_batches=num_batches) for lane in originals.lanes]
     yield from _carry(job, streams, originals=originals, start=0, stop=reached)
     for stream in streams:
         stream["smaller"] = stream["original"]
-    kinds = affordable(job, refitted[0], kinds, sum(int((stream.weights > 0).sum()) for stream in streams))
+    tokens = ranks.total(sum(int((stream.weights > 0).sum()) for stream in streams))
+    kinds = affordable(job, refitted[0], kinds, tokens)
     if not kinds:
         return {}
     folded: Folded = {}
@@ -205,11 +205,11 @@ def affordable(job: FoldJob, layer_idx: int, kinds: Sequence[str], tokens: int) 
     return some
 
 
-def _stream(job: FoldJob, lane: Lane, originals: Originals, fit: Fit) -> Stream:
+def _stream(job: FoldJob, lane: Lane, originals: Originals, fit: Fit, num_batches: int) -> Stream:
     """Return a batch before the first layer."""
     batch, store = lane.plain, originals.store
     half = torch.tensor([job.half_of(sample) for sample in batch.samples], device=job.model.device)
-    stream = Stream(lane, store, weights=token_weights(batch, fit), half=half, num_batches=len(originals.lanes))
+    stream = Stream(lane, store, weights=token_weights(batch, fit), half=half, num_batches=num_batches)
     stream["original"] = store.read(lane.branches[0].state)
     return stream
 
@@ -262,28 +262,54 @@ def _refit(
     ridge: float | str | None,
 ) -> Folded:
     """Fit the modules' weights together so that the layer's output is closest to the original's state after it."""
-    halves: list[Moments] = []
+    with replaced(job.model, _of_layer(folded, layer_idx)):
+        sums = _sums(job, layer_idx, modules, streams, by_half=ridge == "auto")
+        halves = [half.total() for half in sums]
+        return ranks.from_first(lambda: _solved(job, layer_idx, modules, streams=streams, halves=halves, ridge=ridge))
+
+
+def _sums(
+    job: FoldJob, layer_idx: int, modules: Sequence[str], streams: Sequence[Stream], *, by_half: bool
+) -> list[MomentSums]:
+    """Return what the streams say of the regression, in halves of the pictures where these are to be told apart."""
     biases = [job.read(layer_idx, f"{module}.bias") for module in modules]  # these stay what they are
     if job.decoder.post_norm and any(bias is not None for bias in biases):
         raise FoldRefused(
             "fold 'reconstruction': this model has biases below the norms of its layers. Use --fold none."
         )
-    by_half = ridge == "auto"
-    with replaced(job.model, _of_layer(folded, layer_idx)):
+
+    def regressions() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for stream in streams:
             inputs, targets, weights, half = _regression(job, layer_idx, modules, stream)
             targets = targets - sum(bias.to(targets) for bias in biases if bias is not None)
-            if not halves:
-                halves = [Moments.empty(inputs.shape[-1], targets.shape[-1]) for _ in range(1 + by_half)]
-            for moments, rows in zip(halves, (~half, half) if by_half else (half | ~half,), strict=True):
-                moments.add((inputs * weights)[rows], (targets * weights)[rows])
-        layer = text_decoder(job.model).layers[layer_idx]
-        gains = [
-            gain_of(layer.get_submodule(norm), streams[0]["smaller"])
-            if (norm := job.decoder.norm_behind(module))
-            else None
-            for module in modules
-        ]
+            yield inputs * weights, targets * weights, half
+
+    rows = regressions()
+    first = list(itertools.islice(rows, 1))  # none in a process without batches
+    bounds = agreed(bounds_of(*first[0][:2]) if first else ())
+    shapes = [_weight(job, layer_idx, module).shape for module in modules]
+    predictors, targets = sum(shape[1] for shape in shapes), shapes[0][0]
+    sums = [MomentSums(predictors, targets, bounds) for _ in range(1 + by_half)]
+    for x, y, half in itertools.chain(first, rows):
+        for moments, some in zip(sums, (~half, half) if by_half else (half | ~half,), strict=True):
+            moments.add(x[some], y[some])
+    return sums
+
+
+def _solved(
+    job: FoldJob,
+    layer_idx: int,
+    modules: Sequence[str],
+    streams: Sequence[Stream],
+    halves: Sequence[Moments],
+    ridge: float | str | None,
+) -> Folded:
+    """Return the modules' new weights."""
+    layer = text_decoder(job.model).layers[layer_idx]
+    gains = [
+        gain_of(layer.get_submodule(norm), streams[0]["smaller"]) if (norm := job.decoder.norm_behind(module)) else None
+        for module in modules
+    ]
     old = [_weight(job, layer_idx, module) for module in modules]
     pulled_to = torch.cat([effective(weight, gain) for weight, gain in zip(old, gains, strict=True)], dim=1)
     device = job.model.device if job.model.device.type == "cuda" else "cpu"  # others have no float64, or gain nothing
@@ -298,21 +324,31 @@ def _refit_gain(
     job: FoldJob, layer_idx: int, norm: str, streams: Sequence[Stream], folded: Folded, ridge: float | str | None
 ) -> Tensor:
     """Return the weight of the norm behind the last matrix, with its gain refitted. [D]"""
-    module = text_decoder(job.model).layers[layer_idx].get_submodule(norm)
-    sums = GainMoments(streams[0]["smaller"].shape[-1])
     layer = text_decoder(job.model).layers[layer_idx]
+    module = layer.get_submodule(norm)
     seen: list[Tensor] = []  # what the norm puts out
-    with replaced(job.model, _of_layer(folded, layer_idx)), on_module(module, lambda _, put: seen.append(put)):
-        for stream in streams:
-            output = stream.step(layer, layer_idx, stream["smaller"])
-            counted = stream.weights > 0
-            missing = stream["original"] - stream.after(layer_idx, output)
-            sums.add(seen.pop()[counted], missing[counted], stream.weights[counted][:, None])
-        gain = gain_of(module, streams[0]["smaller"])
-        weight: Tensor = module.weight.detach()
-    change = sums.change(GAIN_RIDGE if isinstance(ridge, str) else RIDGE if ridge is None else ridge)
-    solved: Tensor = (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
-    return solved
+    added: list[tuple[Tensor, Tensor]] = []  # by each batch
+    with replaced(job.model, _of_layer(folded, layer_idx)):
+        with on_module(module, lambda _, put: seen.append(put)):
+            for stream in streams:
+                output = stream.step(layer, layer_idx, stream["smaller"])
+                counted = stream.weights > 0
+                missing = stream["original"] - stream.after(layer_idx, output)
+                weights = stream.weights[counted][:, None]
+                added.append(GainMoments.of_batch(seen.pop()[counted], missing[counted], weights))
+        by_batch = ranks.gathered(added)
+
+        def refitted() -> Tensor:
+            sums = GainMoments(streams[0]["smaller"].shape[-1])
+            for squares, products in by_batch:
+                sums.add(squares, products)
+            gain = gain_of(module, streams[0]["smaller"])
+            weight: Tensor = module.weight.detach()
+            change = sums.change(GAIN_RIDGE if isinstance(ridge, str) else RIDGE if ridge is None else ridge)
+            solved: Tensor = (weight.double().cpu() + (change - 1) * gain).to(weight.dtype)
+            return solved
+
+        return ranks.from_first(refitted)
 
 
 def _regression(
@@ -350,33 +386,6 @@ def _weight(job: FoldJob, layer_idx: int, module: str) -> Tensor:
     weight = job.read(layer_idx, f"{module}.weight")
     assert weight is not None, f"layer {layer_idx} has no {module}.weight"
     return weight
-
-
-def solve(halves: Sequence[Moments], weight: Tensor, ridge: float | str | None, device: Any = "cpu") -> Tensor:
-    """Refit on all of the data; ridge 'auto' is the one that serves each half best when fitted on the other.
-
-    None: one that grows as tokens get few, `ridge_for`.
-    """
-
-    def loss(ridge: float) -> float:
-        return sum(a.error(b.refit(weight, ridge, device)) for a, b in (halves, halves[::-1]))
-
-    whole = halves[0] if len(halves) == 1 else halves[0] + halves[1]
-    if ridge == "auto":
-        two = len(halves) == 2 and all(half.count for half in halves)
-        ridge = min(RIDGES, key=loss) if two else RIDGES[-1]
-    if ridge is None:
-        ridge = ridge_for(whole.count, len(whole.xx))
-    return whole.refit(weight, float(ridge), device)
-
-
-def ridge_for(tokens: int, inputs: int) -> float:
-    """Return the pull towards the old weights for a regression of so many inputs from so many tokens.
-
-    The noise of a regression's solution grows with inputs over tokens, and so does the ridge that is best for it
-    (A. E. Hoerl, R. W. Kennard and K. F. Baldwin, 1975). What the constants rest on is in examples/results.md.
-    """
-    return max(RIDGE, SHRINKAGE * inputs / max(1, tokens))
 
 
 def _of_layer(folded: Folded, layer_idx: int) -> Folded:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..errors import InputError
 from ..models.answers import AnsweredBatch
 from ..models.loading import text_decoder
@@ -30,6 +31,7 @@ from .job import LocalizeJob, with_question_count
 from .scores import LayerScores
 
 SAMPLES = 64  # questions that are read
+SEEDS_APART = 1_000_003  # of the first batches of two runs
 EXHAUSTIVE = 200_000  # sets that are simply all tried; above, from each layer on the cheapest next, then exchanges
 
 
@@ -87,12 +89,17 @@ def information(model: Any, batches: Iterable[AnsweredBatch], draws: int = 2, se
     """Compute F [L, L] per answer token, from answers drawn from the model at the positions of those that it gave.
 
     Tokens are drawn independently at each position of the given answer, so that the gradients of different tokens are
-    uncorrelated and a sample's sum may be squared in their stead.
+    uncorrelated and a sample's sum may be squared in their stead. Each batch has draws of its own, whoever takes it.
+
+    Args:
+        batches: the share of this process.
     """
-    generator = torch.Generator().manual_seed(seed)
-    num_layers = len(text_decoder(model).layers)
-    total, tokens = torch.zeros(num_layers, num_layers, dtype=torch.double), 0
-    for answered_batch in batches:
+    num_layers, tokens = len(text_decoder(model).layers), 0
+    by_batch: list[Tensor] = []
+    for number, answered_batch in enumerate(batches):
+        place = ranks.rank() + number * ranks.world()  # among all batches
+        generator = torch.Generator().manual_seed((SEEDS_APART * seed + place) % 2**63)
+        total = torch.zeros(num_layers, num_layers, dtype=torch.double)
         gates = torch.ones(len(answered_batch.batch.is_visual), num_layers, device=model.device, requires_grad=True)
         log_p = _gated_log_p(model, answered_batch, gates)  # [N, vocabulary]
         for draw in range(draws):
@@ -101,8 +108,12 @@ def information(model: Any, batches: Iterable[AnsweredBatch], draws: int = 2, se
             (rows,) = torch.autograd.grad(likelihood, gates, retain_graph=draw + 1 < draws)
             rows = rows.double().cpu()  # [B, L]
             total += rows.T @ rows / draws
+        by_batch.append(total)
         tokens += len(answered_batch.targets)
-    return total / tokens
+    information = torch.zeros(num_layers, num_layers, dtype=torch.double)
+    for total in ranks.gathered(by_batch):
+        information += total
+    return information / ranks.total(tokens)
 
 
 def _gated_log_p(model: Any, answered_batch: AnsweredBatch, gates: Tensor) -> Tensor:

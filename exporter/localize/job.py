@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from .. import ranks
 from ..data.batches import Batch
 from ..errors import InputError
 from ..methods import LOCALIZERS, resolve
@@ -70,4 +71,5 @@ def run_localizer(method: Method, job: LocalizeJob, count: int, protect: Sequenc
 def with_question_count(scores: LayerScores, batches: Sequence[Batch | AnsweredBatch]) -> LayerScores:
     """Return the scores, with the number of questions that they come from among their details."""
     plain = [batch.batch if isinstance(batch, AnsweredBatch) else batch for batch in batches]
-    return replace(scores, details=scores.details | {"questions": sum(len(batch.samples) for batch in plain)})
+    questions = ranks.total(sum(len(batch.samples) for batch in plain))
+    return replace(scores, details=scores.details | {"questions": questions})

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..clean_room import PromptError, extend, greedy_answers, render
 from ..data.batches import Batch
 from ..progress import Progress, silent
@@ -89,7 +90,7 @@ class AnswerDivergence:
     """
 
     model: Any
-    batches: Sequence[AnsweredBatch]
+    batches: Sequence[AnsweredBatch]  # the share of this process, as below
     outputs: Sequence[Tensor]  # [N, D] the original's last layer's output where an answer token is predicted
     progress: Progress = silent
 
@@ -104,16 +105,13 @@ class AnswerDivergence:
 
     def of_sets(self, sets: Sequence[frozenset[int]]) -> list[float]:
         """Return the divergence without each of the sets of layers, from one walk for all of them."""
-        totals = [0.0] * len(sets)
         pairs = zip(sweep(self.model, self.batches, without(sets)), self.outputs, strict=True)
-        for passed, original in self.progress(pairs, "leave layers out", len(self.batches)):
-            for number, output in passed.outputs():
-                totals[number] += self._kl(passed.batch, original, output)
-        return [total / self._tokens for total in totals]
-
-    @property
-    def _tokens(self) -> int:
-        return sum(len(answered_batch.targets) for answered_batch in self.batches)
+        by_batch = [
+            [self._kl(passed.batch, original, output) for _, output in passed.outputs()]
+            for passed, original in self.progress(pairs, "leave layers out", len(self.batches))
+        ]
+        tokens = ranks.total(sum(len(answered_batch.targets) for answered_batch in self.batches))
+        return [sum(losses) / tokens for losses in zip(*ranks.gathered(by_batch), strict=True)]
 
     def _kl(self, answered_batch: AnsweredBatch, original: Tensor, output: Tensor) -> float:
         log_p = logits(self.model, original).float().log_softmax(-1)  # [N, vocabulary]
@@ -147,17 +145,17 @@ class StateError:
 
         The first walk takes the original along, whose states are kept.
         """
-        totals = [StateErrors()] * len(sets)
+        by_batch: list[list[StateErrors]] = []
         beside = [] if self.states else [ORIGINAL]
         walks = sweep(self.model, self.batches, [*beside, *without(sets)])
         for place, passed in enumerate(self.progress(walks, "leave layers out", len(self.batches))):
             outputs, kinds = passed.outputs(), kinds_of(passed.batch)
             if beside:
                 self.states.append(head_states(self.model, next(outputs)[1], kinds))
-            for which, output in outputs:
-                errors = errors_of(self.states[place], head_states(self.model, output, kinds))
-                totals[which - len(beside)] += errors
-        return [total.over(KINDS) for total in totals]
+            by_batch.append(
+                [errors_of(self.states[place], head_states(self.model, output, kinds)) for _, output in outputs]
+            )
+        return [sum(errors, StateErrors()).over(KINDS) for errors in zip(*ranks.gathered(by_batch), strict=True)]
 
 
 def without(sets: Sequence[frozenset[int]]) -> list[Change]:

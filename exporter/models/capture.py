@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..data.batches import Batch
 from ..errors import InputError
 from ..families import is_listed
@@ -154,11 +155,16 @@ def layer_statistics(model: Any, batches: Iterable[Batch], *, attention: bool = 
     """Run one forward pass per batch, and yield everything that the one-pass localizers need.
 
     Args:
+        batches: the share of this process; what is yielded is of all of them.
         attention: also the importance scores of tokens (only `tis` needs them).
     """
     if attention and not is_listed(model.config):
-        batches = list(batches)
-        attention = not batches or attention_is_seen(model, batches[0].to(model.device))
+        batches = first = list(batches)
+        attention = ranks.from_first(lambda: not first or attention_is_seen(model, first[0].to(model.device)))
+    return ranks.in_order(_statistics(model, batches, attention))
+
+
+def _statistics(model: Any, batches: Iterable[Batch], attention: bool) -> Iterator[BatchStatistics]:
     taken: dict[int, _Statistics] = {}
     with attention_means(model) if attention else contextlib.nullcontext() as reducer:
         for passed in sweep(

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .. import ranks
 from ..checkpoints.memory import parse_size
 from ..checkpoints.source import Source, laid_out, refuse_report
 from ..checkpoints.temporary import folder_of_process
@@ -133,9 +134,14 @@ def compute_dtype(name: str, config: Any, device: str) -> torch.dtype:
 
 
 def pick_device(name: str | None) -> str:
-    """Return the device asked for, checked; the first GPU if there is one and none was asked for."""
+    """Return the device asked for, checked; the first GPU if there is one and none was asked for.
+
+    Of several processes each takes a GPU of its own.
+    """
     import torch
 
+    if ranks.world() > 1 and name in (None, "auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{ranks.own_gpu(torch.cuda.device_count())}"
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .. import ranks
 from ..clean_room import REFERENCE_TOKENS, reference_answer, reference_inputs
 from ..data.batches import Batch, make_batch, token_kinds
 from ..data.given import GivenAnswers
@@ -89,6 +90,7 @@ class Questions:
     elsewhere: GivenAnswers | None = None  # in their order, elsewhere; None: the model answers
     answers: dict[int, Tensor] = field(default_factory=dict)  # [A] by index, up to and with the end token
     tokens: dict[str, int] = field(default_factory=dict)  # visual and text, of the pass that read most
+    passes: list[tuple[int, int]] = field(default_factory=list)  # the same of this process, not counted so far
     pool: DraftPool = field(default_factory=DraftPool)  # what was said, from which answers are guessed
     said_to_reference: list[int] = field(default_factory=list)  # by the whole model, to the reference question
     on_answers: Callable[[], object] = lambda: None  # called when some were given
@@ -124,6 +126,8 @@ class Questions:
     def batches(self, what: str, share: float = 1.0, part: Part = "all", number: int | None = None) -> Iterator[Batch]:
         """Yield prompts and answers of a part of the questions, the same in the same order every time.
 
+        With several processes these are the batches that this one takes.
+
         Args:
             what: is done with them, for the progress bar.
             share: of the part, one question at least; or
@@ -150,7 +154,7 @@ class Questions:
         return self._answered(what, chosen)
 
     def _answered(self, what: str, chosen: list[int]) -> Iterator[AnsweredBatch]:
-        starts = range(0, len(chosen), self.batch_size)
+        starts = ranks.share(range(0, len(chosen), self.batch_size))
         visual = text = 0
         for start in self.progress(starts, what, len(starts)):
             answered_batch = self._with_answers(chosen[start : start + self.batch_size])
@@ -159,8 +163,18 @@ class Questions:
                 text + int(answered_batch.batch.is_text.sum()),
             )
             yield answered_batch
-        if visual + text > sum(self.tokens.values()):
-            self.tokens.update(visual=visual, text=text)
+        self.passes.append((visual, text))
+        if ranks.world() == 1:  # else when all have come to the end of a step
+            self.count_tokens()
+
+    def count_tokens(self) -> dict[str, int]:
+        """Return the tokens, visual and text, of the pass that read most, with those of other processes."""
+        for shares in zip(*ranks.gathered([self.passes]), strict=True):
+            visual, text = map(sum, zip(*shares, strict=True))
+            if visual + text > sum(self.tokens.values()):
+                self.tokens.update(visual=visual, text=text)
+        self.passes = []
+        return self.tokens
 
     @property
     def _streamed(self) -> bool:
@@ -183,12 +197,15 @@ class Questions:
         for indices in groups:
             order = sorted((index for index in indices if index not in self.answers), key=self._kind)
             parts += [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        mine = ranks.share(parts)
+        by_batch: list[dict[int, Tensor]] = []
         for some, answered_batch in zip(
-            self.progress(parts, "answer questions", len(parts)), self._answers_to(parts), strict=True
+            self.progress(mine, "answer questions", len(mine)), self._answers_to(mine), strict=True
         ):
-            lengths = answered_batch.predicts.sum(1).tolist()
-            for index, tokens in zip(some, torch.split(answered_batch.targets, lengths), strict=True):
-                self.answers[index] = tokens.cpu()
+            answers = torch.split(answered_batch.targets.cpu(), answered_batch.predicts.sum(1).tolist())
+            by_batch.append({index: tokens.clone() for index, tokens in zip(some, answers, strict=True)})
+        for by_index in ranks.gathered(by_batch):
+            self.answers.update(by_index)
 
     def _answers_to(self, parts: Sequence[list[int]]) -> Iterator[AnsweredBatch]:
         batches = (self._batch(some) for some in parts)
@@ -196,10 +213,13 @@ class Questions:
             for batch in batches:
                 yield answered(self.model, batch, self.answer_tokens)
             return
-        reference = self._reference_batch()
-        draft = self._drafts(reference)[0]
-        yield from answered_together(self.model, batches, self.answer_tokens, self._drafts, aside=(reference, draft))
-        self.said_to_reference = self.said_to_reference or draft.answer
+        aside = None
+        if ranks.is_first():  # which is asked for the reference answer later
+            reference = self._reference_batch()
+            aside = reference, self._drafts(reference)[0]
+        yield from answered_together(self.model, batches, self.answer_tokens, self._drafts, aside=aside)
+        if aside is not None:
+            self.said_to_reference = self.said_to_reference or aside[1].answer
 
     def so_far(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what was answered, to be kept: what goes into JSON, and the tokens of each answer by its index."""

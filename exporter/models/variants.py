@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..checkpoints.pruned_config import layer_changes
 from ..families import PER_LAYER_TENSORS
 from ..plan import Folded, PruningPlan
@@ -52,6 +53,17 @@ class AnswerAgreement:
     kl_of: list[float] = field(default_factory=list)  # per sample: KL summed over its answer
     tokens_of: list[int] = field(default_factory=list)  # per sample
     states: StateErrors = field(default_factory=StateErrors)  # of the states that the head reads
+
+    def add(self, other: AnswerAgreement) -> None:
+        """Add the agreement on other questions."""
+        self.nll += other.nll
+        self.kl += other.kl
+        self.same += other.same
+        self.tokens += other.tokens
+        self.follows += other.follows
+        self.kl_of += other.kl_of
+        self.tokens_of += other.tokens_of
+        self.states += other.states
 
 
 @contextlib.contextmanager
@@ -108,10 +120,11 @@ def judge(
     """Run every variant over the same answered questions.
 
     Args:
-        batches: with the answers appended, the original's own or the right ones.
+        batches: with the answers appended, the original's own or the right ones; the share of this process.
         done: called with the number of variants after each batch of each.
     """
     results = [AnswerAgreement() for _ in variants]
+    by_batch: list[list[AnswerAgreement]] = []
     changes = [ORIGINAL, *(Change(frozenset(variant.plan.drop), variant.folded) for variant in variants)]
     for passed in sweep(model, batches, changes):
         answered_batch, outputs = passed.batch, passed.outputs()
@@ -119,28 +132,31 @@ def judge(
         log_p = logits(model, output[answered_batch.predicts]).float().log_softmax(-1)  # [N, vocabulary]
         kinds = kinds_of(answered_batch.batch)
         original = head_states(model, output, kinds)
-        for (_, changed), variant, result in zip(outputs, variants, results, strict=True):
+        by_batch.append([])
+        for (_, changed), variant in zip(outputs, variants, strict=True):
             same = variant.first_change == variant.plan.num_layers
-            _add(
-                result,
-                answered_batch,
-                log_p,
-                log_p if same else logits(model, changed[answered_batch.predicts]).float(),
-            )
-            result.states += errors_of(original, original if same else head_states(model, changed, kinds))
+            their_logits = log_p if same else logits(model, changed[answered_batch.predicts]).float()
+            states = errors_of(original, original if same else head_states(model, changed, kinds))
+            by_batch[-1].append(_agreement(answered_batch, log_p, their_logits, states))
             done(1)
+    for agreements in ranks.gathered(by_batch):
+        for result, agreement in zip(results, agreements, strict=True):
+            result.add(agreement)
     return results
 
 
-def _add(result: AnswerAgreement, answered_batch: AnsweredBatch, log_p: Tensor, logits: Tensor) -> None:
+def _agreement(answered_batch: AnsweredBatch, log_p: Tensor, logits: Tensor, states: StateErrors) -> AnswerAgreement:
     log_q = logits.log_softmax(-1)
-    result.nll -= float(log_q.gather(1, answered_batch.targets[:, None]).sum())
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [N]
-    result.kl += float(kl.sum())
     right = log_q.argmax(-1) == answered_batch.targets
-    result.same += int(right.sum())
-    result.tokens += len(right)
     lengths = answered_batch.predicts.sum(1).tolist()
-    result.follows += [bool(part.all()) for part in torch.split(right, lengths)]
-    result.kl_of += [float(part.double().sum()) for part in torch.split(kl, lengths)]
-    result.tokens_of += lengths
+    return AnswerAgreement(
+        nll=-float(log_q.gather(1, answered_batch.targets[:, None]).sum()),
+        kl=float(kl.sum()),
+        same=int(right.sum()),
+        tokens=len(right),
+        follows=[bool(part.all()) for part in torch.split(right, lengths)],
+        kl_of=[float(part.double().sum()) for part in torch.split(kl, lengths)],
+        tokens_of=lengths,
+        states=states,
+    )

@@ -12,8 +12,8 @@ from exporter.data.batches import Batch, make_batches, spread
 from exporter.data.calibration import load_calibration
 from exporter.fold.job import FoldJob
 from exporter.fold.least_squares import least_squares, linear_map
-from exporter.fold.moments import Moments
-from exporter.fold.reconstruction import RIDGE, Fit, fold_reconstruction, ridge_for, solve, token_weights
+from exporter.fold.moments import RIDGE, Moments, MomentSums, bounds_of, ridge_for, solve
+from exporter.fold.reconstruction import Fit, fold_reconstruction, token_weights
 from exporter.fold.scp import scp, top_directions
 from exporter.models.answers import answer_all
 from exporter.models.loading import load_model, text_decoder
@@ -74,11 +74,16 @@ def test_least_squares_moves_the_map_into_the_weight(noise):
 # --- reconstruction ---------------------------------------------------------------------------------------------------
 
 
+def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
+    sums = MomentSums(x.shape[1], y.shape[1], bounds_of(x, y))
+    sums.add(x, y)
+    return sums.total()
+
+
 def test_refit_recovers_the_truth_and_stays_put_without_evidence(noise):
     truth, old = (torch.randn(4, 7, dtype=torch.double, generator=noise) for _ in range(2))
     inputs = torch.randn(300, 7, generator=noise)
-    moments = Moments.empty(7, 4)
-    moments.add(inputs, (inputs.double() @ truth.T).float())
+    moments = moments_of(inputs, (inputs.double() @ truth.T).float())
     torch.testing.assert_close(moments.refit(old, 1e-9), truth, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(moments.refit(old, 1e9), old, atol=1e-6, rtol=1e-6)
     assert moments.error(truth) == pytest.approx(0, abs=1e-6 * float(moments.yy.sum()))  # products are float32
@@ -87,9 +92,8 @@ def test_refit_recovers_the_truth_and_stays_put_without_evidence(noise):
 
 def test_the_ridge_that_is_chosen_is_the_one_that_generalises(noise):
     old = torch.zeros(2, 20, dtype=torch.double)
-    halves = [Moments.empty(20, 2) for _ in range(2)]
-    for half in halves:
-        half.add(torch.randn(24, 20, generator=noise), torch.randn(24, 2, generator=noise))  # nothing to be learnt
+    # nothing to be learnt
+    halves = [moments_of(torch.randn(24, 20, generator=noise), torch.randn(24, 2, generator=noise)) for _ in range(2)]
     assert solve(halves, old, "auto").norm() < 0.5 * solve(halves, old, 1e-4).norm()
 
 
@@ -97,11 +101,10 @@ def test_the_fewer_tokens_the_stronger_the_ridge(noise):
     assert ridge_for(1_000_000, inputs=256) == RIDGE
     assert ridge_for(512, inputs=512) == 2 * ridge_for(1024, inputs=512) > RIDGE
     assert ridge_for(0, inputs=8) == ridge_for(1, inputs=8)
-    old, moments = torch.zeros(2, 20, dtype=torch.double), Moments.empty(20, 2)
-    moments.add(torch.randn(40, 20, generator=noise), torch.randn(40, 2, generator=noise))
-    assert torch.equal(solve([moments], old, None), solve([moments], old, ridge_for(40, inputs=20)))
-    moments.add(torch.randn(4000, 20, generator=noise), torch.randn(4000, 2, generator=noise))
-    assert torch.equal(solve([moments], old, None), solve([moments], old, RIDGE))
+    old = torch.zeros(2, 20, dtype=torch.double)
+    for tokens in (40, 4000):
+        moments = moments_of(torch.randn(tokens, 20, generator=noise), torch.randn(tokens, 2, generator=noise))
+        assert torch.equal(solve([moments], old, None), solve([moments], old, ridge_for(tokens, inputs=20)))
 
 
 def test_token_weights_share_out_what_is_asked():

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "exporter"
 # floor's other rooms or from above. docs/architecture.md and CONTRIBUTING.md show the same table.
 FLOORS = (
     ("errors", "version", "progress", "clean_room", "modeling"),
-    ("families", "methods"),
+    ("families", "methods", "ranks"),
     ("plan", "probe"),
     ("checkpoints", "recipe"),
     ("data",),
@@ -367,7 +367,7 @@ def documented_commands() -> list[str]:
             if match := re.match(r"\s*(?:\$ |# )?(lvlm-exporter [a-z]+ .*)", line):
                 commands.append(match[1].split("  #")[0])
     actions = parser()._subparsers._group_actions[0].choices.values()
-    commands += [subcommand.epilog.split("\n  ", 1)[1] for subcommand in actions]
+    commands += [subcommand.epilog.split("\n  ", 1)[1].split("\n\n")[0] for subcommand in actions]
     return commands
 
 

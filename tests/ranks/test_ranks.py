@@ -1,0 +1,252 @@
+"""Several processes for one run: the bytes of one, and one sentence for what goes wrong."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fixtures.checkpoints import without_verification
+from fixtures.processes import command, compressions
+
+from exporter.checkpoints.source import open_source
+from exporter.cli import main
+from exporter.compression import steps
+from exporter.fold.moments import ExactSum, MomentSums, bounds_of
+from exporter.models.loading import PartSizes
+from exporter.pipeline import compress
+from exporter.recipe import RunOptions, load_recipe
+
+# family, localizer, fold, batch size; of 12 questions 9 are fitted on and 3 held out: shares are uneven, and some empty
+RUNS = (
+    ("llava", "best_of", "auto", 2),
+    ("llava", {"name": "fisher", "draws": 1}, {"name": "reconstruction", "ridge": "auto"}, 1),
+    ("llava", "angular", "least_squares", 8),
+    ("gemma3", "greedy", "reconstruction", 4),
+    ("qwen3_vl", "tis", {"name": "scp_both", "per": "layer", "tokens": "important"}, 4),
+)
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny, questions, tmp_path_factory) -> list[tuple[Path, str, dict[str, object]]]:
+    """Recipe files with names for their results, and the options they run by; the last one streams from disk."""
+    folder = tmp_path_factory.mktemp("recipes")
+    made: list[tuple[Path, str, dict[str, object]]] = []
+    for number, (family, localizer, fold, batch_size) in enumerate(RUNS):
+        calibration = {"data": str(questions), "samples": 12, "answer_tokens": 4}
+        recipe = {"model": str(tiny(family)), "calibration": calibration, "drop_layers": 2, "protect": []}
+        path = folder / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(recipe | {"localizer": localizer, "fold": fold}))
+        made.append((path, str(number), {"batch_size": batch_size}))
+    source = open_source(str(tiny("llava")))
+    least = f"{PartSizes.of(source, 4).least / 1000 + 1:.0f}KB"
+    return [*made, (made[0][0], "streamed", {"batch_size": 2, "memory": least})]
+
+
+@pytest.fixture(scope="module")
+def alone(jobs, tmp_path_factory) -> Callable[[str], Path]:
+    """What one process makes of them, by name."""
+    folder = tmp_path_factory.mktemp("alone")
+    by_name = {name: (recipe, options) for recipe, name, options in jobs}
+
+    @functools.cache
+    def made(name: str) -> Path:
+        recipe, options = by_name[name]
+        with without_verification():
+            return compress(load_recipe(recipe), folder / name, RunOptions(**options))
+
+    return made
+
+
+def record_of(folder: Path) -> dict:
+    """Return the record, without what tells how long a run took and how much each process read."""
+    record = json.loads((folder / "compression.json").read_text())
+    for name in ("seconds", "bytes_read"):
+        record["measured"].pop(name, None)
+    return record
+
+
+@pytest.mark.slow
+@pytest.mark.clean_process
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.long_tail)])
+def test_several_processes_make_the_bytes_and_the_figures_of_one(number, jobs, alone, tmp_path):
+    compressions(number, [(recipe, tmp_path / name, options) for recipe, name, options in jobs], tmp_path)
+    for _, name, _ in jobs:
+        ours, theirs = tmp_path / name, alone(name)
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes(), name
+        records = [record_of(ours), record_of(theirs)]
+        if name == "streamed":  # each process guesses from what it was told: passes of other widths round otherwise
+            margins = [record["reference"].pop("margins") for record in records]
+            assert margins[0] == pytest.approx(margins[1], abs=1e-4)
+        assert records[0] == records[1], name
+    assert not list(tmp_path.glob(".*")), "nothing is left beside the results"
+    auto = record_of(tmp_path / "0")
+    assert "held_out" in auto["fold"] and auto["scores"]["details"]["rounds"], "sets and folds were judged"
+
+
+@pytest.mark.slow
+@pytest.mark.clean_process
+def test_an_evaluation_by_several_processes_says_what_one_says(alone, tiny, task, tmp_path):
+    """Of 12 questions in batches of 5, in other batches by each process; and answers are kept in the order of one."""
+    words = ["evaluate", str(alone("2")), "--reference", str(tiny("llava")), "--task", str(task), "--quiet"]
+    words += ["--max-new-tokens", "4", "--batch-size", "5", "--no-card"]
+
+    def files(name: str) -> list[str]:
+        return ["--json", str(tmp_path / f"{name}.json"), "--predictions", str(tmp_path / f"{name}.jsonl")]
+
+    assert main([*words, *files("one")]) == 0
+    printed, codes = command(2, [*words, *files("two")], tmp_path)
+    assert codes == ["0", "0"], printed
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    for model in (*one["models"], *two["models"]):
+        model.pop("seconds")
+    assert one == two and one["models"][1]["kl"] > 0
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.clean_process
+def test_scores_of_the_reference_model_by_several_processes_are_those_of_one(digits, tmp_path):
+    questions = str(digits / "data" / "calibration.jsonl")
+    words = [
+        "score",
+        str(digits / "model"),
+        "--calibration",
+        questions,
+        "--samples",
+        "12",
+        "--batch-size",
+        "4",
+        "--quiet",
+    ]
+    words += ["--drop-layers", "2"]
+    assert main([*words, "--save", str(tmp_path / "one.json")]) == 0
+    printed, codes = command(2, [*words, "--save", str(tmp_path / "two.json")], tmp_path)
+    assert codes == ["0", "0"] and printed.count("kept: ") == 1, printed
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def words_for(recipe: Path, out: Path) -> list[str]:
+    return ["compress", "--recipe", str(recipe), "--out", str(out), "--quiet"]
+
+
+def sentences(printed: str) -> list[str]:
+    return [line.removeprefix("lvlm-exporter: ") for line in printed.splitlines() if line.startswith("lvlm-exporter: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.clean_process
+def test_a_process_that_dies_ends_all_with_one_sentence_and_one_process_goes_on(jobs, alone, tmp_path, monkeypatch):
+    (recipe, _, options), expected = jobs[2], alone("2")
+    words = [*words_for(recipe, tmp_path / "small"), "--batch-size", str(options["batch_size"])]
+    killed = """
+from exporter.compression import steps
+if rank == "1":
+    steps.fold_gaps = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    printed, codes = command(2, words, tmp_path, killed)
+    (sentence,) = sentences(printed)
+    assert "process 1 of 2 has ended without a word" in sentence and "nothing was written" in sentence
+    assert codes == ["2", ""]
+    assert not (tmp_path / "small").exists() and (tmp_path / ".small.compressing" / "scores.safetensors").exists()
+    monkeypatch.setattr(steps, "localize", lambda *_: pytest.fail("the layers are chosen already"))
+    with without_verification():
+        assert main(words) == 0
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "small" / file).read_bytes() == (expected / file).read_bytes()
+    assert not (tmp_path / ".small.compressing").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.clean_process
+def test_what_one_process_finds_wrong_ends_all_with_its_sentence(jobs, questions, tmp_path):
+    """The second image is looked at by the second process alone."""
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    images = [str(questions.parent / line["image"]) for line in lines]
+    images[1] = "broken.png"
+    data = tmp_path / "damaged.jsonl"
+    data.write_text(
+        "".join(json.dumps(line | {"image": image}) + "\n" for line, image in zip(lines, images, strict=True))
+    )
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    recipe = yaml.safe_load(jobs[2][0].read_text())
+    recipe["calibration"]["data"] = str(data)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    printed, codes = command(2, words_for(path, tmp_path / "small"), tmp_path)
+    (sentence,) = sentences(printed)
+    assert "broken.png" in sentence and codes == ["2", "2"]
+    assert not list(tmp_path.glob("*small*"))
+
+
+@pytest.mark.slow
+@pytest.mark.clean_process
+def test_processes_with_different_recipes_are_refused(jobs, tmp_path):
+    for rank, (recipe, *_) in enumerate(jobs[:2]):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "recipe.yaml").write_text(recipe.read_text())
+    printed, codes = command(2, words_for(Path("recipe.yaml"), tmp_path / "small"), tmp_path)
+    (sentence,) = sentences(printed)
+    assert "the processes of one run differ in the recipe: process 1 has not what process 0 has" in sentence
+    assert codes == ["2", "2"] and not list(tmp_path.glob("*small*"))
+
+
+@pytest.mark.parametrize(
+    "words", [["verify", "small"], ["heal", "small", "--teacher", "t", "--calibration", "c", "--out", "x"]]
+)
+def test_what_several_processes_can_not_share_is_refused_by_the_first(words, monkeypatch, capsys):
+    for rank in ("0", "1"):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert ("runs in one process, and 2 were started" in said) == (rank == "0")
+        assert rank == "0" or not said
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_is_the_same_bits_in_any_order_and_in_any_shares():
+    noise = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-12, 6, 40)
+    batches = [torch.randn(5, 7, generator=noise) * sizes[torch.randperm(40, generator=noise)[:7]] for _ in range(60)]
+    largest = float(batches[0].abs().max())
+
+    def parts_of(some: list[torch.Tensor]) -> list[torch.Tensor]:
+        added = ExactSum(5, 7, largest=largest)
+        for batch in some:
+            added.add(batch)
+        return added.parts
+
+    def total_of(*shares: list[torch.Tensor]) -> torch.Tensor:
+        coarse, fine = (sum(parts) for parts in zip(*map(parts_of, shares), strict=True))
+        return coarse + fine
+
+    alone = total_of(batches)
+    assert torch.equal(alone, total_of(batches[::-1]))
+    for number in (2, 3, 7):
+        assert torch.equal(alone, total_of(*(batches[rank::number] for rank in range(number))))
+    naive = [sum(batch.double() for batch in order) for order in (batches, batches[::-1])]
+    assert not torch.equal(*naive), "added up in float64, it is not"
+    torch.testing.assert_close(alone, naive[0], rtol=1e-12, atol=0)
+
+
+def test_moments_are_the_products():
+    noise, rows = torch.Generator().manual_seed(1), 50
+    x, y = torch.randn(rows, 6, generator=noise), torch.randn(rows, 3, generator=noise)
+    sums = MomentSums(6, 3, bounds_of(x[:5], y[:5]))
+    for begin in range(0, rows, 5):
+        sums.add(x[begin : begin + 5], y[begin : begin + 5])
+    moments = sums.total()
+    torch.testing.assert_close(moments.xx, x.double().T @ x.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.xy, x.double().T @ y.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.yy, y.double().square().sum(0), rtol=1e-5, atol=1e-5)
+    assert moments.count == rows
