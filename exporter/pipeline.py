@@ -32,6 +32,8 @@ from .localize.stored import StoredScores, load_scores
 from .plan import LayerBudget, breaks_period
 from .progress import Progress, counting_bytes, silent
 from .recipe import ROUTER_SAMPLES, CalibrationData, HealRecipe, Recipe, RouterRecipe, RunOptions
+from .routing.serving.job import with_serving_router
+from .routing.serving.settings import check_recipe, check_servable, refuse_question_aware
 from .routing.settings import check_routable, default_settings
 from .routing.with_router import unlabelled, with_router
 
@@ -83,8 +85,9 @@ def compress(
             else:
                 folder = _heal(folder, recipe.heal, recipe, target=target, out=out, options=options, progress=progress)
         if recipe.router is not None:
-            folder = with_router(folder, recipe.router, router_data(recipe.router, recipe.calibration),
-                                 out=out, options=options, progress=progress, questions=questions)  # fmt: skip
+            train = with_serving_router if recipe.router.serve else with_router
+            folder = train(folder, recipe.router, router_data(recipe.router, recipe.calibration),
+                           out=out, options=options, progress=progress, questions=questions)  # fmt: skip
     remove_unless_held(work)
     return folder
 
@@ -186,9 +189,10 @@ def route(
     if router.calibration is None:
         raise InputError("a router is trained on questions about images: name them with --calibration FILE.")
     source = open_source(model)
-    check_routable(source.config)
+    check_model_of(router, source)
     if is_compressed(source.folder):
-        return with_router(source.folder, router, data=router.calibration, out=out, options=options, progress=progress)
+        train = with_serving_router if router.serve else with_router
+        return train(source.folder, router, data=router.calibration, out=out, options=options, progress=progress)
     return compress(all_layers(model, router.calibration, router=router), out, options, progress)
 
 
@@ -204,18 +208,29 @@ def router_data(router: RouterRecipe, calibration: CalibrationData) -> Calibrati
     return router.calibration or dataclasses.replace(calibration.unanswered, samples=ROUTER_SAMPLES)
 
 
+def check_model_of(router: RouterRecipe, source: Source) -> None:
+    """Raise InputError, with the reason, if a model can't have the router that is asked for."""
+    if router.serve:
+        check_recipe(router)
+        check_servable(source.config, source.raw_config, source.name)
+        return
+    refuse_question_aware(router)
+    check_routable(source.config)
+
+
 def check_router(recipe: Recipe) -> Calibration:
     """Check the router's part of a recipe before the layers are looked at; return its questions, checked too."""
     from .routing.training.losses import check_loss
 
     router = recipe.router
     assert router is not None
-    config = open_source(recipe.model, recipe.revision).config
-    check_routable(config)
-    check_loss(router.loss)
-    default_settings(
-        config, router.drop_at, router.candidates, router.read_at
-    )  # what does not fit all layers fits fewer still less
+    source = open_source(recipe.model, recipe.revision)
+    check_model_of(router, source)
+    if not router.serve:
+        check_loss(router.loss)
+        default_settings(
+            source.config, router.drop_at, router.candidates, router.read_at
+        )  # what does not fit all layers fits fewer still less
     return unlabelled(router_data(router, recipe.calibration), router.seed)
 
 

@@ -129,14 +129,13 @@ class RouterRecipe:
     candidates: int | None = None  # of the last layers, that may be skipped; None: half of them
     read_at: int | None = None  # the router reads what enters this layer, 0 the embeddings; None: drop_at
     seed: int = 0
+    serve: bool = False  # a serving router: tokens leave between projector and decoder, no layer is skipped
+    question_aware: bool = False  # a serving router that may be told the question
 
     def __post_init__(self) -> None:
-        wholes = {"steps": 1, "batch_size": 1, "drop_at": 0, "seed": 0, "candidates": 0, "read_at": 0}
-        for name, least in wholes.items():
-            value = getattr(self, name)
-            if name in ("candidates", "drop_at", "read_at") and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        layers = {name: 0 for name in ("candidates", "drop_at", "read_at") if getattr(self, name) is not None}
+        for name, least in {"steps": 1, "batch_size": 1, "seed": 0, **layers}.items():
+            if not is_whole(value := getattr(self, name)) or value < least:
                 raise InputError(f"router: {name}={value!r}: a whole number from {least} up is needed.")
         if not isinstance(self.learning_rate, float | int) or not 0 < self.learning_rate < 1:
             raise InputError(f"router: learning_rate={self.learning_rate!r}: a number between 0 and 1 is needed.")
@@ -375,6 +374,7 @@ def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -
 def router_from_data(data: Any) -> RouterRecipe:
     """Read 'true', or a mapping of what is not left to defaults."""
     read = _settings(RouterRecipe, data, "router")
+    check_types(RouterRecipe, read, ("serve", "question_aware"))
     if "loss" in read:
         read["loss"] = read_method(read["loss"], LOSSES, "loss")
     return RouterRecipe(**read)

@@ -194,6 +194,11 @@ def clone_that_shares_weights(model: Any) -> Any:
 def budget_of(model: Any, request: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
     """Return the budget that a model is timed under. Raises InputError for one that it can't run under."""
     if not is_routed(model):
+        if request not in (None, {"preset": "off"}) and getattr(model.config, "serving_router", None) is not None:
+            raise InputError(
+                f"{path} has a serving router, which is timed where it serves, in an engine: time it here without a "
+                "budget, as the plain model."
+            )
         return None
     from ..modeling.routed_route import Budget, RouterSettings
 

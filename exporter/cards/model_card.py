@@ -14,7 +14,7 @@ from ..checkpoints.choice_types import FoldPart, JudgedPart, rounds_of
 from ..checkpoints.json_file import read_json
 from ..checkpoints.own_types import OWN_TYPES
 from ..checkpoints.record import RECORD, CheckpointRecord, read_record
-from ..checkpoints.record_types import HealPart, RouterPart
+from ..checkpoints.record_types import HealPart, RouterPart, ServingPart
 from ..errors import InputError
 from ..families import OWN_FAMILIES
 from ..localize.scores import LayerScores
@@ -64,12 +64,14 @@ def draw(record: CheckpointRecord, folder: Path) -> None:
         plot_training(training.curve, folder / "assets" / name, title)
 
 
-def _trainings(record: CheckpointRecord) -> Iterator[tuple[RouterPart | HealPart, str, str]]:
+def _trainings(record: CheckpointRecord) -> Iterator[tuple[RouterPart | ServingPart | HealPart, str, str]]:
     """Yield what was trained, with the title and the file of its curve."""
     if record.heal is not None:
         yield record.heal, "healing", "healing.png"
     if record.router is not None:
         yield record.router, "training the router", "router_training.png"
+    if record.serving is not None:
+        yield record.serving, "training the serving router", "serving_training.png"
 
 
 def shown_name(folder: Path) -> str:
@@ -157,6 +159,8 @@ def _base_sentence(record: CheckpointRecord) -> str:
         changes.append("healed by self-distillation")
     if record.router is not None:
         changes.append("with a router")
+    if record.serving is not None:
+        changes.append("with a serving router")
     return f"This is {named} {' and '.join(changes) or 'unchanged'}."
 
 
@@ -232,7 +236,8 @@ def hub_metadata(
 
 def _tags(record: CheckpointRecord) -> list[str]:
     pruned = ["layer-pruning", "compressed", record.scores.method] if record.plan.drop else []
-    routed = ["token-pruning", "custom_code"] if record.router is not None else []
+    has_router = record.router is not None or record.serving is not None
+    routed = ["token-pruning", "custom_code"] if has_router else []
     if record.router is not None and record.router.settings.candidates:
         routed.append("layer-skipping")
     custom_code = ["custom_code"] if record.source.model_type in OWN_TYPES else []

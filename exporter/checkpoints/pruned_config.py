@@ -34,8 +34,8 @@ def pruned_config(raw: dict[str, Any], loaded: Any, plan: PruningPlan) -> dict[s
     changes = layer_changes(loaded, plan, _at(raw, path) or raw)
     pruned = copy.deepcopy(raw)
     pruned.pop("transformers_weights", None)  # the written weights have the usual names
-    if pruned.pop("router", None) is not None:  # it chose among the layers of before, and its files stay behind
-        pruned.pop("auto_map", None)
+    if [name for name in ("router", "serving_router") if pruned.pop(name, None) is not None]:
+        pruned.pop("auto_map", None)  # it was trained for the layers of before, and its files stay behind
     if not plan.drop:
         return pruned
     for name in ROOT_PAIRS:  # Granite Vision 4: pairs of a vision layer and the decoder layer that gets its features

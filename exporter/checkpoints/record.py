@@ -26,6 +26,7 @@ from .record_types import (
     RouterPart,
     RunPart,
     ScoresPart,
+    ServingPart,
     SourcePart,
     VerificationPart,
     VersionsPart,
@@ -83,6 +84,7 @@ class CheckpointRecord:
     heal: Annotated[HealPart | None, OR_MISSING] = None
     conversion: Annotated[ConversionPart | None, OR_MISSING] = None
     router: Annotated[RouterPart | None, OR_MISSING] = None
+    serving: Annotated[ServingPart | None, OR_MISSING] = None
     routes: tuple[RoutePicture, ...] = ()
     benchmarks: tuple[BenchmarkEntry, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata=named(None))
@@ -154,6 +156,9 @@ def _check_together(record: CheckpointRecord) -> None:
     if record.router is not None:
         answers["router.reference"] = record.router.reference
         _check_curve(record.router.curve, "router")
+    if record.serving is not None:
+        answers["serving.reference"] = record.serving.reference
+        _check_curve(record.serving.curve, "serving")
     if record.heal is not None:
         _check_curve(record.heal.curve, "heal")
         if record.heal.kept and (record.heal.after is None or record.heal.adapter is None):

@@ -192,6 +192,42 @@ class RouterPart:
 
 
 @dataclass(frozen=True)
+class ServingPreset:
+    """What a preset of a serving router does to held-out questions."""
+
+    preset: Text
+    keep_visual_tokens: Size
+    told_the_question: Flag
+    kl: Divergence
+    answers_kept: Share
+    questions: Count
+
+
+@dataclass(frozen=True)
+class ServingReference(ReferenceAnswer):
+    """A served model's answer to the reference question."""
+
+    preset: Text = field(kw_only=True)  # under which it was given
+
+
+@dataclass(frozen=True)
+class ServingPart:
+    """A checkpoint's serving router, and how it was trained."""
+
+    settings: dict[Text, Any]
+    parameters: Count
+    questions: Count
+    held_out: Count
+    curve: tuple[dict[Text, Number], ...]
+    reference: ServingReference
+    measured: tuple[ServingPreset, ...] = ()
+    fingerprint: Text = ""  # of the questions
+    step: Count = 0  # whose weights are kept
+    seconds: Size = 0.0  # of training
+    replaces_another: Flag = False  # the source had one
+
+
+@dataclass(frozen=True)
 class HealedHeldOut:
     """The divergence of a model from its original on held-out questions."""
 

@@ -111,12 +111,18 @@ def _router_problems(folder: Path, record: CheckpointRecord) -> list[str]:
     """Return what does not fit between the record's router and config.json's."""
     try:
         config = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8-sig"))
-        in_config = "router" in config and "auto_map" in config
+        in_config = {name: name in config and "auto_map" in config for name in ("router", "serving_router")}
     except (OSError, ValueError, TypeError):
         return [f"{CONFIG_JSON} is missing or no JSON"]
-    if in_config == (record.router is not None):
-        return []
-    return [f"a router is named in {'config.json' if in_config else 'compression.json'} only"]
+    kinds = (
+        ("a router", in_config["router"], record.router),
+        ("a serving router", in_config["serving_router"], record.serving),
+    )
+    return [
+        f"{kind} is named in {'config.json' if named else 'compression.json'} only"
+        for kind, named, part in kinds
+        if named != (part is not None)
+    ]
 
 
 def _in_clean_process(folder: Path, device: str) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -98,6 +98,9 @@ def carry_companions(source: Source, folder: Path) -> None:
     beside = source.beside_weights
     copy_companions(source.folder, beside.kept, folder)
     # Then its modeling file is the package's, which is written with the weights or with a new router.
-    ours = "router" in source.raw_config or own_type(source.raw_config) is not None
+    ours = (
+        any(name in source.raw_config for name in ("router", "serving_router"))
+        or own_type(source.raw_config) is not None
+    )
     if line := left_behind(name for name in beside.left if not (ours and name.endswith(".py"))):
         logger.warning("%s: %s", source.original.name, line)

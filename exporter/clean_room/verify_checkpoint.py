@@ -26,6 +26,10 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
         routed = verify_once(folder, device, record, record["router"]["reference"], trust=True, routed=True)
         report["problems"] = [f"routed: {problem}" for problem in routed["problems"]]
         report["routed"] = routed
+    if "serving" in record and not report["problems"]:
+        served = verify_once(folder, device, record, record["serving"]["reference"], trust=True)
+        report["problems"] = [f"served: {problem}" for problem in served["problems"]]
+        report["served"] = served
     return report
 
 

@@ -151,6 +151,9 @@ def route_budget_arguments(subcommand: argparse.ArgumentParser) -> None:
         "--drop-at", type=whole_number, metavar="D", help="layer before which tokens leave (the router's; 2 for fastv)"
     )
     budget.add_argument("--calibration", metavar="FILE", help="images with questions, for the rule shortgpt")
+    budget.add_argument(
+        "--tell-question", action="store_true", help="tell a question-aware serving router the question"
+    )
 
 
 def budget_arguments(subcommand: argparse.ArgumentParser, description: str) -> Any:

@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
         quality=options.quality,
         rule=options.rule,
         drop_at=options.drop_at,
+        tell_question=options.tell_question,
     )
     done = evaluate(
         options.folders,

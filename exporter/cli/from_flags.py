@@ -110,6 +110,7 @@ def router_from_flags(options: argparse.Namespace) -> RouterRecipe:
     """Return the router that the flags of `route` spell out."""
     names = ("steps", "candidates", "drop_at", "read_at", "learning_rate", "seed", "batch_size")
     spelled = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    spelled |= {name: True for name in ("serve", "question_aware") if getattr(options, name)}
     spelled["calibration"] = {"samples": ROUTER_SAMPLES} | calibration_from_flags(options)
     extra = name_value_pairs(options.loss_option, "--loss-option")
     if options.loss or extra:

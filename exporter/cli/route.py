@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..methods import LOSSES
 from ..recipe import ROUTER_SAMPLES, RouterRecipe
@@ -18,6 +19,14 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument("model", metavar="MODEL", help="folder or hub id, with all its layers or fewer")
     subcommand.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     calibration_arguments(subcommand, required=True, samples=ROUTER_SAMPLES)
+    subcommand.add_argument(
+        "--serve",
+        action="store_true",
+        help="train a serving router in its place: tokens leave between projector and decoder, as engines run it",
+    )
+    subcommand.add_argument(
+        "--question-aware", action="store_true", help="let a serving router read the question where it is told it"
+    )
     subcommand.add_argument("--steps", type=positive_count, metavar="N", help=f"training steps ({RouterRecipe.steps})")
     subcommand.add_argument(
         "--candidates",
@@ -54,15 +63,24 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from the last saved step.") from None
     record = read_record(folder)
-    router_part = record.router
+    router_part = record.serving if router.serve else record.router
     assert router_part is not None
-    data = record.to_data()["router"]
+    data = record.to_data()["serving" if router.serve else "router"]
     write_json(options, {"path": str(folder), **{k: data[k] for k in data if k != "reference"}})
     replaced = f"; {options.model} had one, which stays behind" if router_part.replaces_another else ""
     print(
-        f"trained a router of {router_part.parameters:,} parameters on {router_part.questions} questions in "
-        f"{router_part.seconds:.0f} s, {router_part.held_out} held out{replaced}"
+        f"trained a {'serving router' if router.serve else 'router'} of {router_part.parameters:,} parameters on "
+        f"{router_part.questions} questions in {router_part.seconds:.0f} s, {router_part.held_out} held out{replaced}"
     )
     probes = {k: v for step in router_part.curve for k, v in step.items() if k.startswith("KL")}
     print("\n".join(f"  {name}: {value:.4f}" for name, value in probes.items()))
+    if router.serve:
+        print(f"  weights of step {data['step']}, by held-out questions; of those, the presets keep:")
+        print("\n".join(f"  {preset_line(row)}" for row in data["measured"]))
     print(f"verified in a clean process. Checkpoint: {folder}, card: {folder / 'README.md'}")
+
+
+def preset_line(row: dict[str, Any]) -> str:
+    """Return what a preset of a serving router keeps of held-out questions, as a line of the summary."""
+    told = ", told the question" if row["told_the_question"] else ""
+    return f"{row['preset']}{told}: {100 * row['answers_kept']:.1f} % of the answers, KL {row['kl']:.4f}"

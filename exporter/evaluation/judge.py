@@ -162,7 +162,8 @@ class Judge:
         loaded, samples = self.loaded, [self.task.samples[i] for i in indices]
         batch = make_batch(samples, loaded.processor, loaded.model.config).to(loaded.model.device)
         route = loaded.route(batch)
-        answers = greedy_answers(loaded.model, batch.inputs, self.max_new_tokens, route=route)
+        serving = loaded.serving_arguments(batch)
+        answers = greedy_answers(loaded.model, batch.inputs, self.max_new_tokens, route=route, **serving)
         texts = loaded.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         metric, ends = METRICS[self.task.metric], end_ids(loaded.model)
         entries = [

@@ -24,8 +24,10 @@ from ..probe.stack import logits_of
 from ..recipe import DEFAULT_SAMPLES, RunOptions
 from ..routing.cost import Flops, few_prompts, flops_of
 from ..routing.folder import load_routed
-from ..routing.requests import BudgetRequest
+from ..routing.requests import TOLD, BudgetRequest
 from ..routing.rules import block_influences, make_route
+from ..routing.serving.folder import has_serving_router, load_served
+from ..routing.serving.questions import question_ids
 
 
 @dataclass
@@ -49,15 +51,28 @@ class Loaded:
 
     def route(self, batch: Batch) -> Route | None:
         """Return the route of questions, None for the model as it is."""
-        if self.request is None:
+        if self.request is None or self.request.serving is not None:
             return None
         return make_route(
             self.model, batch, self.request.budget, self.request.rule, seed=self.seed, influence=self.influence
         )
 
+    def serving_arguments(self, batch: Batch) -> dict[str, Any]:
+        """Return what `generate` and `forward` take beside a batch of questions for a serving router; {} else."""
+        if self.request is None or self.request.serving is None:
+            return {}
+        serving: dict[str, Any] = {"keep_visual_tokens": self.request.budget.keep_visual_tokens}
+        if self.request.serving == TOLD:
+            serving["question_ids"] = question_ids(batch.samples, self.processor)
+        return serving
+
     def answer_logits(self, answered_batch: AnsweredBatch, route: Route | None) -> Tensor:
         """Return logits where answer tokens are predicted, [N, vocabulary]; `route` is that of the questions."""
         with torch.inference_mode():
+            if serving := self.serving_arguments(answered_batch.batch):
+                served = self.model(**answered_batch.batch.inputs, use_cache=False, **serving)
+                served_logits: Tensor = served.logits[answered_batch.predicts]
+                return served_logits
             if route is None:
                 return logits_of(self.model, self.answer_states(answered_batch))
             last = answered_batch.predicts.shape[1] - route.keep.shape[1] + 1  # the prompt's last token and the answer
@@ -88,7 +103,7 @@ def load(
     task: Task | None = None,
     calibration: str | None = None,
 ) -> Loaded:
-    """Return the stock model; the routed one if it is asked to run under a budget."""
+    """Return the stock model; the routed one if it is serving to run under a budget."""
     device = pick_device(options.device)
     source = open_source(path)
     dtype = compute_dtype(options.dtype, source.config, device)
@@ -97,7 +112,8 @@ def load(
         check_prompt(task.samples, processor, source.config)
     if not any(requests):
         return Loaded(path, source, load_model(source, device, dtype, options.memory)[0], processor)
-    model = load_routed(source, device, dtype, options.memory)
+    open_model = load_served if has_serving_router(source) else load_routed
+    model = open_model(source, device, dtype, options.memory)
     loaded = Loaded(path, source, model, processor)
     if task is not None:
         loaded.prompts = few_prompts(task.samples, processor, model.config)

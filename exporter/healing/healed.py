@@ -103,7 +103,7 @@ def prepare_healing(
     """
     require_peft()
     source, original = open_source(plain), open_source(teacher)
-    if "router" in source.raw_config:
+    if any(name in source.raw_config for name in ("router", "serving_router")):
         raise InputError(
             f"{plain} has a router, which was trained for its weights as they are: heal the checkpoint without it, and "
             "train a router for the result (lvlm-exporter route)."

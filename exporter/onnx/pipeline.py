@@ -147,6 +147,11 @@ def prepare(model: str, options: ExportOptions) -> ExportJob:
             f"{source.name} has a router, and routed graphs are written for the types of a table only: export the "
             "checkpoint that the router was trained on."
         )
+    if "serving_router" in source.raw_config:
+        raise InputError(
+            f"{source.name} has a serving router, of which no graphs are written yet: export the checkpoint that it "
+            "was trained for."
+        )
     cache = GROWING if layout is not None else cache_of(support, dtype, options.device)
     route = read_settings(source.config, source.name, cache) if "router" in source.raw_config else None
     return ExportJob(

@@ -102,7 +102,7 @@ def prepare_search(recipe: SearchRecipe, options: RunOptions, progress: Progress
     """Open and check everything, the cheap things first. Raises: InputError for whatever is wrong with it."""
     compression = Recipe(recipe.model, recipe.calibration, LayerBudget(drop_layers=0), seed=recipe.seed)
     job = prepare_compression(compression, options, progress)
-    if "router" in job.source.raw_config:
+    if any(name in job.source.raw_config for name in ("router", "serving_router")):
         raise InputError(f"{recipe.model} has a router, which was trained for its layers: search from the one without.")
     if job.device == "auto":
         raise InputError("what runs on several devices is not timed: name one with --device.")

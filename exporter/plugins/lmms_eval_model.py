@@ -107,7 +107,9 @@ class LvlmExporter(lmms):
         loaded = self.loaded
         batch = make_batch(questions, loaded.processor, loaded.model.config).to(loaded.model.device)
         longest = settings.get("max_new_tokens") or DEFAULT_ANSWER_TOKENS
-        tokens = greedy_answers(loaded.model, batch.inputs, longest, route=loaded.route(batch))
+        tokens = greedy_answers(
+            loaded.model, batch.inputs, longest, route=loaded.route(batch), **loaded.serving_arguments(batch)
+        )
         texts = loaded.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         until = settings.get("until") or []
         return [

@@ -99,6 +99,8 @@ def flops_of(model: Any, prompts: Sequence[Batch], request: BudgetRequest | None
     for batch in prompts:
         if request is None:
             options: dict[str, Any] = {"preset": "off"}
+        elif request.serving is not None:
+            options = {"keep_visual_tokens": request.budget.keep_visual_tokens}
         elif request.natural:
             options = {name: value for name, value in vars(request.budget).items() if value is not None}
         else:

@@ -150,16 +150,17 @@ def set_default(folder: Path | str, preset: str) -> None:
     """
     folder = Path(folder)
     raw = _config_of(folder)
-    router = raw.get("router")
+    entry, part = ("serving_router", "serving") if "serving_router" in raw else ("router", "router")
+    router = raw.get(entry)
     if not isinstance(router, dict) or not isinstance(router.get("presets"), dict):
         raise InputError(f"{folder} has no router, and therefore no presets.")
     if preset not in {"off", *router["presets"]}:
         names = ", ".join(["off", *router["presets"]])
         raise InputError(f"preset {preset!r} is not known: {folder} has {names}.")
     before = router.get("default", "off")
-    text = _as_json({**raw, "router": {**router, "default": preset}})
+    text = _as_json({**raw, entry: {**router, "default": preset}})
     record = _record_of(folder)
-    routed_record = record.get("router")
+    routed_record = record.get(part)
     if isinstance(routed_record, dict):
         if isinstance(reference := routed_record.get("reference"), dict):
             reference.setdefault("preset", before)  # under which the recorded answer was given

@@ -6,11 +6,13 @@ Shapes: B sequences, S tokens of a pass.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ..cards.figures import describe
 from ..checkpoints.router_entry import read_settings
+from ..checkpoints.serving_entry import read_serving_settings
 from ..checkpoints.source import Source
 from ..errors import InputError
 from ..modeling.routed_route import Budget, RouterSettings
@@ -28,13 +30,15 @@ class BudgetRequest:
     budget: Budget
     rule: Rule = ROUTER
     preset: str | None = None  # by whose name the budget was asked for
+    serving: str | None = None  # "serving router", or "serving router, told the question"; None: it is no serving one
 
     def __str__(self) -> str:
         return describe(self.to_data())
 
     def to_data(self) -> dict[str, Any]:
         """Return the request as it stands in JSON and in compression.json."""
-        who = {"rule": str(Rule(self.rule.tokens, self.rule.layers)), "drop_at": self.rule.drop_at}
+        rule = self.serving or str(Rule(self.rule.tokens, self.rule.layers))
+        who = {"rule": rule, "drop_at": self.rule.drop_at}
         counts = {"keep_visual_tokens": self.budget.keep_visual_tokens, "keep_layers": self.budget.keep_layers}
         outcome = {name: value for name in OUTCOMES if (value := getattr(self.budget, name)) is not None}
         return {"preset": self.preset, **counts, **outcome, **who}
@@ -42,7 +46,7 @@ class BudgetRequest:
     @property
     def natural(self) -> bool:
         """Return whether the model itself chooses the route when it is given the budget."""
-        return self.rule == ROUTER
+        return self.rule == ROUTER and self.serving is None
 
     def parts(self) -> Rule:
         """Return the rule without what the budget has no use for: FastV alone where all layers run."""
@@ -62,6 +66,7 @@ class BudgetGrid:
     quality: tuple[float, ...] = ()
     rule: str = "router"
     drop_at: int | None = None
+    tell_question: bool = False  # to a serving router
 
     @property
     def any(self) -> bool:
@@ -76,6 +81,8 @@ class BudgetGrid:
                     f"--rule {self.rule} chooses under a budget: give --keep-visual-tokens or --keep-layers."
                 )
             return [None]
+        if is_for_serving_router(source, self):
+            return list(serving_requests(source, self))
         settings = router_settings(source, rule)
         budgets = [
             Budget(*pair) for pair in itertools.product(self.keep_visual_tokens or (None,), self.keep_layers or (None,))
@@ -110,3 +117,51 @@ def router_settings(source: Source, rule: Rule = ROUTER) -> RouterSettings:
             )
         source.config.router = default_settings(source.config)
     return read_settings(source.config, source.name)
+
+
+# --- a serving router -------------------------------------------------------------------------------------------------
+
+SERVING = "serving router"
+TOLD = "serving router, told the question"
+
+
+def is_for_serving_router(source: Source, grid: BudgetGrid) -> bool:
+    """Tell whether a folder has a serving router. Raises InputError where one is asked for and there is none."""
+    if "serving_router" in source.raw_config:
+        return True
+    if presets := [name for name in grid.presets if name.startswith("serve-")]:
+        raise InputError(
+            f"{source.name} has no serving router, so that it has no preset {presets[0]!r}: train one with "
+            "`lvlm-exporter route --serve`."
+        )
+    if grid.tell_question:
+        raise InputError(f"{source.name} has no serving router to tell the question (--tell-question): leave it out.")
+    return False
+
+
+def serving_requests(source: Source, grid: BudgetGrid) -> Iterator[BudgetRequest | None]:
+    """Yield the requests to a folder with a serving router, checked. Raises InputError."""
+    settings = read_serving_settings(source.config, source.name)
+    for name in ("keep_layers", "flops", "quality", "drop_at"):
+        if (value := getattr(grid, name)) not in (None, ()):
+            number = value[0] if isinstance(value, tuple) else value
+            raise InputError(
+                f"{source.name} has a serving router, which keeps a number of visual tokens and all layers: "
+                f"--{name.replace('_', '-')} {number} is for other routers; give --preset or --keep-visual-tokens."
+            )
+    if grid.rule != "router":
+        raise InputError(f"--rule {grid.rule} chooses inside the decoder, and {source.name} has a serving router.")
+    if grid.tell_question and not settings.question_aware:
+        raise InputError(
+            f"{source.name}: its serving router was trained without questions: leave --tell-question out, or train it "
+            "with `route --serve --question-aware`."
+        )
+    who = TOLD if grid.tell_question else SERVING
+    try:
+        for count in grid.keep_visual_tokens:
+            yield BudgetRequest(Budget(settings.budget(keep_visual_tokens=count)), serving=who)
+        for name in grid.presets:
+            share = settings.budget(name)
+            yield None if share is None else BudgetRequest(Budget(share), preset=name, serving=who)
+    except ValueError as error:
+        raise InputError(f"{source.name}: {error}") from error

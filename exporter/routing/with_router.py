@@ -56,6 +56,7 @@ def with_router(
     record = read_record(plain).to_data()
     state_file = out.absolute().parent / f".{out.name}.training"
     trained = train_job(job, state_file, progress)
+    record.pop("serving", None)  # a serving router stays behind: a folder has one of the two
     record["recipe"]["router"] = {**router.to_data(), "calibration": data.to_data()}
     settings = with_budgets(job.settings, trained.budgets)
     record["router"] = describe_router(job, settings, trained, time.monotonic() - begin)

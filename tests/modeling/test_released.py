@@ -10,6 +10,7 @@ from exporter.checkpoints.own_types import OWN_TYPES
 from exporter.modeling import released
 from exporter.modeling.released import COMING, HERE, RELEASED, is_released, sha256_of, shipped_files, with_present_files
 from exporter.routing.folder import MODELING_FILES
+from exporter.routing.serving.folder import SERVING_FILES
 
 
 @pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.name)
@@ -53,10 +54,12 @@ def test_the_main_file_names_all_its_siblings():
     """transformers 4 copies only what the main file itself imports, and then fails at a file that is not there."""
     main = (HERE / MODELING_FILES[0]).read_text()
     own = {f"{module}.py" for own in OWN_TYPES.values() for module in (own.module, *own.siblings, own.routed_module)}
-    assert {path.name for path in shipped_files()} == {*MODELING_FILES, *own}
+    assert {path.name for path in shipped_files()} == {*MODELING_FILES, *SERVING_FILES, *own}
     for own_type in OWN_TYPES.values():
         text = (HERE / f"{own_type.module}.py").read_text()
         assert all(f"\nfrom .{module} import" in text for module in own_type.siblings)
         routed = (HERE / f"{own_type.routed_module}.py").read_text()
         assert all(f"\nfrom .{module} import" in routed for module in (own_type.module, "modeling_routed"))
     assert all(f"\nfrom .{name.removesuffix('.py')} import" in main for name in MODELING_FILES[1:])
+    served = (HERE / SERVING_FILES[0]).read_text()
+    assert all(f"\nfrom .{name.removesuffix('.py')} import" in served for name in SERVING_FILES[1:])
