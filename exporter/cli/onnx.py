@@ -23,14 +23,15 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     )
     subcommand.add_argument(
         "--layout",
-        metavar="transformers.js",
-        help="write the folder that transformers.js opens, for browsers and Node (that of our own runner)",
+        metavar="NAME",
+        help="write the folder that a client opens: transformers.js, for browsers and Node, or genai, for "
+        "onnxruntime-genai (that of our own runner)",
     )
     subcommand.add_argument(
         "--quantize",
         metavar="int8",
         help="store the decoder's weights as integers: int8 or int4; for transformers.js, precisions to write beside "
-        "fp32: fp16, q8, q4, q4f16, with commas between them, or all",
+        "fp32: fp16, q8, q4, q4f16, with commas between them, or all; for genai, one of them in its place",
     )
     subcommand.add_argument("--opset", type=positive_count, metavar="N", help="version of ONNX's operator set (20)")
     subcommand.add_argument(

@@ -8,8 +8,14 @@ from ..cards.card_file import write_card
 from ..cards.licence import licence_sentence
 from ..cards.model_card import budget_name, hub_metadata, ratio_cell, shown_name, template
 from .layouts.client_files import takes_picture_first
-from .manifest import read_manifest
+from .manifest import OnnxRecord, read_manifest
 from .report import differences_table
+from .runtime.client import LAYOUT as TRANSFORMERS_JS
+from .runtime.genai import LAYOUT as GENAI
+
+TEMPLATES = {None: "onnx.md.jinja", TRANSFORMERS_JS: "transformers-js.md.jinja", GENAI: "genai.md.jinja"}
+# What the hub shows a folder as, by layout: the library that opens it, and further tags.
+LIBRARIES = {None: ("onnx", ()), TRANSFORMERS_JS: (TRANSFORMERS_JS, ("onnx",)), GENAI: ("onnx", ("onnxruntime-genai",))}
 
 
 def card(folder: Path, name: str | None = None) -> Path:
@@ -22,7 +28,7 @@ def card(folder: Path, name: str | None = None) -> Path:
     manifest = read_manifest(folder, whole=False)
     name = name or shown_name(folder)
     source = manifest.data["source"]
-    text = template("onnx.md.jinja" if manifest.layout is None else "transformers-js.md.jinja").render(
+    text = template(TEMPLATES[manifest.layout]).render(
         manifest.to_data(),
         title=name,
         base=source["base_model"] or Path(source["name"]).name,
@@ -33,16 +39,22 @@ def card(folder: Path, name: str | None = None) -> Path:
         budget_name=budget_name,
         ratio=ratio_cell,
         routed=manifest.router is not None,
-        picture_first=manifest.layout is not None and takes_picture_first(manifest.model_type),
-        dtypes=["fp32", *(manifest.precisions or {})],
+        picture_first=manifest.layout == TRANSFORMERS_JS and takes_picture_first(manifest.model_type),
+        dtypes=dtypes(manifest),
     )
     tags = ["lvlm-exporter", "onnxruntime", *([manifest.quantize] if manifest.quantize else [])]
-    library = "onnx" if manifest.layout is None else manifest.layout
+    library, further = LIBRARIES[manifest.layout]
     metadata = hub_metadata(
         source,
         name,
         library=library,
-        tags=[*tags, *(["onnx"] if manifest.layout else [])],
+        tags=[*tags, *further],
         relation="quantized" if manifest.quantize or manifest.layout else "finetune",
     )
     return write_card(folder, metadata, text)
+
+
+def dtypes(manifest: OnnxRecord) -> list[str]:
+    """Return the precisions that a folder has: in the layout genai one, in that of transformers.js several."""
+    names = list(manifest.precisions or {})
+    return names if names and manifest.layout == GENAI else ["fp32", *names]

@@ -17,6 +17,7 @@ from ..checkpoints.record import replace_json
 from ..checkpoints.record_types import (
     ComparisonPart,
     InnerPath,
+    OnnxClientPart,
     OnnxRouterPart,
     OnnxSourcePart,
     OnnxVersions,
@@ -35,6 +36,7 @@ from .runtime import folder as runner
 from .runtime.client import LAYOUT as TRANSFORMERS_JS
 from .runtime.client import SUFFIXES
 from .runtime.folder import FORMAT, MANIFEST
+from .runtime.genai import LAYOUT as GENAI
 from .support import GROWING, SQUARE, Support, cache_kind, support_of
 
 __all__ = [
@@ -77,8 +79,9 @@ class OnnxRecord:
     versions: OnnxVersions
     validation: ComparisonPart
     quantized: Annotated[ComparisonPart | None, OR_MISSING] = None
-    layout: Annotated[Annotated[str, one_of(TRANSFORMERS_JS)] | None, OR_MISSING] = None
+    layout: Annotated[Annotated[str, one_of(TRANSFORMERS_JS, GENAI)] | None, OR_MISSING] = None
     precisions: Annotated[dict[Annotated[str, one_of(*SUFFIXES)], ComparisonPart] | None, OR_MISSING] = None
+    client: Annotated[OnnxClientPart | None, OR_MISSING] = None
     router: Annotated[OnnxRouterPart | None, OR_MISSING] = None
     benchmarks: tuple[OnnxBenchmark, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata=named(None))

@@ -26,7 +26,7 @@ from .card import card
 from .graphs.graph import check_exporter, check_opset
 from .graphs.quantize import check_quantize, quantize
 from .graphs.router import describe_router, load_router, read_settings, write_routed
-from .layouts import transformers_js
+from .layouts import genai, transformers_js
 from .manifest import describe, write_manifest
 from .rows import GROWING, SQUARE, Support, cache_of
 from .runtime.folder import check_provider
@@ -37,7 +37,7 @@ from .validation import validate
 DEFAULT_OPSET = 20
 DTYPES = ("float32", "float16")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LAYOUTS = {transformers_js.NAME: transformers_js}
+LAYOUTS = {layout.NAME: layout for layout in (transformers_js, genai)}
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class ExportOptions:
 
     device: str = "cpu"
     dtype: str = "auto"  # float32 on the CPU, float16 on CUDA
-    quantize: str | None = None  # int8, int4; in the layout transformers.js its names, with commas between them
+    quantize: str | None = None  # int8, int4; fp16 and others in a client's layout, in transformers.js several
     opset: int | None = None
-    layout: str | None = None  # transformers.js; None: that of our own runner
+    layout: str | None = None  # transformers.js, genai; None: that of our own runner
     calibration: str | None = None  # questions to validate on, beside those that every export is validated on
     samples: int = 8
     trust_remote_code: bool = False  # run Python of the checkpoint to verify it, where it is none that we shipped

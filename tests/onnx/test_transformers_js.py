@@ -314,7 +314,7 @@ def test_types_that_the_client_can_not_open_are_refused(family, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "genai"}, r"layout 'genai' is not known: transformers\.js"),
+        ({"layout": "web"}, r"layout 'web' is not known: transformers\.js, genai"),
         ({"quantize": "q3"}, r"quantize 'q3' is not known in the layout transformers\.js: fp32, fp16, q8, q4, q4f16"),
         ({"dtype": "float16"}, r"name precisions with --quantize, as in --quantize fp16,q4"),
     ],

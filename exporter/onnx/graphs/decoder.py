@@ -38,15 +38,16 @@ Present = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 class Embeddings(nn.Module):
     """Token ids to what enters the decoder; features stand where the image tokens are, in order.
 
-    Where features are added after layers, too, each set of them is a hidden size more behind the embedding, 0 at text.
+    Where features are added after layers, too, each set of them is a hidden size more behind the embedding, 0 at text;
+    so are the marks that say which tokens are features, where they are wanted.
     """
 
-    def __init__(self, model: Any, extra_features: int = 0) -> None:
+    def __init__(self, model: Any, extra_features: int = 0, marks: int = 0) -> None:
         super().__init__()
         self.embed = model.get_input_embeddings()
         self.image_token_id = visual_token_ids(model.config)[0]
-        self.hidden_size = model.config.get_text_config().hidden_size * (1 + extra_features)
-        self.extra_features = extra_features
+        self.hidden_size = model.config.get_text_config().hidden_size * (1 + extra_features) + marks
+        self.extra_features = extra_features + marks
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> dict[str, Tensor]:
         """Embed token ids [B, S] with image features [F, D] at their places: [B, S, D]."""

@@ -65,10 +65,13 @@ class OwnGrids(nn.Module):
     def forward(self, pixel_values: Tensor, **host_inputs: Tensor) -> dict[str, Tensor]:
         """Compute [R, K, pixels of a patch] and what the host says of the patches -> [F, D]."""
         rows, columns = pixel_values.shape[:2]
-        pixels = pixel_values.flatten(0, 1)
+        return self.encoded(pixel_values.flatten(0, 1), (rows, columns), host_inputs)
+
+    def encoded(self, pixels: Tensor, grid_size: tuple[Any, Any], host_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute [P, pixels of a patch] of a grid of so many rows and columns -> [F, D]."""
         for _ in range(self.form.dims - pixels.ndim):
             pixels = pixels[None]
-        grid: dict[str, Any] = {self.form.grid: Numbers([[1, rows, columns]])}
+        grid: dict[str, Any] = {self.form.grid: Numbers([[1, *grid_size]])}
         if self.form.merges:
             grid[self.form.merges] = Numbers([self.form.merge])
         known = {"cu_seqlens": torch.zeros(2, dtype=torch.int32), "max_seqlen": 1, "max_window_seqlen": 1}

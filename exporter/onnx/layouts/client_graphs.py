@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..graphs.decoder import Embeddings, GrowingDecoder, GrowingStep, Samples
+from ..graphs.encoded import OwnGrids
 from ..graphs.vision import Dynamic, Patches, RealTiles, Sized, Tiles, check_line_ends, named
 from ..support import SQUARE, Support
 
@@ -143,11 +144,8 @@ class GridPatches(Patches):
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Compute [P, C * pixels of a patch], [1, 3] one frame, rows and columns of patches -> [F, D]."""
-        merge = self.config.vision_config.spatial_merge_size
-        patch = torch.arange(pixel_values.shape[0])
-        block, inner, columns = patch // merge**2, patch % merge**2, image_grid_thw[0, 2]
-        row = block // (columns // merge) * merge + inner // merge
-        column = block % (columns // merge) * merge + inner % merge
+        merge, columns = self.config.vision_config.spatial_merge_size, image_grid_thw[0, 2]
+        row, column = grid_places(pixel_values.shape[0], columns, merge)
         window = merge * self.window(merge)
         number = row // window * columns + column // window if window else torch.zeros_like(row)
         return super().forward(pixel_values, torch.stack([row, column], -1), number)
@@ -168,6 +166,66 @@ class GridPatches(Patches):
         return {"pixel_values": super().dynamic()["pixel_values"], "image_grid_thw": {}}
 
 
+class GridPictures(OwnGrids):
+    """A tower that asks where patches lie and how position embeddings are resampled: answered from rows and columns."""
+
+    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Compute [P, pixels of a patch], [1, 3] one frame, rows and columns of patches -> [F, D]."""
+        count = pixel_values.shape[0]
+        host_inputs = grid_answers(self.form.host_inputs(), count, image_grid_thw[0, 1], image_grid_thw[0, 2])
+        return self.encoded(pixel_values, (count, 1), host_inputs)  # of the sizes, their product is asked for
+
+    def samples(self) -> dict[str, Tensor]:
+        rows, columns = 3 * self.form.merge, 5 * self.form.merge
+        return {
+            "pixel_values": torch.rand(rows * columns, *self.form.tile),
+            "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        }
+
+    def dynamic(self) -> Dynamic:
+        return {"pixel_values": {0: self.form.merge**2 * torch.export.Dim("features", min=2)}, "image_grid_thw": {}}
+
+
+def grid_answers(functions: dict[str, dict[str, Any]], count: Any, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """Return what functions of `runtime/grids.py` say of P patches, in rows and columns [] that a graph is given."""
+    answers: dict[str, Tensor] = {}
+    for name, settings in functions.items():
+        row, column = grid_places(count, columns, settings["merge"])
+        if name == "position_ids":
+            time = [torch.zeros_like(row)] if settings["with_time"] else []
+            answers["position_ids"] = torch.stack([*time, row, column], -1)
+        else:
+            row_taps, row_weights = taps(row, rows, settings)
+            column_taps, column_weights = taps(column, columns, settings)
+            indices = row_taps[:, :, None] * settings["side"] + column_taps[:, None]
+            answers["interp_indices"] = indices.flatten(1)
+            answers["interp_weights"] = (row_weights[:, :, None] * column_weights[:, None]).flatten(1)
+    return answers
+
+
+def grid_places(count: Any, columns: Tensor, merge: int) -> tuple[Tensor, Tensor]:
+    """Return row and column of each of P patches, those of a square of `merge` a side together: [P] each."""
+    patch = torch.arange(count)
+    block, inner = patch // merge**2, patch % merge**2
+    row = block // (columns // merge) * merge + inner // merge
+    return row, block % (columns // merge) * merge + inner % merge
+
+
+def taps(index: Tensor, size: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return which entries of a table's axis positions [P] on one of `size` are made of, and their weights: [P, 2]."""
+    side = settings["side"]
+    if settings["align_corners"]:
+        source = index.float() * (side - 1) / (size - 1).clamp(min=1)
+    else:
+        source = (index + 0.5) * side / size - 0.5
+    floor, offsets = source.floor(), torch.arange(2)
+    raw = floor.long()[:, None] + offsets
+    weights = 1 - ((source - floor)[:, None] - offsets).abs()
+    if settings["padding"] == "zeros":
+        weights = weights * ((raw >= 0) & (raw < side))
+    return raw.clamp(0, side - 1), weights
+
+
 def rename_inputs(program: Any, model_type: str) -> None:
     """Call a graph's inputs as the client does. (transformers' exporter makes more inputs of one named grid_thw.)"""
     if model_type == "qwen2_vl":
@@ -175,12 +233,14 @@ def rename_inputs(program: Any, model_type: str) -> None:
             value.name = value.name.removeprefix("image_")
 
 
-def client_vision(model: Any, support: Support) -> Tiles:
+def client_vision(model: Any, support: Support) -> Any:
     """Return the module that turns what the client's processor gives into features."""
     if support.kind == SQUARE:
         check_line_ends(model)
     if support.kind == "patches":
         return GridPatches(model).eval()
+    if support.pictures is not None:
+        return GridPictures(model, support.pictures).eval()
     if support.kind == "tiles" and support.blocks == MARKED:
         return Marked(model).eval()
     return {"tiles": Tiles, "real_tiles": SplitTiles, "sized": Sized, SQUARE: Square}[support.kind](model).eval()

@@ -5,7 +5,7 @@
     tokens = model.generate(**processor(images=image, text=text, return_tensors="np"), max_new_tokens=64)
 
 Files: `prepare` turns what a processor gives into what the graphs take; `model` runs them; `client` runs the layout of
-transformers.js; `sampling` picks tokens.
+transformers.js and `genai` that of onnxruntime-genai; `sampling` picks tokens.
 """
 
 from .client import graph_files

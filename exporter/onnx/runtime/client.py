@@ -29,12 +29,16 @@ class ClientModel(OnnxModel):
     def __init__(
         self, folder: Path, manifest: dict[str, Any], device: str, threads: int | None = None, precision: str = "fp32"
     ) -> None:
-        self.paths = dict(zip(FILES, graph_files(folder, precision), strict=True))
+        self.paths = self.graphs(folder, precision)
         super().__init__(folder, manifest, device, threads)
         half = any(value.type == "tensor(float16)" for value in self.decoder.get_inputs())
         self.dtype = np.float16 if half else np.float32  # of the cache; everything else is float32
         width = next(value.shape[-1] for value in self.decoder.get_inputs() if value.name == "inputs_embeds")
         self.no_features = self._value(np.zeros((0, width), np.float32))
+
+    def graphs(self, folder: Path, precision: str) -> dict[str, Path]:
+        """Return the files of a precision, by the part of the model that each is."""
+        return dict(zip(FILES, graph_files(folder, precision), strict=True))
 
     def _open(self, name: str) -> Any:
         return open_session(self.paths[name], self.device, self.threads)
@@ -53,6 +57,9 @@ class ClientModel(OnnxModel):
             rows, columns = feed["patch_positions"].max(0) + 1
             grid = next(value.name for value in self.vision.get_inputs() if value.name.endswith("grid_thw"))
             return {"pixel_values": pixels, grid: np.array([[1, rows, columns]], np.int64)}
+        if self.manifest["vision"]["kind"] == "grids":
+            grid = np.array([[1, *pixels.shape[:2]]], np.int64)
+            return {"pixel_values": pixels.reshape(-1, *pixels.shape[2:]), "image_grid_thw": grid}
         return {"pixel_values": pixels[None] if self.manifest["vision"]["kind"] == "real_tiles" else pixels}
 
     def embed(self, ids: Array, features: Any) -> Any:
