@@ -59,17 +59,24 @@ class Group:
 
 
 _group: Group | None = None
+_alone = False  # in what the first process computes while the others wait, it is the only one
 _silent = False  # another process says why the run has ended
+_unmet = False  # nobody else can say it: the others were not met
+
+
+def _shared() -> Group | None:
+    """Return the processes that share what is computed now."""
+    return None if _alone else _group
 
 
 def rank() -> int:
     """Return the number of this process; the first one, 0, writes and prints."""
-    return 0 if _group is None else _group.rank
+    return 0 if (group := _shared()) is None else group.rank
 
 
 def world() -> int:
     """Return how many processes there are."""
-    return 1 if _group is None else _group.world
+    return 1 if (group := _shared()) is None else group.world
 
 
 def is_first() -> bool:
@@ -77,8 +84,10 @@ def is_first() -> bool:
 
 
 def is_silent() -> bool:
-    """Tell whether another process says why the run has ended: the first, as long as they have not met."""
-    return _silent or (_group is None and launched() > 1 and os.environ["RANK"] != "0")
+    """Tell whether another process says why the run has ended: the first on this machine, before they have met."""
+    if _group is None and launched() > 1:
+        return not _unmet and os.environ.get("LOCAL_RANK", "0") != "0"
+    return _silent
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------
@@ -86,12 +95,12 @@ def is_silent() -> bool:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """Return the items that this process takes."""
-    return items if _group is None else items[_group.rank :: _group.world]
+    return items[rank() :: world()] if world() > 1 else items
 
 
 def gathered(items: Iterable[T]) -> list[T]:
     """Return what all processes have made of their shares, in the order of the whole."""
-    if _group is None:
+    if _shared() is None:
         return list(items)
     rounds = itertools.zip_longest(*_of_all(list(items)), fillvalue=MISSING)
     return [item for some in rounds for item in some if item is not MISSING]
@@ -99,7 +108,7 @@ def gathered(items: Iterable[T]) -> list[T]:
 
 def in_order(items: Iterable[T]) -> Iterator[T]:
     """Yield the same one by one, as they are made: at most one of each process is held."""
-    if _group is None:
+    if _shared() is None:
         yield from items
         return
     mine = iter(items)
@@ -107,7 +116,7 @@ def in_order(items: Iterable[T]) -> Iterator[T]:
         item = next(mine, MISSING)
         there = [some for some in _of_all([] if item is MISSING else [item]) if some]
         yield from itertools.chain.from_iterable(there)
-        if len(there) < _group.world:
+        if len(there) < world():
             # Shares differ by one at most; and what makes the items comes to its end.
             assert next(mine, MISSING) is MISSING
             return
@@ -115,12 +124,12 @@ def in_order(items: Iterable[T]) -> Iterator[T]:
 
 def total(number: int) -> int:
     """Return the sum of a whole number over all processes."""
-    return number if _group is None else sum(_of_all(number))
+    return number if _shared() is None else sum(_of_all(number))
 
 
 def summed(tensor: Tensor) -> Tensor:
     """Add a tensor up over all processes, in place, in no certain order. Only the first one has the sum."""
-    if _group is not None:
+    if _shared() is not None:
         from torch import distributed
 
         _together(lambda: distributed.reduce(tensor, dst=0))
@@ -128,15 +137,22 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """Return what the first process computes; the others wait for it, and compute nothing.
+    """Return what the first process computes as if it were the only one; the others wait for it, and compute nothing.
 
     Tensors among it are to be on the CPU.
     """
-    if _group is None:
+    global _alone
+    if _shared() is None:
         return compute()
     from torch import distributed
 
-    values: list[Any] = [compute() if _group.rank == 0 else None]
+    values: list[Any] = [None]
+    if is_first():
+        _alone = True
+        try:
+            values = [compute()]
+        finally:
+            _alone = False
     _together(lambda: distributed.broadcast_object_list(values, src=0))
     result: T = values[0]
     return result
@@ -144,7 +160,7 @@ def from_first(compute: Callable[[], T]) -> T:
 
 def same(parts: Mapping[str, object]) -> None:
     """Raise InputError where processes differ in what they are to do, by name."""
-    if _group is None:
+    if _shared() is None:
         return
     digests = {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
     everyone = _of_all(digests)
@@ -158,7 +174,7 @@ def same(parts: Mapping[str, object]) -> None:
 
 def own_gpu(count: int) -> int:
     """Return the number of the GPU that this process takes of so many on its machine. Raises InputError."""
-    local = 0 if _group is None else _group.local_rank
+    local = 0 if (group := _shared()) is None else group.local_rank
     if local >= count:
         raise InputError(
             f"process {local} of this machine finds {count} GPUs, and each takes one: start {count} processes, or give "
@@ -212,8 +228,8 @@ def joined(what: str, shared: Collection[str], words: Sequence[str]) -> Iterator
             same({"the command line": list(words), **_surroundings()})
             yield
     except BaseException as error:
-        _silent = not _said_first(_group, error)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that has seen another one end
+        _silent = not _said_first(_group, error)
         raise
     _leave()
 
@@ -241,6 +257,7 @@ def _surroundings() -> dict[str, object]:
 
 
 def _met() -> Group:
+    global _unmet
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
@@ -250,6 +267,7 @@ def _met() -> Group:
         places: list[Any] = [None] * world_size
         distributed.all_gather_object(places, (socket.gethostname(), os.getpid()))
     except (RuntimeError, ValueError, OSError) as error:
+        _unmet = True
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
@@ -265,6 +283,7 @@ def _hush(stack: contextlib.ExitStack) -> None:
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")
+    stack.callback(logging.disable, logging.root.manager.disable)
     logging.disable(logging.ERROR)
 
 
@@ -285,7 +304,7 @@ def _together(call: Callable[[], object]) -> None:
         latest = time.monotonic() + LAST_WORDS_S
         while time.monotonic() < latest:
             if (reason := _reason_in(_group)) is not None:
-                raise reason from error
+                raise reason from (reason.__cause__ or error)
             if lost := _ended(_group):
                 raise _lost(lost) from error
             time.sleep(0.05)
@@ -317,6 +336,8 @@ def _said_first(group: Group, error: BaseException) -> bool:
     """Leave the reason of an end to the others; tell whether this process is the first that ends, and says why."""
     kinds = (("input", InputError), ("check", CheckFailed), ("interrupted", KeyboardInterrupt))
     kind = next((name for name, types in kinds if isinstance(error, types)), "lost")
+    if kind == "input" and isinstance(error.__cause__, OSError):
+        kind = "system"  # what is finished is kept then (compression/stages.py)
     try:
         if group.store.add(FAILED, 1) > 1:
             return False
@@ -327,7 +348,8 @@ def _said_first(group: Group, error: BaseException) -> bool:
 
 
 def _reason_in(group: Group) -> BaseException | None:
-    """Return why another process has ended, where it has said so."""
+    """Return why another process has ended, where it has said so: this one is silent then."""
+    global _silent
     try:
         if not group.store.check([REASON]):
             return None
@@ -336,7 +358,11 @@ def _reason_in(group: Group) -> BaseException | None:
         return None
     known: dict[str, type[BaseException]] = {
         "input": InputError,
+        "system": InputError,
         "check": CheckFailed,
         "interrupted": KeyboardInterrupt,
     }
-    return known[kind](message) if kind in known else _lost([number])
+    reason = known[kind](message) if kind in known else _lost([number])
+    reason.__cause__ = OSError(message) if kind == "system" else None
+    _silent = True  # at once: a launcher's signal may raise the reason again before `joined` gets to it
+    return reason

@@ -54,7 +54,8 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    check_report(options)
+    if ranks.is_first():
+        check_report(options)
     run = run_options_from_flags(options)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.metrics.task import Measure

@@ -12,10 +12,13 @@ import torch
 import yaml
 from fixtures.checkpoints import without_verification
 from fixtures.processes import command, compressions
+from torch.distributed import HashStore
 
+from exporter import ranks
 from exporter.checkpoints.source import open_source
 from exporter.cli import main
 from exporter.compression import steps
+from exporter.errors import InputError
 from exporter.fold.moments import ExactSum, MomentSums, bounds_of
 from exporter.models.loading import PartSizes
 from exporter.pipeline import compress
@@ -202,13 +205,62 @@ def test_processes_with_different_recipes_are_refused(jobs, tmp_path):
     "words", [["verify", "small"], ["heal", "small", "--teacher", "t", "--calibration", "c", "--out", "x"]]
 )
 def test_what_several_processes_can_not_share_is_refused_by_the_first(words, monkeypatch, capsys):
-    for rank in ("0", "1"):
-        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
-            monkeypatch.setenv(name, value)
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    for rank, local_rank in (("0", "0"), ("1", "1"), ("1", "0"), ("1", None)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local_rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert main(words) == 2
         said = capsys.readouterr().err
-        assert ("runs in one process, and 2 were started" in said) == (rank == "0")
-        assert rank == "0" or not said
+        assert ("runs in one process, and 2 were started" in said) == (local_rank != "1"), "the first of each machine"
+        assert local_rank != "1" or not said
+
+
+def test_without_a_place_to_meet_a_process_is_alone(monkeypatch):
+    """Schedulers and notebooks set some of what a launcher sets."""
+    for name in ranks.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "3"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+        assert ranks.launched() == 1
+    with ranks.joined("verify", ["compress"], []):
+        assert ranks.world() == 1 and not ranks.is_silent()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert ranks.launched() == 8
+
+
+def test_what_the_first_process_computes_for_all_is_whole(monkeypatch):
+    """As in a dry run, which looks at all images; the others wait, and answer nothing that is asked of them."""
+    group = ranks.Group(rank=0, world=2, local_rank=0, store=None)
+    monkeypatch.setattr(ranks, "_group", group)
+    monkeypatch.setattr(ranks, "_together", lambda call: None)
+
+    def compute() -> list[int]:
+        assert ranks.world() == 1 and ranks.total(3) == 3
+        return ranks.gathered(ranks.share([1, 2, 3]))
+
+    assert ranks.from_first(compute) == [1, 2, 3]
+    with pytest.raises(ZeroDivisionError):
+        ranks.from_first(lambda: 1 // 0)
+    assert ranks.world() == 2 and list(ranks.share([1, 2, 3])) == [1, 3]
+
+
+@pytest.mark.parametrize("cause", [None, OSError("full")])
+def test_the_others_learn_whether_an_input_or_the_system_has_failed(cause, monkeypatch):
+    """What is finished is kept where a disk is full, also where that was another process's (compression/stages.py)."""
+    store = HashStore()
+    groups = [ranks.Group(rank=rank, world=2, local_rank=rank, store=store) for rank in range(2)]
+    error = InputError("no room")
+    error.__cause__ = cause
+    monkeypatch.setattr(ranks, "_silent", False)
+    monkeypatch.setattr(ranks, "_group", groups[1])
+    assert ranks._said_first(groups[1], error) and not ranks._said_first(groups[0], error)
+    monkeypatch.setattr(ranks, "_group", groups[0])
+    with pytest.raises(InputError, match="no room") as met:
+        ranks.interrupted()
+    assert isinstance(met.value.__cause__, OSError) == (cause is not None) and ranks.is_silent()
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
