@@ -263,6 +263,8 @@ def _written(job: CompressionJob, out: Path, stages: Stages, changes: Changes) -
     plan, folded, record = changes.plan, changes.folded, changes.record
     if broken := breaks_period(job.source.config, plan.keep):
         logger.warning("%s: %s", out.name, broken)
+    if fell_back := record["fold"].get("fell_back"):
+        logger.warning("%s: %s; more calibration questions give more tokens", out.name, fell_back)
     with staged(out) as stage:
         kept = sum(piece.entry.num_bytes for shard in kept_pieces(job.source, plan, folded) for piece in shard)
         with counting_bytes(progress, "write", kept) as advance:

@@ -110,7 +110,7 @@ def body(record: CheckpointRecord, name: str) -> str:
     row = fold_row(fold["name"])
     fold["title"], fold["link"] = row.title, row.link
     fold["places"] = _places(fold["tensors"])
-    fold["sure"] = sureness(record.fold)
+    fold["sure"], fold["fell_back"] = sureness(record.fold), record.fold.fell_back
     rendered: str = template("compressed.md.jinja").render(
         data,
         evaluations=[e for e in data["evaluations"] if not e.get("budget")],

@@ -45,6 +45,7 @@ class FoldPart:
     held_out: Annotated[JudgedPart | None, OR_MISSING] = None  # None: it was not chosen by held-out questions
     without: Annotated[JudgedPart | None, OR_MISSING] = None
     runner_up: RunnerUp | None = None
+    fell_back: Text = ""  # what tokens were too few for
 
 
 @dataclass(frozen=True)

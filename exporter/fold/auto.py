@@ -60,6 +60,8 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
         if folded or name == "none":  # one that had to do nothing is no candidate
             variants[name] = Variant(job.plan, folded)
             notes[name] = inner.report
+        elif "fell_back" in inner.report:
+            job.report["fell_back"] = f"{name} was no candidate: {inner.report['fell_back']}"
     judged, first = judge_candidates(held_out, variants)
     name = winner(judged)
     job.report.update(_report(name, judged, first, notes))
@@ -100,6 +102,7 @@ def _report(
     name: str, judged: dict[str, Divergence], first: dict[str, Divergence], notes: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Return what the record says of the choice."""
+    fell_back = {"fell_back": notes[name]["fell_back"]} if "fell_back" in notes[name] else {}
     others = sorted(
         (other for other in judged if other != name), key=lambda other: _rank(judged[other], judged["none"])
     )
@@ -114,6 +117,7 @@ def _report(
         "held_out": judged[name].to_data(),
         "without": {**judged["none"].compared_with(judged[name]), **judged["none"].to_data()},
         "runner_up": runner_up,
+        **fell_back,
         "candidates": {other: {**(judged.get(other) or first[other]).to_data(), **notes[other]} for other in first},
     }
 

@@ -8,7 +8,8 @@ import math
 
 import pytest
 import torch
-from fixtures.checkpoints import QUESTIONS
+import yaml
+from fixtures.checkpoints import QUESTIONS, without_verification
 from PIL import Image
 from tiny_models import random_image
 
@@ -17,14 +18,16 @@ from exporter.compression.steps import fold_gaps, fold_job, localize
 from exporter.data.batches import make_batches
 from exporter.data.pictures import pictures_of, split_by_picture
 from exporter.data.samples import Sample
+from exporter.fold import reconstruction
 from exporter.fold.held_out import HeldOut
-from exporter.fold.reconstruction import fold_reconstruction
+from exporter.fold.reconstruction import TOKENS_PER_INPUT, fold_reconstruction
 from exporter.methods import FOLDS, Fold
 from exporter.models.divergence import Divergence, StateErrors, most_faithful, simplest
 from exporter.models.loading import text_decoder
 from exporter.models.variants import Variant
+from exporter.pipeline import compress
 from exporter.plan import LayerBudget, make_plan
-from exporter.recipe import CalibrationData, Recipe, RunOptions
+from exporter.recipe import CalibrationData, Recipe, RunOptions, load_recipe
 from exporter.routing.training.loop import parted
 
 
@@ -170,9 +173,29 @@ def test_with_too_few_tokens_the_refit_falls_back_and_says_so(tiny, many):
     folded = fold_reconstruction(dataclasses.replace(made, batches=lambda share: questions.batches("f", number=1)))
     tokens = made.report["tokens"]
     assert made.report["inputs"] == width
-    assert ("fell_back" in made.report) == (tokens < width)
-    if tokens < width:
+    assert ("fell_back" in made.report) == (tokens < TOKENS_PER_INPUT * width)
+    if "fell_back" in made.report:
         assert len({name for _, name in folded}) <= 1
+
+
+@pytest.mark.parametrize("fold", [{"name": "reconstruction", "ridge": None}])
+def test_a_fold_that_had_too_few_tokens_is_told_of_in_print_and_in_the_card(
+    fold, tiny, many, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(reconstruction, "TOKENS_PER_INPUT", 1e9)
+    calibration = {"data": str(many), "samples": 8, "answer_tokens": 1}
+    recipe = {"model": str(tiny("llava")), "calibration": calibration, "drop_layers": 1, "protect": [], "fold": fold}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"localizer": "angular"}))
+    with without_verification():
+        folder = compress(load_recipe(path), tmp_path / "small")
+    record = json.loads((folder / "compression.json").read_text())
+    assert record["recipe"]["fold"] == fold
+    (told,) = [line.getMessage() for line in caplog.records if "too few to refit" in line.getMessage()]
+    assert told == f"small: {record['fold']['fell_back']}; more calibration questions give more tokens"
+    card = (folder / "README.md").read_text()
+    assert f"The fold had few tokens to read: {record['fold']['fell_back']}." in card
+    assert ("Nothing was folded into the remaining layers." in card) == (not record["fold"]["tensors"])
 
 
 def test_answers_are_read_with_their_questions(tiny, many):
