@@ -226,8 +226,9 @@ class ServingRouter(nn.Module):
         self.carry = Block(width, heads)
         self.carry_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden_size)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        for begins_at_nothing in (self.head[-1], self.up):  # rows at equal distances, as they are
+            nn.init.zeros_(begins_at_nothing.weight)
+            nn.init.zeros_(begins_at_nothing.bias)
 
     def forward(
         self,

@@ -55,6 +55,7 @@ def make(family: str, plain: Path, folder: Path) -> Case:
     torch.manual_seed(1)
     router = ServingRouter(config.get_text_config().hidden_size, ServingSettings.of(config))
     torch.nn.init.normal_(router.up.weight, std=0.2)
+    torch.nn.init.normal_(router.head[-1].weight)
     add_serving_router(folder, entry, router.state_dict())
     stock = AutoModelForImageTextToText.from_pretrained(folder).eval()
     model = served(type(stock)).from_pretrained(folder).eval()

@@ -35,10 +35,11 @@ ENTRY = {"bottleneck": 16, "num_heads": 2}
 
 @pytest.fixture(scope="module")
 def router() -> ServingRouter:
-    """A router whose correction is not zero any more."""
+    """A router whose scores and correction are not zero any more."""
     torch.manual_seed(0)
     router = ServingRouter(D, SETTINGS).eval()
     torch.nn.init.normal_(router.up.weight)
+    torch.nn.init.normal_(router.head[-1].weight)
     return router
 
 
@@ -159,7 +160,7 @@ def test_what_stays_is_what_forward_gives(router: ServingRouter, features: torch
 def test_an_untrained_router_adds_nothing_and_a_trained_one_nothing_where_all_stay(features: torch.Tensor) -> None:
     fresh = ServingRouter(D, SETTINGS)
     rows, index = select(fresh, features, 0.5)
-    assert torch.equal(rows, features[index])
+    assert torch.equal(rows, features[index]) and index.tolist() == list(range(0, N, 2))
     torch.nn.init.normal_(fresh.up.weight)
     assert compact(fresh, features, 1.0) is features
     assert not torch.equal(compact(fresh, features, 0.5), rows)

@@ -44,6 +44,7 @@ def opened(folder, questions, number=3):
     source = open_source(str(folder))
     model = servable(load_model(source, "cpu", torch.float32)[0], serving_settings(source.config, question_aware=True))
     torch.nn.init.normal_(model.serving_router.up.weight, std=0.2)
+    torch.nn.init.normal_(model.serving_router.head[-1].weight)
     samples = load_calibration(str(questions), samples=number).samples
     teacher = Teacher(model, load_processor(source.folder), samples)
     teacher.answer_all(silent, batch_size=4, answer_tokens=4)

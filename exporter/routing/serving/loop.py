@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ from ..training.loop import PROBED, SAVE_EVERY, Training, parted
 from ..training.relaxation import gated_attention
 from .learner import ServingBatch, ServingLearner
 
-LEAST, MOST = 0.1, 0.9  # shares of the rows that stay, drawn log-uniformly between them
+LEAST, MOST = 0.2, 0.9  # shares of the rows that stay, drawn uniformly: low ones have the largest loss as it is
 NOISE = 0.5  # of Gumbel noise on the scores that choose
 POWER = 0.5  # of importances, as in `importance_loss`
 TOLD = 0.5  # of the steps of a question-aware router are told the questions
 JUDGED_AT = (0.5, 0.25)  # shares by which steps are compared
+SMALLEST = 1e-6  # divergence that is told from none
 
 
 @dataclass
@@ -98,6 +100,9 @@ def train_serving_router(
     first = state.load(state_file)
     with gated_attention(model) as attention:
         learner = ServingLearner(teacher, router, attention, aware)
+        if held_out and not first:  # what training has to be better than
+            figures = judged(learner, held_out[:PROBED], training.batch_size)
+            best.see(router, 0, overall(figures))
         for step in progress(range(first, training.steps), "train serving router", training.steps - first):
             chosen = questions_of_step(trained_on, sizes, step=step, batch_size=training.batch_size, seed=training.seed)
             loss = loss_of_step(learner, chosen, seed=training.seed * 1_000_003 + step)
@@ -110,7 +115,7 @@ def train_serving_router(
             if held_out and (step + 1) % max(1, training.steps // 10) == 0:
                 figures = judged(learner, held_out[:PROBED], training.batch_size)
                 state.curve[-1] |= figures
-                best.see(router, step + 1, sum(figures.values()) / len(figures))
+                best.see(router, step + 1, overall(figures))
             if state_file is not None and (step + 1) % SAVE_EVERY == 0:
                 state.save(state_file, step + 1)
         if not best.weights:
@@ -131,9 +136,9 @@ def train_serving_router(
 def loss_of_step(learner: ServingLearner, indices: Sequence[int], seed: int) -> Tensor:
     """Compute the loss of some questions: divergence under drawn shares, and the ranking of rows."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(len(indices)).uniform_(math.log(LEAST), math.log(MOST), generator=generator)
+    shares = torch.empty(len(indices)).uniform_(LEAST, MOST, generator=generator).tolist()
     told = learner.question_aware and float(torch.rand(1, generator=generator)) < TOLD
-    batch = learner.training_batch(indices, shares=drawn.exp().tolist(), noise=NOISE, told=told, generator=generator)
+    batch = learner.training_batch(indices, shares=shares, noise=NOISE, told=told, generator=generator)
     return batch.kl.mean() + ranking(batch, generator)
 
 
@@ -159,6 +164,11 @@ def judged(learner: ServingLearner, indices: Sequence[int], batch_size: int) -> 
         for share in JUDGED_AT
         for told in ways
     }
+
+
+def overall(figures: Mapping[str, float]) -> float:
+    """Return what steps are compared by: a geometric mean, so that the least budget does not outweigh the others."""
+    return statistics.geometric_mean(max(value, SMALLEST) for value in figures.values())
 
 
 def measure_presets(
