@@ -24,7 +24,8 @@ What the caller gets. `generate` returns the caller's own prompt and the new tok
 that `output[:, inputs["input_ids"].shape[1]:]` is the answer; `max_length` counts that prompt too. `forward` returns
 logits of the caller's length, zero at placeholders whose rows left; hidden states, attentions and the cache are those
 of the shorter prompt, which `output.served` lays out. A cache knows its layout, and further passes take attention masks
-and ids of the caller's length.
+and ids of the caller's length, as stopping criteria and logits processors of the caller's do. A streamer and
+`prefix_allowed_tokens_fn` are given the shorter prompt.
 
 Shapes: B sequences, S tokens of the caller's prompt, W of the shorter one, N rows of a picture, D hidden size.
 """
@@ -42,8 +43,8 @@ from torch import Tensor
 
 from .routed_api import STOCK_CLASSES, cache_in, cache_name, cache_of, unsupported, with_cache_as
 from .routed_types import register_hub_names
-from .served_file import router_file, save_router
-from .served_layout import Layout, question_rows
+from .served_file import name_class, router_file, save_router
+from .served_layout import Layout, in_callers_ids, layout_in, question_rows
 from .served_pictures import check_copies, split_rows, stacked
 from .served_places import picture_coordinates, served_positions  # all siblings: older loaders copy what is named here
 from .served_router import (
@@ -138,6 +139,10 @@ class ServedModel:
                 "inputs_embeds alone do not tell which tokens are of a picture: pass input_ids in place of them, or "
                 "preset='off'."
             )
+        if named.get("inputs_embeds") is not None:
+            raise ValueError(
+                "under a budget a prompt is input_ids alone: leave inputs_embeds out, or pass preset='off'."
+            )
         if named.get("pixel_values_videos") is not None or (named.get("mm_encoder_outputs") or {}).get("video"):
             raise ValueError("a serving router keeps tokens of pictures, not of videos: pass preset='off' for a video.")
         if mask is not None and mask.ndim != 2:
@@ -207,7 +212,7 @@ class ServedModel:
         if GENERATING.get() is self:
             return self._stock.forward(self, **named)
         cache = cache_in(named)
-        if (layout := getattr(cache, "served", None)) is not None:
+        if (layout := layout_in(cache)) is not None:
             return self._stock.forward(self, **self._later_pass(named, layout, preset))
         budget = self._budget(preset, keep_visual_tokens)
         if budget is not None and cache is not None and cache.get_seq_length():
@@ -246,7 +251,12 @@ class ServedModel:
         visible = torch.cat(
             [layout.visible, layout.visible.new_ones(len(tokens), past + tokens.shape[1] - layout.width)], 1
         )
-        if mask is not None and mask.ndim == 2 and mask.shape[1] >= layout.length:
+        if mask is not None:
+            if mask.shape[1:] != (length := layout.length + past + tokens.shape[1] - layout.width,):
+                raise ValueError(
+                    f"attention_mask is {list(mask.shape)}: behind this cache it has to tell of all {length} tokens, "
+                    "the whole prompt's among them; or leave it out."
+                )
             visible = layout.narrowed(mask, 0).to(visible.device).bool()
         positions = served_positions(visible, self.axes())[..., -tokens.shape[1] :]
         return {
@@ -263,6 +273,7 @@ class ServedModel:
         if hasattr(self.model, "rope_deltas"):
             self.model.rope_deltas = torch.zeros(number, 1, dtype=torch.long, device=self.device)
 
+    @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as `GenerationMixin.generate` does, on a shorter prompt; outputs have its layout as `.served`."""
         kwargs = with_cache_as(cache_name(self._stock.forward), kwargs)
@@ -270,8 +281,7 @@ class ServedModel:
         budget = self._budget(serving["preset"], serving["keep_visual_tokens"])
         ids: Any = kwargs.get("input_ids") if inputs is None else inputs
         cache = cache_in(kwargs)
-        layout = getattr(cache, "served", None)
-        if layout is not None:
+        if (layout := layout_in(cache)) is not None:
             shorter = self._continued(ids, kwargs, layout, serving["preset"])
         elif cache is not None and cache.get_seq_length():
             refuse_late_pictures(kwargs, budget)
@@ -285,10 +295,13 @@ class ServedModel:
             return self._generate(inputs, *args, **kwargs)
         kwargs, layout = shorter
         settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
-        for name in ("max_length", "min_length"):  # they count the caller's prompt
-            if (limit := kwargs.get(name) or getattr(settings, name, None)) is not None and limit > 0:
+        for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            counts_new = kwargs.get(new) or getattr(settings, new, None)  # which goes before a count of the whole
+            limit = kwargs.get(name) or (None if counts_new else getattr(settings, name, None))
+            if limit is not None and limit > 0:  # it counts the caller's prompt
                 kwargs[name] = max(limit - layout.length + layout.width, 0)
         check_copies(kwargs, settings)
+        args = in_callers_ids(args, kwargs, ids, layout)
         return self._as_asked(self._generate(None, *args, **kwargs), ids, layout, cache)
 
     def _generate(self, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -309,11 +322,13 @@ class ServedModel:
         self, ids: Tensor, kwargs: dict[str, Any], layout: Layout, preset: str | None
     ) -> tuple[dict[str, Any], Layout]:
         """Return the arguments of a generation that goes on with the cache of a shorter prompt, and the layout."""
+        if ids is None:
+            raise ValueError("a generation goes on with a cache by input_ids, from the first token on: pass them.")
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        later = self._later_pass(
-            {**kwargs, "input_ids": ids[:, layout.length :], "attention_mask": mask}, layout, preset
-        )
+        layout = layout.repeated(len(ids) // len(layout.columns))
+        seen = layout.length + int(cache_in(kwargs).get_seq_length()) - layout.width
+        later = self._later_pass({**kwargs, "input_ids": ids[:, seen:], "attention_mask": mask}, layout, preset)
         later["input_ids"] = layout.narrowed(ids, self._padding_id())
         del later["position_ids"]
         return later, layout
@@ -365,6 +380,10 @@ class ServedModel:
         if is_main_process:
             save_router(self.serving_router.state_dict(), save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if (
+            is_main_process
+        ):  # the folder is the plain model's to whoever does not run this file: engines go by this name
+            name_class(self._stock.__name__, save_directory)
 
 
 SERVING_ARGUMENTS = {

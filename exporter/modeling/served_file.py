@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -35,3 +36,12 @@ def save_router(weights: dict[str, Tensor], folder: Any) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in weights.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def name_class(name: str, folder: Any) -> None:
+    """Write the class of transformers into a folder's config.json, in place of ours."""
+    path = os.path.join(folder, "config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps({**config, "architectures": [name]}, indent=2, sort_keys=True) + "\n")

@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens of the caller's prompt, W of the shorter one, T of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,45 @@ class Layout:
     def repeated(self, times: int) -> Layout:
         """Return the layout of a batch in which each sequence stands several times in a row."""
         return self if times == 1 else Layout(self.columns.repeat_interleave(times, 0), self.length)
+
+
+def layout_in(cache: Any) -> Layout | None:
+    """Return the layout of the shorter prompt that a cache holds; None where it holds none, or was reset."""
+    layout: Layout | None = getattr(cache, "served", None)
+    if layout is not None and not cache.get_seq_length():
+        cache.served = layout = None
+    return layout
+
+
+def in_callers_ids(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor, layout: Layout) -> tuple[Any, ...]:
+    """Give the caller's own logits processors and stopping criteria the ids that the caller knows.
+
+    Args:
+        args: of `generate`, from its second on; `named`: by name, changed here.
+        ids: [B, T] that the caller gave, of which the first S are now W.
+    """
+    width, positional = layout.width + ids.shape[1] - layout.length, list(args)
+
+    def whole(tokens: Tensor) -> Tensor:
+        prompt = ids.to(tokens.device).repeat_interleave(len(tokens) // len(ids), 0)
+        return torch.cat([prompt, tokens[:, width:]], 1)
+
+    def processor(given: Any) -> Any:
+        return lambda tokens, scores: given(whole(tokens), scores)
+
+    def criterion(given: Any) -> Any:
+        return lambda tokens, scores, **more: given(whole(tokens), scores, **more)
+
+    for place, name, wrapped in ((1, "logits_processor", processor), (2, "stopping_criteria", criterion)):
+        given = positional[place] if len(positional) > place else named.get(name)
+        if given is None:
+            continue
+        kept = type(given)([wrapped(one) for one in given])
+        if len(positional) > place:
+            positional[place] = kept
+        else:
+            named[name] = kept
+    return tuple(positional)
 
 
 def question_rows(question_ids: Tensor | list[list[int]], embedding: torch.nn.Module, number: int) -> list[Tensor]:

@@ -274,6 +274,16 @@ class ServingRouter(nn.Module):
         changed: Tensor = self._here(features) + size * correction
         return changed.to(features.device, features.dtype)
 
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Move with the model, and stay in float32 where the model is cast: another engine chooses the same rows."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            there: Tensor = fn(tensor)
+            casts = there.is_floating_point() and there.dtype != torch.float32
+            return tensor.to(there.device, torch.float32) if casts else there
+
+        return super()._apply(moved, *args, **kwargs)
+
     def _here(self, tensor: Tensor) -> Tensor:
         weight = self.down.weight
         here: Tensor = tensor.to(weight.device, weight.dtype)

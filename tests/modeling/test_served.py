@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import conversation, inputs, random_image
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+)
 
 from exporter.clean_room import encode, load_processor
 from exporter.modeling.modeling_served import served, served_name
@@ -221,6 +229,50 @@ def test_lengths_count_the_callers_prompt(llava):
     assert output.shape[1] == length + 2
 
 
+def test_a_cache_that_was_reset_takes_another_picture(llava):
+    cache = StaticCache(config=llava.model.config, max_cache_len=200)
+    for seed in (0, 1):
+        prompt = llava.prompt(seed)
+        expected = llava.model.generate(**prompt, **GREEDY, **FAST)
+        assert torch.equal(llava.model.generate(**prompt, **GREEDY, **FAST, past_key_values=cache), expected)
+        cache.reset()
+    assert torch.equal(
+        llava.model.generate(**prompt, **GREEDY, past_key_values=cache), llava.stock.generate(**prompt, **GREEDY)
+    )
+
+
+def test_criteria_and_processors_are_given_the_callers_ids(llava):
+    prompt, seen = llava.prompt(), []
+    ids, length = prompt.pop("input_ids"), prompt["attention_mask"].shape[1]
+
+    class Watching(LogitsProcessor):
+        def __call__(self, tokens, scores):
+            seen.append(tokens)
+            return scores
+
+    class Stopping(StoppingCriteria):
+        def __call__(self, tokens, scores, **kwargs):
+            return torch.full((len(tokens),), tokens.shape[1] == length + 2)
+
+    kinds = {"logits_processor": LogitsProcessorList([Watching()]), "stopping_criteria": [Stopping()]}
+    output = llava.model.generate(ids, **prompt, **kinds, **GREEDY, **FAST)
+    assert output.shape[1] == length + 2 and [tokens.shape[1] for tokens in seen] == [length, length + 1]
+    assert all(torch.equal(tokens[:, :length], ids) for tokens in seen)
+    llava.model.generate(ids, None, LogitsProcessorList([Watching()]), **prompt, max_new_tokens=1, num_beams=2, **FAST)
+    assert torch.equal(seen[-1], ids.repeat(2, 1))
+
+
+def test_a_model_that_drafts_changes_no_answer_and_no_gradient_is_kept(llava):
+    prompt = llava.prompt()
+    expected = llava.model.generate(**prompt, **GREEDY, **FAST)
+    assert torch.equal(llava.model.generate(**prompt, **GREEDY, **FAST, assistant_model=llava.stock), expected)
+    seen = []
+    hook = llava.model.model.vision_tower.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    llava.model.generate(**prompt, **GREEDY, **FAST)
+    hook.remove()
+    assert seen == [False]
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +283,9 @@ def test_a_folder_runs_by_its_own_files_and_is_plain_without_them(case, tmp_path
     assert type(model).__name__ == served_name(case.family) and "transformers_modules" in type(model).__module__
     assert torch.equal(model.generate(**prompt, **GREEDY), expected)
     model.save_pretrained(tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").architectures == [
+        type(case.stock).__name__
+    ]  # as engines go by
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
     assert torch.equal(saved.generate(**prompt, **GREEDY, **FAST), expected)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
@@ -240,7 +295,8 @@ def test_a_folder_runs_by_its_own_files_and_is_plain_without_them(case, tmp_path
 def test_the_router_stays_in_float32(llava):
     model = served(type(llava.stock)).from_pretrained(llava.folder, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert {p.dtype for p in model.serving_router.parameters()} == {torch.float32}
+    for cast in (model, model.half(), model.to(torch.bfloat16)):
+        assert {p.dtype for p in cast.serving_router.parameters()} == {torch.float32}
 
 
 def test_a_budget_is_set_for_all_calls(llava):
@@ -273,6 +329,8 @@ def test_what_cannot_be_made_shorter_is_refused(llava):
     embeds = llava.embedding(prompt["input_ids"])
     with pytest.raises(ValueError, match="inputs_embeds alone do not tell which tokens are of a picture"):
         llava.model(inputs_embeds=embeds, **FAST)
+    with pytest.raises(ValueError, match="under a budget a prompt is input_ids alone: leave inputs_embeds out"):
+        llava.model.generate(**prompt, inputs_embeds=embeds, **FAST)
     with pytest.raises(ValueError, match="keeps tokens of pictures, not of videos"):
         llava.model(**prompt, pixel_values_videos=torch.zeros(1), **FAST)
     with pytest.raises(ValueError, match="there are no pixel_values for them"):
@@ -294,6 +352,10 @@ def test_a_cache_of_a_shorter_prompt_takes_no_picture_and_no_other_budget(llava)
     token = torch.tensor([[5]])
     with pytest.raises(ValueError, match="this cache holds a shorter prompt: begin with a new cache"):
         llava.model(input_ids=token, cache=cache, preset="off")
+    with pytest.raises(
+        ValueError, match=r"attention_mask is \[1, 1\]: behind this cache it has to tell of all \d+ tokens"
+    ):
+        llava.model(input_ids=token, cache=cache, attention_mask=torch.ones(1, 1))
     with pytest.raises(ValueError, match="takes no further picture"):
         llava.model(input_ids=token, cache=cache, pixel_values=prompt["pixel_values"])
 
