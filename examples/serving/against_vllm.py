@@ -7,7 +7,8 @@ It makes an environment with the real vLLM for the CPU in build/serving (`enviro
 checkpoint of each type and the trained reference model, and asks both sides greedily in float32: transformers here,
 vLLM there, with files between them. Folders with a serving router are asked under budgets of all kinds, several
 pictures and none, mixed in one batch, and all of it again, which vLLM then has in its caches; and what has to be
-refused is asked for. Exit code 1: an answer differs, or something was answered that had to be refused.
+refused is asked for. Exit code 1: an answer differs (those of CAUSAL have to differ), or something was answered that had
+to be refused.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ BUDGETS: tuple[dict[str, Any], ...] = (
     {"preset": "serve-balanced"},
 )
 COUNTS = (1, 2, 1, 0)  # of pictures, three questions each in turn
+CAUSAL = ("paligemma",)  # both ways in transformers, causal on vLLM's CPU: answers differ
 START = {"hf_overrides": {"serving_router": {"default": "serve-fast"}}}
 
 
@@ -104,6 +106,8 @@ class Row:
         number = len(self.questions)
         if "start" in self.vllm or self.answered():
             return False
+        if self.name in CAUSAL:  # once it holds, the document need not say so
+            return self.equal(0, "prompt") == number > self.equal(0, "tokens")
         rounds = 2 if self.kind == "served" else 1
         return all(self.equal(i, "tokens") == number for i in range(rounds))
 
