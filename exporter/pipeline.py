@@ -265,6 +265,8 @@ def _written(job: CompressionJob, out: Path, stages: Stages, changes: Changes) -
         logger.warning("%s: %s", out.name, broken)
     if fell_back := record["fold"].get("fell_back"):
         logger.warning("%s: %s; more calibration questions give more tokens", out.name, fell_back)
+    if any(name in job.source.raw_config for name in ("router", "serving_router")):
+        logger.warning("%s: its router stays behind, since it was trained for this model as it is", job.source.name)
     with staged(out) as stage:
         kept = sum(piece.entry.num_bytes for shard in kept_pieces(job.source, plan, folded) for piece in shard)
         with counting_bytes(progress, "write", kept) as advance:

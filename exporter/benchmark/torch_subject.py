@@ -194,10 +194,12 @@ def clone_that_shares_weights(model: Any) -> Any:
 def budget_of(model: Any, request: GenerateKwargs | None, path: str) -> GenerateKwargs | None:
     """Return the budget that a model is timed under. Raises InputError for one that it can't run under."""
     if not is_routed(model):
-        if request not in (None, {"preset": "off"}) and getattr(model.config, "serving_router", None) is not None:
+        entry = getattr(model.config, "serving_router", None)
+        default = {"preset": entry.get("default", "off") if isinstance(entry, dict) else "off"}
+        if entry is not None and (default if request is None else request) != {"preset": "off"}:
             raise InputError(
-                f"{path} has a serving router, which is timed where it serves, in an engine: time it here without a "
-                "budget, as the plain model."
+                f"{path} has a serving router, which is timed where it serves, in an engine: time it here as the plain "
+                "model, with --preset off."
             )
         return None
     from ..modeling.routed_route import Budget, RouterSettings

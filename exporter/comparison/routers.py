@@ -75,6 +75,11 @@ def _check_rows(tables: RouteTables, sources: Mapping[str, Source]) -> None:
     """Raise InputError for a row that can't run under a budget, or that measures layers without questions."""
     for row in tables.rows:
         source = sources[row.folder or tables.model]
+        if "serving_router" in source.raw_config and row.folder is not None:
+            raise InputError(
+                f"row '{row.name}': {source.name} has a serving router, which chooses before the decoder, and rows are "
+                "compared at equal FLOPs inside it: `lvlm-exporter evaluate --preset` measures it."
+            )
         settings = router_settings(source, row.parsed())
         for budget in tables.budgets:
             try:

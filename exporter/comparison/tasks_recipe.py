@@ -104,6 +104,11 @@ def _lines(lines: Any, title: Any) -> list[Line]:
 
 def _router(router: Any, shared: Mapping[str, Any], name: str) -> RouterRecipe:
     read = router_from_data(router)
+    if read.serve:
+        raise InputError(
+            f"routers: '{name}' is a serving router, which chooses before the decoder, and rows are compared at equal "
+            "FLOPs inside it: train it with `lvlm-exporter route --serve`, measure it with `evaluate --preset`."
+        )
     if read.calibration is None:
         if "calibration" not in shared:
             raise InputError(f"routers: '{name}' is trained on questions about images: add calibration: FILE.")

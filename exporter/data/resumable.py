@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoints.source import Source
 from ..errors import InputError
 from ..modeling.modeling_routed import ROUTER_FILE
+from ..modeling.served_router import SERVING_ROUTER_FILE
 
 logger = logging.getLogger(__name__)
 Entry = dict[str, Any]
@@ -117,7 +118,8 @@ def files_key(source: Source) -> str:
     companions = [path for path in source.companions() if path.suffix in (".json", ".jinja", ".txt", ".model")]
     for path in [Path("config.json"), *companions]:
         digest.update(str(path).encode() + (source.folder / path).read_bytes())
-    for file in [*(shard.path for shard in source.weights.shards), source.folder / ROUTER_FILE]:
+    routers = [source.folder / name for name in (ROUTER_FILE, SERVING_ROUTER_FILE)]
+    for file in [*(shard.path for shard in source.weights.shards), *routers]:
         if file.exists():
             digest.update(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()

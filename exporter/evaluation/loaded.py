@@ -103,7 +103,7 @@ def load(
     task: Task | None = None,
     calibration: str | None = None,
 ) -> Loaded:
-    """Return the stock model; the routed one if it is serving to run under a budget."""
+    """Return the stock model; the one with its router if it is asked to run under a budget."""
     device = pick_device(options.device)
     source = open_source(path)
     dtype = compute_dtype(options.dtype, source.config, device)

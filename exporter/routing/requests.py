@@ -80,6 +80,11 @@ class BudgetGrid:
                 raise InputError(
                     f"--rule {self.rule} chooses under a budget: give --keep-visual-tokens or --keep-layers."
                 )
+            if self.tell_question:
+                raise InputError(
+                    "--tell-question tells a serving router the question, and without a budget none runs: give "
+                    "--preset or --keep-visual-tokens."
+                )
             return [None]
         if is_for_serving_router(source, self):
             return list(serving_requests(source, self))

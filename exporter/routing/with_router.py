@@ -161,7 +161,7 @@ def describe_router(job: RouterJob, settings: dict[str, Any], trained: Trained, 
         "fingerprint": job.questions.fingerprint,
         "curve": trained.curve,
         "seconds": round(seconds, 1),
-        "replaces_another": "router" in job.source.raw_config,
+        "replaces_another": any(name in job.source.raw_config for name in ("router", "serving_router")),
     }
 
 

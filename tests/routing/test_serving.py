@@ -248,6 +248,7 @@ def test_other_types_and_routed_folders_are_refused(tiny, questions, tmp_path):
     [
         (("--preset", "fast"), "preset 'fast' is not known: this serving router has off, serve-accurate"),
         (("--keep-visual-tokens", "0.5", "--keep-layers", "2"), "keeps a number of visual tokens and all layers"),
+        (("--tell-question",), "--tell-question tells a serving router the question, and without a budget none runs"),
         (("--flops", "0.5"), "--flops 0.5 is for other routers; give --preset or --keep-visual-tokens"),
         (("--preset", "serve-fast", "--rule", "fastv"), "--rule fastv chooses inside the decoder"),
     ],
