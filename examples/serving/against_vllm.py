@@ -7,8 +7,8 @@ It makes an environment with the real vLLM for the CPU in build/serving (`enviro
 checkpoint of each type and the trained reference model, and asks both sides greedily in float32: transformers here,
 vLLM there, with files between them. Folders with a serving router are asked under budgets of all kinds, several
 pictures and none, mixed in one batch, and all of it again, which vLLM then has in its caches; and what has to be
-refused is asked for. Exit code 1: an answer differs (those of CAUSAL have to differ), or something was answered that had
-to be refused.
+refused is asked for. Exit code 1: an answer differs (those of CAUSAL have to differ), or something was answered that
+had to be refused.
 """
 
 from __future__ import annotations
