@@ -24,8 +24,7 @@ What the caller gets. `generate` returns the caller's own prompt and the new tok
 that `output[:, inputs["input_ids"].shape[1]:]` is the answer; `max_length` counts that prompt too. `forward` returns
 logits of the caller's length, zero at placeholders whose rows left; hidden states, attentions and the cache are those
 of the shorter prompt, which `output.served` lays out. A cache knows its layout, and further passes take attention masks
-and ids of the caller's length, as stopping criteria and logits processors of the caller's do. A streamer and
-`prefix_allowed_tokens_fn` are given the shorter prompt.
+and ids of the caller's length, as criteria and processors of the caller's do.
 
 Shapes: B sequences, S tokens of the caller's prompt, W of the shorter one, N rows of a picture, D hidden size.
 """

@@ -221,12 +221,13 @@ class ServingRouter(nn.Module):
         self.kind = nn.Embedding(2, width)  # of the question, of the picture
         self.place = nn.Linear(4 * self.OCTAVES, width, bias=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(settings.depth))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        score = nn.Linear(width, 1)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), score)
         self.fate = nn.Embedding(2, width)  # leaves, stays
         self.carry = Block(width, heads)
         self.carry_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden_size)
-        for begins_at_nothing in (self.head[-1], self.up):  # rows at equal distances, as they are
+        for begins_at_nothing in (score, self.up):  # rows at equal distances, as they are
             nn.init.zeros_(begins_at_nothing.weight)
             nn.init.zeros_(begins_at_nothing.bias)
 
@@ -282,7 +283,7 @@ class ServingRouter(nn.Module):
             casts = there.is_floating_point() and there.dtype != torch.float32
             return tensor.to(there.device, torch.float32) if casts else there
 
-        return super()._apply(moved, *args, **kwargs)
+        return super()._apply(moved, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _here(self, tensor: Tensor) -> Tensor:
         weight = self.down.weight

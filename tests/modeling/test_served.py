@@ -245,12 +245,12 @@ def test_criteria_and_processors_are_given_the_callers_ids(llava):
     prompt, seen = llava.prompt(), []
     ids, length = prompt.pop("input_ids"), prompt["attention_mask"].shape[1]
 
-    class Watching(LogitsProcessor):
+    class Watching(LogitsProcessor):  # type: ignore[misc]
         def __call__(self, tokens, scores):
             seen.append(tokens)
             return scores
 
-    class Stopping(StoppingCriteria):
+    class Stopping(StoppingCriteria):  # type: ignore[misc]
         def __call__(self, tokens, scores, **kwargs):
             return torch.full((len(tokens),), tokens.shape[1] == length + 2)
 

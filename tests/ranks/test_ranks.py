@@ -12,7 +12,7 @@ import torch
 import yaml
 from fixtures.checkpoints import without_verification
 from fixtures.processes import command, compressions
-from torch.distributed import HashStore
+from torch import distributed
 
 from exporter import ranks
 from exporter.checkpoints.source import open_source
@@ -250,7 +250,7 @@ def test_what_the_first_process_computes_for_all_is_whole(monkeypatch):
 @pytest.mark.parametrize("cause", [None, OSError("full")])
 def test_the_others_learn_whether_an_input_or_the_system_has_failed(cause, monkeypatch):
     """What is finished is kept where a disk is full, also where that was another process's (compression/stages.py)."""
-    store = HashStore()
+    store = distributed.HashStore()  # type: ignore[attr-defined]
     groups = [ranks.Group(rank=rank, world=2, local_rank=rank, store=store) for rank in range(2)]
     error = InputError("no room")
     error.__cause__ = cause
