@@ -91,17 +91,17 @@ def in_callers_ids(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor, la
         prompt = ids.to(tokens.device).repeat_interleave(len(tokens) // len(ids), 0)
         return torch.cat([prompt, tokens[:, width:]], 1)
 
-    def processor(given: Any) -> Any:
-        return lambda tokens, scores: given(whole(tokens), scores)
+    def processor(inner: Any) -> Any:
+        return lambda tokens, scores: inner(whole(tokens), scores)
 
-    def criterion(given: Any) -> Any:
-        return lambda tokens, scores, **more: given(whole(tokens), scores, **more)
+    def criterion(inner: Any) -> Any:
+        return lambda tokens, scores, **more: inner(whole(tokens), scores, **more)
 
     for place, name, wrapped in ((1, "logits_processor", processor), (2, "stopping_criteria", criterion)):
-        given = positional[place] if len(positional) > place else named.get(name)
-        if given is None:
+        callers = positional[place] if len(positional) > place else named.get(name)
+        if callers is None:
             continue
-        kept = type(given)([wrapped(one) for one in given])
+        kept = type(callers)([wrapped(member) for member in callers])
         if len(positional) > place:
             positional[place] = kept
         else:

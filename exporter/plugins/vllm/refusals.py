@@ -65,7 +65,7 @@ def reason_for(model_config: Any, version: str) -> str:
     if getattr(model_config.hf_config, ENTRY, None) is None:
         return (
             f"{model_config.model} has no serving router, so that it would answer as the plain model: train one with "
-            "`lvlm-exporter route --serve`, or leave it out."
+            "`route --serve`, or leave it out."
         )
     if not is_known(version):
         return (
