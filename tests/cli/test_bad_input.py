@@ -206,6 +206,7 @@ def test_unwritable_target(capsys, model, questions, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.clean_process
 def test_full_disk_before_and_during(capsys, model, questions, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
