@@ -31,6 +31,7 @@ from exporter.checkpoints.source import open_source
 from exporter.clean_room import encode, load_processor
 from exporter.cli.entry import main
 from exporter.conversion.tiktoken import make_tokenizer, read_ranks
+from exporter.fold import reconstruction
 from exporter.models.loading import load_model
 from exporter.plan import LayerBudget
 
@@ -250,9 +251,10 @@ def test_from_the_hubs_format_to_a_smaller_model(qwen_vl, tmp_path, questions, c
 
 
 @pytest.mark.parametrize("fold", ["none", "scp", "least_squares", "reconstruction"])
-def test_layers_are_dropped_and_folded(fold, made, qwen_vl, tmp_path, questions):
+def test_layers_are_dropped_and_folded(fold, made, qwen_vl, tmp_path, questions, monkeypatch):
     from exporter.recipe import Method
 
+    monkeypatch.setattr(reconstruction, "TOKENS_PER_INPUT", 0.5)  # six questions are few tokens
     small = compress(recipe(made, questions, budget=LayerBudget(layers=(2,)), fold=Method(fold)), tmp_path / "small")
     model, _ = load_model(open_source(str(small)), "cpu", torch.float32)
     processor, inputs = prompts(made, "what color is the cat")
