@@ -67,7 +67,11 @@ from .routed_api import (
     logger,
     with_cache_as,
 )
-from .routed_cache import RoutedCache, RoutedStaticCache  # all siblings: older loaders copy what this file names
+from .routed_cache import (  # all siblings: older loaders copy what this file names
+    RoutedCache,
+    RoutedStaticCache,
+    check_finished,
+)
 from .routed_cost import DecoderCost
 from .routed_pass import make_routable
 from .routed_places import GRIDS, any_resolution_shape, coordinates_of, pass_coordinates
@@ -208,6 +212,7 @@ class RoutedModel:
         """Return what a pass with these inputs asks of the decoder; None: nothing, the plain model runs."""
         budget = self._budget(preset, Budget(keep_visual_tokens, keep_layers, flops, quality))
         cache = cache_in(named)
+        check_finished(cache)
         turn = run and turn_of(self, named, budget, reversible=reversible, aside_bytes=aside_bytes, imposed=route)
         held = None if turn and turn.again else getattr(cache, "route", None)
         if held is not None and preset == "off":

@@ -82,9 +82,11 @@ class _RoutedCache(Cache):
     windows: list[int | None]  # per layer
     recording: bool  # assisted decoding may take tokens back: windows are not cut
     aside: Any  # Aside: what a reversible conversation keeps for its next turn; None in others
+    unfinished: bool  # a pass has begun and not ended: some layers hold its tokens, others do not
 
     def _begin(self, seen: int) -> None:
         self.route, self.seen, self.entries, self.recording, self.aside = None, seen, {}, False, None
+        self.unfinished = False
         self.sequences, self.windows = [None] * len(self.layers), [None] * len(self.layers)
 
     def hold(self, route: Route, sequences: list[tuple[int, ...] | None]) -> None:
@@ -96,7 +98,7 @@ class _RoutedCache(Cache):
 
     def extend(self, entries: dict[Group, Entries], num_tokens: int, drop_at: int) -> None:
         """Note what a pass over `num_tokens` tokens has added."""
-        self.entries, self.seen = entries, self.seen + num_tokens
+        self.entries, self.seen, self.unfinished = entries, self.seen + num_tokens, False
         if not self.recording:
             self._slide(drop_at)
 
@@ -204,7 +206,7 @@ class RoutedCache(_RoutedCache, DynamicCache):
         """Go back to the first token, to run layers from `layer_idx` on anew; return what the layers before it hold."""
         held = {group: entries for group, entries in self.entries.items() if layer_idx and not group[0]}
         self.layers[layer_idx:] = [DynamicLayer() for _ in self.layers[layer_idx:]]
-        self.route, self.seen, self.entries = None, 0, {}
+        self.route, self.seen, self.entries, self.unfinished = None, 0, {}, True
         self.sequences = [None] * len(self.layers)
         return held
 
@@ -253,6 +255,15 @@ def routed_cache(cache: Any, num_layers: int) -> RoutedCache | RoutedStaticCache
     if type(cache) is StaticCache:
         return RoutedStaticCache.take_over(cache, num_layers)
     raise ValueError(f"a {type(cache).__name__} cannot hold a route: use a dynamic or static cache, or preset='off'.")
+
+
+def check_finished(cache: Any) -> None:
+    """Refuse a cache that a pass has left half filled: it would answer wrongly, and say nothing."""
+    if getattr(cache, "unfinished", False):
+        raise ValueError(
+            "the pass before this one broke off (out of memory, an interrupt, an error), and some layers of this cache "
+            "hold its tokens while others do not: begin with a new cache, and give it the whole conversation."
+        )
 
 
 def prepared_cache(decoder: Any, inputs: dict[str, Any]) -> RoutedCache | RoutedStaticCache | None:

@@ -161,6 +161,8 @@ class RoutedForward:
             self._decide(states)
         if self.decided and not self.request.run:
             return states
+        if self.cache is not None and self.request.run:
+            self.cache.unfinished = True  # until `finish`
         whole = None
         if self.kept is not None and self.drop_at <= layer_idx <= self.compact_from:
             whole, states = states, states.gather(1, self._spread(states))

@@ -318,3 +318,28 @@ def test_a_transformers_that_makes_masks_in_another_way_is_named(routed, monkeyp
     ):
         generated(case, second, **LATER, past_key_values=cache, reversible=True)
     assert cache.get_seq_length() == made.sequences.shape[1] - 1
+
+
+# --- a pass that broke off --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_cache_that_a_pass_has_left_half_filled_is_refused(reversible, routed, monkeypatch):
+    """As after running out of memory: in silence it would answer from layers that hold other tokens than the rest."""
+    case = routed("llava", 1)
+    first = case.prompts()
+    made = generated(case, first, **BUDGET, reversible=reversible)
+    second = text_of(asked(case, first, made))
+    going_on = {**(LATER if reversible else BUDGET), "past_key_values": cache_of(made), "reversible": reversible}
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(text_decoder(case.model).layers[2].mlp, "forward", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            generated(case, second, **going_on)
+    with pytest.raises(ValueError, match=r"broke off .* begin with a new cache"):
+        generated(case, second, **going_on)
+    cache_of(made).reset()
+    assert_same(generated(case, first, **BUDGET, past_key_values=cache_of(made)), generated(case, first, **BUDGET))
