@@ -114,7 +114,7 @@ def measured(model: Any, changes: Sequence[Change], batches: Iterable[AnsweredBa
             log_p = {name: logits(model, original[mask]).float().log_softmax(-1) for name, mask in masks.items()}
             tokens = {name: tokens[name] + int(mask.sum()) for name, mask in masks.items()}
             for number, (_, output) in enumerate(outputs):
-                states[number] += errors_of(before, head_states(model, output, kinds))
+                states[number] += errors_of(model, before, head_states(model, output, kinds))
                 for name, log in log_p.items():
                     log_q = logits(model, output[masks[name]]).float().log_softmax(-1)
                     kls[number][name] += float((log.exp() * (log - log_q)).sum())

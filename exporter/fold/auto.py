@@ -1,8 +1,8 @@
 """Auto: the fold that helps, chosen on held-out questions of the very run; none where none does.
 
 Every candidate is fitted on the same questions and judged on others, about other pictures: by the error of the last
-states, unless the divergence at the original's answers clearly speaks against it. What makes that divergence worse than
-no fold at all is never taken.
+states and the divergence wherever there is text, unless that at the original's answers clearly speaks against it. What
+makes that one worse than no fold at all is never taken.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def judge_candidates(
 def _rank(divergence: Divergence, unfolded: Divergence) -> tuple[bool, float]:
     """Return what folds are ordered by: those that clearly hurt come last."""
     more, error = divergence.more_than(unfolded)
-    return more > CLEARLY * error, divergence.state_error
+    return more > CLEARLY * error, divergence.departure
 
 
 def winner(judged: dict[str, Divergence]) -> str:

@@ -2,11 +2,11 @@
 questions.
 
 Cosines look at one layer at a time: they misrank layers in ways that differ from model to model, and take two that
-make up for each other. What leaving a set out does to the last states ranks sets better, and says which few are worth
-folding. A greedy search by it finds layers that no ranking names, on a dozen questions. The few are folded and judged
-on growing numbers of held-out questions (successive halving; K. Jamieson and A. Talwalkar, 2016), by the same error
-unless the divergence clearly speaks against it: every token adds to the error, where the divergence hangs on the few
-answers that go wrong.
+make up for each other. What leaving a set out does to the last states, and to what they say of the text, ranks sets
+better, and says which few are worth folding. A greedy search by it finds layers that no ranking names, on a dozen
+questions. The few are folded and judged on growing numbers of held-out questions (successive halving; K. Jamieson and
+A. Talwalkar, 2016), by the same measure unless the divergence at the answers clearly speaks against it: every token
+adds to the measure, where that divergence hangs on the few answers that go wrong.
 
 Shapes: L layers.
 """
@@ -166,7 +166,7 @@ def halved(
     for number, judged_by in ROUNDS:
         remaining = remaining[:number]
         judged = dict(zip(remaining, folded.of_folded(remaining, judged_by), strict=True))
-        remaining.sort(key=lambda layers: judged[layers].state_error)
+        remaining.sort(key=lambda layers: judged[layers].departure)
         chosen = remaining[most_faithful([judged[layers] for layers in remaining])]
         sets = [
             {
@@ -177,7 +177,7 @@ def halved(
             for layers in remaining
         ]
         rounds.append({"chosen": sorted(chosen), "sets": sets})
-        remaining.sort(key=lambda layers: (layers != chosen, judged[layers].state_error))
+        remaining.sort(key=lambda layers: (layers != chosen, judged[layers].departure))
     return remaining[0], rounds
 
 
@@ -199,7 +199,7 @@ def by_best_of(
         judged_by: questions that sets are judged by without a fold; None: one in 32 or fewer, see `Effort`.
         exchanges: at most; None: two, or one where a search was made.
         folded: whether the last few sets are judged with a fold, on held-out questions.
-        search: whether a greedy search by the error of the last states proposes a set too; None: where enough questions
+        search: whether a greedy search proposes a set too; None: where enough questions
             can be afforded to judge its sets by.
     """
     questions = job.required_questions

@@ -121,10 +121,10 @@ class AnswerDivergence:
 
 @dataclass(frozen=True)
 class StateError:
-    """The error of the states that the head reads (`state_error.py`): a SetLoss for few questions.
+    """How far the states that the head reads depart (`state_error.py`): a SetLoss for few questions.
 
-    A dozen questions rank sets of layers by it as steadily as hundreds do by the divergence, and by what folds can make
-    up for.
+    A dozen questions rank sets of layers by it as steadily as hundreds do by the divergence at the answers, and by what
+    folds can make up for.
     """
 
     model: Any
@@ -153,9 +153,12 @@ class StateError:
             if beside:
                 self.states.append(head_states(self.model, next(outputs)[1], kinds))
             by_batch.append(
-                [errors_of(self.states[place], head_states(self.model, output, kinds)) for _, output in outputs]
+                [
+                    errors_of(self.model, self.states[place], head_states(self.model, output, kinds))
+                    for _, output in outputs
+                ]
             )
-        return [sum(errors, StateErrors()).over(KINDS) for errors in zip(*ranks.gathered(by_batch), strict=True)]
+        return [sum(errors, StateErrors()).departure(KINDS) for errors in zip(*ranks.gathered(by_batch), strict=True)]
 
 
 def without(sets: Sequence[frozenset[int]]) -> list[Change]:

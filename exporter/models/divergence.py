@@ -20,15 +20,17 @@ EXACT = 1e-12  # an error below it is none: a kind that is not hurt at all does 
 
 @dataclass(frozen=True)
 class StateErrors:
-    """Relative squared errors, summed over the tokens of each kind, and how many these are."""
+    """What is wrong with the states that the head reads, summed over tokens of each kind, and how many these are."""
 
-    sums: tuple[float, ...] = (0.0,) * len(KINDS)
+    sums: tuple[float, ...] = (0.0,) * len(KINDS)  # relative squared errors
     tokens: tuple[int, ...] = (0,) * len(KINDS)
+    kl: float = 0.0  # KL(original || changed) of what the head makes of them, over all tokens of READ
 
     def __add__(self, other: StateErrors) -> StateErrors:
         return StateErrors(
             tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)),
             tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True)),
+            self.kl + other.kl,
         )
 
     def over(self, kinds: Sequence[str]) -> float:
@@ -38,6 +40,16 @@ class StateErrors:
         if not any(means):
             return 0.0
         return math.exp(sum(math.log(max(mean, EXACT)) for mean in means) / len(means))
+
+    @property
+    def text_kl(self) -> float:
+        """Return the divergence per token of the question and the answer: of each of them, what comes next is told."""
+        tokens = sum(number for kind, number in zip(KINDS, self.tokens, strict=True) if kind in READ)
+        return self.kl / max(1, tokens)
+
+    def departure(self, kinds: Sequence[str]) -> float:
+        """Return the geometric mean of the error over some kinds and the divergence at the text."""
+        return math.sqrt(self.over(kinds) * max(self.text_kl, EXACT))
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,12 @@ class Divergence:
         return sum(self.kl) / max(1, sum(self.tokens))
 
     @property
-    def state_error(self) -> float:
-        """Return the error of the last states where text is read or an answer is said."""
-        return self.states.over(READ)
+    def departure(self) -> float:
+        """Return what variants are told apart by: the geometric mean of three that measure the same, each with a noise
+        of its own, the error of the last states and the divergence wherever there is text, and that at the answers.
+        """
+        three = (self.states.over(READ), self.states.text_kl, self.mean)
+        return math.exp(sum(math.log(max(value, EXACT)) for value in three) / 3)
 
     @property
     def error(self) -> float:
@@ -116,7 +131,7 @@ class Divergence:
         interval = list(self.interval) if known else None
         data: dict[str, Any] = {"kl": self.mean, "interval": interval, "questions": len(self.kl)}
         if any(self.states.tokens):
-            data["state_error"] = self.state_error
+            data |= {"state_error": self.states.over(READ), "text_kl": self.states.text_kl}
         if self.follows:
             data["same_answers"] = sum(self.follows) / len(self.follows)
         return data
@@ -127,13 +142,13 @@ def _with_tuples(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def most_faithful(divergences: Sequence[Divergence]) -> int:
-    """Return the one of the lowest error of the last states, unless the divergence clearly speaks against it.
+    """Return the one that departs least, unless the divergence at the answers clearly speaks against it.
 
-    What counts is the divergence, but it hangs on the few answers that go wrong: a dozen questions tell folds and sets
-    of layers apart by the error, to which every token adds, where the divergence needs hundreds
+    What counts is the divergence at the answers, but it hangs on the few that go wrong: a dozen questions tell folds
+    and sets of layers apart by what every token of text adds to, where that divergence needs hundreds
     (examples/results.md). Among equals the first one is taken: give them in order of simplicity.
     """
-    order = sorted(range(len(divergences)), key=lambda number: divergences[number].state_error)
+    order = sorted(range(len(divergences)), key=lambda number: divergences[number].departure)
     return order[simplest([divergences[number] for number in order], CLEARLY)]
 
 

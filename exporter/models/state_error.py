@@ -1,10 +1,13 @@
-"""The error of the states that the head reads: little noise, and it says what folds can make up for.
+"""What is wrong with the states that the head reads: little noise, and it says what folds can make up for.
 
-Every token tells something of a change, where the divergence hangs on the few answers that go wrong. But most tokens
-are of the picture, and nothing is read off behind them: a mean over all tokens forgives what hurts the answers. So each
-kind of tokens has a mean of its own, and the geometric mean of these counts: no kind outweighs another one, however
-many tokens it has and however large its error is. Without a fold all three kinds count. Where a fold has made up for
-what it could, the picture's tokens say nothing more (examples/results.md has what was compared).
+Every token tells something of a change, where the divergence at the answers hangs on the few that go wrong. But most
+tokens are of the picture, and nothing is read off behind them: a mean over all tokens forgives what hurts the answers.
+So each kind of tokens has a mean of its own, and the geometric mean of these counts: no kind outweighs another one,
+however many tokens it has and however large its error is. Without a fold all three kinds count. Where a fold has made
+up for what it could, the picture's tokens say nothing more.
+
+An error may lie where the head does not look. So the divergence at every token of text, the question's among them,
+counts as much as the error does (examples/results.md has what was compared).
 
 Shapes: B samples, S tokens, N tokens of one kind, D hidden size.
 """
@@ -18,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
-from ..probe.stack import final_norm
-from .divergence import KINDS, StateErrors
+from ..probe.stack import final_norm, logits_of
+from .divergence import KINDS, READ, StateErrors
+
+TOKENS_AT_ONCE = 256  # whose logits are held: of 150,000 words, 150 MB
 
 
 def kinds_of(batch: Batch) -> dict[str, Tensor]:
@@ -39,11 +44,24 @@ def head_states(model: Any, output: Tensor, kinds: Mapping[str, Tensor]) -> list
         return [final_norm(model)(output[kinds[name].to(output.device)]) for name in KINDS]
 
 
-def errors_of(original: Sequence[Tensor], changed: Sequence[Tensor]) -> StateErrors:
-    """Return the errors of states [N, D], one tensor a kind."""
+def errors_of(model: Any, original: Sequence[Tensor], changed: Sequence[Tensor]) -> StateErrors:
+    """Return what is wrong with states [N, D], one tensor a kind: their errors, and what the head makes of the text."""
     with torch.inference_mode():
         sums = [
             float(((after.float() - before.float()).square().sum(-1) / before.float().square().sum(-1)).sum())
             for before, after in zip(original, changed, strict=True)
         ]
-    return StateErrors(tuple(sums), tuple(len(states) for states in original))
+        pairs = [pair for kind, *pair in zip(KINDS, original, changed, strict=True) if kind in READ]
+        kl = sum(_kl(model, before, after) for before, after in pairs)
+    return StateErrors(tuple(sums), tuple(len(states) for states in original), kl)
+
+
+def _kl(model: Any, original: Tensor, changed: Tensor) -> float:
+    """Return KL(original || changed), summed over tokens: [N, D] each, behind the last norm."""
+    if original is changed:
+        return 0.0
+    total = 0.0
+    for before, after in zip(original.split(TOKENS_AT_ONCE), changed.split(TOKENS_AT_ONCE), strict=True):
+        log_p, log_q = (logits_of(model, states).float().log_softmax(-1) for states in (before, after))
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total
