@@ -8,15 +8,17 @@ For each model and share of the layers, `compress` runs up to its localizer, whi
 these name, many sets are drawn. Those that some measure without a fold puts first are folded from all questions that
 folds read, and judged on others (NAME-data/validation.jsonl). The tables tell how far each choice lies above the best
 of these sets, in nats per answer token, by way and by measure: without a fold on the few questions that localizers
-read, and folded on the first held-out questions. With --folds, the same of the folds that `auto` chooses from.
-Measures:
+read, and on the first held-out questions with the quick fold that localizers judge by. With --folds, the same of the
+folds that `auto` chooses from. `--fold 0` looks only at what the ways choose. Measures:
 
     states all        relative squared error of the states that the head reads, over all tokens
     states KIND       the same over the picture's tokens, the question's, or where an answer token is said
-    states            the geometric mean of the three: what `compress` goes by without a fold
-    states read       the same of the question's tokens and of those where an answer is said: with a fold
+    states            the geometric mean of the three
+    states read       the same of the question's tokens and of those where an answer is said
     kl text           KL(original || variant) at every token of text and answers
     kl answers        KL where an answer token is said
+    states, kl text   the geometric mean of both: what `compress` goes by without a fold
+    read, kl answers  the geometric mean of both: what it goes by with one
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ from exporter.localize.job import LocalizeJob
 from exporter.localize.judged import JudgedSets
 from exporter.models import questions as asked
 from exporter.models.answers import AnsweredBatch
-from exporter.models.divergence import KINDS, READ, StateErrors
+from exporter.models.divergence import EXACT, KINDS, READ, Divergence, StateErrors
 from exporter.models.replay import logits
-from exporter.models.state_error import errors_of, head_states, kinds_of
+from exporter.models.state_error import head_states, kinds_of, with_text_kl
 from exporter.models.sweep import ORIGINAL, Change, sweep
 from exporter.models.variants import Variant
 from exporter.pipeline import compress
@@ -61,14 +63,17 @@ Layers = frozenset[int]
 Choice = Layers | str  # of layers, or of a fold
 Values = dict[str, float]
 STATES = ("states", "states read", "states all", *(f"states {kind}" for kind in KINDS))
-MEASURES = (*STATES, "kl text", "kl answers")
+MEANS = {
+    "states, kl text": ("states", "kl text"),
+    "read, kl answers": ("states read", "kl answers"),
+    "read, both kl": ("states read", "kl text", "kl answers"),
+}
+MEASURES = (*STATES, "kl text", "kl answers", *MEANS)
 WIDE = ((6, "judge_sets"), (2, "judge_few_sets"))
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of best_of, and constants in place of its own
     "default": ({}, {}),
-    "error over all tokens": ({}, {"over": "all tokens"}),
+    "states alone": ({}, {"told apart by": "states"}),
     "no search": ({"search": False}, {}),
-    "no search, error over all tokens": ({"search": False}, {"over": "all tokens"}),
-    "search, no exchanges": ({"search": True, "exchanges": 0}, {}),
     "six sets folded": ({}, {"ROUNDS": WIDE}),
 }
 
@@ -97,30 +102,31 @@ class Study:
         choices = dict(self.chosen)
         tables = ({"no fold": self.raw} if self.raw else {}) | {f"{n} held out": v for n, v in self.folded.items()}
         for (name, values), measure in itertools.product(tables.items(), MEASURES):
-            choices[f"{name}: {measure}"] = min(self.others, key=lambda choice: values[choice][measure])
+            choices[f"{name}: {measure}"] = min(self.others, key=lambda choice: by(measure, values[choice]))
         return {name: self.others[choice] - self.others[self.best] for name, choice in choices.items()}
+
+
+def by(measure: str, values: Values) -> float:
+    """Return what a measure says, which may be the geometric mean of others."""
+    return statistics.geometric_mean([max(values[part], EXACT) for part in MEANS.get(measure, (measure,))])
 
 
 def measured(model: Any, changes: Sequence[Change], batches: Iterable[AnsweredBatch]) -> list[Values]:
     """Return all measures of each change."""
-    states, kls = [StateErrors()] * len(changes), [dict.fromkeys(("text", "answers"), 0.0) for _ in changes]
-    tokens = dict.fromkeys(("text", "answers"), 0)
+    states, kls, answer_tokens = [StateErrors()] * len(changes), [0.0] * len(changes), 0
     with torch.inference_mode():
         for passed in sweep(model, batches, [ORIGINAL, *changes]):
-            batch, kinds = passed.batch.batch, kinds_of(passed.batch.batch)
-            masks, outputs = {"text": batch.is_text, "answers": passed.batch.predicts}, passed.outputs()
+            kinds, predicts, outputs = kinds_of(passed.batch.batch), passed.batch.predicts, passed.outputs()
             original = next(outputs)[1]
             before = head_states(model, original, kinds)
-            log_p = {name: logits(model, original[mask]).float().log_softmax(-1) for name, mask in masks.items()}
-            tokens = {name: tokens[name] + int(mask.sum()) for name, mask in masks.items()}
+            log_p = logits(model, original[predicts]).float().log_softmax(-1)
+            answer_tokens += len(log_p)
             for number, (_, output) in enumerate(outputs):
-                states[number] += errors_of(model, before, head_states(model, output, kinds))
-                for name, log in log_p.items():
-                    log_q = logits(model, output[masks[name]]).float().log_softmax(-1)
-                    kls[number][name] += float((log.exp() * (log - log_q)).sum())
+                states[number] += with_text_kl(model, before, head_states(model, output, kinds))
+                log_q = logits(model, output[predicts]).float().log_softmax(-1)
+                kls[number] += float((log_p.exp() * (log_p - log_q)).sum())
     return [
-        values_of(errors) | {f"kl {name}": kl[name] / max(1, tokens[name]) for name in kl}
-        for errors, kl in zip(states, kls, strict=True)
+        values_of(errors) | {"kl answers": kl / max(1, answer_tokens)} for errors, kl in zip(states, kls, strict=True)
     ]
 
 
@@ -130,13 +136,9 @@ def values_of(errors: StateErrors) -> Values:
     return {
         "states": errors.over(KINDS),
         "states read": errors.over(READ),
-        "states all": over_all_tokens(errors),
+        "states all": sum(errors.sums) / max(1, sum(errors.tokens)),
+        "kl text": errors.text_kl,
     } | by_kind
-
-
-def over_all_tokens(errors: StateErrors) -> float:
-    """Return the mean over all tokens, whatever their kind: what `compress` went by before."""
-    return sum(errors.sums) / max(1, sum(errors.tokens))
 
 
 @contextlib.contextmanager
@@ -144,8 +146,10 @@ def constants(changed: Mapping[str, Any]) -> Iterator[None]:
     """Put constants in place of the localizer's own."""
     with contextlib.ExitStack() as stack:
         for name, value in changed.items():
-            if name == "over":
-                stack.enter_context(mock.patch.object(StateErrors, "over", lambda errors, _: over_all_tokens(errors)))
+            if name == "told apart by":  # the error of the states alone, as before 30 November 2026
+                stack.enter_context(mock.patch.object(StateErrors, "departure", StateErrors.over))
+                alone = property(lambda divergence: divergence.states.over(READ))
+                stack.enter_context(mock.patch.object(Divergence, "departure", alone))
             else:
                 stack.enter_context(mock.patch.object(best_of, name, value))
         yield
@@ -168,13 +172,11 @@ def study(options: argparse.Namespace, model: str, ratio: float) -> Study:
         raw = dict(zip(sets, measured(held_out.model, [Change(drop) for drop in sets], few), strict=True))
         worth = {*chosen.values()}
         for measure in MEASURES:
-            worth |= set(sorted(sets, key=lambda drop: raw[drop][measure])[: options.fold])
+            worth |= set(sorted(sets, key=lambda drop: by(measure, raw[drop]))[: options.fold])
         pool = sorted(worth, key=sorted)
-        judge.known.clear()
+        folded = on_held_out(held_out, refolded(judge, pool), options)
         with mock.patch.dict(asked.PORTIONS, fold_sets=asked.PORTIONS["fit"]):
-            judge.fold(pool)
-        changes = {drop: Change(drop, judge.known[drop].folded) for drop in pool}
-        folded, true = judged(held_out, changes, model, options)
+            true = on_others(held_out, refolded(judge, pool), model, options)
         found.append(Study(Path(model).name, count, chosen, raw, folded, true))
         raise Enough
 
@@ -186,6 +188,13 @@ def afresh(job: Any) -> LocalizeJob:
     """Return the job without what was judged before, which a run that goes on would not judge again."""
     folded = dataclasses.replace(job.folded, judged={}, kept=JudgedSets())  # what was folded stays as it is
     return dataclasses.replace(job, folded=folded, kept_loss=lambda make, num_layers: make())
+
+
+def refolded(judge: FoldedSets, sets: Sequence[Layers]) -> dict[Layers, Change]:
+    """Return sets with the quick fold, made anew."""
+    judge.known.clear()
+    judge.fold(sets)
+    return {drop: Change(drop, judge.known[drop].folded) for drop in sets}
 
 
 def drawn_sets(layers: int, count: int, options: argparse.Namespace) -> list[Layers]:
@@ -201,11 +210,12 @@ def study_folds(options: argparse.Namespace, model: str, ratio: float) -> Study:
 
     def looked_at(held_out: HeldOut, variants: dict[str, Variant]) -> Any:
         changes = {name: Change(frozenset(variant.plan.drop), variant.folded) for name, variant in variants.items()}
-        folded, true = judged(held_out, changes, model, options)
+        folded = on_held_out(held_out, changes, options)
+        true = on_others(held_out, changes, model, options)
         own = judge(held_out, variants)[0]
         chosen: dict[str, Choice] = {"default": auto.winner(own)}
-        with constants({"over": "all tokens"}):
-            chosen["error over all tokens"] = auto.winner(own)
+        with constants({"told apart by": "states"}):
+            chosen["states alone"] = auto.winner(own)
         found.append(Study(Path(model).name, len(variants["none"].plan.drop), chosen, {}, folded, true))
         raise Enough
 
@@ -213,17 +223,24 @@ def study_folds(options: argparse.Namespace, model: str, ratio: float) -> Study:
     return found[-1]
 
 
-def judged(
-    held_out: HeldOut, changes: Mapping[Any, Change], model: str, options: argparse.Namespace
-) -> tuple[dict[int, dict[Choice, Values]], dict[Choice, float]]:
-    """Return the measures on numbers of held-out questions, and the divergence on questions of the other file."""
+def on_held_out(
+    held_out: HeldOut, changes: Mapping[Any, Change], options: argparse.Namespace
+) -> dict[int, dict[Choice, Values]]:
+    """Return the measures on each number of held-out questions."""
     folded = {}
     for number in options.held_out:
         batches = held_out.questions.answered("held out", "held_out", number)
         folded[number] = dict(zip(changes, measured(held_out.model, list(changes.values()), batches), strict=True))
+    return folded
+
+
+def on_others(
+    held_out: HeldOut, changes: Mapping[Any, Change], model: str, options: argparse.Namespace
+) -> dict[Choice, float]:
+    """Return the divergence at the answers to questions of the other file."""
     others = other_questions(held_out.questions, model, options).answered("others")
     values = measured(held_out.model, list(changes.values()), others)
-    return folded, {choice: value["kl answers"] for choice, value in zip(changes, values, strict=True)}
+    return {choice: value["kl answers"] for choice, value in zip(changes, values, strict=True)}
 
 
 def run(options: argparse.Namespace, model: str, ratio: float, looking: Any) -> None:
@@ -306,7 +323,7 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, default=120, help="sets drawn at random")
     parser.add_argument("--few", type=int, default=12, help="questions that measure sets without a fold")
     parser.add_argument("--fold", type=int, default=5, help="sets that each measure puts forward to be folded")
-    parser.add_argument("--held-out", type=int, nargs="+", default=[32])
+    parser.add_argument("--held-out", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--folds", action="store_true", help="study the folds of the default's layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines of what was measured")
@@ -317,7 +334,7 @@ def main() -> None:
         return
     if not options.models:
         parser.error("give --models or --read.")
-    ways = ["default", "error over all tokens"] if options.folds else list(WAYS)
+    ways = ["default", "states alone"] if options.folds else list(WAYS)
     print(f"| model | drop | best | {' | '.join(ways)} |\n|---|---:|---|{'---|' * len(ways)}")
     studies = []
     for model, ratio in itertools.product(options.models, options.drop_ratio):

@@ -324,11 +324,7 @@ def sureness(fold: FoldPart) -> str:
             " The last hidden states where text is read and answers are said have a relative squared error (the "
             f"geometric mean of both) of {chosen.state_error:.4f}"
         )
-        text += "" if fold.name == "none" else f", without a fold of {without.state_error:.4f}"
-        if chosen.text_kl is not None:
-            text += f"; the divergence at all tokens of the text, the question's among them, is {chosen.text_kl:.4f}"
-            text += ". Folds are told apart by both of these"
-        text += "."
+        text += "." if fold.name == "none" else f", without a fold of {without.state_error:.4f}."
     if other and other.more is not None:
         name = "no fold" if other.name == "none" else f"`{other.name}`"
         text += f" With {name} it would be {_difference(other)}."

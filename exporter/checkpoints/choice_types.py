@@ -25,7 +25,6 @@ class JudgedPart:
     more: Annotated[Number | None, OR_MISSING] = None  # than the chosen one has on the same questions
     error: Number | None = None  # standard error of that difference, over pictures
     state_error: Number | None = None  # of the last states, see models/state_error.py
-    text_kl: Number | None = None  # at every token of question and answer
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Auto: the fold that helps, chosen on held-out questions of the very run; none where none does.
 
-Every candidate is fitted on the same questions and judged on others, about other pictures: by the error of the last
-states and the divergence wherever there is text, unless that at the original's answers clearly speaks against it. What
-makes that one worse than no fold at all is never taken.
+Every candidate is fitted on the same questions and judged on others, about other pictures: by the divergence at the
+original's answers and the error of the last states together, unless the former clearly speaks against it. What makes
+the divergence worse than no fold at all is never taken.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Cosines look at one layer at a time: they misrank layers in ways that differ fro
 make up for each other. What leaving a set out does to the last states, and to what they say of the text, ranks sets
 better, and says which few are worth folding. A greedy search by it finds layers that no ranking names, on a dozen
 questions. The few are folded and judged on growing numbers of held-out questions (successive halving; K. Jamieson and
-A. Talwalkar, 2016), by the same measure unless the divergence at the answers clearly speaks against it: every token
-adds to the measure, where that divergence hangs on the few answers that go wrong.
+A. Talwalkar, 2016), by the error of the states and the divergence at the answers together: every token adds to the
+error, where the divergence, which counts, hangs on the few answers that go wrong.
 
 Shapes: L layers.
 """

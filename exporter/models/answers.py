@@ -22,7 +22,7 @@ from ..progress import Progress, silent
 from .divergence import KINDS, StateErrors
 from .loading import text_decoder
 from .replay import logits
-from .state_error import errors_of, head_states, kinds_of
+from .state_error import head_states, kinds_of, with_text_kl
 from .sweep import ORIGINAL, Change, sweep
 
 ANSWER_TOKENS = 128  # that an answer may take: whole ones matter, since damage shows late in long ones
@@ -154,7 +154,7 @@ class StateError:
                 self.states.append(head_states(self.model, next(outputs)[1], kinds))
             by_batch.append(
                 [
-                    errors_of(self.model, self.states[place], head_states(self.model, output, kinds))
+                    with_text_kl(self.model, self.states[place], head_states(self.model, output, kinds))
                     for _, output in outputs
                 ]
             )

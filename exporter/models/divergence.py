@@ -24,7 +24,7 @@ class StateErrors:
 
     sums: tuple[float, ...] = (0.0,) * len(KINDS)  # relative squared errors
     tokens: tuple[int, ...] = (0,) * len(KINDS)
-    kl: float = 0.0  # KL(original || changed) of what the head makes of them, over all tokens of READ
+    kl: float = 0.0  # KL(original || changed) of what the head makes of those of READ, where that was asked
 
     def __add__(self, other: StateErrors) -> StateErrors:
         return StateErrors(
@@ -68,12 +68,14 @@ class Divergence:
         return sum(self.kl) / max(1, sum(self.tokens))
 
     @property
+    def state_error(self) -> float:
+        """Return the error of the last states where text is read or an answer is said."""
+        return self.states.over(READ)
+
+    @property
     def departure(self) -> float:
-        """Return what variants are told apart by: the geometric mean of three that measure the same, each with a noise
-        of its own, the error of the last states and the divergence wherever there is text, and that at the answers.
-        """
-        three = (self.states.over(READ), self.states.text_kl, self.mean)
-        return math.exp(sum(math.log(max(value, EXACT)) for value in three) / 3)
+        """Return what variants are told apart by: the geometric mean of the divergence and the error of the states."""
+        return math.sqrt(self.state_error * max(self.mean, EXACT))
 
     @property
     def error(self) -> float:
@@ -131,7 +133,7 @@ class Divergence:
         interval = list(self.interval) if known else None
         data: dict[str, Any] = {"kl": self.mean, "interval": interval, "questions": len(self.kl)}
         if any(self.states.tokens):
-            data |= {"state_error": self.states.over(READ), "text_kl": self.states.text_kl}
+            data["state_error"] = self.state_error
         if self.follows:
             data["same_answers"] = sum(self.follows) / len(self.follows)
         return data
@@ -142,11 +144,12 @@ def _with_tuples(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def most_faithful(divergences: Sequence[Divergence]) -> int:
-    """Return the one that departs least, unless the divergence at the answers clearly speaks against it.
+    """Return the one that departs least, unless the divergence clearly speaks against it.
 
-    What counts is the divergence at the answers, but it hangs on the few that go wrong: a dozen questions tell folds
-    and sets of layers apart by what every token of text adds to, where that divergence needs hundreds
-    (examples/results.md). Among equals the first one is taken: give them in order of simplicity.
+    What counts is that divergence, but it hangs on the few answers that go wrong, where every token adds to the error
+    of the states, which may lie where the head does not look. A few dozen questions tell folds and sets of layers apart
+    by both together, where the divergence needs hundreds (examples/results.md). Among equals the first one is taken:
+    give them in order of simplicity.
     """
     order = sorted(range(len(divergences)), key=lambda number: divergences[number].departure)
     return order[simplest([divergences[number] for number in order], CLEARLY)]

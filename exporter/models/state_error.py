@@ -1,4 +1,4 @@
-"""What is wrong with the states that the head reads: little noise, and it says what folds can make up for.
+"""The error of the states that the head reads: little noise, and it says what folds can make up for.
 
 Every token tells something of a change, where the divergence at the answers hangs on the few that go wrong. But most
 tokens are of the picture, and nothing is read off behind them: a mean over all tokens forgives what hurts the answers.
@@ -6,8 +6,9 @@ So each kind of tokens has a mean of its own, and the geometric mean of these co
 however many tokens it has and however large its error is. Without a fold all three kinds count. Where a fold has made
 up for what it could, the picture's tokens say nothing more.
 
-An error may lie where the head does not look. So the divergence at every token of text, the question's among them,
-counts as much as the error does (examples/results.md has what was compared).
+An error may lie where the head does not look. So a divergence counts as much as the error does: without a fold, where
+the answers alone say little of what a fold will leave, that at every token of text, the question's among them; with
+one, that at the answers (examples/results.md has what was compared).
 
 Shapes: B samples, S tokens, N tokens of one kind, D hidden size.
 """
@@ -15,6 +16,7 @@ Shapes: B samples, S tokens, N tokens of one kind, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,24 +46,23 @@ def head_states(model: Any, output: Tensor, kinds: Mapping[str, Tensor]) -> list
         return [final_norm(model)(output[kinds[name].to(output.device)]) for name in KINDS]
 
 
-def errors_of(model: Any, original: Sequence[Tensor], changed: Sequence[Tensor]) -> StateErrors:
-    """Return what is wrong with states [N, D], one tensor a kind: their errors, and what the head makes of the text."""
+def errors_of(original: Sequence[Tensor], changed: Sequence[Tensor]) -> StateErrors:
+    """Return the errors of states [N, D], one tensor a kind."""
     with torch.inference_mode():
         sums = [
             float(((after.float() - before.float()).square().sum(-1) / before.float().square().sum(-1)).sum())
             for before, after in zip(original, changed, strict=True)
         ]
-        pairs = [pair for kind, *pair in zip(KINDS, original, changed, strict=True) if kind in READ]
-        kl = sum(_kl(model, before, after) for before, after in pairs)
-    return StateErrors(tuple(sums), tuple(len(states) for states in original), kl)
+    return StateErrors(tuple(sums), tuple(len(states) for states in original))
 
 
-def _kl(model: Any, original: Tensor, changed: Tensor) -> float:
-    """Return KL(original || changed), summed over tokens: [N, D] each, behind the last norm."""
-    if original is changed:
-        return 0.0
-    total = 0.0
-    for before, after in zip(original.split(TOKENS_AT_ONCE), changed.split(TOKENS_AT_ONCE), strict=True):
-        log_p, log_q = (logits_of(model, states).float().log_softmax(-1) for states in (before, after))
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return total
+def with_text_kl(model: Any, original: Sequence[Tensor], changed: Sequence[Tensor]) -> StateErrors:
+    """Return the errors, and the divergence of what the head makes of the question and the answer."""
+    pairs = [pair for kind, *pair in zip(KINDS, original, changed, strict=True) if kind in READ]
+    kl = 0.0
+    with torch.inference_mode():
+        for pair in pairs:
+            for before, after in zip(*(torch.split(states, TOKENS_AT_ONCE) for states in pair), strict=True):
+                log_p, log_q = (logits_of(model, states).float().log_softmax(-1) for states in (before, after))
+                kl += float((log_p.exp() * (log_p - log_q)).sum())
+    return replace(errors_of(original, changed), kl=kl)

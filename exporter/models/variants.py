@@ -136,7 +136,7 @@ def judge(
         for (_, changed), variant in zip(outputs, variants, strict=True):
             same = variant.first_change == variant.plan.num_layers
             their_logits = log_p if same else logits(model, changed[answered_batch.predicts]).float()
-            states = errors_of(model, original, original if same else head_states(model, changed, kinds))
+            states = errors_of(original, original if same else head_states(model, changed, kinds))
             by_batch[-1].append(_agreement(answered_batch, log_p, their_logits, states))
             done(1)
     for agreements in ranks.gathered(by_batch):
