@@ -102,7 +102,11 @@ class Study:
         choices = dict(self.chosen)
         tables = ({"no fold": self.raw} if self.raw else {}) | {f"{n} held out": v for n, v in self.folded.items()}
         for (name, values), measure in itertools.product(tables.items(), MEASURES):
-            choices[f"{name}: {measure}"] = min(self.others, key=lambda choice: by(measure, values[choice]))
+            in_order = sorted(self.others, key=lambda choice: by(measure, values[choice]))
+            choices[f"{name}: {measure}"] = in_order[0]
+            if name == "no fold":  # as many are folded
+                first = in_order[: best_of.ROUNDS[0][0]]
+                choices[f"the best of those that {measure} puts first"] = min(first, key=self.others.__getitem__)
         return {name: self.others[choice] - self.others[self.best] for name, choice in choices.items()}
 
 
