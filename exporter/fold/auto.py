@@ -18,7 +18,7 @@ from ..models.questions import SUFFIX, JobSize, portion
 from ..models.variants import Variant
 from ..plan import Folded
 from .held_out import HeldOut
-from .job import FoldJob, FoldRefused, GapMoments
+from .job import FoldJob, FoldRefused, gap_memo
 from .reconstruction import refitting
 
 CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their options
@@ -47,21 +47,21 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
     if "reason" in job.report or held_out is None:
         job.report["name"] = "none"
         return {}
-    memo: dict[Any, GapMoments] = {}
     variants: dict[str, Variant] = {}
     notes: dict[str, dict[str, Any]] = {}
-    for name, options in CANDIDATES.items():
-        number = round(SHARE.get(name, 1.0) * (fitted_on or held_out.questions.portion("fit")))
-        inner = dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
-        try:
-            folded = resolve(FOLDS[name].run)(inner, **options)
-        except FoldRefused:  # by this family of models
-            continue
-        if folded or name == "none":  # one that had to do nothing is no candidate
-            variants[name] = Variant(job.plan, folded)
-            notes[name] = inner.report
-        elif "fell_back" in inner.report:
-            job.report["fell_back"] = f"{name} was no candidate: {inner.report['fell_back']}"
+    with gap_memo(job.model) as memo:
+        for name, options in CANDIDATES.items():
+            number = round(SHARE.get(name, 1.0) * (fitted_on or held_out.questions.portion("fit")))
+            inner = dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
+            try:
+                folded = resolve(FOLDS[name].run)(inner, **options)
+            except FoldRefused:  # by this family of models
+                continue
+            if folded or name == "none":  # one that had to do nothing is no candidate
+                variants[name] = Variant(job.plan, folded)
+                notes[name] = inner.report
+            elif "fell_back" in inner.report:
+                job.report["fell_back"] = f"{name} was no candidate: {inner.report['fell_back']}"
     judged, first = judge_candidates(held_out, variants)
     name = winner(judged)
     job.report.update(_report(name, judged, first, notes))

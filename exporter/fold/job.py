@@ -6,12 +6,14 @@ Shapes: B samples, S tokens, N counted tokens, D hidden size, I intermediate siz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from .. import ranks
 from ..data.batches import Batch
 from ..data.samples import Sample
 from ..errors import InputError
@@ -20,7 +22,7 @@ from ..localize.tis import important
 from ..models.boundary import Kept, StateStore
 from ..models.capture import AttentionMeans, AttentionReducer, aim, attention_means, on_module
 from ..models.loading import text_decoder
-from ..models.residency import held
+from ..models.residency import held, ranges_of
 from ..models.sweep import Lane, after, entered, stepped, store_for, sweep
 from ..plan import PruningPlan
 from .held_out import HeldOut
@@ -85,7 +87,7 @@ class FoldJob:
     read: Callable[[int, str], Tensor | None]  # a layer's tensor by name, from disk; None where there is none
     decoder: Decoder
     multiplier: float = 1.0  # of what a block adds to the residual stream
-    memo: dict[Any, GapMoments] = field(default_factory=dict)  # gaps measured before, for folds that share a model
+    memo: GapMemo = field(default_factory=lambda: GapMemo())  # gaps measured before, for folds that share a model
     held_out: HeldOut | None = None  # questions to choose a fold by; None: there are none
     half_of: Callable[[Sample], bool] = lambda sample: False  # which half of the pictures a question belongs to
     report: dict[str, Any] = field(default_factory=dict)  # what a fold has to say of itself, for the record
@@ -125,6 +127,57 @@ class GapMoments:
 
     differences: list[Tensor]  # [D, D] HᵀH, H = X^p - X^r, of the last dropped layer p, or of each one of the run
     mlp: Moments  # predictors: the MLP's output M [N, D]; targets: M + H, what it should have been
+    directions: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [D, k] of a difference, once known
+
+
+class GapMemo:
+    """Gaps that were measured, for all folds that read them: each is three matrices and more of [D, D] in float64.
+
+    Args:
+        store: keeps them; None: all in memory.
+    """
+
+    def __init__(self, store: StateStore | None = None) -> None:
+        self._store = StateStore() if store is None else store
+        self._kept: dict[Any, tuple[Any, int, dict[tuple[int, int], Tensor]]] = {}
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._kept
+
+    def keep(self, key: Any, gap: GapMoments) -> None:
+        """Keep what was measured of a gap."""
+        tensors = self._store.park((gap.differences, gap.mlp.xx, gap.mlp.xy, gap.mlp.yy))
+        self._kept[key] = tensors, gap.mlp.count, gap.directions
+
+    def read(self, key: Any) -> GapMoments:
+        """Return what was measured of a gap."""
+        tensors, count, directions = self._kept[key]
+        differences, xx, xy, yy = self._store.fetch(tensors)
+        return GapMoments(differences, Moments(xx, xy, yy, count), directions)
+
+
+@contextlib.contextmanager
+def gap_memo(model: Any) -> Iterator[GapMemo]:
+    """Give a memo, that keeps gaps in a file where layers lie on disk."""
+    with StateStore(None if ranges_of(model) is None else 0) as store:
+        yield GapMemo(store)
+
+
+@dataclass(frozen=True)
+class Gaps(Mapping[int, GapMoments]):
+    """The gaps of a plan by the kept layer before each; one is read when it is asked for."""
+
+    memo: GapMemo
+    keys_of: dict[int, Any]  # in the memo
+
+    def __getitem__(self, kept: int) -> GapMoments:
+        return self.memo.read(self.keys_of[kept])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
 
 
 class GapSums:
@@ -165,7 +218,7 @@ def counted_tokens(batch: Batch, tokens: str) -> Tensor:
     return counted & ~batch.is_answer if tokens == "prompt" and batch.is_answer is not None else counted
 
 
-def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: bool = False) -> dict[int, GapMoments]:
+def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: bool = False) -> Gaps:
     """Measure gaps in one pass over the data, up to the last dropped layer; none for gaps that were measured before.
 
     Args:
@@ -173,27 +226,32 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
             the dropped layer.
         each: differences after every dropped layer of a gap, not only after its last.
     """
-
-    def key(kept: int) -> tuple[Any, ...]:
-        return (kept, job.gaps[kept], tokens, p, each)
-
-    unmeasured = {kept: dropped for kept, dropped in job.gaps.items() if key(kept) not in job.memo}
+    keys = {kept: (kept, dropped, tokens, p, each) for kept, dropped in job.gaps.items()}
+    unmeasured = {kept: dropped for kept, dropped in job.gaps.items() if keys[kept] not in job.memo}
     sums: dict[int, GapSums] = {}
+    added: Counter[int] = Counter()  # batches, by gap
+    entered: list[None] = []  # batches that are on their way
+    at_once = ranges_of(job.model) is not None and ranks.world() == 1  # a layer runs for all batches, and is done
+
+    def add(batch: Batch, kept: int, gap: Gap) -> None:
+        rows = GapSums.rows(gap, gap.counted(batch, tokens, p), job.multiplier)
+        if kept not in sums:
+            sums[kept] = GapSums(gap.mlp.shape[-1], agreed(GapSums.bounds_of(*rows)))
+        sums[kept].add(*rows)
+        added[kept] += 1
+        if at_once and added[kept] == len(entered):
+            job.memo.keep(keys[kept], sums.pop(kept).total())
+
     if unmeasured:
         batches = job.batches()  # before attention is changed: the model may have to answer them first
-
-        def add(batch: Batch, kept: int, gap: Gap) -> None:
-            rows = GapSums.rows(gap, gap.counted(batch, tokens, p), job.multiplier)
-            if kept not in sums:
-                sums[kept] = GapSums(gap.mlp.shape[-1], agreed(GapSums.bounds_of(*rows)))
-            sums[kept].add(*rows)
-
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            _cross(job, unmeasured, batches, reducer, each=each, add=add)
-        for kept in sorted(unmeasured.keys() - sums.keys()):  # of a process that had no batch
+            _cross(job, unmeasured, (entered.append(None) or batch for batch in batches), reducer, each=each, add=add)
+        for kept in sorted(unmeasured.keys() - sums.keys() - added.keys()):  # of a process that had no batch
             sums[kept] = GapSums(job.width_of(kept), agreed(()))
-    job.memo.update({key(kept): sums[kept].total() for kept in unmeasured})
-    return {kept: job.memo[key(kept)] for kept in job.gaps}
+    for kept in unmeasured:
+        if keys[kept] not in job.memo:
+            job.memo.keep(keys[kept], sums.pop(kept).total())
+    return Gaps(job.memo, keys)
 
 
 @dataclass(frozen=True)

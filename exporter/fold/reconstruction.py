@@ -130,13 +130,13 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
     refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
     num_batches = ranks.total(len(originals.lanes))
     streams = [_stream(job, lane, originals, fit, num_batches=num_batches) for lane in originals.lanes]
+    tokens = ranks.total(sum(int((stream.weights > 0).sum()) for stream in streams))
+    kinds = affordable(job, refitted[0], kinds, tokens)
+    if not kinds:  # told before anything runs
+        return {}
     yield from _carry(job, streams, originals=originals, start=0, stop=reached)
     for stream in streams:
         stream["smaller"] = stream["original"]
-    tokens = ranks.total(sum(int((stream.weights > 0).sum()) for stream in streams))
-    kinds = affordable(job, refitted[0], kinds, tokens)
-    if not kinds:
-        return {}
     folded: Folded = {}
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
         yield from _carry(job, streams, originals=originals, start=reached, stop=following, beside=(kept,))
