@@ -77,11 +77,18 @@ def judge_candidates(
 ) -> tuple[dict[str, Divergence], dict[str, Divergence]]:
     """Judge all variants on a few held-out questions, and those that do best there, and none, on all of them."""
     few = held_out.questions.portion("judge_sets")
-    first = dict(zip(variants, held_out.judge(list(variants.values()), few), strict=True))
+    more: dict[str, Divergence] = {}
+    if held_out.judges_ahead(few, None):
+        both = held_out.judge_twice(list(variants.values()), few, None)
+        first, more = (dict(zip(variants, judged, strict=True)) for judged in both)
+    else:
+        first = dict(zip(variants, held_out.judge(list(variants.values()), few), strict=True))
     better = sorted(first, key=lambda name: _rank(first[name], first["none"]))[: max(2, len(first) // 2)]
     kept = [name for name in variants if name in better or name == "none"]
     if len(held_out.questions.split.held_out) <= few:
         return first, first
+    if more:
+        return {name: first[name].and_on(more[name]) for name in kept}, first
     known = [first[name] for name in kept]
     return dict(zip(kept, held_out.judge([variants[name] for name in kept], known=known), strict=True)), first
 

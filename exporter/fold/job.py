@@ -22,59 +22,15 @@ from ..localize.tis import important
 from ..models.boundary import Kept, StateStore
 from ..models.capture import AttentionMeans, AttentionReducer, aim, attention_means, on_module
 from ..models.loading import text_decoder
-from ..models.residency import held, ranges_of
-from ..models.sweep import Lane, after, entered, stepped, store_for, sweep
+from ..models.residency import ranges_of
+from ..models.sweep import Lane, store_for, sweep
 from ..plan import PruningPlan
 from .held_out import HeldOut
 from .moments import ExactSum, Moments, MomentSums, agreed, bounds_of
 
-ORIGINALS_BYTES = 2 << 30  # of states that several folds share, in memory
-ON_DISK_BYTES = 1 << 62  # where they go to disk: its end is met there
-
 
 class FoldRefused(InputError):  # noqa: N818 - like CheckFailed, what was found and no fault
     """A fold that this family of models does not take."""
-
-
-@dataclass
-class Originals:
-    """A few batches, and the original model's states between layers, computed once for all folds that share them."""
-
-    store: StateStore
-    lanes: list[Lane]  # what the layers get for each batch
-    free_bytes: int = 0  # bytes of states that may still be kept
-    states: dict[tuple[int, int], Kept] = field(default_factory=dict)  # [B, S, D] input of a layer, by batch and layer
-
-    def keep(self, key: tuple[int, int], state: Tensor) -> None:
-        """Keep the state of a batch at the input of a layer, as long as there is room."""
-        size = state.numel() * state.element_size()
-        if key not in self.states and size <= self.free_bytes:
-            self.states[key] = self.store.keep(state)
-            self.free_bytes -= size
-
-
-@contextlib.contextmanager
-def originals_of(model: Any, batches: Iterable[Batch], free_bytes: int = 0) -> Iterator[Originals]:
-    """Give batches at the input of the first layer.
-
-    Args:
-        free_bytes: bytes of the original's states that may be kept for other folds.
-    """
-    with store_for(model) as store:
-        yield Originals(store, entered(model, enumerate(batches), store), free_bytes)
-
-
-def with_all_states(model: Any, originals: Originals) -> None:
-    """Compute the original's states at all boundaries in one pass, as far as there is room."""
-    layers = text_decoder(model).layers
-    states = {lane.number: lane.branches[0].state for lane in originals.lanes}
-    for layer_idx, layer in enumerate(layers):
-        with held(layer, following=layers[layer_idx + 1] if layer_idx + 1 < len(layers) else None):
-            for lane in originals.lanes:
-                state = originals.store.read(states[lane.number])
-                output = stepped(layer, layer_idx, trace=lane.trace, state=state, store=originals.store)
-                originals.keep((lane.number, layer_idx + 1), after(layer_idx, lane.trace, output, originals.store))
-                states[lane.number] = originals.states[lane.number, layer_idx + 1]
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from ..families import Decoder
 from ..models.boundary import Kept, StateStore
 from ..models.capture import on_module
 from ..models.loading import text_decoder
+from ..models.originals import Originals, originals_of
 from ..models.questions import SUFFIX, JobSize
 from ..models.replay import replaced
 from ..models.residency import held, ranges_of
 from ..models.sweep import Lane, after, stepped
 from ..plan import Folded, PruningPlan
-from .job import FoldJob, FoldRefused, Originals, counted_tokens, originals_of
+from .job import FoldJob, FoldRefused, counted_tokens
 from .moments import RIDGE, Moments, MomentSums, agreed, bounds_of, solve
 from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
 from .outputs import Matrix

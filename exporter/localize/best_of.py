@@ -13,7 +13,8 @@ Shapes: L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,10 @@ from ..methods import localizer_row, resolve
 from ..models.answers import StateError
 from ..models.capture import BatchStatistics, layer_statistics
 from ..models.divergence import most_faithful
+from ..models.originals import ON_DISK_BYTES, originals_of, sweep_on
 from ..models.questions import SUFFIX, JobSize, portion
 from ..models.residency import ranges_of
+from ..models.sweep import Change, Passed
 from .greedy import greedy, search_size
 from .job import FoldedLoss, LocalizeJob, SetLoss
 from .judged import JudgedSets, KeptLoss
@@ -163,9 +166,9 @@ def halved(
     remaining = list(dict.fromkeys([others[0], *first, *others]))
     remaining.sort(key=lambda layers: known[layers])
     rounds: list[dict[str, Any]] = []
-    for number, judged_by in ROUNDS:
+    for (number, judged_by), then in zip(ROUNDS, (ROUNDS[1][1], None), strict=True):
         remaining = remaining[:number]
-        judged = dict(zip(remaining, folded.of_folded(remaining, judged_by), strict=True))
+        judged = dict(zip(remaining, folded.of_folded(remaining, judged_by, then), strict=True))
         remaining.sort(key=lambda layers: judged[layers].state_error)
         chosen = remaining[most_faithful([judged[layers] for layers in remaining])]
         sets = [
@@ -208,24 +211,47 @@ def by_best_of(
     judged_by = judged_by or effort.judges
     batches = list(questions.batches("score layers", part="fit", number=samples))
     statistics = list(layer_statistics(job.model, batches))
-    few = questions.batches("score layers", part="fit", number=judged_by)
-    loss = job.kept_loss(lambda: StateError.of(job.model, few, questions.progress), job.num_layers)
     judge = job.folded if folded else None
-    scores = best_of(
-        statistics,
-        count,
-        protect=tuple(protect),
-        loss=loss,
-        exchanges=effort.exchanges,
-        folded=judge,
-        search=effort.search,
-        ahead=ranges_of(job.model) is not None,
-    )
+    with contextlib.ExitStack() as stack:
+        loss = job.kept_loss(lambda: _state_error(job, judged_by, judge, stack), job.num_layers)
+        scores = best_of(
+            statistics,
+            count,
+            protect=tuple(protect),
+            loss=loss,
+            exchanges=effort.exchanges,
+            folded=judge,
+            search=effort.search,
+            ahead=ranges_of(job.model) is not None,
+        )
     read = len(questions.indices("fit", max(samples, judged_by)))
     if judge is not None:
         fitted_on = questions.indices("fit", max(samples, judged_by, questions.portion("fold_sets")))
         read = len(fitted_on) + len(questions.indices("held_out", questions.portion("judge_few_sets")))
     return replace(scores, details=scores.details | {"questions": read})
+
+
+def _state_error(job: LocalizeJob, judged_by: int, judge: FoldedLoss | None, stack: contextlib.ExitStack) -> StateError:
+    """Return what judges sets without a fold; where layers lie on disk, from states of the original that are kept.
+
+    Then only the layers behind the first one that a set leaves out are read, and the first walk takes the original
+    along on what sets are folded on later.
+
+    Args:
+        stack: at whose end nothing is kept any more.
+    """
+    questions = job.required_questions
+    few = list(questions.batches("score layers", part="fit", number=judged_by))
+    if ranges_of(job.model) is None:
+        return StateError.of(job.model, few, questions.progress)
+    originals = stack.enter_context(originals_of(job.model, few, ON_DISK_BYTES))
+    waiting = [] if judge is None else [stack.enter_context(judge.read_before())]
+
+    def walks(changes: Sequence[Change]) -> Iterator[Passed]:
+        return sweep_on(job.model, originals, changes, along=waiting.pop() if waiting else None)
+
+    few = [lane.batch for lane in originals.lanes]  # without what the vision tower was given
+    return StateError.of(job.model, few, questions.progress, walks)
 
 
 @dataclass(frozen=True)
