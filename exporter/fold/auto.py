@@ -7,6 +7,7 @@ no fold at all is never taken.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,11 +16,13 @@ from ..data.batches import Batch
 from ..methods import FOLDS, resolve
 from ..models.divergence import CLEARLY, Divergence, most_faithful
 from ..models.questions import SUFFIX, JobSize, portion
+from ..models.residency import ranges_of
+from ..models.side_by_side import Task, side_by_side
 from ..models.variants import Variant
 from ..plan import Folded
 from .held_out import HeldOut
-from .job import FoldJob, FoldRefused, gap_memo
-from .reconstruction import refitting
+from .job import FoldJob, FoldRefused, GapMemo, gap_memo, measuring
+from .reconstruction import reconstructing, refitting
 
 CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their options
     "none": {},
@@ -49,12 +52,14 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
         return {}
     variants: dict[str, Variant] = {}
     notes: dict[str, dict[str, Any]] = {}
+    fitted_on = fitted_on or held_out.questions.portion("fit")
     with gap_memo(job.model) as memo:
+        jobs = {name: _job_of(name, job, held_out, fitted_on, memo) for name in CANDIDATES}
+        refitted = _read_once(jobs) if ranges_of(job.model) is not None else {}
         for name, options in CANDIDATES.items():
-            number = round(SHARE.get(name, 1.0) * (fitted_on or held_out.questions.portion("fit")))
-            inner = dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
+            inner = jobs[name]
             try:
-                folded = resolve(FOLDS[name].run)(inner, **options)
+                folded = refitted[name] if name in refitted else resolve(FOLDS[name].run)(inner, **options)
             except FoldRefused:  # by this family of models
                 continue
             if folded or name == "none":  # one that had to do nothing is no candidate
@@ -66,6 +71,30 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
     name = winner(judged)
     job.report.update(_report(name, judged, first, notes))
     return variants[name].folded
+
+
+def _job_of(name: str, job: FoldJob, held_out: HeldOut, fitted_on: int, memo: GapMemo) -> FoldJob:
+    """Return what a candidate works from."""
+    number = round(SHARE.get(name, 1.0) * fitted_on)
+    return dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
+
+
+def _read_once(jobs: Mapping[str, FoldJob]) -> dict[str, Folded]:
+    """Measure gaps, and reconstruct, in one pass over layers on disk; return what was reconstructed.
+
+    Folds by one linear map find the gaps in their memo. What a family refuses is left to who asks for it.
+    """
+
+    def tried(task: Task[Any]) -> Task[Any]:
+        with contextlib.suppress(FoldRefused):
+            return (yield from task)
+        return None
+
+    tasks: list[Task[Any]] = [reconstructing(jobs["reconstruction"], **CANDIDATES["reconstruction"])]
+    if not jobs["scp"].decoder.post_norm:
+        tasks.append(measuring(jobs["scp"]))
+    folded = side_by_side(jobs["scp"].model, [tried(task) for task in tasks])[0]
+    return {} if folded is None else {"reconstruction": folded}
 
 
 def _asking(held_out: HeldOut, fold: str, number: int) -> Callable[..., Iterable[Batch]]:

@@ -6,6 +6,7 @@ Shapes: B samples, S tokens, N counted tokens, D hidden size, I intermediate siz
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from ..models.boundary import Kept, StateStore
 from ..models.capture import AttentionMeans, AttentionReducer, aim, attention_means, on_module
 from ..models.loading import text_decoder
 from ..models.residency import ranges_of
-from ..models.sweep import Lane, store_for, sweep
+from ..models.side_by_side import Task, side_by_side
+from ..models.sweep import Lane, store_for, sweeping
 from ..plan import PruningPlan
 from .held_out import HeldOut
 from .moments import ExactSum, Moments, MomentSums, agreed, bounds_of
@@ -182,11 +184,16 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
             the dropped layer.
         each: differences after every dropped layer of a gap, not only after its last.
     """
+    return side_by_side(job.model, [measuring(job, tokens, p=p, each=each)])[0]
+
+
+def measuring(job: FoldJob, tokens: str = "all", *, p: float = 0.5, each: bool = False) -> Task[Gaps]:
+    """Measure gaps as `measure_gaps` does, as a task that others may run beside: of 'important' tokens none may."""
     keys = {kept: (kept, dropped, tokens, p, each) for kept, dropped in job.gaps.items()}
     unmeasured = {kept: dropped for kept, dropped in job.gaps.items() if keys[kept] not in job.memo}
     sums: dict[int, GapSums] = {}
     added: Counter[int] = Counter()  # batches, by gap
-    entered: list[None] = []  # batches that are on their way
+    entered: list[Batch] = []  # those that are on their way, without what the vision tower was given
     at_once = ranges_of(job.model) is not None and ranks.world() == 1  # a layer runs for all batches, and is done
 
     def add(batch: Batch, kept: int, gap: Gap) -> None:
@@ -198,11 +205,16 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
         if at_once and added[kept] == len(entered):
             job.memo.keep(keys[kept], sums.pop(kept).total())
 
+    def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            entered.append(dataclasses.replace(batch, inputs={}))
+            yield batch
+
     if unmeasured:
-        batches = job.batches()  # before attention is changed: the model may have to answer them first
+        batches = counted(job.batches())  # before attention is changed: the model may have to answer them first
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            _cross(job, unmeasured, (entered.append(None) or batch for batch in batches), reducer, each=each, add=add)
-        for kept in sorted(unmeasured.keys() - sums.keys() - added.keys()):  # of a process that had no batch
+            yield from _cross(job, unmeasured, batches, reducer, each=each, add=add)
+        for kept in sorted(unmeasured.keys() - added.keys()):  # of a process that had no batch
             sums[kept] = GapSums(job.width_of(kept), agreed(()))
     for kept in unmeasured:
         if keys[kept] not in job.memo:
@@ -251,14 +263,16 @@ def _cross(
     *,
     each: bool,
     add: Callable[[Batch, int, Gap], None],
-) -> None:
+) -> Task[None]:
     """Run the batches up to the last dropped layer; hand on what each gap's moments are made of, as it closes."""
     layers = text_decoder(job.model).layers
     before_gap = {layer: kept for kept, dropped in gaps.items() for layer in dropped}
     tapped: list[Tensor] = []
+    running: list[Batch] = []  # here: in another task's pass through the layer nothing is tapped
     crossing: dict[tuple[int, int], _Crossing] = {}  # by batch and kept layer
 
     def seen(lane: Lane, layer_idx: int, before: Tensor, after: Tensor) -> None:
+        running.clear()
         means = reducer.take_any() if reducer is not None else None
         if layer_idx - 1 in gaps:
             crossing[lane.number, layer_idx - 1].entered = store.keep(before)
@@ -275,10 +289,17 @@ def _cross(
         if is_last:
             add(lane.plain, kept, crossing.pop((lane.number, kept)).take(store, means))
 
+    def before(batch: Batch) -> None:
+        running.append(batch)
+        aim(reducer, batch)
+
+    def tap(_: Tensor, put: Tensor) -> None:
+        if running:
+            tapped.append(put)
+
     with store_for(job.model) as store, contextlib.ExitStack() as taps:
         for kept in gaps:
             module = layers[kept].get_submodule(job.decoder.down_proj_of(kept) or "")
-            taps.enter_context(on_module(module, lambda _, y: tapped.append(y)))
+            taps.enter_context(on_module(module, tap))
         last = max(dropped[-1] for dropped in gaps.values())
-        for _ in sweep(job.model, batches, before=lambda batch: aim(reducer, batch), seen=seen, stop=last + 1):
-            pass
+        yield from sweeping(job.model, batches, before=before, seen=seen, stop=last + 1)

@@ -15,11 +15,12 @@ from ..models.divergence import Divergence
 from ..models.loading import text_decoder
 from ..models.originals import ON_DISK_BYTES, Originals, originals_of, with_all_states
 from ..models.residency import ranges_of
+from ..models.side_by_side import Task, side_by_side
 from ..models.variants import Variant
-from ..plan import PruningPlan, make_plan
+from ..plan import Folded, PruningPlan, make_plan
 from .held_out import HeldOut
 from .job import FoldJob
-from .reconstruction import Fit, Steps, side_by_side, steps
+from .reconstruction import Fit, steps
 
 ORIGINALS_BYTES = 2 << 30  # of states that several folds share, in memory
 
@@ -109,7 +110,7 @@ class FoldedSets:
         batches = self.held_out.fit("read for folds", self.held_out.questions.portion("fold_sets"))
         return originals_of(self.model, batches, ON_DISK_BYTES if self._streamed else ORIGINALS_BYTES)
 
-    def _folded(self, plan: PruningPlan, originals: Originals) -> Steps:
+    def _folded(self, plan: PruningPlan, originals: Originals) -> Task[Folded]:
         if self.decoder.unfoldable or not plan.drop:  # no fold is exact
             return {}
         job = FoldJob(

@@ -129,6 +129,32 @@ def sweep(
             )
 
 
+def sweeping(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    before: Callable[[Batch], object],
+    seen: Seen,
+    stop: int,
+) -> Iterator[tuple[int, ...]]:
+    """Take batches through the layers of the original as `sweep` does, asking for each layer before it runs.
+
+    Nothing is asked for, and nobody may run beside, where all layers are in memory.
+    """
+    if ranges_of(model) is None:
+        for _ in sweep(model, batches, before=before, seen=seen, stop=stop):
+            pass
+        return
+    with store_for(model) as store:
+        lanes = entered(model, enumerate(batches), store=store, before=before)
+        for layer_idx in range(stop):
+            yield (layer_idx,)
+            _through(
+                model, layer_idx, lanes=lanes, changes=(ORIGINAL,), store=store,
+                before=before, seen=seen, beside=None, last=stop,
+            )  # fmt: skip
+
+
 def taken_through(
     model: Any,
     layers: range,
