@@ -132,15 +132,21 @@ def table(told: Told) -> str:
         f"time {told['seconds']:,.0f} s, of the processor {told['cpu_seconds']:,.0f} s; told {guess.seconds:,.0f} s",
         f"verification: {told['verification']['reason'] or 'loaded'}",
         "",
-        "| stage | time, s | of the processor | weights read ÷ checkpoint | peak memory, GB |",
-        "|---|---:|---:|---:|---:|",
+        "| stage | time, s | of the processor | told | weights read ÷ checkpoint | peak memory, GB |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name, taken in told["stages"].items():
         lines.append(
-            f"| {name} | {taken['seconds']:,.1f} | {taken['cpu_seconds']:,.1f} "
+            f"| {name} | {taken['seconds']:,.1f} | {taken['cpu_seconds']:,.1f} | {before_of(name, guess)} "
             f"| {taken['bytes_read'] / checkpoint:.2f} | {taken['peak_bytes'] / 1e9:.2f} |"
         )
     return "\n".join(lines)
+
+
+def before_of(stage: str, guess: Estimate) -> str:
+    """Return the seconds that were told of a stage before; what is written and hashed is told as one."""
+    seconds = guess.stages.get("copy" if stage == "write" else stage)
+    return "-" if seconds is None else f"{seconds:,.1f}"
 
 
 if __name__ == "__main__":

@@ -159,14 +159,15 @@ def _report(
 
 
 def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
-    """Return how often the weights are read: sums at gaps, a reconstruction, one or two rounds of judging."""
-    return 4 if portion("held_out", size.questions) > portion("judge_sets", size.questions) else 3
+    """Return how often the weights are read: sums at gaps with a reconstruction, and all of the judging."""
+    return 2
 
 
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     """Return what it costs to fit and to judge the candidates."""
     fit = (options.get("fitted_on") or portion("fit", size.questions)) / size.questions
     few, held_out = size.share("judge_sets"), size.share("held_out")
-    judging = few * (1 + 4 * SUFFIX) + max(0.0, held_out - few) * (1 + 3 * SUFFIX)
+    then = 4 if size.streamed else 3  # candidates that the first questions leave
+    judging = few * (1 + 4 * SUFFIX) + max(0.0, held_out - few) * (1 + then * SUFFIX)
     gaps = max(SHARE.values())  # measured once, for all that read no more than them
     return fit * (gaps + refitting(size)) + judging, fit + held_out

@@ -283,6 +283,13 @@ class Effort:
         return len(PROPOSERS) + 1 + searched + self.exchanges * (2 * self.count + SPARE)
 
     @property
+    def sets_ahead(self) -> int:
+        """Return how many sets are judged beside these so that fewer walks are made, at most."""
+        if not self.exchanges:
+            return 0
+        return (len(PROPOSERS) + 1) * self.count + (self.exchanges - 1) * (self.count + SPARE) * self.count
+
+    @property
     def affordable(self) -> int:
         """Return how many questions SETS_PASSES pays for."""
         return int(SETS_PASSES * self.questions / (self.sets * SUFFIX))
@@ -306,21 +313,26 @@ def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     used = size.share("fit") + size.share("held_out")
     effort = _effort(size, options)
     judged_by = options.get("judged_by") or effort.judges
-    cost = 1.15 * size.share("rank") + judged_by / size.questions * (1 + effort.sets * SUFFIX)
+    sets = effort.sets + (effort.sets_ahead if size.streamed else 0)
+    cost = 1.15 * size.share("rank") + judged_by / size.questions * (1 + sets * SUFFIX)
     if options.get("folded", True):
         first, few = (number for number, _ in ROUNDS)
         judge_first, judge_few = size.share("judge_sets"), size.share("judge_few_sets")
         cost += size.share("fold_sets") * (1 + first * 2 * SUFFIX)
         cost += judge_first * (1 + first * SUFFIX)
-        cost += max(0.0, judge_few - judge_first) * (1 + few * SUFFIX)  # the few know what the first questions say
+        then = first if size.streamed else few  # the few know what the first questions say
+        cost += max(0.0, judge_few - judge_first) * (1 + then * SUFFIX)
     return cost, used
 
 
-def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
-    """Return how often the weights are read: a pass for rankings, one for each judgement, two for the folds."""
-    held_out = portion("held_out", size.questions)
-    rounds = {min(held_out, portion(judged_by, size.questions)) for _, judged_by in ROUNDS}
-    return 1 + _effort(size, options).walks + (2 + len(rounds) if options.get("folded", True) else 0)
+def sweeps(size: JobSize, options: Mapping[str, Any]) -> float:
+    """Return how often the weights are read: by rankings, by each judgement, by the folds of sets.
+
+    Behind the first judgement, which the original takes part in, they are read from the first layer that a set leaves
+    out; the folds of sets are judged in one pass, whatever the rounds.
+    """
+    folded = SUFFIX + 1 if options.get("folded", True) else 0
+    return 2 + (_effort(size, options).walks - 1) * SUFFIX + folded
 
 
 def _effort(size: JobSize, options: Mapping[str, Any]) -> Effort:

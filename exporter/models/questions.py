@@ -70,6 +70,7 @@ class JobSize:
     plan: PruningPlan  # a likely one: which layers go is not known yet
     drop: int  # how many will go; the plan has one at least
     refits: int = 3  # times that a layer is run to be refitted: twice where its inputs can be kept in memory
+    streamed: bool = False  # layers are read from disk: what spares a pass over them may cost others to be computed
 
     def share(self, step: str) -> float:
         """Return the share of the questions that a step reads."""
