@@ -30,6 +30,7 @@ UNKNOWN_REFERENCE = 6  # where the original has not got far with its own
 DISK_BYTES_PER_SECOND = 1e9  # that a checkpoint is read and written with, roughly
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
 MATRICES = 6  # [D, D] in float64 that a fold holds at a time
+LEAST_WIDTH, MOST_WIDTH = 1024, 4096  # of matrices whose product is timed
 PROCESS_BYTES = 450_000_000  # of libraries, beside what --memory counts
 
 
@@ -284,16 +285,26 @@ def _tokens(job: CompressionJob) -> tuple[int, int, int]:
     return round(sum(lengths) * share), round(patches * share), max(lengths)
 
 
-def flops_per_second(job: CompressionJob, size: int = 1024) -> float:
-    """Return what the device reaches in matrix products of a decoder's kind, less a third for all around them."""
+def flops_per_second(job: CompressionJob, rows: int = 512) -> float:
+    """Return what the device reaches in products of matrices as wide as the decoder's, less a third for the rest.
+
+    What is wider than a processor's cache is slower: a model of 64 is timed as one of LEAST_WIDTH, one of more than
+    MOST_WIDTH as one of that.
+    """
     import torch
 
-    a = torch.randn(size, size, dtype=job.dtype, device=job.device)
-    for _ in range(3):
-        a @ a
+    config = job.source.config
+    width, inner = (
+        min(max(size, LEAST_WIDTH), MOST_WIDTH)
+        for size in (int(config.get_text_config().hidden_size), inner_size(config))
+    )
+    a = torch.randn(rows, width, dtype=job.dtype, device=job.device)
+    b = torch.randn(inner, width, dtype=job.dtype, device=job.device)
+    for _ in range(2):
+        a @ b.T
     best = 0.0
     for _ in range(5):
         begin = time.perf_counter()
-        (a @ a).sum().item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+        (a @ b.T).sum().item()
+        best = max(best, 2 * rows * width * inner / (time.perf_counter() - begin))
     return best * 2 / 3

@@ -37,6 +37,7 @@ PROPOSERS = ("tis", "block_influence", "angular")  # from one pass; which ones w
 WIDTH = 6  # layers that the greedy search looks at again after each removal
 STEPS = 4  # of the greedy search, at most
 EXCHANGES, SEARCHED = 2, 1  # exchanges at most; behind a search, which has looked at most of them
+AHEAD = 64  # sets that are judged at most before they are asked for, to spare a walk: many cost more than it
 SETS_PASSES = 0.5  # that judging sets without a fold may cost: fewer questions judge where there are more sets
 FEWEST = 6  # questions that judge them
 SPARE = 2  # layers that each ranking names beyond those that are to go: what may be exchanged for others
@@ -70,7 +71,7 @@ def best_of(
         sets["spacing"] = frozenset(spaced(loss.num_layers, count, protect))
     known: dict[frozenset[int], float] = {}
     asks_next, alone = ahead and exchanges > 0, [frozenset({layer}) for layer in range(loss.num_layers)]
-    first = [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else []), *(alone if search else [])]
+    first = [*sets.values(), *(_next_asked(sets.values()) if asks_next else []), *(alone if search else [])]
     _judge(known, loss, first)
     remembered = KeptLoss(lambda: loss, loss.num_layers, JudgedSets(losses=known))
     searched = greedy(remembered, count, protect, width=WIDTH, steps=STEPS).drop if search else ()
@@ -140,7 +141,7 @@ def exchanged(
         fewer = fewer_sets[back]
         sets = {layer: fewer | {layer} for layer in sorted(named - dropped)}
         asks_next = ahead and len(swaps) + 1 < exchanges
-        _judge(known, loss, [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else [])])
+        _judge(known, loss, [*sets.values(), *(_next_asked(sets.values()) if asks_next else [])])
         instead = min(sets, key=lambda layer: known[sets[layer]])
         if known[sets[instead]] >= known[dropped]:
             break
@@ -154,8 +155,10 @@ def _fewer(layers: frozenset[int]) -> list[frozenset[int]]:
     return [layers - {layer} for layer in sorted(layers)]
 
 
-def _fewer_of_all(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
-    return [layers for several in sets for layers in _fewer(several)]
+def _next_asked(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+    """Return what an exchange that begins with one of the sets judges first; nothing where that is too many."""
+    fewer = [layers for several in sets for layers in _fewer(several)]
+    return fewer if len(fewer) <= AHEAD else []
 
 
 def halved(
@@ -283,11 +286,16 @@ class Effort:
         return len(PROPOSERS) + 1 + searched + self.exchanges * (2 * self.count + SPARE)
 
     @property
+    def _ahead(self) -> list[int]:
+        """Return how many sets are judged ahead in the first walk, and in each exchange but the last, at most."""
+        first, others = (len(PROPOSERS) + 1) * self.count, (self.count + SPARE) * self.count
+        asked = [first, *[others] * (self.exchanges - 1)] if self.exchanges else []
+        return [number if number <= AHEAD else 0 for number in asked]
+
+    @property
     def sets_ahead(self) -> int:
         """Return how many sets are judged beside these so that fewer walks are made, at most."""
-        if not self.exchanges:
-            return 0
-        return (len(PROPOSERS) + 1) * self.count + (self.exchanges - 1) * (self.count + SPARE) * self.count
+        return sum(self._ahead)
 
     @property
     def affordable(self) -> int:
@@ -302,10 +310,12 @@ class Effort:
     @property
     def walks(self) -> int:
         """Return how often the weights are read to judge the sets."""
+        spared = [number > 0 for number in self._ahead]
         if not self.search:
-            return 1 + self.exchanges
+            return 1 + 2 * self.exchanges - sum(spared)
         # each layer alone is judged with the rankings' sets; the first exchange begins with a set not known before
-        return search_size(self.num_layers, self.count, WIDTH, STEPS)[1] + self.exchanges + (self.exchanges > 0)
+        searched = search_size(self.num_layers, self.count, WIDTH, STEPS)[1]
+        return searched + 2 * self.exchanges - sum(spared[1:])
 
 
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
