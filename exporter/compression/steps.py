@@ -137,7 +137,7 @@ def fold_gaps(
     """Return new weights for the layers that stay, and what the record says of them."""
     method = job.fold
     with gap_memo(model) as memo:
-        fold_inputs = fold_job(job, model, questions, plan, memo)
+        fold_inputs = fold_job(job, model, questions=questions, plan=plan, memo=memo)
         folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options) if plan.drop else {}
     tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
     told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **fold_inputs.report}

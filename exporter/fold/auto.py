@@ -54,7 +54,7 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
     notes: dict[str, dict[str, Any]] = {}
     fitted_on = fitted_on or held_out.questions.portion("fit")
     with gap_memo(job.model) as memo:
-        jobs = {name: _job_of(name, job, held_out, fitted_on, memo) for name in CANDIDATES}
+        jobs = {name: _job_of(name, job, held_out=held_out, fitted_on=fitted_on, memo=memo) for name in CANDIDATES}
         refitted = _read_once(jobs) if ranges_of(job.model) is not None else {}
         for name, options in CANDIDATES.items():
             inner = jobs[name]

@@ -289,8 +289,8 @@ class Effort:
     def _ahead(self) -> list[int]:
         """Return how many sets are judged ahead in the first walk, and in each exchange but the last, at most."""
         first, others = (len(PROPOSERS) + 1) * self.count, (self.count + SPARE) * self.count
-        asked = [first, *[others] * (self.exchanges - 1)] if self.exchanges else []
-        return [number if number <= AHEAD else 0 for number in asked]
+        numbers = [first, *[others] * (self.exchanges - 1)] if self.exchanges else []
+        return [number if number <= AHEAD else 0 for number in numbers]
 
     @property
     def sets_ahead(self) -> int:

@@ -26,8 +26,8 @@ def side_by_side(model: Any, tasks: Sequence[Task[T]]) -> list[T]:
     with contextlib.ExitStack() as whole:
         while waiting:
             needed = min(waiting.values(), key=lambda some: max(some, default=-1))
-            wanted = {layer_idx for some in waiting.values() for layer_idx in some}
-            for layer_idx in [held_idx for held_idx in current if held_idx not in wanted]:
+            needed_by_any = {layer_idx for some in waiting.values() for layer_idx in some}
+            for layer_idx in [held_idx for held_idx in current if held_idx not in needed_by_any]:
                 current.pop(layer_idx).close()
             for layer_idx in needed:
                 if layer_idx not in current:
