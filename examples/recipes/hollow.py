@@ -138,7 +138,9 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, fil
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + position)
-        for name, shape in shapes.items() if fill is not None else ():
+        for name, shape in shapes.items():
+            if fill is None:
+                break
             file.write(fill(name, shape).reshape(-1).view(torch.uint8).numpy().data)
 
 
