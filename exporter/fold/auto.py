@@ -160,11 +160,13 @@ def _report(
 
 def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
     """Return how often the weights are read: sums at gaps with a reconstruction, and all of the judging."""
-    return 2
+    return 2 if size.judges else 0
 
 
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     """Return what it costs to fit and to judge the candidates."""
+    if not size.judges:
+        return 0.0, 0.0
     fit = (options.get("fitted_on") or portion("fit", size.questions)) / size.questions
     few, held_out = size.share("judge_sets"), size.share("held_out")
     then = 4 if size.streamed else 3  # candidates that the first questions leave

@@ -325,7 +325,7 @@ def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     judged_by = options.get("judged_by") or effort.judges
     sets = effort.sets + (effort.sets_ahead if size.streamed else 0)
     cost = 1.15 * size.share("rank") + judged_by / size.questions * (1 + sets * SUFFIX)
-    if options.get("folded", True):
+    if options.get("folded", True) and size.judges:
         first, few = (number for number, _ in ROUNDS)
         judge_first, judge_few = size.share("judge_sets"), size.share("judge_few_sets")
         cost += size.share("fold_sets") * (1 + first * 2 * SUFFIX)
@@ -341,7 +341,7 @@ def sweeps(size: JobSize, options: Mapping[str, Any]) -> float:
     Behind the first judgement, which the original takes part in, they are read from the first layer that a set leaves
     out; the folds of sets are judged in one pass, whatever the rounds.
     """
-    folded = SUFFIX + 1 if options.get("folded", True) else 0
+    folded = SUFFIX + 1 if options.get("folded", True) and size.judges else 0
     return 2 + (_effort(size, options).walks - 1) * SUFFIX + folded
 
 
