@@ -27,11 +27,13 @@ from set_choice import Enough, Values, measured, run
 
 from exporter.data.batches import Batch
 from exporter.fold import reconstruction
-from exporter.fold.job import FoldJob, originals_of
+from exporter.fold.job import FoldJob
 from exporter.fold.sets import FoldedSets
 from exporter.localize import best_of
 from exporter.localize.block_influence import block_influence
 from exporter.models.capture import layer_statistics
+from exporter.models.originals import originals_of
+from exporter.models.side_by_side import side_by_side
 from exporter.models.sweep import Change
 from exporter.plan import Folded, make_plan
 
@@ -56,7 +58,7 @@ def folded_from(
     )
     fit = reconstruction.Fit(ridge=ridge)
     with mock.patch.object(reconstruction, "TOKENS_PER_INPUT", 0.0), originals_of(judge.model, batches) as originals:
-        folded = reconstruction.side_by_side(judge.model, [reconstruction.steps(job, fit, originals, kinds)])[0]
+        folded = side_by_side(judge.model, [reconstruction.steps(job, fit, originals, kinds)])[0]
     return folded, job.report["tokens"] / job.report["inputs"]
 
 

@@ -1,6 +1,13 @@
-"""Rehearse what a checkpoint too large for this machine takes, on one whose weights are holes in its files.
+"""Rehearse what a checkpoint too large for this machine takes, on one of its shape that is made here.
 
+    python examples/benchmarks/rehearsal.py [--model llava-1.5-7b] [--layers 4] [--questions 8] [--memory 5GB]
     python examples/benchmarks/rehearsal.py --model-free [--model qwen3-vl-235b-a22b] [--drop-layers 23]
+
+The first makes a checkpoint with random weights, in bfloat16, tensor by tensor; compresses it with `--memory`, with
+fold, verification and card, in a process of its own; and tells for each stage the time, the processor time, the weights
+that were read and the peak memory, beside what `--dry-run` says with the rates that this machine has at that moment.
+What is random knows no answer: answers are cut off behind a few tokens. `--checkpoint DIR` keeps the checkpoint for the
+next run.
 
 `--model-free` drops layers by stored scores without a fold, as a second budget does: no model is loaded. The checkpoint
 has the real headers (`examples/recipes/hollow.py`) and lies as in the hub's cache, where a file is named after its
@@ -37,6 +44,7 @@ from exporter.recipe import NO_QUESTIONS, Method, Recipe, RunOptions
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
 from hollow import published, write_hollow
+from rehearsal_weights import with_weights
 
 LEAST = "2GB"  # less than any of these takes, so that what is verified is laid out and not loaded
 Told = dict[str, Any]
@@ -44,15 +52,32 @@ Told = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-free", action="store_true", required=True, help="the only rehearsal there is")
-    parser.add_argument("--model", default="qwen3-vl-235b-a22b", metavar="NAME", help="of examples/recipes/models")
-    parser.add_argument("--drop-layers", type=int, default=23, metavar="N", help="how many layers go (23)")
+    parser.add_argument("--model-free", action="store_true", help="drop layers by scores, with holes as weights")
+    parser.add_argument("--model", metavar="NAME", help="of examples/recipes/models (llava-1.5-7b; qwen3-vl-235b-a22b)")
+    parser.add_argument("--drop-layers", type=int, metavar="N", help="how many layers go (8; 23)")
+    with_weights_only = parser.add_argument_group("with weights")
+    with_weights_only.add_argument("--layers", type=int, metavar="N", help="decoder layers (as many as the model has)")
+    with_weights_only.add_argument("--questions", type=int, default=8, metavar="N", help="calibration questions (8)")
+    with_weights_only.add_argument("--answer-tokens", type=int, default=4, metavar="N", help="of each answer (4)")
+    with_weights_only.add_argument("--memory", default="5GB", metavar="SIZE", help="that --memory allows (5GB)")
+    with_weights_only.add_argument("--dtype", default="bfloat16", help="of the weights and of computing (bfloat16)")
+    with_weights_only.add_argument("--batch-size", type=int, default=4, metavar="N", help="questions at a time (4)")
+    with_weights_only.add_argument("--localizer", default="best_of", metavar="NAME", help="(best_of)")
+    with_weights_only.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="take it from there, or keep it there"
+    )
+    with_weights_only.add_argument("--json", type=Path, metavar="FILE", help="keep there all that was measured")
     parser.add_argument("--in-this-process", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_this_process is not None:
         print(json.dumps(model_free(options.in_this_process, options.drop_layers)))
         return
+    options.model = options.model or ("qwen3-vl-235b-a22b" if options.model_free else "llava-1.5-7b")
+    options.drop_layers = options.drop_layers or (23 if options.model_free else 8)
     with tempfile.TemporaryDirectory() as work:
+        if not options.model_free:
+            print(with_weights(options, Path(work)))
+            return
         folder = as_in_the_cache(write_hollow(published(options.model), Path(work) / "plain"), Path(work) / "hub")
         command = [sys.executable, __file__, *sys.argv[1:], "--in-this-process", str(folder)]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

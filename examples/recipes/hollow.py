@@ -1,5 +1,7 @@
 """Write a checkpoint without weights: every file of the real one, its tensors as holes that take no place on a disk.
 
+`write_random` puts random weights in place of holes, tensor by tensor: a model of that size is never in memory.
+
 `models/NAME.json` has what is public of a checkpoint: its `config` and the settings of its processor as they stand on
 the hub, its special tokens with their ids, and how its chat template puts an image. The names and shapes of its tensors
 are those that transformers builds from the configuration. A file system reads a hole as zeros.
@@ -13,12 +15,13 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from exporter.clean_room import REFERENCE_QUESTION
@@ -39,6 +42,8 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ turns['assistant'][0] }}{% endif %}"
 )
 Published = dict[str, Any]  # of models/NAME.json
+Fill = Callable[[str, tuple[int, ...]], Tensor]  # the values of a tensor, by its name and shape
+DEVIATION = 0.02  # of random weights, as transformers begins training with
 
 
 def published(name: str) -> Published:
@@ -47,8 +52,31 @@ def published(name: str) -> Published:
     return row
 
 
-def write_hollow(row: Published, folder: Path) -> Path:
-    """Write a checkpoint whose weights are holes. Returns: its folder, which is made."""
+def write_random(row: Published, folder: Path, seed: int = 0) -> Path:
+    """Write a checkpoint with random weights, as much of them in memory as one tensor has. Returns: its folder."""
+    dtype, random = getattr(torch, row["config"]["dtype"]), torch.Generator().manual_seed(seed)
+
+    def fill(name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1 and name.endswith((".weight", ".bias")):  # of norms, and biases
+            return torch.full(shape, float(name.endswith(".weight")), dtype=dtype)
+        return torch.empty(shape, dtype=dtype).normal_(0, DEVIATION, generator=random)
+
+    return write_hollow(row, folder, fill)
+
+
+def with_layers(row: Published, count: int) -> Published:
+    """Return the row of a checkpoint that has so many decoder layers, in place of as many as were published."""
+    changed: Published = json.loads(json.dumps(row))
+    changed["config"]["text_config"]["num_hidden_layers"] = count
+    return changed
+
+
+def write_hollow(row: Published, folder: Path, fill: Fill | None = None) -> Path:
+    """Write a checkpoint whose weights are holes. Returns: its folder, which is made.
+
+    Args:
+        fill: what to write in place of holes.
+    """
     folder.mkdir(parents=True)
     for name in FILES:
         if name in row:
@@ -60,7 +88,7 @@ def write_hollow(row: Published, folder: Path) -> Path:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, {name: shapes[name] for name in names}, dtype)
+        _write_shard(folder / file, {name: shapes[name] for name in names}, dtype, fill)
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
@@ -97,8 +125,8 @@ def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[
     yield names
 
 
-def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    """Write a safetensors header, and let a hole follow that is as long as the data."""
+def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, fill: Fill | None) -> None:
+    """Write a safetensors header, and let the data follow, or a hole that is as long."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in shapes.items():
@@ -110,6 +138,10 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> 
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + position)
+        for name, shape in shapes.items():
+            if fill is None:
+                break
+            file.write(fill(name, shape).reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _write_tokenizer(row: Published, folder: Path) -> None:

@@ -118,6 +118,7 @@ def dry_run(options: argparse.Namespace, recipe: Recipe, run: RunOptions) -> Non
         f"about {guess.seconds:.0f} s and {guess.memory_bytes / 1e9:.2f} GB on {job.device} for {guess.tokens:,} tokens"
         f", as much as {guess.forward_passes:.1f} forward passes over them"
     )
+    print("of these " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in guess.stages.items()))
     if guess.bytes_to_read is not None:
         print(
             f"layers on disk are read about {guess.sweeps} times, {guess.answer_passes} of them for answers: "

@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoints.shapes import read_json
 from ..compression.job import CompressionJob
 from ..compression.steps import fold_job, localize
-from ..fold.job import FoldRefused
+from ..fold.job import FoldRefused, GapMemo
 from ..localize.scores import LayerScores
 from ..methods import FOLDS, LOCALIZERS, resolve
 from ..models.capture import BatchStatistics, layer_statistics
@@ -127,8 +127,8 @@ class GridRunner:
         return folded
 
     @functools.cached_property
-    def _measured(self) -> dict[Any, Any]:
-        return {}
+    def _measured(self) -> GapMemo:
+        return GapMemo()
 
     def naive_seconds(self, cells: int, judged: dict[str, list[float]]) -> float:
         """Return the seconds of a loop over cells that shares nothing: each would localize, fold and answer anew.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..checkpoints.memory import parse_size
@@ -29,6 +29,9 @@ KNOWN_REFERENCE = 2  # passes of the smaller model's reference answer where the 
 UNKNOWN_REFERENCE = 6  # where the original has not got far with its own
 DISK_BYTES_PER_SECOND = 1e9  # that a checkpoint is read and written with, roughly
 ACTIVATION_COPIES = 12  # of [B, S, D] that a layer and its measurement hold at a time, roughly
+MATRICES = 6  # [D, D] in float64 that a fold holds at a time
+LEAST_WIDTH, MOST_WIDTH = 1024, 4096  # of matrices whose product is timed
+PROCESS_BYTES = 450_000_000  # of libraries, beside what --memory counts
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Estimate:
     sweeps: int  # times that layers on disk are read
     answer_passes: int  # of these, that give answers
     bytes_to_read: int | None  # of weights; None where all of them are in memory
+    stages: dict[str, float]  # seconds of each
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,14 @@ class Running:
 
     tokens: int = 0
     passes: float = 0.0  # through all decoder layers, over these tokens
-    flops: float = 0.0
+    of_a_pass: float = 0.0  # operations
     memory_bytes: int = COPY_CHUNK_BYTES
+    beside_bytes: int = 0  # of this, that are no weights and no states between layers
+    stages: dict[str, float] = field(default_factory=dict)  # passes of each
+
+    @property
+    def flops(self) -> float:
+        return self.passes * self.of_a_pass
 
 
 def estimate(job: CompressionJob, rates: Rates | None = None) -> Estimate:
@@ -82,6 +92,7 @@ def estimate(job: CompressionJob, rates: Rates | None = None) -> Estimate:
     if rates is None:
         rates = Rates(flops_per_second(job) if job.needs_model else math.inf)
     reading = _reading(job) if job.needs_model and job.options.memory else Reading()
+    stages = _seconds(running, reading, weights.num_bytes, rates)
     return Estimate(
         layers=len(per_layer),
         drop=job.count,
@@ -93,33 +104,48 @@ def estimate(job: CompressionJob, rates: Rates | None = None) -> Estimate:
         tokens=running.tokens,
         forward_passes=running.passes,
         flops=running.flops,
-        seconds=_seconds(running, reading, weights.num_bytes, rates),
-        memory_bytes=running.memory_bytes if reading.num_bytes is None else parse_size(job.options.memory or ""),
+        seconds=sum(stages.values()),
+        memory_bytes=running.memory_bytes if reading.num_bytes is None else _streamed_bytes(job, running),
         sweeps=reading.sweeps,
         answer_passes=reading.answer_passes,
         bytes_to_read=reading.num_bytes,
+        stages=stages,
     )
 
 
-def _seconds(running: Running, reading: Reading, num_bytes: int, rates: Rates) -> float:
-    """Return the time of a job: layers on disk are read while others run, and the checkpoint is read and written."""
-    computing = running.flops / rates.flops_per_second
-    return max(computing, (reading.num_bytes or 0) / rates.bytes_per_second) + 2 * num_bytes / rates.bytes_per_second
+def _seconds(running: Running, reading: Reading, num_bytes: int, rates: Rates) -> dict[str, float]:
+    """Return the time of each stage: layers are read while others run, and the checkpoint is read and written."""
+    seconds = {
+        name: max(
+            running.stages.get(name, 0.0) * running.of_a_pass / rates.flops_per_second,
+            reading.stages.get(name, 0.0) / rates.bytes_per_second,
+        )
+        for name in {**running.stages, **reading.stages}
+    }
+    return seconds | {"copy": 2 * num_bytes / rates.bytes_per_second}
+
+
+def _streamed_bytes(job: CompressionJob, running: Running) -> int:
+    """Return what a process takes that may keep so much of weights and states, with what it computes beside these."""
+    return parse_size(job.options.memory or "") + PROCESS_BYTES + running.beside_bytes
 
 
 def _running(job: CompressionJob) -> Running:
     """Return what running the model takes: decoder layers, of whose experts few run, and the vision tower."""
     tokens, patches, longest = _tokens(job)
     width = job.source.config.get_text_config().hidden_size
-    passes = forward_passes(job, tokens / len(job.calibration.samples))
-    memory = (
-        job.source.weights.num_parameters * job.dtype.itemsize
-        + ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
-        + 6 * width * width * 8
-        + _streams(job, tokens) * width * job.dtype.itemsize
+    stages = stage_passes(job, tokens / len(job.calibration.samples))
+    activations = ACTIVATION_COPIES * job.options.batch_size * longest * width * 4
+    sums = MATRICES * width * width * 8
+    weights = job.source.weights.num_parameters * job.dtype.itemsize
+    return Running(
+        tokens=tokens,
+        passes=sum(stages.values()),
+        of_a_pass=2 * (tokens * sum(active_parameters(job.source)) + patches * tower_parameters(job.source)),
+        memory_bytes=round(weights + activations + sums + _streams(job, tokens) * width * job.dtype.itemsize),
+        beside_bytes=max(activations, sums if job.count else 0),
+        stages=stages,
     )
-    of_a_pass = tokens * sum(active_parameters(job.source)) + patches * tower_parameters(job.source)
-    return Running(tokens, passes, passes * 2 * of_a_pass, round(memory))
 
 
 @dataclass(frozen=True)
@@ -129,6 +155,7 @@ class Reading:
     sweeps: int = 0
     answer_passes: int = 0  # of these, that give answers
     num_bytes: int | None = None  # of weights, in all; None: no layer is on disk
+    stages: dict[str, float] = field(default_factory=dict)  # bytes of each
 
 
 def _reading(job: CompressionJob) -> Reading:
@@ -140,18 +167,21 @@ def _reading(job: CompressionJob) -> Reading:
     num_held, _ = sizes.share_out(parse_size(job.options.memory or ""), job.source.name)
     if num_held == len(sizes.layers):
         return Reading()
-    size = _likely(job)
-    sweeps = 0
+    size = replace(_likely(job), streamed=True)
+    localizing = folding = 0.0
     if job.reads_questions:
-        sweeps += _sweeps(LOCALIZERS[job.recipe.localizer.name].sweeps, size, job.recipe.localizer)
+        localizing = _sweeps(LOCALIZERS[job.recipe.localizer.name].sweeps, size, job.recipe.localizer)
     if job.count:
-        sweeps += _sweeps(FOLDS[job.fold.name].sweeps, size, job.fold)
+        folding = _sweeps(FOLDS[job.fold.name].sweeps, size, job.fold)
     answers, reference = _answer_passes(job)
-    answers = answers if sweeps else 0
+    answers = answers if localizing + folding else 0
     on_disk = sum(sizes.layers[num_held:]) / sum(sizes.layers) * layer_bytes(job)
     left = 1 - job.count / len(sizes.layers)
-    read = job.source.weights.num_bytes - on_disk + (sweeps + answers + left * reference) * on_disk
-    return Reading(sweeps + answers + reference, answers + reference, round(read))
+    times = {"answers": answers, "localize": localizing, "fold": folding, "reference": left * reference}
+    stages = {name: number * on_disk for name, number in times.items()}
+    stages["load"] = job.source.weights.num_bytes - on_disk
+    sweeps = round(localizing + folding) + answers + reference
+    return Reading(sweeps, answers + reference, round(sum(stages.values())), stages)
 
 
 def _answer_passes(job: CompressionJob) -> tuple[int, int]:
@@ -186,9 +216,18 @@ def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
     Args:
         prompt_tokens: of a question, on average.
     """
+    return sum(stage_passes(job, prompt_tokens).values())
+
+
+def stage_passes(job: CompressionJob, prompt_tokens: float) -> dict[str, float]:
+    """Return what stages cost, in passes of all prompts through all decoder layers.
+
+    Args:
+        prompt_tokens: of a question, on average.
+    """
     fitted_on = prompt_tokens * portion("fit", len(job.calibration.samples))
     inner_bytes = fitted_on * inner_size(job.source.config) * job.dtype.itemsize
-    size = replace(_likely(job), refits=refits(job.source.decoder, inner_bytes))
+    size = replace(_likely(job), refits=refits(job.source.decoder, inner_bytes), streamed=_streamed(job))
     longer = 1 + min(ANSWER_GUESS, job.recipe.calibration.answer_tokens) / prompt_tokens  # with its answer
     localizing, ranked, folding, fitted = 0.0, 0.0, 0.0, 0.0
     if job.recipe.budget.layers is None:
@@ -196,7 +235,16 @@ def forward_passes(job: CompressionJob, prompt_tokens: float) -> float:
         localizing, ranked = _cost(LOCALIZERS[method.name].passes, size, method)
     if job.count:
         folding, fitted = _cost(FOLDS[job.fold.name].passes, size, job.fold)
-    return longer * (max(ranked, fitted) + localizing + folding)
+    passes = {"answers": max(ranked, fitted), "localize": localizing, "fold": folding}
+    return {name: longer * number for name, number in passes.items()}
+
+
+def _streamed(job: CompressionJob) -> bool:
+    """Tell whether --memory leaves layers on disk."""
+    if not job.options.memory:
+        return False
+    sizes = PartSizes.of(job.source, job.dtype.itemsize)
+    return sizes.share_out(parse_size(job.options.memory), job.source.name)[0] < len(sizes.layers)
 
 
 def inner_size(config: Any) -> int:
@@ -222,8 +270,8 @@ def _cost(passes: float | Function, size: JobSize, method: Method) -> tuple[floa
     return passes, 1.0 if passes else 0.0
 
 
-def _sweeps(sweeps: int | Function, size: JobSize, method: Method) -> int:
-    return sweeps if isinstance(sweeps, int) else int(resolve(sweeps)(size, method.options))
+def _sweeps(sweeps: float | Function, size: JobSize, method: Method) -> float:
+    return sweeps if isinstance(sweeps, float | int) else float(resolve(sweeps)(size, method.options))
 
 
 def _tokens(job: CompressionJob) -> tuple[int, int, int]:
@@ -237,16 +285,26 @@ def _tokens(job: CompressionJob) -> tuple[int, int, int]:
     return round(sum(lengths) * share), round(patches * share), max(lengths)
 
 
-def flops_per_second(job: CompressionJob, size: int = 1024) -> float:
-    """Return what the device reaches in matrix products of a decoder's kind, less a third for all around them."""
+def flops_per_second(job: CompressionJob, rows: int = 512) -> float:
+    """Return what the device reaches in products of matrices as wide as the decoder's, less a third for the rest.
+
+    What is wider than a processor's cache is slower: a model of 64 is timed as one of LEAST_WIDTH, one of more than
+    MOST_WIDTH as one of that.
+    """
     import torch
 
-    a = torch.randn(size, size, dtype=job.dtype, device=job.device)
-    for _ in range(3):
-        a @ a
+    config = job.source.config
+    width, inner = (
+        min(max(size, LEAST_WIDTH), MOST_WIDTH)
+        for size in (int(config.get_text_config().hidden_size), inner_size(config))
+    )
+    a = torch.randn(rows, width, dtype=job.dtype, device=job.device)
+    b = torch.randn(inner, width, dtype=job.dtype, device=job.device)
+    for _ in range(2):
+        a @ b.T
     best = 0.0
     for _ in range(5):
         begin = time.perf_counter()
-        (a @ a).sum().item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+        (a @ b.T).sum().item()
+        best = max(best, 2 * rows * width * inner / (time.perf_counter() - begin))
     return best * 2 / 3

@@ -10,7 +10,7 @@ from typing import Any
 from .. import ranks
 from ..checkpoints.source import Source, ignored_keys
 from ..fold.held_out import HeldOut
-from ..fold.job import FoldJob
+from ..fold.job import FoldJob, GapMemo, gap_memo
 from ..fold.sets import FoldedSets
 from ..localize import LocalizeJob, explicit, run_localizer
 from ..localize.judged import JudgedSets, KeptLoss
@@ -136,15 +136,16 @@ def fold_gaps(
 ) -> tuple[Folded, dict[str, Any]]:
     """Return new weights for the layers that stay, and what the record says of them."""
     method = job.fold
-    fold_inputs = fold_job(job, model, questions, plan)
-    folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options) if plan.drop else {}
+    with gap_memo(model) as memo:
+        fold_inputs = fold_job(job, model, questions=questions, plan=plan, memo=memo)
+        folded = resolve(FOLDS[method.name].run)(fold_inputs, **method.options) if plan.drop else {}
     tensors = [f"layer {layer}'s {name}" for layer, name in sorted(folded)]
     told = {"name": method.name if plan.drop else "none", "options": method.options, "reason": "", **fold_inputs.report}
     return folded, {**told, "tensors": tensors}
 
 
 def fold_job(
-    job: CompressionJob, model: Any, questions: Questions, plan: PruningPlan, memo: dict[Any, Any] | None = None
+    job: CompressionJob, model: Any, questions: Questions, plan: PruningPlan, memo: GapMemo | None = None
 ) -> FoldJob:
     """Return what a fold of the plan works from.
 
@@ -158,7 +159,7 @@ def fold_job(
         read=reader(job.source, model),
         decoder=job.source.decoder,
         multiplier=job.multiplier,
-        memo={} if memo is None else memo,
+        memo=memo or GapMemo(),
         held_out=HeldOut(model, questions),
         half_of=questions.half_of,
     )

@@ -7,6 +7,7 @@ the divergence worse than no fold at all is never taken.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,11 +16,13 @@ from ..data.batches import Batch
 from ..methods import FOLDS, resolve
 from ..models.divergence import CLEARLY, Divergence, most_faithful
 from ..models.questions import SUFFIX, JobSize, portion
+from ..models.residency import ranges_of
+from ..models.side_by_side import Task, side_by_side
 from ..models.variants import Variant
 from ..plan import Folded
 from .held_out import HeldOut
-from .job import FoldJob, FoldRefused, GapMoments
-from .reconstruction import refitting
+from .job import FoldJob, FoldRefused, GapMemo, gap_memo, measuring
+from .reconstruction import reconstructing, refitting
 
 CANDIDATES: dict[str, dict[str, Any]] = {  # in order of simplicity, with their options
     "none": {},
@@ -47,25 +50,51 @@ def fold_auto(job: FoldJob, *, fitted_on: int | None = None) -> Folded:
     if "reason" in job.report or held_out is None:
         job.report["name"] = "none"
         return {}
-    memo: dict[Any, GapMoments] = {}
     variants: dict[str, Variant] = {}
     notes: dict[str, dict[str, Any]] = {}
-    for name, options in CANDIDATES.items():
-        number = round(SHARE.get(name, 1.0) * (fitted_on or held_out.questions.portion("fit")))
-        inner = dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
-        try:
-            folded = resolve(FOLDS[name].run)(inner, **options)
-        except FoldRefused:  # by this family of models
-            continue
-        if folded or name == "none":  # one that had to do nothing is no candidate
-            variants[name] = Variant(job.plan, folded)
-            notes[name] = inner.report
-        elif "fell_back" in inner.report:
-            job.report["fell_back"] = f"{name} was no candidate: {inner.report['fell_back']}"
+    fitted_on = fitted_on or held_out.questions.portion("fit")
+    with gap_memo(job.model) as memo:
+        jobs = {name: _job_of(name, job, held_out=held_out, fitted_on=fitted_on, memo=memo) for name in CANDIDATES}
+        refitted = _read_once(jobs) if ranges_of(job.model) is not None else {}
+        for name, options in CANDIDATES.items():
+            inner = jobs[name]
+            try:
+                folded = refitted[name] if name in refitted else resolve(FOLDS[name].run)(inner, **options)
+            except FoldRefused:  # by this family of models
+                continue
+            if folded or name == "none":  # one that had to do nothing is no candidate
+                variants[name] = Variant(job.plan, folded)
+                notes[name] = inner.report
+            elif "fell_back" in inner.report:
+                job.report["fell_back"] = f"{name} was no candidate: {inner.report['fell_back']}"
     judged, first = judge_candidates(held_out, variants)
     name = winner(judged)
     job.report.update(_report(name, judged, first, notes))
     return variants[name].folded
+
+
+def _job_of(name: str, job: FoldJob, held_out: HeldOut, fitted_on: int, memo: GapMemo) -> FoldJob:
+    """Return what a candidate works from."""
+    number = round(SHARE.get(name, 1.0) * fitted_on)
+    return dataclasses.replace(job, batches=_asking(held_out, name, number), memo=memo, report={})
+
+
+def _read_once(jobs: Mapping[str, FoldJob]) -> dict[str, Folded]:
+    """Measure gaps, and reconstruct, in one pass over layers on disk; return what was reconstructed.
+
+    Folds by one linear map find the gaps in their memo. What a family refuses is left to who asks for it.
+    """
+
+    def tried(task: Task[Any]) -> Task[Any]:
+        with contextlib.suppress(FoldRefused):
+            return (yield from task)
+        return None
+
+    tasks: list[Task[Any]] = [reconstructing(jobs["reconstruction"], **CANDIDATES["reconstruction"])]
+    if not jobs["scp"].decoder.post_norm:
+        tasks.append(measuring(jobs["scp"]))
+    folded = side_by_side(jobs["scp"].model, [tried(task) for task in tasks])[0]
+    return {} if folded is None else {"reconstruction": folded}
 
 
 def _asking(held_out: HeldOut, fold: str, number: int) -> Callable[..., Iterable[Batch]]:
@@ -77,11 +106,18 @@ def judge_candidates(
 ) -> tuple[dict[str, Divergence], dict[str, Divergence]]:
     """Judge all variants on a few held-out questions, and those that do best there, and none, on all of them."""
     few = held_out.questions.portion("judge_sets")
-    first = dict(zip(variants, held_out.judge(list(variants.values()), few), strict=True))
+    more: dict[str, Divergence] = {}
+    if held_out.judges_ahead(few, None):
+        both = held_out.judge_twice(list(variants.values()), few, None)
+        first, more = (dict(zip(variants, judged, strict=True)) for judged in both)
+    else:
+        first = dict(zip(variants, held_out.judge(list(variants.values()), few), strict=True))
     better = sorted(first, key=lambda name: _rank(first[name], first["none"]))[: max(2, len(first) // 2)]
     kept = [name for name in variants if name in better or name == "none"]
     if len(held_out.questions.split.held_out) <= few:
         return first, first
+    if more:
+        return {name: first[name].and_on(more[name]) for name in kept}, first
     known = [first[name] for name in kept]
     return dict(zip(kept, held_out.judge([variants[name] for name in kept], known=known), strict=True)), first
 
@@ -123,14 +159,17 @@ def _report(
 
 
 def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
-    """Return how often the weights are read: sums at gaps, a reconstruction, one or two rounds of judging."""
-    return 4 if portion("held_out", size.questions) > portion("judge_sets", size.questions) else 3
+    """Return how often the weights are read: sums at gaps with a reconstruction, and all of the judging."""
+    return 2 if size.judges else 0
 
 
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     """Return what it costs to fit and to judge the candidates."""
+    if not size.judges:
+        return 0.0, 0.0
     fit = (options.get("fitted_on") or portion("fit", size.questions)) / size.questions
     few, held_out = size.share("judge_sets"), size.share("held_out")
-    judging = few * (1 + 4 * SUFFIX) + max(0.0, held_out - few) * (1 + 3 * SUFFIX)
+    then = 4 if size.streamed else 3  # candidates that the first questions leave
+    judging = few * (1 + 4 * SUFFIX) + max(0.0, held_out - few) * (1 + then * SUFFIX)
     gaps = max(SHARE.values())  # measured once, for all that read no more than them
     return fit * (gaps + refitting(size)) + judging, fit + held_out

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import ranks
 from ..data.batches import Batch
+from ..models.answers import AnsweredBatch
 from ..models.divergence import Divergence
 from ..models.questions import Questions
-from ..models.variants import Variant, judge
+from ..models.residency import ranges_of
+from ..models.variants import AnswerAgreement, Variant, judge, judge_in_parts
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,35 @@ class HeldOut:
         after = len(known[0].kl) if known else 0
         if known and not self.questions.indices("held_out", number, after):
             return list(known)
-        batches = self.questions.answered("judge on held-out questions", "held_out", number, after)
-        agreements = judge(self.model, variants, batches)
+        judged = self._divergences(judge(self.model, variants, self._batches(number, after)), number, after)
+        return [before.and_on(more) for before, more in zip(known, judged, strict=True)] if known else judged
+
+    def judges_ahead(self, number: int, then: int | None) -> bool:
+        """Tell whether `judge_twice` saves a pass: where layers are read from disk, and more questions are to come.
+
+        What it costs is that variants are judged on these which the first ones would have ruled out.
+        """
+        streamed = ranges_of(self.model) is not None
+        return streamed and ranks.world() == 1 and bool(self.questions.indices("held_out", then, number))
+
+    def judge_twice(
+        self, variants: Sequence[Variant], number: int, then: int | None
+    ) -> tuple[list[Divergence], list[Divergence]]:
+        """Return what `judge` returns by the first `number` questions, and by the others of the first `then`.
+
+        Batches are those of two judgements, one pass takes them all.
+        """
+        parts = self._batches(number, 0), self._batches(then, number)
+        first, others = judge_in_parts(self.model, variants, parts)
+        return self._divergences(first, number, 0), self._divergences(others, then, number)
+
+    def _batches(self, number: int | None, after: int) -> Iterator[AnsweredBatch]:
+        return self.questions.answered("judge on held-out questions", "held_out", number, after)
+
+    def _divergences(self, agreements: Sequence[AnswerAgreement], number: int | None, after: int) -> list[Divergence]:
         indices = self.questions.indices("held_out", number, after)
         pictures = tuple(self.questions.split.pictures[i] for i in indices)
-        judged = [
+        return [
             Divergence(
                 kl=tuple(agreement.kl_of),
                 tokens=tuple(agreement.tokens_of),
@@ -53,4 +80,3 @@ class HeldOut:
             )
             for agreement in agreements
         ]
-        return [before.and_on(more) for before, more in zip(known, judged, strict=True)] if known else judged

@@ -6,12 +6,15 @@ Shapes: B samples, S tokens, N counted tokens, D hidden size, I intermediate siz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from .. import ranks
 from ..data.batches import Batch
 from ..data.samples import Sample
 from ..errors import InputError
@@ -20,59 +23,16 @@ from ..localize.tis import important
 from ..models.boundary import Kept, StateStore
 from ..models.capture import AttentionMeans, AttentionReducer, aim, attention_means, on_module
 from ..models.loading import text_decoder
-from ..models.residency import held
-from ..models.sweep import Lane, after, entered, stepped, store_for, sweep
+from ..models.residency import ranges_of
+from ..models.side_by_side import Task, side_by_side
+from ..models.sweep import Lane, store_for, sweeping
 from ..plan import PruningPlan
 from .held_out import HeldOut
 from .moments import ExactSum, Moments, MomentSums, agreed, bounds_of
 
-ORIGINALS_BYTES = 2 << 30  # of states that several folds share, in memory
-ON_DISK_BYTES = 1 << 62  # where they go to disk: its end is met there
-
 
 class FoldRefused(InputError):  # noqa: N818 - like CheckFailed, what was found and no fault
     """A fold that this family of models does not take."""
-
-
-@dataclass
-class Originals:
-    """A few batches, and the original model's states between layers, computed once for all folds that share them."""
-
-    store: StateStore
-    lanes: list[Lane]  # what the layers get for each batch
-    free_bytes: int = 0  # bytes of states that may still be kept
-    states: dict[tuple[int, int], Kept] = field(default_factory=dict)  # [B, S, D] input of a layer, by batch and layer
-
-    def keep(self, key: tuple[int, int], state: Tensor) -> None:
-        """Keep the state of a batch at the input of a layer, as long as there is room."""
-        size = state.numel() * state.element_size()
-        if key not in self.states and size <= self.free_bytes:
-            self.states[key] = self.store.keep(state)
-            self.free_bytes -= size
-
-
-@contextlib.contextmanager
-def originals_of(model: Any, batches: Iterable[Batch], free_bytes: int = 0) -> Iterator[Originals]:
-    """Give batches at the input of the first layer.
-
-    Args:
-        free_bytes: bytes of the original's states that may be kept for other folds.
-    """
-    with store_for(model) as store:
-        yield Originals(store, entered(model, enumerate(batches), store), free_bytes)
-
-
-def with_all_states(model: Any, originals: Originals) -> None:
-    """Compute the original's states at all boundaries in one pass, as far as there is room."""
-    layers = text_decoder(model).layers
-    states = {lane.number: lane.branches[0].state for lane in originals.lanes}
-    for layer_idx, layer in enumerate(layers):
-        with held(layer, following=layers[layer_idx + 1] if layer_idx + 1 < len(layers) else None):
-            for lane in originals.lanes:
-                state = originals.store.read(states[lane.number])
-                output = stepped(layer, layer_idx, trace=lane.trace, state=state, store=originals.store)
-                originals.keep((lane.number, layer_idx + 1), after(layer_idx, lane.trace, output, originals.store))
-                states[lane.number] = originals.states[lane.number, layer_idx + 1]
 
 
 @dataclass(frozen=True)
@@ -85,7 +45,7 @@ class FoldJob:
     read: Callable[[int, str], Tensor | None]  # a layer's tensor by name, from disk; None where there is none
     decoder: Decoder
     multiplier: float = 1.0  # of what a block adds to the residual stream
-    memo: dict[Any, GapMoments] = field(default_factory=dict)  # gaps measured before, for folds that share a model
+    memo: GapMemo = field(default_factory=lambda: GapMemo())  # gaps measured before, for folds that share a model
     held_out: HeldOut | None = None  # questions to choose a fold by; None: there are none
     half_of: Callable[[Sample], bool] = lambda sample: False  # which half of the pictures a question belongs to
     report: dict[str, Any] = field(default_factory=dict)  # what a fold has to say of itself, for the record
@@ -125,6 +85,57 @@ class GapMoments:
 
     differences: list[Tensor]  # [D, D] HᵀH, H = X^p - X^r, of the last dropped layer p, or of each one of the run
     mlp: Moments  # predictors: the MLP's output M [N, D]; targets: M + H, what it should have been
+    directions: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [D, k] of a difference, once known
+
+
+class GapMemo:
+    """Gaps that were measured, for all folds that read them: each is three matrices and more of [D, D] in float64.
+
+    Args:
+        store: keeps them; None: all in memory.
+    """
+
+    def __init__(self, store: StateStore | None = None) -> None:
+        self._store = StateStore() if store is None else store
+        self._kept: dict[Any, tuple[Any, int, dict[tuple[int, int], Tensor]]] = {}
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._kept
+
+    def keep(self, key: Any, gap: GapMoments) -> None:
+        """Keep what was measured of a gap."""
+        tensors = self._store.park((gap.differences, gap.mlp.xx, gap.mlp.xy, gap.mlp.yy))
+        self._kept[key] = tensors, gap.mlp.count, gap.directions
+
+    def read(self, key: Any) -> GapMoments:
+        """Return what was measured of a gap."""
+        tensors, count, directions = self._kept[key]
+        differences, xx, xy, yy = self._store.fetch(tensors)
+        return GapMoments(differences, Moments(xx, xy, yy, count), directions)
+
+
+@contextlib.contextmanager
+def gap_memo(model: Any) -> Iterator[GapMemo]:
+    """Give a memo, that keeps gaps in a file where layers lie on disk."""
+    with StateStore(None if ranges_of(model) is None else 0) as store:
+        yield GapMemo(store)
+
+
+@dataclass(frozen=True)
+class Gaps(Mapping[int, GapMoments]):
+    """The gaps of a plan by the kept layer before each; one is read when it is asked for."""
+
+    memo: GapMemo
+    keys_of: dict[int, Any]  # in the memo
+
+    def __getitem__(self, kept: int) -> GapMoments:
+        return self.memo.read(self.keys_of[kept])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
 
 
 class GapSums:
@@ -165,7 +176,7 @@ def counted_tokens(batch: Batch, tokens: str) -> Tensor:
     return counted & ~batch.is_answer if tokens == "prompt" and batch.is_answer is not None else counted
 
 
-def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: bool = False) -> dict[int, GapMoments]:
+def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: bool = False) -> Gaps:
     """Measure gaps in one pass over the data, up to the last dropped layer; none for gaps that were measured before.
 
     Args:
@@ -173,27 +184,42 @@ def measure_gaps(job: FoldJob, *, tokens: str = "all", p: float = 0.5, each: boo
             the dropped layer.
         each: differences after every dropped layer of a gap, not only after its last.
     """
+    return side_by_side(job.model, [measuring(job, tokens, p=p, each=each)])[0]
 
-    def key(kept: int) -> tuple[Any, ...]:
-        return (kept, job.gaps[kept], tokens, p, each)
 
-    unmeasured = {kept: dropped for kept, dropped in job.gaps.items() if key(kept) not in job.memo}
+def measuring(job: FoldJob, tokens: str = "all", *, p: float = 0.5, each: bool = False) -> Task[Gaps]:
+    """Measure gaps as `measure_gaps` does, as a task that others may run beside: of 'important' tokens none may."""
+    keys = {kept: (kept, dropped, tokens, p, each) for kept, dropped in job.gaps.items()}
+    unmeasured = {kept: dropped for kept, dropped in job.gaps.items() if keys[kept] not in job.memo}
     sums: dict[int, GapSums] = {}
+    added: Counter[int] = Counter()  # batches, by gap
+    entered: list[Batch] = []  # those that are on their way, without what the vision tower was given
+    at_once = ranges_of(job.model) is not None and ranks.world() == 1  # a layer runs for all batches, and is done
+
+    def add(batch: Batch, kept: int, gap: Gap) -> None:
+        rows = GapSums.rows(gap, gap.counted(batch, tokens, p), job.multiplier)
+        if kept not in sums:
+            sums[kept] = GapSums(gap.mlp.shape[-1], agreed(GapSums.bounds_of(*rows)))
+        sums[kept].add(*rows)
+        added[kept] += 1
+        if at_once and added[kept] == len(entered):
+            job.memo.keep(keys[kept], sums.pop(kept).total())
+
+    def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            entered.append(dataclasses.replace(batch, inputs={}))
+            yield batch
+
     if unmeasured:
-        batches = job.batches()  # before attention is changed: the model may have to answer them first
-
-        def add(batch: Batch, kept: int, gap: Gap) -> None:
-            rows = GapSums.rows(gap, gap.counted(batch, tokens, p), job.multiplier)
-            if kept not in sums:
-                sums[kept] = GapSums(gap.mlp.shape[-1], agreed(GapSums.bounds_of(*rows)))
-            sums[kept].add(*rows)
-
+        batches = counted(job.batches())  # before attention is changed: the model may have to answer them first
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            _cross(job, unmeasured, batches, reducer, each=each, add=add)
-        for kept in sorted(unmeasured.keys() - sums.keys()):  # of a process that had no batch
+            yield from _cross(job, unmeasured, batches, reducer, each=each, add=add)
+        for kept in sorted(unmeasured.keys() - added.keys()):  # of a process that had no batch
             sums[kept] = GapSums(job.width_of(kept), agreed(()))
-    job.memo.update({key(kept): sums[kept].total() for kept in unmeasured})
-    return {kept: job.memo[key(kept)] for kept in job.gaps}
+    for kept in unmeasured:
+        if keys[kept] not in job.memo:
+            job.memo.keep(keys[kept], sums.pop(kept).total())
+    return Gaps(job.memo, keys)
 
 
 @dataclass(frozen=True)
@@ -237,14 +263,16 @@ def _cross(
     *,
     each: bool,
     add: Callable[[Batch, int, Gap], None],
-) -> None:
+) -> Task[None]:
     """Run the batches up to the last dropped layer; hand on what each gap's moments are made of, as it closes."""
     layers = text_decoder(job.model).layers
     before_gap = {layer: kept for kept, dropped in gaps.items() for layer in dropped}
     tapped: list[Tensor] = []
+    running: list[Batch] = []  # here: in another task's pass through the layer nothing is tapped
     crossing: dict[tuple[int, int], _Crossing] = {}  # by batch and kept layer
 
     def seen(lane: Lane, layer_idx: int, before: Tensor, after: Tensor) -> None:
+        running.clear()
         means = reducer.take_any() if reducer is not None else None
         if layer_idx - 1 in gaps:
             crossing[lane.number, layer_idx - 1].entered = store.keep(before)
@@ -261,10 +289,17 @@ def _cross(
         if is_last:
             add(lane.plain, kept, crossing.pop((lane.number, kept)).take(store, means))
 
+    def before(batch: Batch) -> None:
+        running.append(batch)
+        aim(reducer, batch)
+
+    def tap(_: Tensor, put: Tensor) -> None:
+        if running:
+            tapped.append(put)
+
     with store_for(job.model) as store, contextlib.ExitStack() as taps:
         for kept in gaps:
             module = layers[kept].get_submodule(job.decoder.down_proj_of(kept) or "")
-            taps.enter_context(on_module(module, lambda _, y: tapped.append(y)))
+            taps.enter_context(on_module(module, tap))
         last = max(dropped[-1] for dropped in gaps.values())
-        for _ in sweep(job.model, batches, before=lambda batch: aim(reducer, batch), seen=seen, stop=last + 1):
-            pass
+        yield from sweeping(job.model, batches, before=before, seen=seen, stop=last + 1)

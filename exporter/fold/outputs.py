@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from .. import ranks
@@ -15,7 +15,7 @@ Matrix = Literal["o_proj", "down_proj"]
 
 def change_outputs(
     job: FoldJob,
-    gaps: dict[int, GapMoments],
+    gaps: Mapping[int, GapMoments],
     change: Callable[[str, Any, GapMoments], Any],
     weights: tuple[Matrix, ...],
 ) -> Folded:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,18 +26,20 @@ from ..families import Decoder
 from ..models.boundary import Kept, StateStore
 from ..models.capture import on_module
 from ..models.loading import text_decoder
+from ..models.originals import Originals, originals_of
 from ..models.questions import SUFFIX, JobSize
 from ..models.replay import replaced
-from ..models.residency import held, ranges_of
+from ..models.side_by_side import Task, side_by_side
 from ..models.sweep import Lane, after, stepped
 from ..plan import Folded, PruningPlan
-from .job import FoldJob, FoldRefused, Originals, counted_tokens, originals_of
+from .job import FoldJob, FoldRefused, counted_tokens
 from .moments import RIDGE, Moments, MomentSums, agreed, bounds_of, solve
 from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
 from .outputs import Matrix
 
 GAIN_RIDGE = 1.0  # of a norm's gain where the matrices' is chosen by cross-validation
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
+MATRICES = ("o_proj", "down_proj")
 INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
 TOKENS_PER_INPUT = 4.0  # that a regression needs at least: with fewer, answers were worse than without a fold
 
@@ -85,58 +87,19 @@ class Fit:
     tokens: str = "all"
 
 
-Steps = Generator[tuple[int, ...], None, Folded]  # asks for layers, that are in memory when it goes on
-
-
-def reconstruct(job: FoldJob, fit: Fit, batches: Iterable[Batch], kinds: Sequence[str]) -> Folded:
-    """Walk both models through the calibration data together, refitting maps of each kept layer on the way.
-
-    Args:
-        kinds: of maps: 'o_proj', 'down_proj' or both, under the names that each layer has for them.
-    """
-    with originals_of(job.model, batches) as originals:
-        return side_by_side(job.model, [steps(job, fit, originals, kinds)])[0]
-
-
-def side_by_side(model: Any, tasks: Sequence[Steps]) -> list[Folded]:
-    """Run several reconstructions through one loaded layer after the other; one by one where all layers are there."""
-    if ranges_of(model) is None and len(tasks) > 1:
-        return [side_by_side(model, [task])[0] for task in tasks]
-    layers, folded = text_decoder(model).layers, dict[int, Folded]()
-    waiting = dict.fromkeys(range(len(tasks)), ())  # layers that each asks for
-    current: dict[int, contextlib.ExitStack] = {}
-    with contextlib.ExitStack() as whole:
-        while waiting:
-            needed: tuple[int, ...] = min(waiting.values(), key=lambda some: max(some, default=-1))
-            for layer_idx in [held_idx for held_idx in current if held_idx not in needed]:
-                current.pop(layer_idx).close()
-            for layer_idx in needed:
-                if layer_idx not in current:
-                    following = layers[layer_idx + 1] if layer_idx + 1 < len(layers) else None
-                    current[layer_idx] = whole.enter_context(contextlib.ExitStack())
-                    current[layer_idx].enter_context(held(layers[layer_idx], following=following))
-            for number in [number for number, some in waiting.items() if some == needed]:
-                try:
-                    waiting[number] = next(tasks[number])  # type: ignore[assignment]
-                except StopIteration as end:
-                    folded[number] = end.value
-                    del waiting[number]
-    return [folded[number] for number in range(len(tasks))]
-
-
-def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) -> Steps:
+def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) -> Task[Folded]:
     """Reconstruct, asking for each layer before it runs."""
     reached = max(0, min(job.plan.drop) - 1)  # the first layer that changes: up to its input both models are one
     refitted = [layer_idx for layer_idx in job.plan.keep if layer_idx >= reached]
     num_batches = ranks.total(len(originals.lanes))
     streams = [_stream(job, lane, originals, fit, num_batches=num_batches) for lane in originals.lanes]
+    tokens = ranks.total(sum(int((stream.weights > 0).sum()) for stream in streams))
+    kinds = affordable(job, refitted[0], kinds, tokens)
+    if not kinds:  # told before anything runs
+        return {}
     yield from _carry(job, streams, originals=originals, start=0, stop=reached)
     for stream in streams:
         stream["smaller"] = stream["original"]
-    tokens = ranks.total(sum(int((stream.weights > 0).sum()) for stream in streams))
-    kinds = affordable(job, refitted[0], kinds, tokens)
-    if not kinds:
-        return {}
     folded: Folded = {}
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
         yield from _carry(job, streams, originals=originals, start=reached, stop=following, beside=(kept,))
@@ -413,10 +376,23 @@ def fold_reconstruction(
         tokens: 'all', or those of the 'prompt' only.
         weights: which output matrices of a layer are refitted: 'o_proj', 'down_proj' or both.
     """
+    fit = Fit(ridge, text_share, answer_weight, tokens)
+    kinds = [kind for kind in MATRICES if kind in weights]
+    return side_by_side(job.model, [reconstructing(job, share, fit, kinds)])[0]
+
+
+def reconstructing(
+    job: FoldJob, share: float | None = None, fit: Fit = Fit(), kinds: Sequence[str] = MATRICES
+) -> Task[Folded]:
+    """Walk both models through the calibration data together, refitting maps of each kept layer on the way.
+
+    Args:
+        kinds: of maps: 'o_proj', 'down_proj' or both, under the names that each layer has for them.
+    """
     job.refuse_unfoldable("reconstruction")
     batches = job.batches(refitted_share(job.plan) if share is None else share)
-    fit = Fit(ridge, text_share, answer_weight, tokens)
-    return reconstruct(job, fit, batches, [kind for kind in ("o_proj", "down_proj") if kind in weights])
+    with originals_of(job.model, batches) as originals:
+        return (yield from steps(job, fit, originals, kinds))
 
 
 def refits(decoder: Decoder, inner_bytes: float) -> int:

@@ -20,12 +20,11 @@ def top_directions(gram: Tensor, k: int) -> Tensor:
     """Return the first k right singular vectors of H from its Gram matrix HᵀH [D, D]: [D, k], float64."""
     _, vectors = torch.linalg.eigh(gram.double())  # ascending
     last: Tensor = vectors[:, max(0, len(gram) - k) :]
-    return last
+    return last.clone()  # not all of them are kept
 
 
-def scp(weight: Tensor, gram: Tensor, k: int) -> Tensor:
+def scp(weight: Tensor, directions: Tensor) -> Tensor:
     """Return (I + V_k V_kᵀ) W for an output-side weight [D, I] or bias [D], in the weight's dtype."""
-    directions = top_directions(gram, k)
     return (weight.double() + directions @ (directions.T @ weight.double())).to(weight.dtype)
 
 
@@ -48,8 +47,11 @@ def fold_scp(
     job.refuse_post_norm("scp")
 
     def change(name: str, tensor: Any, gap: GapMoments) -> Any:
-        for gram in gap.differences:
-            tensor = scp(tensor, gram, k if isinstance(k, int) else max(1, round(k * len(gram))))
+        for number, gram in enumerate(gap.differences):
+            count = k if isinstance(k, int) else max(1, round(k * len(gram)))
+            if (number, count) not in gap.directions:  # of one gap, for all matrices and folds: they are dear
+                gap.directions[number, count] = top_directions(gram, count)
+            tensor = scp(tensor, gap.directions[number, count])
         return tensor
 
     return change_outputs(job, measure_gaps(job, tokens=tokens, each=per == "layer"), change, weights)

@@ -13,7 +13,8 @@ Shapes: L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,10 @@ from ..methods import localizer_row, resolve
 from ..models.answers import StateError
 from ..models.capture import BatchStatistics, layer_statistics
 from ..models.divergence import most_faithful
+from ..models.originals import ON_DISK_BYTES, originals_of, sweep_on
 from ..models.questions import SUFFIX, JobSize, portion
 from ..models.residency import ranges_of
+from ..models.sweep import Change, Passed
 from .greedy import greedy, search_size
 from .job import FoldedLoss, LocalizeJob, SetLoss
 from .judged import JudgedSets, KeptLoss
@@ -34,6 +37,7 @@ PROPOSERS = ("tis", "block_influence", "angular")  # from one pass; which ones w
 WIDTH = 6  # layers that the greedy search looks at again after each removal
 STEPS = 4  # of the greedy search, at most
 EXCHANGES, SEARCHED = 2, 1  # exchanges at most; behind a search, which has looked at most of them
+AHEAD = 64  # sets that are judged at most before they are asked for, to spare a walk: many cost more than it
 SETS_PASSES = 0.5  # that judging sets without a fold may cost: fewer questions judge where there are more sets
 FEWEST = 6  # questions that judge them
 SPARE = 2  # layers that each ranking names beyond those that are to go: what may be exchanged for others
@@ -67,7 +71,7 @@ def best_of(
         sets["spacing"] = frozenset(spaced(loss.num_layers, count, protect))
     known: dict[frozenset[int], float] = {}
     asks_next, alone = ahead and exchanges > 0, [frozenset({layer}) for layer in range(loss.num_layers)]
-    first = [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else []), *(alone if search else [])]
+    first = [*sets.values(), *(_next_asked(sets.values()) if asks_next else []), *(alone if search else [])]
     _judge(known, loss, first)
     remembered = KeptLoss(lambda: loss, loss.num_layers, JudgedSets(losses=known))
     searched = greedy(remembered, count, protect, width=WIDTH, steps=STEPS).drop if search else ()
@@ -137,7 +141,7 @@ def exchanged(
         fewer = fewer_sets[back]
         sets = {layer: fewer | {layer} for layer in sorted(named - dropped)}
         asks_next = ahead and len(swaps) + 1 < exchanges
-        _judge(known, loss, [*sets.values(), *(_fewer_of_all(sets.values()) if asks_next else [])])
+        _judge(known, loss, [*sets.values(), *(_next_asked(sets.values()) if asks_next else [])])
         instead = min(sets, key=lambda layer: known[sets[layer]])
         if known[sets[instead]] >= known[dropped]:
             break
@@ -151,8 +155,10 @@ def _fewer(layers: frozenset[int]) -> list[frozenset[int]]:
     return [layers - {layer} for layer in sorted(layers)]
 
 
-def _fewer_of_all(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
-    return [layers for several in sets for layers in _fewer(several)]
+def _next_asked(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+    """Return what an exchange that begins with one of the sets judges first; nothing where that is too many."""
+    fewer = [layers for several in sets for layers in _fewer(several)]
+    return fewer if len(fewer) <= AHEAD else []
 
 
 def halved(
@@ -163,9 +169,9 @@ def halved(
     remaining = list(dict.fromkeys([others[0], *first, *others]))
     remaining.sort(key=lambda layers: known[layers])
     rounds: list[dict[str, Any]] = []
-    for number, judged_by in ROUNDS:
+    for (number, judged_by), then in zip(ROUNDS, (ROUNDS[1][1], None), strict=True):
         remaining = remaining[:number]
-        judged = dict(zip(remaining, folded.of_folded(remaining, judged_by), strict=True))
+        judged = dict(zip(remaining, folded.of_folded(remaining, judged_by, then), strict=True))
         remaining.sort(key=lambda layers: judged[layers].departure)
         chosen = remaining[most_faithful([judged[layers] for layers in remaining])]
         sets = [
@@ -208,24 +214,47 @@ def by_best_of(
     judged_by = judged_by or effort.judges
     batches = list(questions.batches("score layers", part="fit", number=samples))
     statistics = list(layer_statistics(job.model, batches))
-    few = questions.batches("score layers", part="fit", number=judged_by)
-    loss = job.kept_loss(lambda: StateError.of(job.model, few, questions.progress), job.num_layers)
     judge = job.folded if folded else None
-    scores = best_of(
-        statistics,
-        count,
-        protect=tuple(protect),
-        loss=loss,
-        exchanges=effort.exchanges,
-        folded=judge,
-        search=effort.search,
-        ahead=ranges_of(job.model) is not None,
-    )
+    with contextlib.ExitStack() as stack:
+        loss = job.kept_loss(lambda: _state_error(job, judged_by, judge, stack), job.num_layers)
+        scores = best_of(
+            statistics,
+            count,
+            protect=tuple(protect),
+            loss=loss,
+            exchanges=effort.exchanges,
+            folded=judge,
+            search=effort.search,
+            ahead=ranges_of(job.model) is not None,
+        )
     read = len(questions.indices("fit", max(samples, judged_by)))
     if judge is not None:
         fitted_on = questions.indices("fit", max(samples, judged_by, questions.portion("fold_sets")))
         read = len(fitted_on) + len(questions.indices("held_out", questions.portion("judge_few_sets")))
     return replace(scores, details=scores.details | {"questions": read})
+
+
+def _state_error(job: LocalizeJob, judged_by: int, judge: FoldedLoss | None, stack: contextlib.ExitStack) -> StateError:
+    """Return what judges sets without a fold; where layers lie on disk, from states of the original that are kept.
+
+    Then only the layers behind the first one that a set leaves out are read, and the first walk takes the original
+    along on what sets are folded on later.
+
+    Args:
+        stack: at whose end nothing is kept any more.
+    """
+    questions = job.required_questions
+    few = list(questions.batches("score layers", part="fit", number=judged_by))
+    if ranges_of(job.model) is None:
+        return StateError.of(job.model, few, questions.progress)
+    originals = stack.enter_context(originals_of(job.model, few, ON_DISK_BYTES))
+    waiting = [] if judge is None else [stack.enter_context(judge.read_before())]
+
+    def walks(changes: Sequence[Change]) -> Iterator[Passed]:
+        return sweep_on(job.model, originals, changes, along=waiting.pop() if waiting else None)
+
+    few = [lane.batch for lane in originals.lanes]  # without what the vision tower was given
+    return StateError.of(job.model, few, questions.progress, walks)
 
 
 @dataclass(frozen=True)
@@ -257,6 +286,18 @@ class Effort:
         return len(PROPOSERS) + 1 + searched + self.exchanges * (2 * self.count + SPARE)
 
     @property
+    def _ahead(self) -> list[int]:
+        """Return how many sets are judged ahead in the first walk, and in each exchange but the last, at most."""
+        first, others = (len(PROPOSERS) + 1) * self.count, (self.count + SPARE) * self.count
+        numbers = [first, *[others] * (self.exchanges - 1)] if self.exchanges else []
+        return [number if number <= AHEAD else 0 for number in numbers]
+
+    @property
+    def sets_ahead(self) -> int:
+        """Return how many sets are judged beside these so that fewer walks are made, at most."""
+        return sum(self._ahead)
+
+    @property
     def affordable(self) -> int:
         """Return how many questions SETS_PASSES pays for."""
         return int(SETS_PASSES * self.questions / (self.sets * SUFFIX))
@@ -269,10 +310,12 @@ class Effort:
     @property
     def walks(self) -> int:
         """Return how often the weights are read to judge the sets."""
+        spared = [number > 0 for number in self._ahead]
         if not self.search:
-            return 1 + self.exchanges
+            return 1 + 2 * self.exchanges - sum(spared)
         # each layer alone is judged with the rankings' sets; the first exchange begins with a set not known before
-        return search_size(self.num_layers, self.count, WIDTH, STEPS)[1] + self.exchanges + (self.exchanges > 0)
+        searched = search_size(self.num_layers, self.count, WIDTH, STEPS)[1]
+        return searched + 2 * self.exchanges - sum(spared[1:])
 
 
 def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
@@ -280,21 +323,26 @@ def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     used = size.share("fit") + size.share("held_out")
     effort = _effort(size, options)
     judged_by = options.get("judged_by") or effort.judges
-    cost = 1.15 * size.share("rank") + judged_by / size.questions * (1 + effort.sets * SUFFIX)
-    if options.get("folded", True):
+    sets = effort.sets + (effort.sets_ahead if size.streamed else 0)
+    cost = 1.15 * size.share("rank") + judged_by / size.questions * (1 + sets * SUFFIX)
+    if options.get("folded", True) and size.judges:
         first, few = (number for number, _ in ROUNDS)
         judge_first, judge_few = size.share("judge_sets"), size.share("judge_few_sets")
         cost += size.share("fold_sets") * (1 + first * 2 * SUFFIX)
         cost += judge_first * (1 + first * SUFFIX)
-        cost += max(0.0, judge_few - judge_first) * (1 + few * SUFFIX)  # the few know what the first questions say
+        then = first if size.streamed else few  # the few know what the first questions say
+        cost += max(0.0, judge_few - judge_first) * (1 + then * SUFFIX)
     return cost, used
 
 
-def sweeps(size: JobSize, options: Mapping[str, Any]) -> int:
-    """Return how often the weights are read: a pass for rankings, one for each judgement, two for the folds."""
-    held_out = portion("held_out", size.questions)
-    rounds = {min(held_out, portion(judged_by, size.questions)) for _, judged_by in ROUNDS}
-    return 1 + _effort(size, options).walks + (2 + len(rounds) if options.get("folded", True) else 0)
+def sweeps(size: JobSize, options: Mapping[str, Any]) -> float:
+    """Return how often the weights are read: by rankings, by each judgement, by the folds of sets.
+
+    Behind the first judgement, which the original takes part in, they are read from the first layer that a set leaves
+    out; the folds of sets are judged in one pass, whatever the rounds.
+    """
+    folded = SUFFIX + 1 if options.get("folded", True) and size.judges else 0
+    return 2 + (_effort(size, options).walks - 1) * SUFFIX + folded
 
 
 def _effort(size: JobSize, options: Mapping[str, Any]) -> Effort:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from ..methods import LOCALIZERS, resolve
 from ..models.answers import AnsweredBatch
 from ..models.capture import layer_statistics
 from ..models.divergence import Divergence
+from ..models.originals import Originals
 from ..models.questions import Questions
 from ..recipe import Method
 from .scores import LayerScores
@@ -30,7 +32,11 @@ class SetLoss(Protocol):
 class FoldedLoss(Protocol):
     """The divergence from the original on held-out questions without some layers, but with a fold."""
 
-    def of_folded(self, sets: Sequence[frozenset[int]], judged_by: str) -> list[Divergence]: ...
+    def of_folded(
+        self, sets: Sequence[frozenset[int]], judged_by: str, then: str | None = None
+    ) -> list[Divergence]: ...
+
+    def read_before(self) -> AbstractContextManager[Originals | None]: ...
 
 
 KeepLoss = Callable[[Callable[[], SetLoss], int], SetLoss]  # from what makes one, and the number of layers

@@ -8,7 +8,7 @@ Shapes: B samples, S prompt tokens, A answer tokens, N answer tokens of a whole 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,10 @@ from ..progress import Progress, silent
 from .divergence import KINDS, StateErrors
 from .loading import text_decoder
 from .replay import logits
-from .state_error import head_states, kinds_of, with_text_kl
-from .sweep import ORIGINAL, Change, sweep
+from .state_error import errors_of, head_states, kinds_of
+from .sweep import ORIGINAL, Change, Passed, sweep
 
+Walks = Callable[[Sequence[Change]], Iterator[Passed]]  # of a few batches, by what variants change
 ANSWER_TOKENS = 128  # that an answer may take: whole ones matter, since damage shows late in long ones
 
 
@@ -121,20 +122,23 @@ class AnswerDivergence:
 
 @dataclass(frozen=True)
 class StateError:
-    """How far the states that the head reads depart (`state_error.py`): a SetLoss for few questions.
+    """The error of the states that the head reads (`state_error.py`): a SetLoss for few questions.
 
-    A dozen questions rank sets of layers by it as steadily as hundreds do by the divergence at the answers, and by what
-    folds can make up for.
+    A dozen questions rank sets of layers by it as steadily as hundreds do by the divergence, and by what folds can make
+    up for.
     """
 
     model: Any
     batches: Sequence[Batch]
     progress: Progress = silent
     states: list[list[Tensor]] = field(default_factory=list)  # of the original, a batch: [N, D] of each kind of token
+    walks: Walks | None = None  # through the layers; None: each runs all of them
 
     @classmethod
-    def of(cls, model: Any, batches: Iterable[Batch], progress: Progress = silent) -> StateError:
-        return cls(model, list(batches), progress)
+    def of(
+        cls, model: Any, batches: Iterable[Batch], progress: Progress = silent, walks: Walks | None = None
+    ) -> StateError:
+        return cls(model, list(batches), progress, walks=walks)
 
     @property
     def num_layers(self) -> int:
@@ -147,18 +151,16 @@ class StateError:
         """
         by_batch: list[list[StateErrors]] = []
         beside = [] if self.states else [ORIGINAL]
-        walks = sweep(self.model, self.batches, [*beside, *without(sets)])
-        for place, passed in enumerate(self.progress(walks, "leave layers out", len(self.batches))):
+        changes = [*beside, *without(sets)]
+        walk = sweep(self.model, self.batches, changes) if self.walks is None else self.walks(changes)
+        for place, passed in enumerate(self.progress(walk, "leave layers out", len(self.batches))):
             outputs, kinds = passed.outputs(), kinds_of(passed.batch)
             if beside:
                 self.states.append(head_states(self.model, next(outputs)[1], kinds))
             by_batch.append(
-                [
-                    with_text_kl(self.model, self.states[place], head_states(self.model, output, kinds))
-                    for _, output in outputs
-                ]
+                [errors_of(self.states[place], head_states(self.model, output, kinds)) for _, output in outputs]
             )
-        return [sum(errors, StateErrors()).departure(KINDS) for errors in zip(*ranks.gathered(by_batch), strict=True)]
+        return [sum(errors, StateErrors()).over(KINDS) for errors in zip(*ranks.gathered(by_batch), strict=True)]
 
 
 def without(sets: Sequence[frozenset[int]]) -> list[Change]:

@@ -20,17 +20,15 @@ EXACT = 1e-12  # an error below it is none: a kind that is not hurt at all does 
 
 @dataclass(frozen=True)
 class StateErrors:
-    """What is wrong with the states that the head reads, summed over tokens of each kind, and how many these are."""
+    """Relative squared errors, summed over the tokens of each kind, and how many these are."""
 
-    sums: tuple[float, ...] = (0.0,) * len(KINDS)  # relative squared errors
+    sums: tuple[float, ...] = (0.0,) * len(KINDS)
     tokens: tuple[int, ...] = (0,) * len(KINDS)
-    kl: float = 0.0  # KL(original || changed) of what the head makes of those of READ, where that was asked
 
     def __add__(self, other: StateErrors) -> StateErrors:
         return StateErrors(
             tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)),
             tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True)),
-            self.kl + other.kl,
         )
 
     def over(self, kinds: Sequence[str]) -> float:
@@ -40,16 +38,6 @@ class StateErrors:
         if not any(means):
             return 0.0
         return math.exp(sum(math.log(max(mean, EXACT)) for mean in means) / len(means))
-
-    @property
-    def text_kl(self) -> float:
-        """Return the divergence per token of the question and the answer: of each of them, what comes next is told."""
-        tokens = sum(number for kind, number in zip(KINDS, self.tokens, strict=True) if kind in READ)
-        return self.kl / max(1, tokens)
-
-    def departure(self, kinds: Sequence[str]) -> float:
-        """Return the geometric mean of the error over some kinds and the divergence at the text."""
-        return math.sqrt(self.over(kinds) * max(self.text_kl, EXACT))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .. import ranks
 from ..clean_room import REFERENCE_TOKENS, reference_answer, reference_inputs
 from ..data.batches import Batch, make_batch, token_kinds
 from ..data.given import GivenAnswers
-from ..data.pictures import Split, split_by_picture
+from ..data.pictures import FEWEST, Split, split_by_picture
 from ..data.samples import Sample
 from ..errors import InputError
 from ..families import visual_token_ids
@@ -70,6 +70,12 @@ class JobSize:
     plan: PruningPlan  # a likely one: which layers go is not known yet
     drop: int  # how many will go; the plan has one at least
     refits: int = 3  # times that a layer is run to be refitted: twice where its inputs can be kept in memory
+    streamed: bool = False  # layers are read from disk: what spares a pass over them may cost others to be computed
+
+    @property
+    def judges(self) -> bool:
+        """Tell whether some questions are held out to judge by: fewer than the pictures that this needs are too few."""
+        return self.questions >= FEWEST
 
     def share(self, step: str) -> float:
         """Return the share of the questions that a step reads."""

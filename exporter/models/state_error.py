@@ -1,14 +1,10 @@
 """The error of the states that the head reads: little noise, and it says what folds can make up for.
 
-Every token tells something of a change, where the divergence at the answers hangs on the few that go wrong. But most
-tokens are of the picture, and nothing is read off behind them: a mean over all tokens forgives what hurts the answers.
-So each kind of tokens has a mean of its own, and the geometric mean of these counts: no kind outweighs another one,
-however many tokens it has and however large its error is. Without a fold all three kinds count. Where a fold has made
-up for what it could, the picture's tokens say nothing more.
-
-An error may lie where the head does not look. So a divergence counts as much as the error does: without a fold, where
-the answers alone say little of what a fold will leave, that at every token of text, the question's among them; with
-one, that at the answers (examples/results.md has what was compared).
+Every token tells something of a change, where the divergence hangs on the few answers that go wrong. But most tokens
+are of the picture, and nothing is read off behind them: a mean over all tokens forgives what hurts the answers. So each
+kind of tokens has a mean of its own, and the geometric mean of these counts: no kind outweighs another one, however
+many tokens it has and however large its error is. Without a fold all three kinds count. Where a fold has made up for
+what it could, the picture's tokens say nothing more (examples/results.md has what was compared).
 
 Shapes: B samples, S tokens, N tokens of one kind, D hidden size.
 """
@@ -16,17 +12,14 @@ Shapes: B samples, S tokens, N tokens of one kind, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.batches import Batch
-from ..probe.stack import final_norm, logits_of
-from .divergence import KINDS, READ, StateErrors
-
-TOKENS_AT_ONCE = 256  # whose logits are held: of 150,000 words, 150 MB
+from ..probe.stack import final_norm
+from .divergence import KINDS, StateErrors
 
 
 def kinds_of(batch: Batch) -> dict[str, Tensor]:
@@ -54,15 +47,3 @@ def errors_of(original: Sequence[Tensor], changed: Sequence[Tensor]) -> StateErr
             for before, after in zip(original, changed, strict=True)
         ]
     return StateErrors(tuple(sums), tuple(len(states) for states in original))
-
-
-def with_text_kl(model: Any, original: Sequence[Tensor], changed: Sequence[Tensor]) -> StateErrors:
-    """Return the errors, and the divergence of what the head makes of the question and the answer."""
-    pairs = [pair for kind, *pair in zip(KINDS, original, changed, strict=True) if kind in READ]
-    kl = 0.0
-    with torch.inference_mode():
-        for pair in pairs:
-            for before, after in zip(*(torch.split(states, TOKENS_AT_ONCE) for states in pair), strict=True):
-                log_p, log_q = (logits_of(model, states).float().log_softmax(-1) for states in (before, after))
-                kl += float((log_p.exp() * (log_p - log_q)).sum())
-    return replace(errors_of(original, changed), kl=kl)

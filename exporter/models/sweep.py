@@ -98,6 +98,7 @@ class Passed:
 
 
 Seen = Callable[[Lane, int, Tensor, Tensor], object]  # the original at one layer: lane, layer, its input, its output
+Beside = Callable[[Any, int], object]  # what runs in a layer beside all this: the layer, its number
 
 
 def sweep(
@@ -123,14 +124,62 @@ def sweep(
     for chunk in [numbered] if ranges is not None else ([numbered_batch] for numbered_batch in numbered):
         with store_for(model) as store:
             lanes = entered(model, chunk, store=store, variants=len(changes), before=before)
-            for layer_idx in range(last):
-                _through(
-                    model, layer_idx, lanes=lanes, changes=changes, store=store, before=before, seen=seen, last=last
-                )
-            for lane in lanes:
-                yield Passed(lane.number, lane.batch, functools.partial(_outputs, lane, store))
-                for branch in lane.branches:
-                    branch.drop_from(store)
+            yield from taken_through(
+                model, range(last), lanes=lanes, changes=changes, store=store, before=before, seen=seen
+            )
+
+
+def sweeping(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    before: Callable[[Batch], object],
+    seen: Seen,
+    stop: int,
+) -> Iterator[tuple[int, ...]]:
+    """Take batches through the layers of the original as `sweep` does, asking for each layer before it runs.
+
+    Nothing is asked for, and nobody may run beside, where all layers are in memory.
+    """
+    if ranges_of(model) is None:
+        for _ in sweep(model, batches, before=before, seen=seen, stop=stop):
+            pass
+        return
+    with store_for(model) as store:
+        lanes = entered(model, enumerate(batches), store=store, before=before)
+        for layer_idx in range(stop):
+            yield (layer_idx,)
+            _through(
+                model, layer_idx, lanes=lanes, changes=(ORIGINAL,), store=store,
+                before=before, seen=seen, beside=None, last=stop,
+            )  # fmt: skip
+
+
+def taken_through(
+    model: Any,
+    layers: range,
+    lanes: Sequence[Lane],
+    changes: Sequence[Change],
+    store: StateStore,
+    *,
+    before: Callable[[Batch], object] = lambda batch: None,
+    seen: Seen = lambda lane, layer_idx, state, output: None,
+    beside: Beside | None = None,
+) -> Iterator[Passed]:
+    """Take batches that have entered through some layers; yield each with the last outputs, of which none stays.
+
+    Args:
+        beside: called with each layer that runs while it is in memory, behind all batches.
+    """
+    for layer_idx in layers:
+        _through(
+            model, layer_idx, lanes=lanes, changes=changes, store=store,
+            before=before, seen=seen, beside=beside, last=layers.stop,
+        )  # fmt: skip
+    for lane in lanes:
+        yield Passed(lane.number, lane.batch, functools.partial(_outputs, lane, store))
+        for branch in lane.branches:
+            branch.drop_from(store)
 
 
 def store_for(model: Any) -> StateStore:
@@ -171,13 +220,14 @@ def _through(
     *,
     before: Callable[[Batch], object],
     seen: Seen,
+    beside: Beside | None,
     last: int,
 ) -> None:
     """Take all batches and variants through one layer; it is not loaded where all leave it out."""
     layers = text_decoder(model).layers
     work = _parted(lanes, layer_idx, changes)
     following = layers[layer_idx + 1] if layer_idx + 1 < last else None
-    runs = any(action != OFF for action in work)
+    runs = beside is not None or any(action != OFF for action in work)
     with held(layers[layer_idx], following=following) if runs else contextlib.nullcontext():
         for action in sorted(work):
             with replaced(model, changes[action].of_layer(layer_idx) if action >= 0 else {}):
@@ -193,6 +243,8 @@ def _through(
                         part = _behind(numbers, output, after(layer_idx, lane.trace, output, store), store)
                     lane.branches.append(part)
                     branch.give_up(len(numbers), store)
+        if beside is not None:
+            beside(layers[layer_idx], layer_idx)
 
 
 def _parted(

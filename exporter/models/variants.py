@@ -9,6 +9,7 @@ Shapes: B samples, S tokens, N answer tokens of a batch, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,7 +124,41 @@ def judge(
         batches: with the answers appended, the original's own or the right ones; the share of this process.
         done: called with the number of variants after each batch of each.
     """
-    results = [AnswerAgreement() for _ in variants]
+    return _summed(ranks.gathered(_by_batch(model, variants, batches, done)), len(variants))
+
+
+def judge_in_parts(
+    model: Any, variants: Sequence[Variant], parts: Sequence[Iterable[AnsweredBatch]]
+) -> list[list[AnswerAgreement]]:
+    """Return what `judge` returns of each of several parts of the questions, from one pass, in a single process."""
+    lengths: list[int] = []
+
+    def batches() -> Iterator[AnsweredBatch]:
+        for part in parts:
+            lengths.append(0)
+            for batch in part:
+                lengths[-1] += 1
+                yield batch
+
+    by_batch = iter(_by_batch(model, variants, batches()))
+    return [_summed(itertools.islice(by_batch, length), len(variants)) for length in lengths]
+
+
+def _summed(by_batch: Iterable[list[AnswerAgreement]], count: int) -> list[AnswerAgreement]:
+    results = [AnswerAgreement() for _ in range(count)]
+    for agreements in by_batch:
+        for result, agreement in zip(results, agreements, strict=True):
+            result.add(agreement)
+    return results
+
+
+def _by_batch(
+    model: Any,
+    variants: Sequence[Variant],
+    batches: Iterable[AnsweredBatch],
+    done: Callable[[int], object] = lambda number: None,
+) -> list[list[AnswerAgreement]]:
+    """Return the agreement of each variant on each batch."""
     by_batch: list[list[AnswerAgreement]] = []
     changes = [ORIGINAL, *(Change(frozenset(variant.plan.drop), variant.folded) for variant in variants)]
     for passed in sweep(model, batches, changes):
@@ -139,10 +174,7 @@ def judge(
             states = errors_of(original, original if same else head_states(model, changed, kinds))
             by_batch[-1].append(_agreement(answered_batch, log_p, their_logits, states))
             done(1)
-    for agreements in ranks.gathered(by_batch):
-        for result, agreement in zip(results, agreements, strict=True):
-            result.add(agreement)
-    return results
+    return by_batch
 
 
 def _agreement(answered_batch: AnsweredBatch, log_p: Tensor, logits: Tensor, states: StateErrors) -> AnswerAgreement:

@@ -30,7 +30,7 @@ def test_scp_doubles_the_subspace_and_leaves_the_rest(noise):
     directions = torch.linalg.qr(torch.randn(8, 2, dtype=torch.double, generator=noise))[0]  # [D, 2]
     difference = torch.randn(100, 2, dtype=torch.double, generator=noise) @ directions.T  # [N, D] of rank 2
     weight = torch.randn(8, 5, dtype=torch.double, generator=noise)
-    new = scp(weight, difference.T @ difference, k=2)
+    new = scp(weight, top_directions(difference.T @ difference, 2))
     torch.testing.assert_close(directions.T @ new, 2 * directions.T @ weight)
     outside = torch.eye(8, dtype=torch.double) - directions @ directions.T
     torch.testing.assert_close(outside @ new, outside @ weight)
@@ -45,7 +45,7 @@ def test_top_directions_are_the_right_singular_vectors(noise):
 
 def test_scp_without_directions_is_the_identity():
     weight = torch.randn(4, 3)
-    assert torch.equal(scp(weight, torch.eye(4), k=0), weight)
+    assert torch.equal(scp(weight, top_directions(torch.eye(4), 0)), weight)
 
 
 def test_linear_map_recovers_a_linear_gap(noise):

@@ -250,7 +250,7 @@ class FoldedSums:
     def __init__(self, cost):
         self.cost, self.asked = cost, []
 
-    def of_folded(self, sets, judged_by):
+    def of_folded(self, sets, judged_by, then=None):
         self.asked.append((len(sets), judged_by))
         return [
             Divergence(tuple(self.cost(layers) + 0.01 * i for i in range(10)), (1,) * 10, tuple(range(10)))
