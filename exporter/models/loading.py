@@ -150,3 +150,8 @@ def pick_device(name: str | None) -> str:
         return name if name == "auto" else str(torch.device(name))
     except RuntimeError as error:
         raise InputError(f"device '{name}' is not known: cpu, cuda, cuda:1 or auto.") from error
+
+
+def alike_options(device: str, dtype: Any, batch_size: int, memory: str | None) -> list[Any]:
+    """Return how a model is run, as processes that share the work must agree on: each takes a GPU of its own."""
+    return [device.partition(":")[0] if ranks.world() > 1 else device, str(dtype), batch_size, memory]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fixtures.checkpoints import without_verification
+from fixtures.checkpoints import few_held_out, without_verification
 from fixtures.processes import command, compressions
 from torch import distributed
 
@@ -32,10 +32,30 @@ RUNS = (
     ("gemma3", "greedy", "reconstruction", 4),
     ("qwen3_vl", "tis", {"name": "scp_both", "per": "layer", "tokens": "important"}, 4),
 )
+# what is trained, on 24 questions of which 20 or 21 are learnt from: steps of parts of 4, 4 and 2, or 4 and 2 questions
+HEAL = {"steps": 6, "rank": 2, "batch_size": 10, "learning_rate": 0.02, "exchanges": 1}
+ROUTER = {"steps": 3, "batch_size": 6}
+TRAINED = {
+    "healed": {"heal": HEAL},
+    "routed": {"router": ROUTER},
+    "served": {"heal": HEAL | {"steps": 2}, "router": ROUTER | {"serve": True, "question_aware": True}},
+}
 
 
 @pytest.fixture(scope="module")
-def jobs(tiny, questions, tmp_path_factory) -> list[tuple[Path, str, dict[str, object]]]:
+def asked(questions, tmp_path_factory) -> Path:
+    """Two questions about each of a dozen pictures."""
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    images = [str(questions.parent / line["image"]) for line in lines]
+    path = tmp_path_factory.mktemp("asked") / "calibration.jsonl"
+    texts = [[line["question"] for line in some] for some in (lines, lines[1:] + lines[:1])]
+    twice = [{"image": image, "question": text} for some in texts for image, text in zip(images, some, strict=True)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in twice))
+    return path
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny, questions, asked, tmp_path_factory) -> list[tuple[Path, str, dict[str, object]]]:
     """Recipe files with names for their results, and the options they run by; the last one streams from disk."""
     folder = tmp_path_factory.mktemp("recipes")
     made: list[tuple[Path, str, dict[str, object]]] = []
@@ -45,6 +65,12 @@ def jobs(tiny, questions, tmp_path_factory) -> list[tuple[Path, str, dict[str, o
         path = folder / f"{number}.yaml"
         path.write_text(yaml.safe_dump(recipe | {"localizer": localizer, "fold": fold}))
         made.append((path, str(number), {"batch_size": batch_size}))
+    for name, training in TRAINED.items():
+        calibration = {"data": str(asked), "answer_tokens": 4}
+        recipe = {"model": str(tiny("llava")), "calibration": calibration, "layers": [2, 3], "fold": "none"}
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe | training))
+        made.append((path, name, {"batch_size": 4}))
     source = open_source(str(tiny("llava")))
     least = f"{PartSizes.of(source, 4).least / 1000 + 1:.0f}KB"
     return [*made, (made[0][0], "streamed", {"batch_size": 2, "memory": least})]
@@ -59,7 +85,7 @@ def alone(jobs, tmp_path_factory) -> Callable[[str], Path]:
     @functools.cache
     def made(name: str) -> Path:
         recipe, options = by_name[name]
-        with without_verification():
+        with without_verification(), few_held_out():
             return compress(load_recipe(recipe), folder / name, RunOptions(**options))
 
     return made
@@ -68,8 +94,9 @@ def alone(jobs, tmp_path_factory) -> Callable[[str], Path]:
 def record_of(folder: Path) -> dict:
     """Return the record, without what tells how long a run took and how much each process read."""
     record = json.loads((folder / "compression.json").read_text())
-    for name in ("seconds", "bytes_read"):
-        record["measured"].pop(name, None)
+    for part in ("measured", "heal", "router", "serving"):
+        for name in ("seconds", "bytes_read"):
+            record.get(part, {}).pop(name, None)
     return record
 
 
@@ -80,7 +107,9 @@ def test_several_processes_make_the_bytes_and_the_figures_of_one(number, jobs, a
     compressions(number, [(recipe, tmp_path / name, options) for recipe, name, options in jobs], tmp_path)
     for _, name, _ in jobs:
         ours, theirs = tmp_path / name, alone(name)
-        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes(), name
+        weights = sorted(path.relative_to(theirs) for path in theirs.rglob("*.safetensors"))
+        for file in weights:
+            assert (ours / file).read_bytes() == (theirs / file).read_bytes(), (name, file)
         records = [record_of(ours), record_of(theirs)]
         if name == "streamed":  # each process guesses from what it was told: passes of other widths round otherwise
             margins = [record["reference"].pop("margins") for record in records]
@@ -89,6 +118,8 @@ def test_several_processes_make_the_bytes_and_the_figures_of_one(number, jobs, a
     assert not list(tmp_path.glob(".*")), "nothing is left beside the results"
     auto = record_of(tmp_path / "0")
     assert "held_out" in auto["fold"] and auto["scores"]["details"]["rounds"], "sets and folds were judged"
+    assert record_of(tmp_path / "healed")["heal"]["kept"] and record_of(tmp_path / "routed")["router"]["measured"]
+    assert record_of(tmp_path / "served")["serving"]["measured"]
 
 
 @pytest.mark.slow
