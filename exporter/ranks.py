@@ -38,13 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-SHARED = (
-    "compress",
-    "evaluate",
-    "heal",
-    "route",
-    "score",
-)  # what several processes can do, a share of the questions each
+SHARED = ("compress", "evaluate", "heal", "route", "score")  # what they can do, a share of the questions each
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by which a launcher tells of the others
 MEETING = timedelta(minutes=5)  # that all may take to be there
 WAITING = timedelta(days=30)  # for a share; a process that ends is noticed by its connection, not by a clock
@@ -70,7 +64,7 @@ class Group:
 
 
 _group: Group | None = None
-_meetings: list[Any] = []  # the stores of those so far: the next one has names of its own in the same place
+_meetings: list[Any] = []  # so far: the store, again and again
 _alone = False  # in what the first process computes while the others wait, it is the only one
 _silent = False  # another process says why the run has ended
 _unmet = False  # nobody else can say it: the others were not met
@@ -214,15 +208,9 @@ def same(parts: Mapping[str, object]) -> None:
             )
 
 
-def own_gpu(count: int) -> int:
-    """Return the number of the GPU that this process takes of so many on its machine. Raises InputError."""
-    local = 0 if (group := _shared()) is None else group.local_rank
-    if local >= count:
-        raise InputError(
-            f"process {local} of this machine finds {count} GPUs, and each takes one: start {count} processes, or give "
-            "--device cpu."
-        )
-    return local
+def local_rank() -> int:
+    """Return the number of this process among those on its machine."""
+    return 0 if (group := _shared()) is None else group.local_rank
 
 
 def _of_all(value: T) -> list[T]:
@@ -271,8 +259,7 @@ def joined(what: str, shared: Collection[str], words: Sequence[str]) -> Iterator
 def entry_point(function: F) -> F:
     """Return a function that all processes of a launcher do together where a program calls it in each of them.
 
-    They meet for the time of the call. Where it fails in one of them, it fails in all, for the same reason; then they
-    may call for something else.
+    Where it fails in one of them, it fails in all, for the same reason; then they may call for something else.
     """
 
     @functools.wraps(function)
@@ -354,16 +341,12 @@ def _met() -> Group:
             f"process {number} of {count} has not met the others at {address} ({reason}): start all of them by one "
             "launcher, and let all of them call for the same; or unset WORLD_SIZE for a single process."
         ) from error
-    local_rank = int(os.environ.get("LOCAL_RANK", number))
-    return Group(rank=number, world=count, local_rank=local_rank, store=store, places=places, handle=handle)
+    local = int(os.environ.get("LOCAL_RANK", number))
+    return Group(rank=number, world=count, local_rank=local, store=store, places=places, handle=handle)
 
 
 def _store(number: int, count: int) -> Any:
-    """Return the store of a new meeting, once all processes have come to it.
-
-    What earlier meetings have left there goes by other names. The store itself stays, since all are connected to the
-    first process's.
-    """
+    """Return the store of a new meeting, once all processes are there: the place of the first one, with own names."""
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 

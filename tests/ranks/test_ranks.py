@@ -15,11 +15,13 @@ from fixtures.processes import command, compressions
 from torch import distributed
 
 from exporter import ranks
+from exporter.checkpoints.files import ADAPTER_FILE
 from exporter.checkpoints.source import open_source
 from exporter.cli import main
 from exporter.compression import steps
 from exporter.errors import InputError
 from exporter.fold.moments import ExactSum, MomentSums, bounds_of
+from exporter.healing import teacher, training
 from exporter.models.loading import PartSizes
 from exporter.pipeline import compress
 from exporter.recipe import RunOptions, load_recipe
@@ -65,11 +67,11 @@ def jobs(tiny, questions, asked, tmp_path_factory) -> list[tuple[Path, str, dict
         path = folder / f"{number}.yaml"
         path.write_text(yaml.safe_dump(recipe | {"localizer": localizer, "fold": fold}))
         made.append((path, str(number), {"batch_size": batch_size}))
-    for name, training in TRAINED.items():
+    for name, trained in TRAINED.items():
         calibration = {"data": str(asked), "answer_tokens": 4}
         recipe = {"model": str(tiny("llava")), "calibration": calibration, "layers": [2, 3], "fold": "none"}
         path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe | training))
+        path.write_text(yaml.safe_dump(recipe | trained))
         made.append((path, name, {"batch_size": 4}))
     source = open_source(str(tiny("llava")))
     least = f"{PartSizes.of(source, 4).least / 1000 + 1:.0f}KB"
@@ -200,6 +202,36 @@ if rank == "1":
 
 @pytest.mark.slow
 @pytest.mark.clean_process
+def test_healing_of_which_a_process_dies_goes_on_in_one_process(jobs, alone, tmp_path, monkeypatch):
+    recipe, _, options = next(job for job in jobs if job[1] == "healed")
+    expected = alone("healed")
+    words = [*words_for(recipe, tmp_path / "small"), "--batch-size", str(options["batch_size"])]
+    killed = """
+from exporter.healing import training
+training.SAVE_EVERY, step_of = 2, training.one_step
+def one_step(student, questions, settings, step):
+    if rank == "1" and step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_of(student, questions, settings, step)
+training.one_step = one_step
+"""
+    printed, codes = command(2, words, tmp_path, killed)
+    (sentence,) = sentences(printed)
+    assert "process 1 of 2 has ended without a word" in sentence and codes == ["2", ""]
+    assert not (tmp_path / "small").exists() and (tmp_path / ".small.healing" / "training.state").exists()
+    monkeypatch.setattr(teacher, "teacher_outputs", lambda *_: pytest.fail("all is answered already"))
+    ran, step_of = [], training.one_step
+    monkeypatch.setattr(training, "one_step", lambda *some: ran.append(some[-1]) or step_of(*some))
+    with without_verification():
+        assert main(words) == 0
+    assert ran and ran[0] == 3
+    for file in ("model.safetensors", ADAPTER_FILE):
+        assert (tmp_path / "small" / file).read_bytes() == (expected / file).read_bytes()
+    assert not list(tmp_path.glob(".small*"))
+
+
+@pytest.mark.slow
+@pytest.mark.clean_process
 def test_what_one_process_finds_wrong_ends_all_with_its_sentence(jobs, questions, tmp_path):
     """The second image is looked at by the second process alone."""
     lines = [json.loads(line) for line in questions.read_text().splitlines()]
@@ -233,7 +265,13 @@ def test_processes_with_different_recipes_are_refused(jobs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["verify", "small"], ["heal", "small", "--teacher", "t", "--calibration", "c", "--out", "x"]]
+    "words",
+    [
+        ["verify", "small"],
+        ["bench", "small"],
+        ["compare", "recipe.yaml", "--out", "x"],
+        ["search", "model", "--calibration", "c", "--task", "t", "--out", "x", "--speedup", "2"],
+    ],
 )
 def test_what_several_processes_can_not_share_is_refused_by_the_first(words, monkeypatch, capsys):
     for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
