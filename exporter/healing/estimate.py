@@ -13,7 +13,7 @@ from ..models.gradients import PART
 from .schedule import Schedule
 from .student import KEPT_BYTES, activation_bytes
 
-UPDATE_BYTES = 20  # of a learnt parameter: itself, a step's and a part's gradients, the optimizer's two moments, in float32
+UPDATE_BYTES = 20  # of a learnt parameter: itself, a step's and a part's gradients, the optimizer's moments, in float32
 LOOKED_AT = 4  # of the largest questions, to learn how long they are
 
 
