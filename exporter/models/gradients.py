@@ -36,9 +36,9 @@ def set_gradients(learnt: Sequence[Any], number: int, loss_of: Callable[[range],
 
     def gradients(part: range) -> list[Tensor]:
         loss = loss_of(part)
-        found = torch.autograd.grad(loss, learnt, allow_unused=True)
-        told = torch.tensor([loss.item(), *(gradient is not None for gradient in found)])
-        there = (torch.zeros_like(p) if g is None else g for p, g in zip(learnt, found, strict=True))
+        by_parameter = torch.autograd.grad(loss, learnt, allow_unused=True)
+        told = torch.tensor([loss.item(), *(gradient is not None for gradient in by_parameter)])
+        there = (torch.zeros_like(p) if g is None else g for p, g in zip(learnt, by_parameter, strict=True))
         return [told, *(gradient.detach().contiguous() for gradient in there)]
 
     shapes = [(1 + len(learnt),), *(parameter.shape for parameter in learnt)]

@@ -29,7 +29,6 @@ from .folder import add_router, load_routed
 from .settings import check_routable, default_settings
 
 if TYPE_CHECKING:
-    from .serving.job import ServingJob
     from .training.loop import Trained
 
 
@@ -80,8 +79,12 @@ def with_router(
     return out
 
 
-def check_run(job: RouterJob | ServingJob, out: Path, options: RunOptions) -> None:
-    """Raise InputError where the result has no place, or where processes of one run are given different things."""
+def check_run(job: Any, out: Path, options: RunOptions) -> None:
+    """Raise InputError where the result has no place, or where processes of one run are given different things.
+
+    Args:
+        job: a RouterJob, or a ServingJob.
+    """
 
     def check_place() -> None:
         check_target(out)
