@@ -109,7 +109,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'exporter' has no attribute '{name}'")
 
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    ranks: Any = importlib.import_module(".ranks", __name__)
+    return ranks.entry_point(value) if name in ranks.SHARED else value
 
 
 def __dir__() -> list[str]:

@@ -65,6 +65,7 @@ class RouterLoss:
     at_least: Mapping[str, int] = field(default_factory=dict)  # the smallest value of an option
     shares: tuple[str, ...] = ()  # options that are at most 1
     positive: tuple[str, ...] = ()  # options that must not be 0
+    over_tokens: bool = False  # it is a mean over the tokens of answers; else over questions
 
 
 LOCALIZERS: dict[str, Localizer] = {
@@ -181,6 +182,7 @@ LOSSES: dict[str, RouterLoss] = {
     "relaxed": RouterLoss(
         run="exporter.routing.training.relaxed_loss:relaxed_loss",
         title="lower the divergence itself, through relaxed choices",
+        over_tokens=True,
         shares=("skip",),
         positive=("temperature",),
     ),

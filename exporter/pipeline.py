@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from .compression.record import measure, scores_to_keep, write_verified
 from .compression.stages import Stages, fingerprint_of, parts_of, stages_in
 from .compression.steps import Changes, changes_of, localize
 from .data.calibration import Calibration
-from .errors import CheckFailed, InputError
+from .errors import CheckFailed, InputError, show_as
 from .healing.estimate import healing_cost
 from .healing.healed import check_healing, merged_again, prepare_healing, with_healing
 from .healing.schedule import Schedule
@@ -65,31 +67,49 @@ def compress(
         if ranks.is_first():
             remove_unless_held(work)
         return out
-    if ranks.world() > 1:
-        raise InputError(
-            "healing and a router's training run in one process: compress by several without them, then start `heal` "
-            "or `route` without torchrun or accelerate."
-        )
     questions = check_router(recipe) if recipe.router is not None else None
     if recipe.heal is not None and healed is None:
         check_healing(recipe.heal.seeded(recipe.seed), recipe.heal.calibration or recipe.calibration.unanswered)
-    with staging_directory(out) as stage:
-        (stage / "folded").mkdir()
-        (stage / "healed").mkdir()
+    with _stage_of_all(out) as stage:
         plain = dataclasses.replace(recipe, heal=None, router=None)
         folder = _compress(plain, stage / "folded" / out.name, work, options=options, progress=progress, stored=stored)
         if recipe.heal is not None:
             target = out if recipe.router is None else stage / "healed" / out.name
             if healed is not None:
-                folder = merged_again(folder, Path(healed), target, options)
+                merge = functools.partial(merged_again, folder, Path(healed), target, options)
+                folder = ranks.from_first(merge)
             else:
                 folder = _heal(folder, recipe.heal, recipe, target=target, out=out, options=options, progress=progress)
         if recipe.router is not None:
             train = with_serving_router if recipe.router.serve else with_router
             folder = train(folder, recipe.router, router_data(recipe.router, recipe.calibration),
                            out=out, options=options, progress=progress, questions=questions)  # fmt: skip
-    remove_unless_held(work)
+    if ranks.is_first():
+        remove_unless_held(work)
     return folder
+
+
+@contextlib.contextmanager
+def _stage_of_all(out: Path) -> Iterator[Path]:
+    """Give the folder of the first process for checkpoints on the way to `out`; the others read them there.
+
+    Raises: InputError where they can't, as on machines that share no disk.
+    """
+    with staging_directory(out) if ranks.is_first() else contextlib.nullcontext(out) as mine:
+
+        def with_folders() -> Path:
+            for name in ("folded", "healed"):
+                (mine / name).mkdir()
+            return mine
+
+        stage = ranks.from_first(with_folders)
+        show_as(stage, out)
+        if not stage.is_dir():
+            raise InputError(
+                f"process {ranks.rank()} does not see the folder of {out}, where process 0 writes: on machines that "
+                "share no disk, compress first, copy the result to each, then start `heal` or `route`."
+            )
+        yield stage
 
 
 def work_folder(out: Path, what: str = "compressing") -> Path:
@@ -116,7 +136,7 @@ def heal(
     Returns: the folder, a plain checkpoint. Raises: InputError, CheckFailed, as `compress`.
     """
     model, out = str(model), Path(out)
-    check_target(out)
+    ranks.from_first(lambda: check_target(out))
     if healing.calibration is None or healing.teacher is None:
         raise InputError(
             "healing needs the original (--teacher MODEL) and questions about images (--calibration FILE)."
@@ -185,7 +205,7 @@ def route(
     Returns: the folder. Raises: InputError, CheckFailed, as `compress`.
     """
     model, out = str(model), Path(out)
-    check_target(out)
+    ranks.from_first(lambda: check_target(out))
     if router.calibration is None:
         raise InputError("a router is trained on questions about images: name them with --calibration FILE.")
     source = open_source(model)

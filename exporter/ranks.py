@@ -12,11 +12,13 @@ connection where they wait for it next, and end with the same reason, which one 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,7 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .errors import CheckFailed, InputError
 from .version import code_hash, versions
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+SHARED = ("compress", "evaluate", "heal", "route", "score")  # what they can do, a share of the questions each
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by which a launcher tells of the others
 MEETING = timedelta(minutes=5)  # that all may take to be there
 WAITING = timedelta(days=30)  # for a share; a process that ends is noticed by its connection, not by a clock
@@ -56,12 +60,18 @@ class Group:
     local_rank: int  # among those on this machine
     store: Any
     places: Sequence[tuple[str, int]] = ()  # host and process id of each
+    handle: Any = None  # of torch.distributed; None: its default group
 
 
 _group: Group | None = None
+_meetings: list[Any] = []  # so far: the store, again and again
 _alone = False  # in what the first process computes while the others wait, it is the only one
 _silent = False  # another process says why the run has ended
 _unmet = False  # nobody else can say it: the others were not met
+
+
+def _handle() -> Any:
+    return None if _group is None else _group.handle
 
 
 def _shared() -> Group | None:
@@ -122,6 +132,32 @@ def in_order(items: Iterable[T]) -> Iterator[T]:
             return
 
 
+def tensors_in_order(
+    items: Iterable[Sequence[Tensor]], number: int, shapes: Sequence[Sequence[int]]
+) -> Iterator[Sequence[Tensor]]:
+    """Yield what `in_order` yields, where items are float32 tensors of the same shapes: quicker than Python objects.
+
+    Args:
+        number: of the items of all processes.
+    """
+    if _shared() is None:
+        yield from items
+        return
+    import torch
+    from torch import distributed
+
+    mine, sizes = iter(items), [math.prod(shape) for shape in shapes]
+    for begin in range(0, number, world()):
+        there = min(world(), number - begin)
+        flat = torch.zeros(sum(sizes))
+        if rank() < there:
+            flat = torch.cat([tensor.detach().flatten().cpu() for tensor in next(mine)])
+        everyone = [torch.empty_like(flat) for _ in range(world())]
+        _together(functools.partial(distributed.all_gather, everyone, flat, group=_handle()))
+        for theirs in everyone[:there]:
+            yield [part.view(*shape) for part, shape in zip(torch.split(theirs, sizes), shapes, strict=True)]
+
+
 def total(number: int) -> int:
     """Return the sum of a whole number over all processes."""
     return number if _shared() is None else sum(_of_all(number))
@@ -132,7 +168,7 @@ def summed(tensor: Tensor) -> Tensor:
     if _shared() is not None:
         from torch import distributed
 
-        _together(lambda: distributed.reduce(tensor, dst=0))
+        _together(lambda: distributed.reduce(tensor, dst=0, group=_handle()))
     return tensor
 
 
@@ -153,7 +189,7 @@ def from_first(compute: Callable[[], T]) -> T:
             values = [compute()]
         finally:
             _alone = False
-    _together(lambda: distributed.broadcast_object_list(values, src=0))
+    _together(lambda: distributed.broadcast_object_list(values, src=0, group=_handle()))
     result: T = values[0]
     return result
 
@@ -172,15 +208,9 @@ def same(parts: Mapping[str, object]) -> None:
             )
 
 
-def own_gpu(count: int) -> int:
-    """Return the number of the GPU that this process takes of so many on its machine. Raises InputError."""
-    local = 0 if (group := _shared()) is None else group.local_rank
-    if local >= count:
-        raise InputError(
-            f"process {local} of this machine finds {count} GPUs, and each takes one: start {count} processes, or give "
-            "--device cpu."
-        )
-    return local
+def local_rank() -> int:
+    """Return the number of this process among those on its machine."""
+    return 0 if (group := _shared()) is None else group.local_rank
 
 
 def _of_all(value: T) -> list[T]:
@@ -188,7 +218,7 @@ def _of_all(value: T) -> list[T]:
     from torch import distributed
 
     values: list[Any] = [None] * world()
-    _together(lambda: distributed.all_gather_object(values, value))
+    _together(lambda: distributed.all_gather_object(values, value, group=_handle()))
     return values
 
 
@@ -205,13 +235,14 @@ def launched() -> int:
 def joined(what: str, shared: Collection[str], words: Sequence[str]) -> Iterator[None]:
     """Do the work of the block together with the other processes that a launcher has started; alone where none has.
 
+    The process is to end where the block fails.
+
     Args:
         what: is done, by its name.
         shared: names of what several processes can do.
         words: of the command line.
     Raises: InputError where they can't do this together, do not meet, or differ.
     """
-    global _group, _silent
     if (number := launched()) < 2:
         yield
         return
@@ -220,16 +251,49 @@ def joined(what: str, shared: Collection[str], words: Sequence[str]) -> Iterator
             f"`{what}` runs in one process, and {number} were started: start it without torchrun or accelerate. "
             f"Several share the work of {', '.join(f'`{name}`' for name in sorted(shared))}."
         )
-    _group = _met()
+    with _meeting({"the command line": list(words)}, ending=True):
+        yield
+
+
+@functools.cache
+def entry_point(function: F) -> F:
+    """Return a function that all processes of a launcher do together where a program calls it in each of them.
+
+    Where it fails in one of them, it fails in all, for the same reason; then they may call for something else.
+    """
+
+    @functools.wraps(function)
+    def together(*args: Any, **kwargs: Any) -> Any:
+        if _group is not None or launched() < 2:
+            return function(*args, **kwargs)
+        with _meeting({"the function that they call": function.__name__}, ending=False):
+            return function(*args, **kwargs)
+
+    return cast("F", together)
+
+
+@contextlib.contextmanager
+def _meeting(alike: Mapping[str, object], ending: bool) -> Iterator[None]:
+    """Meet the others for the time of the block.
+
+    Args:
+        alike: what has to be the same in all, by name.
+        ending: the process ends where the block fails; else the others learn of it since this one leaves.
+    """
+    global _group, _silent
+    _group, _silent = _met(), False
     try:
         with contextlib.ExitStack() as quiet:
             if not is_first():
                 _hush(quiet)
-            same({"the command line": list(words), **_surroundings()})
+            same({**alike, **_surroundings()})
             yield
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that has seen another one end
+        if ending:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that has seen another one end
         _silent = not _said_first(_group, error)
+        if not ending:
+            _leave()
         raise
     _leave()
 
@@ -259,23 +323,39 @@ def _surroundings() -> dict[str, object]:
 def _met() -> Group:
     global _unmet
     from torch import distributed
-    from torch.distributed.rendezvous import rendezvous
 
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        store, number, world_size = next(rendezvous("env://", timeout=MEETING))
-        distributed.init_process_group("gloo", store=store, rank=number, world_size=world_size, timeout=WAITING)
-        places: list[Any] = [None] * world_size
-        distributed.all_gather_object(places, (socket.gethostname(), os.getpid()))
+        store, handle = _store(number, count), None
+        if distributed.is_initialized():  # by the program that calls, maybe for another backend
+            handle = distributed.new_group(backend="gloo", timeout=WAITING)
+        else:
+            distributed.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=WAITING)
+        places: list[Any] = [None] * count
+        distributed.all_gather_object(places, (socket.gethostname(), os.getpid()), group=handle)
     except (RuntimeError, ValueError, OSError) as error:
         _unmet = True
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has not met the others at {address} "
-            f"({reason}): start all of them by one launcher, or unset WORLD_SIZE for a single process."
+            f"process {number} of {count} has not met the others at {address} ({reason}): start all of them by one "
+            "launcher, and let all of them call for the same; or unset WORLD_SIZE for a single process."
         ) from error
-    local_rank = int(os.environ.get("LOCAL_RANK", number))
-    return Group(rank=number, world=world_size, local_rank=local_rank, store=store, places=places)
+    local = int(os.environ.get("LOCAL_RANK", number))
+    return Group(rank=number, world=count, local_rank=local, store=store, places=places, handle=handle)
+
+
+def _store(number: int, count: int) -> Any:
+    """Return the store of a new meeting, once all processes are there: the place of the first one, with own names."""
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    place = _meetings[0] if _meetings else next(rendezvous("env://", timeout=MEETING))[0]
+    _meetings.append(place)
+    store = distributed.PrefixStore(f"lvlm-exporter {len(_meetings)}", place)  # type: ignore[attr-defined]
+    store.set(f"here {number}", "")
+    store.wait([f"here {other}" for other in range(count)], MEETING)
+    return store
 
 
 def _hush(stack: contextlib.ExitStack) -> None:
@@ -291,8 +371,8 @@ def _leave() -> None:
     global _group
     from torch import distributed
 
-    distributed.destroy_process_group()
-    _group = None
+    handle, _group = _handle(), None
+    distributed.destroy_process_group(handle)
 
 
 def _together(call: Callable[[], object]) -> None:

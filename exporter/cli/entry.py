@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
         options = parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
-        with ranks.joined(options.subcommand, SHARED, words):
+        with ranks.joined(options.subcommand, ranks.SHARED, words):
             return _ran(options)
     except InputError as error:
         return complain(str(error), 2)
@@ -79,14 +79,13 @@ def parser(called: str | None = None) -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"lvlm-exporter {__version__}")
     subcommands = top.add_subparsers(required=True, metavar="SUBCOMMAND")
     for name, module in SUBCOMMANDS.items():
-        subcommand = add_subcommand(subcommands, name, module.SUMMARY, module.EXAMPLE, shared=name in SHARED)
+        subcommand = add_subcommand(subcommands, name, module.SUMMARY, module.EXAMPLE, shared=name in ranks.SHARED)
         if called in (None, name):
             module.add_arguments(subcommand)
         subcommand.set_defaults(run=module.run, subcommand=name)
     return top
 
 
-SHARED = ("compress", "evaluate", "score")  # what several processes can do, a share of the questions each
 SUBCOMMANDS = {
     module.__name__.rpartition(".")[2]: module
     for module in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .. import ranks
 from ..recipe import HEAL_LOSS_NAMES, HEAL_SAMPLES, HealRecipe
 from .arguments import DATA, MODEL, calibration_arguments, number_in_range, positive_count, run_arguments, whole_number
 from .from_flags import heal_from_flags, progress_bar, run_options_from_flags, write_json
@@ -46,14 +47,20 @@ def run(options: argparse.Namespace) -> None:
     from ..pipeline import check_heal, heal
 
     if options.dry_run:
-        cost = check_heal(options.model, healing, options.out, run)
-        write_json(options, cost)
-        print("\n".join(cost_lines(cost)))
+
+        def dry_run() -> None:
+            cost = check_heal(options.model, healing, options.out, run)
+            write_json(options, cost)
+            print("\n".join(cost_lines(cost)))
+
+        ranks.from_first(dry_run)
         return
     try:
         folder = heal(options.model, healing, out=options.out, options=run, progress=progress_bar(options))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from what is saved.") from None
+    if not ranks.is_first():
+        return
     healed = read_record(folder).data["heal"]
     write_json(options, {"path": str(folder), "heal": healed})
     print("\n".join(result_lines(healed)))

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .. import ranks
 from ..methods import LOSSES
 from ..recipe import ROUTER_SAMPLES, RouterRecipe
 from .arguments import DATA, MODEL, calibration_arguments, number_in_range, positive_count, run_arguments, whole_number
@@ -62,6 +63,8 @@ def run(options: argparse.Namespace) -> None:
         folder = route(options.model, router, out=options.out, options=run, progress=progress_bar(options))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from the last saved step.") from None
+    if not ranks.is_first():
+        return
     record = read_record(folder)
     router_part = record.serving if router.serve else record.router
     assert router_part is not None

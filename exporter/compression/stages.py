@@ -30,6 +30,7 @@ from ..checkpoints.temporary import LOCK, held
 from ..errors import CheckFailed, InputError
 from ..localize.judged import JudgedSets
 from ..localize.scores import LayerScores
+from ..models.loading import alike_options
 from ..models.questions import Questions
 from ..plan import Folded
 from ..version import code_hash, versions
@@ -241,10 +242,7 @@ def parts_of(job: CompressionJob) -> dict[str, Any]:
         "the right answers": [sample.answers for sample in job.calibration.samples],
         "the answers given elsewhere": None if elsewhere is None else elsewhere.sha256,
         "the stored scores": None if job.stored is None else asdict(job.stored),
-        "device, dtype, batch size or memory": [
-            job.device.partition(":")[0] if ranks.world() > 1 else job.device,  # each takes its own
-            str(job.dtype),
-            job.options.batch_size,
-            job.options.memory,
-        ],
+        "device, dtype, batch size or memory": alike_options(
+            job.device, job.dtype, job.options.batch_size, job.options.memory
+        ),
     }

@@ -9,10 +9,11 @@ from ..checkpoints.source import Source
 from ..clean_room import load_processor
 from ..data.batches import by_size, make_batch
 from ..data.samples import Sample
+from ..models.gradients import PART
 from .schedule import Schedule
 from .student import KEPT_BYTES, activation_bytes
 
-UPDATE_BYTES = 16  # of a learnt parameter: itself, its gradient, and the optimizer's two moments, in float32
+UPDATE_BYTES = 20  # of a learnt parameter: itself, a step's and a part's gradients, the optimizer's moments, in float32
 LOOKED_AT = 4  # of the largest questions, to learn how long they are
 
 
@@ -38,7 +39,7 @@ def healing_cost(
     in_layers = sum(entry.num_parameters for entry in layered)
     learnt = kept_layers * heal.rank * sum(sum(e.shape) for e in layered if len(e.shape) == 2)
     length = _longest(original, samples) + answer_tokens
-    kept = activation_bytes(original.config.get_text_config(), heal.batch_size * length)
+    kept = activation_bytes(original.config.get_text_config(), min(PART, heal.batch_size) * length)
     smaller = (weights.num_parameters - (1 - kept_layers) * in_layers) * itemsize
     training = smaller + UPDATE_BYTES * learnt + min(KEPT_BYTES, kept_layers * kept)
     return {

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import ranks
 from ..cards.card_file import carry_card
 from ..cards.model_card import card
 from ..checkpoints.files import ADAPTER_FILE, hashes, sha256
 from ..checkpoints.record import RECORD, read_record, reference_part, write_record
 from ..checkpoints.source import Source, file_hashes, open_source
 from ..checkpoints.staging import check_space, check_target, staged
-from ..checkpoints.temporary import held
+from ..checkpoints.temporary import held, temporary_folder
 from ..checkpoints.verification import require
 from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer
@@ -25,7 +29,7 @@ from ..data.calibration import Calibration, questions_of
 from ..data.pictures import FEWEST, pictures_of
 from ..errors import InputError
 from ..models.divergence import Divergence
-from ..models.loading import compute_dtype, load_model, pick_device
+from ..models.loading import alike_options, compute_dtype, load_model, pick_device
 from ..plan import PruningPlan
 from ..progress import Progress
 from ..recipe import CalibrationData, HealRecipe, RunOptions
@@ -66,6 +70,19 @@ class HealingJob:
     def top(self) -> int:
         return min(self.recipe.top, int(self.teacher.config.get_text_config().vocab_size))
 
+    @property
+    def alike(self) -> dict[str, Any]:
+        """Return what processes that share the work must agree on, by names for a message."""
+        return {
+            "the recipe": [self.recipe.to_data(), self.answer_tokens],
+            "the source": file_hashes(self.source),
+            "the original": file_hashes(self.teacher),
+            "the questions": self.calibration.fingerprint,
+            "device, dtype, batch size or memory": alike_options(
+                self.device, self.dtype, self.options.batch_size, self.options.memory
+            ),
+        }
+
     def fingerprint(self, *parts: Any) -> str:
         """Return one of the questions and the original's answers to them, and of further parts."""
         contents = [file_hashes(self.teacher), self.calibration.fingerprint, self.answer_tokens, self.top, *parts]
@@ -87,7 +104,7 @@ def check_healing(heal: HealRecipe, data: CalibrationData) -> tuple[Calibration,
             f"{data.data} has questions about {len(set(pictures_of(calibration.samples)))} pictures: healing needs "
             f"{FEWEST} or more, since some are held out to tell whether it helps."
         )
-    for sample in calibration.samples:
+    for sample in ranks.share(calibration.samples):
         sample.check()
     return calibration, fit, held_out
 
@@ -162,14 +179,13 @@ def with_healing(
     Raises: InputError for wrong input, CheckFailed where the result does not verify.
     """
     begin = time.monotonic()
-    check_target(out)
+    ranks.from_first(lambda: check_target(out))
     record = read_record(plain).to_data()
     refuse_healed(record, plain)
     job = prepare_healing(str(plain), heal, data=data, teacher=teacher, options=options)
-    check_space(out, job.source.weights.num_bytes)
-    check_space(work, job.schedule.disk_bytes(job.answer_tokens))
-    work.mkdir(exist_ok=True)
-    with held(work, "another run is healing"):
+    if ranks.world() > 1:
+        ranks.same(job.alike)
+    with _work_in(work, job, out) as work:
         questions = ask_teacher(job, work, progress)
         model, processor = load_model(job.source, job.device, job.dtype)[0], load_processor(job.source.folder)
         student = prepared(model, processor, job.source, rank=heal.rank, norms=heal.norms, seed=job.seed)
@@ -177,12 +193,29 @@ def with_healing(
         record["recipe"]["heal"] = {**heal.to_data(), "teacher": teacher, "calibration": data.to_data()}
         record["heal"] = {**told, "seconds": round(time.monotonic() - begin, 1)}
         if adapter is not None:
-            answer = reference_answer(student.model, student.processor)
+            answer = ranks.from_first(functools.partial(reference_answer, student.model, student.processor))
             record["reference"] = reference_part(answer, record["run"]["dtype"])
         del model, student
-        written(job.source, plain, record=record, adapter=adapter, out=out, device=job.device)
-    shutil.rmtree(work, ignore_errors=True)
+        ranks.from_first(lambda: written(job.source, plain, record=record, adapter=adapter, out=out, device=job.device))
     return out
+
+
+@contextlib.contextmanager
+def _work_in(work: Path, job: HealingJob, out: Path) -> Iterator[Path]:
+    """Give the folder that a run which is broken off goes on from; it is removed where the block ends well.
+
+    Of several processes the first has it, the others one of their own.
+    """
+    if not ranks.is_first():
+        with temporary_folder("healing", work) as folder:
+            yield folder
+        return
+    check_space(out, job.source.weights.num_bytes)
+    check_space(work, job.schedule.disk_bytes(job.answer_tokens))
+    work.mkdir(exist_ok=True)
+    with held(work, "another run is healing"):
+        yield work
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def refuse_healed(record: dict[str, Any], folder: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..clean_room.reference import greedy
 from ..data.batches import Batch, make_batch
 from ..data.resumable import ResumableLines
@@ -37,6 +38,13 @@ class TeacherTargets:
     ids: Tensor  # [A of all, K] the likeliest tokens
     log_p: Tensor  # [A of all, K] their log-probabilities
 
+    def part(self, places: range) -> TeacherTargets:
+        """Return those of the answers at some places, which follow each other."""
+        begin = sum(map(len, self.tokens[: places.start]))
+        tokens = self.tokens[places.start : places.stop]
+        rows = slice(begin, begin + sum(map(len, tokens)))
+        return TeacherTargets(tokens, self.ids[rows], self.log_p[rows])
+
     def to(self, device: Any) -> TeacherTargets:
         return TeacherTargets(self.tokens, self.ids.to(device), self.log_p.to(device))
 
@@ -47,7 +55,7 @@ def record_type(top: int) -> np.dtype:
 
 
 class AnswerStore:
-    """The original's answers to numbered questions, on disk.
+    """The original's answers to numbered questions, on disk; of several processes the first has them, and tells.
 
     Args:
         folder: where the two files lie.
@@ -57,9 +65,14 @@ class AnswerStore:
 
     def __init__(self, folder: Path, fingerprint: str, top: int) -> None:
         self.path, self.fingerprint, self.type = folder / ANSWERS, fingerprint, record_type(top)
+        self._spans: dict[int, tuple[int, int]] = {}
+        if ranks.is_first():
+            self._open(folder)
+
+    def _open(self, folder: Path) -> None:
         self._lines = ResumableLines(folder / PLACES, {"start": int, "length": int}, "span of an answer")
         self._spans = {
-            number: (entry["start"], entry["length"]) for number, entry in self._lines.entries(fingerprint).items()
+            number: (entry["start"], entry["length"]) for number, entry in self._lines.entries(self.fingerprint).items()
         }
         size = self.path.stat().st_size if self.path.exists() else 0
         whole = size // self.type.itemsize
@@ -70,10 +83,12 @@ class AnswerStore:
 
     def missing(self, number: int) -> list[int]:
         """Return which of the first `number` questions have no answer here."""
-        return [index for index in range(number) if index not in self._spans]
+        return ranks.from_first(lambda: [index for index in range(number) if index not in self._spans])
 
     def add(self, indices: Sequence[int], answers: Sequence[Tensor], ids: Tensor, log_p: Tensor) -> None:
         """Append answers [A] each, with the likeliest tokens [A of all, K] and their log-probabilities."""
+        if not ranks.is_first():
+            return
         lengths = [len(answer) for answer in answers]
         records = np.empty(sum(lengths), self.type)
         records["token"] = torch.cat(list(answers)).cpu().numpy()
@@ -90,6 +105,9 @@ class AnswerStore:
 
     def targets(self, indices: Sequence[int]) -> TeacherTargets:
         """Read what the original says to some of the questions."""
+        return ranks.from_first(lambda: self._read(indices))
+
+    def _read(self, indices: Sequence[int]) -> TeacherTargets:
         kept = np.memmap(self.path, self.type, "r")
         parts = [kept[start : start + length] for start, length in (self._spans[index] for index in indices)]
         tokens = tuple(torch.from_numpy(part["token"].astype(np.int64)) for part in parts)
@@ -101,7 +119,7 @@ class AnswerStore:
     @property
     def tokens(self) -> int:
         """Return how many answer tokens there are."""
-        return sum(length for _, length in self._spans.values())
+        return ranks.from_first(lambda: sum(length for _, length in self._spans.values()))
 
 
 def store_answers(
@@ -113,14 +131,18 @@ def store_answers(
     answer_tokens: int,
     progress: Progress,
 ) -> None:
-    """Let the original answer every question that the store has no answer to, greedily."""
+    """Let the original answer every question that the store has no answer to, greedily; processes share the batches."""
     missing = sorted(store.missing(len(samples)), key=lambda index: samples[index].pixels)
-    starts = range(0, len(missing), batch_size)
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     top = store.type["ids"].shape[0]
-    for start in progress(starts, "ask the original", len(starts)):
-        indices = missing[start : start + batch_size]
+
+    def answers_to(indices: list[int]) -> tuple[list[int], list[Tensor], Tensor, Tensor]:
         batch = make_batch([samples[index] for index in indices], processor, model.config)
-        store.add(indices, *teacher_outputs(model, batch, answer_tokens, top))
+        return indices, *teacher_outputs(model, batch, answer_tokens, top)
+
+    mine = ranks.share(batches)
+    for answers in ranks.in_order(map(answers_to, progress(mine, "ask the original", len(mine)))):
+        store.add(*answers)
 
 
 def teacher_outputs(model: Any, batch: Batch, answer_tokens: int, top: int) -> tuple[list[Tensor], Tensor, Tensor]:

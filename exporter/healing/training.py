@@ -5,6 +5,7 @@ Shapes: those of `student.py`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..data.epochs import draws_of_step, rate
 from ..data.pictures import pictures_of
 from ..data.samples import Sample
 from ..models.divergence import Divergence
+from ..models.gradients import check_alike, set_gradients
 from ..models.training_state import TrainingState
 from ..progress import Progress
 from .losses import LOSSES, divergence
@@ -125,53 +128,58 @@ def train(
         if best.waited >= PATIENCE:
             break
         loss = one_step(student, questions, training, step)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(learnt.values(), 1.0)
         optimizer.step()
         schedule.step()
-        state.note(step, loss.item(), "the loss of healing")
+        state.note(step, loss, "the loss of healing")
         if is_judged := (step + 1) % every == 0 or step + 1 == training.steps:
+            check_alike(learnt)
             now = judged(student, questions, training.batch_size)
             state.curve[-1][HELD_OUT_KL] = now.mean
             best.offer(student, now, step + 1)
-        if state_file is not None and (is_judged or (step + 1) % SAVE_EVERY == 0):
+        if is_judged or (step + 1) % SAVE_EVERY == 0:
             state.save(state_file, step + 1)
     best.restore(student)
     return best, state.curve
 
 
-def one_step(student: Student, questions: HealingQuestions, training: HealTraining, step: int) -> Tensor:
-    """Return the loss of a step's questions, the mean over their answers' tokens."""
+def one_step(student: Student, questions: HealingQuestions, training: HealTraining, step: int) -> float:
+    """Set the gradients of a step, and return its loss: the mean over the tokens of its questions' answers."""
     number = len(questions.rounds[0])
     chosen = draws_of_step(number, questions.size, step=step, batch_size=training.batch_size, seed=training.seed)
     samples = [questions.rounds[epoch % len(questions.rounds)][place] for epoch, place in chosen]
     targets = questions.store.targets([questions.number(*pair) for pair in chosen])
-    log_q = student.log_q(student.batch(samples, targets.tokens))
-    targets = targets.to(log_q.device)
-    return LOSSES[training.loss](targets.log_p, targets.ids, log_q).mean()
+
+    def loss_of(places: range) -> Tensor:
+        part = targets.part(places)
+        log_q = student.log_q(student.batch([samples[place] for place in places], part.tokens))
+        part = part.to(log_q.device)
+        return LOSSES[training.loss](part.log_p, part.ids, log_q).sum() / len(targets.ids)
+
+    return set_gradients(list(student.parameters.values()), len(samples), loss_of)
 
 
 @torch.no_grad()
 def judged(student: Student, questions: HealingQuestions, batch_size: int) -> Divergence:
     """Return how far the student is from the original on the held-out questions."""
-    kl: list[float] = []
-    tokens: list[int] = []
-    follows: list[bool] = []
     order = sorted(range(len(questions.held_out)), key=lambda index: questions.held_out[index].pixels)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        targets = questions.store.targets(indices)
-        answered = student.batch([questions.held_out[index] for index in indices], targets.tokens)
-        log_q, lengths = student.log_q(answered), [len(answer) for answer in targets.tokens]
-        targets = targets.to(log_q.device)
-        parts = torch.split(divergence(targets.log_p, targets.ids, log_q).double(), lengths)
+    targets = questions.store.targets(order)
+
+    def of_batch(places: range) -> tuple[list[float], list[int], list[bool]]:
+        part = targets.part(places)
+        answered = student.batch([questions.held_out[order[place]] for place in places], part.tokens)
+        log_q, lengths = student.log_q(answered), [len(answer) for answer in part.tokens]
+        part = part.to(log_q.device)
+        kl = torch.split(divergence(part.log_p, part.ids, log_q).double(), lengths)
         matches = torch.split(log_q.argmax(-1) == answered.targets, lengths)
-        kl += [float(part.sum()) for part in parts]
-        tokens += lengths
-        follows += [bool(part.all()) for part in matches]
+        return [float(each.sum()) for each in kl], lengths, [bool(each.all()) for each in matches]
+
+    places = range(len(order))
+    batches = [places[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    by_batch = ranks.gathered(map(of_batch, ranks.share(batches)))
+    kl, tokens, follows = (tuple(itertools.chain.from_iterable(some)) for some in zip(*by_batch, strict=True))
     pictures = pictures_of(questions.held_out)
-    return Divergence(tuple(kl), tuple(tokens), tuple(pictures[index] for index in order), tuple(follows))
+    return Divergence(kl, tokens, tuple(pictures[index] for index in order), follows)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def pick_device(name: str | None) -> str:
     import torch
 
     if ranks.world() > 1 and name in (None, "auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{ranks.own_gpu(torch.cuda.device_count())}"
+        return f"cuda:{_own_gpu(torch.cuda.device_count())}"
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -150,3 +150,18 @@ def pick_device(name: str | None) -> str:
         return name if name == "auto" else str(torch.device(name))
     except RuntimeError as error:
         raise InputError(f"device '{name}' is not known: cpu, cuda, cuda:1 or auto.") from error
+
+
+def alike_options(device: str, dtype: Any, batch_size: int, memory: str | None) -> list[Any]:
+    """Return how a model is run, as processes that share the work must agree on: each takes a GPU of its own."""
+    return [device.partition(":")[0] if ranks.world() > 1 else device, str(dtype), batch_size, memory]
+
+
+def _own_gpu(count: int) -> int:
+    """Return the number of the GPU that this process takes of so many on its machine. Raises InputError."""
+    if (local := ranks.local_rank()) >= count:
+        raise InputError(
+            f"process {local} of this machine finds {count} GPUs, and each takes one: start {count} processes, or give "
+            "--device cpu."
+        )
+    return local

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import ranks
 from ..cards.card_file import carry_card
 from ..cards.model_card import card
 from ..checkpoints.files import carry_adapter, hashes
@@ -20,7 +21,7 @@ from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer
 from ..data.calibration import Calibration, questions_of
 from ..errors import InputError
-from ..models.loading import compute_dtype, load_model, pick_device
+from ..models.loading import alike_options, compute_dtype, load_model, pick_device
 from ..plan import PruningPlan
 from ..progress import Progress
 from ..recipe import CalibrationData, RouterRecipe, RunOptions
@@ -50,9 +51,8 @@ def with_router(
     Raises: InputError for wrong input, CheckFailed where the result does not verify.
     """
     begin = time.monotonic()
-    check_target(out)
     job = prepare_router(plain, router, data=data, options=options, questions=questions)
-    check_space(out, job.source.weights.num_bytes)
+    check_run(job, out, options)
     record = read_record(plain).to_data()
     state_file = out.absolute().parent / f".{out.name}.training"
     trained = train_job(job, state_file, progress)
@@ -61,18 +61,45 @@ def with_router(
     settings = with_budgets(job.settings, trained.budgets)
     record["router"] = describe_router(job, settings, trained, time.monotonic() - begin)
     forget_router(record)
-    with staged(out) as stage:
-        write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
-        carry_adapter(plain, stage)
-        add_router(stage, settings, trained.weights)
-        record["measured"]["files"] = hashes(stage)
-        record["router"]["reference"] = routed_reference(stage, job.device, job.dtype)
-        write_record(stage, record)
-        carry_card(plain, stage)
-        card(stage, out.name)
-        require(stage, job.device)
-    state_file.unlink(missing_ok=True)
+
+    def write() -> None:
+        with staged(out) as stage:
+            write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
+            carry_adapter(plain, stage)
+            add_router(stage, settings, trained.weights)
+            record["measured"]["files"] = hashes(stage)
+            record["router"]["reference"] = routed_reference(stage, job.device, job.dtype)
+            write_record(stage, record)
+            carry_card(plain, stage)
+            card(stage, out.name)
+            require(stage, job.device)
+        state_file.unlink(missing_ok=True)
+
+    ranks.from_first(write)
     return out
+
+
+def check_run(job: Any, out: Path, options: RunOptions) -> None:
+    """Raise InputError where the result has no place, or where processes of one run are given different things.
+
+    Args:
+        job: a RouterJob, or a ServingJob.
+    """
+
+    def check_place() -> None:
+        check_target(out)
+        check_space(out, job.source.weights.num_bytes)
+
+    ranks.from_first(check_place)
+    if ranks.world() > 1:
+        ranks.same(
+            {
+                "the recipe": [job.router.to_data(), job.answer_tokens],
+                "the source": file_hashes(job.source),
+                "the questions": job.questions.fingerprint,
+                "device, dtype or memory": alike_options(job.device, job.dtype, options.batch_size, job.memory),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -180,7 +207,7 @@ def unlabelled(data: CalibrationData, seed: int) -> Calibration:
         raise InputError(
             f"{data.data} holds {len(questions.samples)} questions: a router needs 8 to learn from, better 500."
         )
-    for sample in questions.samples:
+    for sample in ranks.share(questions.samples):
         sample.check()
     return questions
 

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fixtures.checkpoints import without_verification
+from fixtures.checkpoints import few_held_out, without_verification
 from fixtures.processes import command, compressions
 from torch import distributed
 
 from exporter import ranks
+from exporter.checkpoints.files import ADAPTER_FILE
 from exporter.checkpoints.source import open_source
 from exporter.cli import main
 from exporter.compression import steps
 from exporter.errors import InputError
 from exporter.fold.moments import ExactSum, MomentSums, bounds_of
+from exporter.healing import teacher, training
 from exporter.models.loading import PartSizes
 from exporter.pipeline import compress
 from exporter.recipe import RunOptions, load_recipe
@@ -32,10 +34,30 @@ RUNS = (
     ("gemma3", "greedy", "reconstruction", 4),
     ("qwen3_vl", "tis", {"name": "scp_both", "per": "layer", "tokens": "important"}, 4),
 )
+# what is trained, on 24 questions of which 20 or 21 are learnt from: steps of parts of 4, 4 and 2, or 4 and 2 questions
+HEAL = {"steps": 6, "rank": 2, "batch_size": 10, "learning_rate": 0.02, "exchanges": 1}
+ROUTER = {"steps": 3, "batch_size": 6}
+TRAINED = {
+    "healed": {"heal": HEAL},
+    "routed": {"router": ROUTER},
+    "served": {"heal": HEAL | {"steps": 2}, "router": ROUTER | {"serve": True, "question_aware": True}},
+}
 
 
 @pytest.fixture(scope="module")
-def jobs(tiny, questions, tmp_path_factory) -> list[tuple[Path, str, dict[str, object]]]:
+def asked(questions, tmp_path_factory) -> Path:
+    """Two questions about each of a dozen pictures."""
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    images = [str(questions.parent / line["image"]) for line in lines]
+    path = tmp_path_factory.mktemp("asked") / "calibration.jsonl"
+    texts = [[line["question"] for line in some] for some in (lines, lines[1:] + lines[:1])]
+    twice = [{"image": image, "question": text} for some in texts for image, text in zip(images, some, strict=True)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in twice))
+    return path
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny, questions, asked, tmp_path_factory) -> list[tuple[Path, str, dict[str, object]]]:
     """Recipe files with names for their results, and the options they run by; the last one streams from disk."""
     folder = tmp_path_factory.mktemp("recipes")
     made: list[tuple[Path, str, dict[str, object]]] = []
@@ -45,6 +67,12 @@ def jobs(tiny, questions, tmp_path_factory) -> list[tuple[Path, str, dict[str, o
         path = folder / f"{number}.yaml"
         path.write_text(yaml.safe_dump(recipe | {"localizer": localizer, "fold": fold}))
         made.append((path, str(number), {"batch_size": batch_size}))
+    for name, trained in TRAINED.items():
+        calibration = {"data": str(asked), "answer_tokens": 4}
+        recipe = {"model": str(tiny("llava")), "calibration": calibration, "layers": [2, 3], "fold": "none"}
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe | trained))
+        made.append((path, name, {"batch_size": 4}))
     source = open_source(str(tiny("llava")))
     least = f"{PartSizes.of(source, 4).least / 1000 + 1:.0f}KB"
     return [*made, (made[0][0], "streamed", {"batch_size": 2, "memory": least})]
@@ -59,7 +87,7 @@ def alone(jobs, tmp_path_factory) -> Callable[[str], Path]:
     @functools.cache
     def made(name: str) -> Path:
         recipe, options = by_name[name]
-        with without_verification():
+        with without_verification(), few_held_out():
             return compress(load_recipe(recipe), folder / name, RunOptions(**options))
 
     return made
@@ -68,8 +96,9 @@ def alone(jobs, tmp_path_factory) -> Callable[[str], Path]:
 def record_of(folder: Path) -> dict:
     """Return the record, without what tells how long a run took and how much each process read."""
     record = json.loads((folder / "compression.json").read_text())
-    for name in ("seconds", "bytes_read"):
-        record["measured"].pop(name, None)
+    for part in ("measured", "heal", "router", "serving"):
+        for name in ("seconds", "bytes_read"):
+            record.get(part, {}).pop(name, None)
     return record
 
 
@@ -80,7 +109,9 @@ def test_several_processes_make_the_bytes_and_the_figures_of_one(number, jobs, a
     compressions(number, [(recipe, tmp_path / name, options) for recipe, name, options in jobs], tmp_path)
     for _, name, _ in jobs:
         ours, theirs = tmp_path / name, alone(name)
-        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes(), name
+        weights = sorted(path.relative_to(theirs) for path in theirs.rglob("*.safetensors"))
+        for file in weights:
+            assert (ours / file).read_bytes() == (theirs / file).read_bytes(), (name, file)
         records = [record_of(ours), record_of(theirs)]
         if name == "streamed":  # each process guesses from what it was told: passes of other widths round otherwise
             margins = [record["reference"].pop("margins") for record in records]
@@ -89,6 +120,8 @@ def test_several_processes_make_the_bytes_and_the_figures_of_one(number, jobs, a
     assert not list(tmp_path.glob(".*")), "nothing is left beside the results"
     auto = record_of(tmp_path / "0")
     assert "held_out" in auto["fold"] and auto["scores"]["details"]["rounds"], "sets and folds were judged"
+    assert record_of(tmp_path / "healed")["heal"]["kept"] and record_of(tmp_path / "routed")["router"]["measured"]
+    assert record_of(tmp_path / "served")["serving"]["measured"]
 
 
 @pytest.mark.slow
@@ -169,6 +202,36 @@ if rank == "1":
 
 @pytest.mark.slow
 @pytest.mark.clean_process
+def test_healing_of_which_a_process_dies_goes_on_in_one_process(jobs, alone, tmp_path, monkeypatch):
+    recipe, _, options = next(job for job in jobs if job[1] == "healed")
+    expected = alone("healed")
+    words = [*words_for(recipe, tmp_path / "small"), "--batch-size", str(options["batch_size"])]
+    killed = """
+from exporter.healing import training
+training.SAVE_EVERY, step_of = 2, training.one_step
+def one_step(student, questions, settings, step):
+    if rank == "1" and step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_of(student, questions, settings, step)
+training.one_step = one_step
+"""
+    printed, codes = command(2, words, tmp_path, killed)
+    (sentence,) = sentences(printed)
+    assert "process 1 of 2 has ended without a word" in sentence and codes == ["2", ""]
+    assert not (tmp_path / "small").exists() and (tmp_path / ".small.healing" / "training.state").exists()
+    monkeypatch.setattr(teacher, "teacher_outputs", lambda *_: pytest.fail("all is answered already"))
+    ran, step_of = [], training.one_step
+    monkeypatch.setattr(training, "one_step", lambda *some: ran.append(some[-1]) or step_of(*some))
+    with without_verification():
+        assert main(words) == 0
+    assert ran and ran[0] == 3
+    for file in ("model.safetensors", ADAPTER_FILE):
+        assert (tmp_path / "small" / file).read_bytes() == (expected / file).read_bytes()
+    assert not list(tmp_path.glob(".small*"))
+
+
+@pytest.mark.slow
+@pytest.mark.clean_process
 def test_what_one_process_finds_wrong_ends_all_with_its_sentence(jobs, questions, tmp_path):
     """The second image is looked at by the second process alone."""
     lines = [json.loads(line) for line in questions.read_text().splitlines()]
@@ -202,7 +265,13 @@ def test_processes_with_different_recipes_are_refused(jobs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["verify", "small"], ["heal", "small", "--teacher", "t", "--calibration", "c", "--out", "x"]]
+    "words",
+    [
+        ["verify", "small"],
+        ["bench", "small"],
+        ["compare", "recipe.yaml", "--out", "x"],
+        ["search", "model", "--calibration", "c", "--task", "t", "--out", "x", "--speedup", "2"],
+    ],
 )
 def test_what_several_processes_can_not_share_is_refused_by_the_first(words, monkeypatch, capsys):
     for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ... import ranks
 from ...cards.card_file import carry_card
 from ...cards.model_card import card
 from ...checkpoints.files import carry_adapter, hashes
 from ...checkpoints.record import read_record, write_record
 from ...checkpoints.source import Source, file_hashes, open_source
-from ...checkpoints.staging import check_space, check_target, staged
+from ...checkpoints.staging import staged
 from ...checkpoints.verification import require
 from ...checkpoints.writer import write_checkpoint
 from ...clean_room import load_processor, reference_answer
@@ -21,7 +22,7 @@ from ...models.loading import compute_dtype, load_model, pick_device
 from ...plan import PruningPlan
 from ...progress import Progress
 from ...recipe import CalibrationData, RouterRecipe, RunOptions
-from ..with_router import fingerprint, forget_router, unlabelled
+from ..with_router import check_run, fingerprint, forget_router, unlabelled
 from .folder import add_serving_router, has_serving_router, load_served, servable
 from .settings import check_recipe, check_servable, serving_settings
 
@@ -63,26 +64,29 @@ def with_serving_router(
     Raises: InputError for wrong input, CheckFailed where the result does not verify.
     """
     begin = time.monotonic()
-    check_target(out)
     job = prepare_serving(plain, router, data=data, options=options, questions=questions)
-    check_space(out, job.source.weights.num_bytes)
+    check_run(job, out, options)
     record = read_record(plain).to_data()
     state_file = out.absolute().parent / f".{out.name}.training"
     trained = train_serving_job(job, state_file, progress)
     record["recipe"]["router"] = {**router.to_data(), "calibration": data.to_data()}
     record["serving"] = describe_serving(job, trained, time.monotonic() - begin)
     forget_router(record)
-    with staged(out) as stage:
-        write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
-        carry_adapter(plain, stage)
-        add_serving_router(stage, job.entry, trained.weights)
-        record["measured"]["files"] = hashes(stage)
-        record["serving"]["reference"] = served_reference(stage, job.device, job.dtype)
-        write_record(stage, record)
-        carry_card(plain, stage)
-        card(stage, out.name)
-        require(stage, job.device)
-    state_file.unlink(missing_ok=True)
+
+    def write() -> None:
+        with staged(out) as stage:
+            write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
+            carry_adapter(plain, stage)
+            add_serving_router(stage, job.entry, trained.weights)
+            record["measured"]["files"] = hashes(stage)
+            record["serving"]["reference"] = served_reference(stage, job.device, job.dtype)
+            write_record(stage, record)
+            carry_card(plain, stage)
+            card(stage, out.name)
+            require(stage, job.device)
+        state_file.unlink(missing_ok=True)
+
+    ranks.from_first(write)
     return out
 
 

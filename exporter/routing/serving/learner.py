@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import ranks
 from ...data.batches import Batch
 from ...modeling.modeling_served import LONGER, PICTURE_ARGUMENTS
 from ...modeling.served_layout import question_rows
@@ -27,7 +28,7 @@ from ...models.answers import AnsweredBatch
 from ...models.loading import text_decoder
 from ...models.replay import trace
 from ...probe.stack import head_logits
-from ..training.learner import Teacher
+from ..training.learner import Teacher, batches_of
 from ..training.relaxation import GatedAttention, Gates, gated_states, gumbel
 from .questions import question_ids
 
@@ -151,19 +152,20 @@ class ServingLearner:
 
         An answer is kept where each of its tokens is still the likeliest one.
         """
-        divergence, tokens, kept = 0.0, 0, 0
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
+
+        def of_batch(chosen: Sequence[int]) -> tuple[float, int, int]:
             _, answered, log_p = self.teacher.question(chosen)
             asking = {"question_ids": question_ids([self.teacher.samples[i] for i in chosen], self.teacher.processor)}
             output = self.model(
                 **answered.batch.inputs, use_cache=False, keep_visual_tokens=share, **(asking if told else {})
             )
             log_q = output.logits[answered.predicts].float().log_softmax(-1)
-            divergence += float((log_p.exp() * (log_p - log_q)).sum())
-            tokens += len(log_q)
             same = log_q.argmax(-1) == answered.targets
-            kept += sum(bool(part.all()) for part in same.split(answered.predicts.sum(1).tolist()))
+            kept = sum(bool(part.all()) for part in same.split(answered.predicts.sum(1).tolist()))
+            return float((log_p.exp() * (log_p - log_q)).sum()), len(log_q), kept
+
+        by_batch = ranks.gathered(map(of_batch, ranks.share(batches_of(indices, batch_size))))
+        divergence, tokens, kept = (sum(some) for some in zip((0.0, 0, 0), *by_batch, strict=True))
         return divergence / max(1, tokens), kept / max(1, len(indices))
 
 

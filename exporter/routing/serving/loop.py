@@ -23,11 +23,12 @@ from torch import Tensor
 from ...data.epochs import questions_of_step, rate
 from ...data.samples import Sample
 from ...modeling.served_router import ServingRouter
+from ...models.gradients import check_alike, set_gradients
 from ...models.training_state import TrainingState
 from ...progress import Progress
 from ..training.importance_loss import ranking_loss
 from ..training.learner import Teacher
-from ..training.loop import PROBED, SAVE_EVERY, Training, parted
+from ..training.loop import PROBED, SAVE_EVERY, Training, generator_of, parted
 from ..training.relaxation import gated_attention
 from .learner import ServingBatch, ServingLearner
 
@@ -105,18 +106,17 @@ def train_serving_router(
             best.see(router, 0, overall(figures))
         for step in progress(range(first, training.steps), "train serving router", training.steps - first):
             chosen = questions_of_step(trained_on, sizes, step=step, batch_size=training.batch_size, seed=training.seed)
-            loss = loss_of_step(learner, chosen, seed=training.seed * 1_000_003 + step)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
+            loss = one_step(learner, chosen, training.seed, step)
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            state.note(step, loss.item(), "the serving router's loss")
+            state.note(step, loss, "the serving router's loss")
             if held_out and (step + 1) % max(1, training.steps // 10) == 0:
+                check_alike(router.state_dict())
                 figures = judged(learner, held_out[:PROBED], training.batch_size)
                 state.curve[-1] |= figures
                 best.see(router, step + 1, overall(figures))
-            if state_file is not None and (step + 1) % SAVE_EVERY == 0:
+            if (step + 1) % SAVE_EVERY == 0:
                 state.save(state_file, step + 1)
         if not best.weights:
             best.see(router, training.steps, 0.0)
@@ -133,13 +133,20 @@ def train_serving_router(
     )
 
 
-def loss_of_step(learner: ServingLearner, indices: Sequence[int], seed: int) -> Tensor:
-    """Compute the loss of some questions: divergence under drawn shares, and the ranking of rows."""
-    generator = torch.Generator().manual_seed(seed)
-    shares = torch.empty(len(indices)).uniform_(LEAST, MOST, generator=generator).tolist()
+def one_step(learner: ServingLearner, chosen: Sequence[int], seed: int, step: int) -> float:
+    """Set the gradients of a step, and return its loss: divergence under drawn shares, and the ranking of rows."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    shares = torch.empty(len(chosen)).uniform_(LEAST, MOST, generator=generator).tolist()
     told = learner.question_aware and float(torch.rand(1, generator=generator)) < TOLD
-    batch = learner.training_batch(indices, shares=shares, noise=NOISE, told=told, generator=generator)
-    return batch.kl.mean() + ranking(batch, generator)
+    tokens = learner.teacher.tokens(chosen)
+
+    def part_of_loss(places: range) -> Tensor:
+        drawing = generator_of(seed, step, places)
+        some, theirs = ([values[place] for place in places] for values in (chosen, shares))
+        batch = learner.training_batch(some, shares=theirs, noise=NOISE, told=told, generator=drawing)
+        return batch.kl.sum() / tokens + len(some) / len(chosen) * ranking(batch, drawing)
+
+    return set_gradients(list(learner.router.parameters()), len(chosen), part_of_loss)
 
 
 def ranking(batch: ServingBatch, generator: torch.Generator) -> Tensor:

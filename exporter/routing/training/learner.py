@@ -9,6 +9,7 @@ Shapes: B samples, S tokens, A answer tokens, N candidate layers, L layers, D hi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from ... import ranks
 from ...data.batches import Batch, make_batch, size_order
 from ...data.samples import Sample
 from ...modeling.routed_places import coordinates_of
@@ -57,21 +59,25 @@ class Teacher:
     outputs: dict[int, TeacherOutputs] = field(default_factory=dict)
 
     def answer_all(self, progress: Progress, batch_size: int, answer_tokens: int = ANSWER_TOKENS) -> None:
-        """Let it answer every question, once."""
+        """Let it answer every question, once; processes share the batches, and each is told all answers."""
         order = size_order(self.samples)
-        starts = range(0, len(order), batch_size)
-        for start in progress(starts, "answer questions", len(starts)):
-            indices = order[start : start + batch_size]
-            answered_batch = answered(self.model, self._batch(indices), answer_tokens)
-            with torch.inference_mode():
-                states = self.model.base_model(**answered_batch.batch.inputs, use_cache=False).last_hidden_state[
-                    answered_batch.predicts
-                ]
-            lengths = answered_batch.predicts.sum(1).tolist()
-            for index, tokens, state in zip(
-                indices, torch.split(answered_batch.targets, lengths), torch.split(states, lengths), strict=True
-            ):
-                self.outputs[index] = TeacherOutputs(tokens.cpu(), state.cpu())
+        mine = ranks.share(batches_of(order, batch_size))
+        answer = functools.partial(self._answers, answer_tokens=answer_tokens)
+        for outputs in ranks.in_order(map(answer, progress(mine, "answer questions", len(mine)))):
+            self.outputs |= outputs
+
+    def _answers(self, indices: Sequence[int], answer_tokens: int) -> dict[int, TeacherOutputs]:
+        answered_batch = answered(self.model, self._batch(indices), answer_tokens)
+        with torch.inference_mode():
+            states = self.model.base_model(**answered_batch.batch.inputs, use_cache=False).last_hidden_state[
+                answered_batch.predicts
+            ]
+        lengths = answered_batch.predicts.sum(1).tolist()
+        parts = zip(torch.split(answered_batch.targets, lengths), torch.split(states, lengths), strict=True)
+        return {
+            index: TeacherOutputs(*(part.cpu().clone() for part in both))
+            for index, both in zip(indices, parts, strict=True)
+        }
 
     def question(self, indices: Sequence[int]) -> tuple[Batch, AnsweredBatch, Tensor]:
         """Return questions, the same with their answers appended, and the original's log-probabilities [A, V]."""
@@ -85,6 +91,10 @@ class Teacher:
             states = torch.cat([each.states for each in outputs]).to(self.model.device)
             log_p = logits_of(self.model, states).float().log_softmax(-1)
         return prompt, output, log_p
+
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Return how many tokens the answers to some questions have together."""
+        return sum(len(self.outputs[index].tokens) for index in indices)
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         return make_batch([self.samples[i] for i in indices], self.processor, self.model.config)
@@ -152,6 +162,15 @@ class TrainingBatch:
             )
             costs.append(self.per_sample(self.divergence(log_q)))
         return torch.stack(costs)
+
+    def probe_gates(self, share: float, skipped: float) -> Gates:
+        """Return gates that keep a share of the tokens and skip one of the candidate layers, without noise."""
+        count = (self.visual.sum(1) * share).round().long().clamp(min=1)
+        tokens = straight_through(self.token_logits, self.visual, count)
+        free = self.layer_logits.shape[1]
+        kept = torch.full_like(count, free - round(free * skipped))
+        candidates = straight_through(self.layer_logits, torch.ones_like(self.layer_logits, dtype=torch.bool), kept)
+        return self.gates(tokens, candidates)
 
     def divergence(self, log_q: Tensor) -> Tensor:
         """Compute KL(original || q) at each answer token, [A of the batch, V] -> [A of the batch]."""
@@ -228,21 +247,22 @@ class Learner:
     def probe(self, indices: Sequence[int], batch_size: int) -> dict[str, float]:
         """Return mean KL per answer token on held-out questions at the PROBES, without noise."""
         probes = [probe for probe in PROBES if self.settings.candidates or not probe[1]]
-        totals, number = dict.fromkeys(map(probe_name, probes), 0.0), 0
-        for start in range(0, len(indices), batch_size):
-            batch = self.training_batch(indices[start : start + batch_size])
-            number += len(batch.log_p)
-            for share, skipped in probes:
-                visual = batch.visual.sum(1)
-                count = (visual * share).round().long().clamp(min=1)
-                tokens = straight_through(batch.token_logits, batch.visual, count)
-                free = batch.layer_logits.shape[1]
-                kept = torch.full_like(count, free - round(free * skipped))
-                candidates = straight_through(
-                    batch.layer_logits, torch.ones_like(batch.layer_logits, dtype=torch.bool), kept
-                )
-                totals[probe_name((share, skipped))] += batch.kl(batch.gates(tokens, candidates)).sum().item()
-        return {name: round(total / max(1, number), 6) for name, total in totals.items()}
+
+        def of_batch(some: Sequence[int]) -> tuple[int, list[float]]:
+            batch = self.training_batch(some)
+            return len(batch.log_p), [batch.kl(batch.probe_gates(*probe)).sum().item() for probe in probes]
+
+        by_batch = ranks.gathered(map(of_batch, ranks.share(batches_of(indices, batch_size))))
+        number = sum(tokens for tokens, _ in by_batch)
+        totals = map(sum, zip(*(sums for _, sums in by_batch), strict=True))
+        return {
+            probe_name(probe): round(total / max(1, number), 6) for probe, total in zip(probes, totals, strict=True)
+        }
+
+
+def batches_of(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Return questions in batches, in their order."""
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
 def probe_name(probe: tuple[float, float]) -> str:

@@ -23,6 +23,7 @@ from ...methods import LOSSES, resolve
 from ...modeling.routed_route import RouterSettings
 from ...modeling.routed_router import Router
 from ...models.answers import ANSWER_TOKENS
+from ...models.gradients import check_alike, set_gradients
 from ...models.training_state import TrainingState
 from ...progress import Progress
 from .learner import Learner, Teacher
@@ -87,26 +88,44 @@ def train_router(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, training.steps))
     state = TrainingState({"router": router, "optimizer": optimizer, "schedule": schedule}, fingerprint)
     first = state.load(state_file)
-    loss_of = resolve(LOSSES[training.loss].run)
     with gated_attention(model) as attention:
         learner = Learner(teacher, router, settings, attention)
         for step in progress(range(first, training.steps), "train router", training.steps - first):
-            generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
             chosen = questions_of_step(trained_on, sizes, step=step, batch_size=training.batch_size, seed=training.seed)
-            loss = loss_of(learner.training_batch(chosen), generator, **training.options)
-            optimizer.zero_grad()
-            loss.backward()
+            loss = one_step(learner, chosen, training, step)
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            state.note(step, loss.item(), "the router's loss")
+            state.note(step, loss, "the router's loss")
             if held_out and ((step + 1) % max(1, training.steps // 10) == 0 or step == 0):
+                check_alike(router.state_dict())
                 state.curve[-1] |= learner.probe(held_out[:PROBED], training.batch_size)
-            if state_file is not None and (step + 1) % SAVE_EVERY == 0:
+            if (step + 1) % SAVE_EVERY == 0:
                 state.save(state_file, step + 1)
         budgets = fitted_budgets(learner, held_out, training.batch_size, progress)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in router.state_dict().items()}
     return Trained(weights, state.curve, questions=len(trained_on), held_out=len(held_out), budgets=budgets)
+
+
+def one_step(learner: Learner, chosen: Sequence[int], training: Training, step: int) -> float:
+    """Set the gradients of a step, and return its loss: the mean over its questions, or over their answers' tokens."""
+    row, tokens = LOSSES[training.loss], learner.teacher.tokens(chosen)
+    loss_of = resolve(row.run)
+
+    def part_of_loss(places: range) -> Tensor:
+        some = [chosen[place] for place in places]
+        weight = learner.teacher.tokens(some) / tokens if row.over_tokens else len(some) / len(chosen)
+        loss: Tensor = loss_of(
+            learner.training_batch(some), generator_of(training.seed, step, places), **training.options
+        )
+        return weight * loss
+
+    return set_gradients(list(learner.router.parameters()), len(chosen), part_of_loss)
+
+
+def generator_of(seed: int, step: int, places: range) -> torch.Generator:
+    """Return what a part of a step draws by, whoever computes it."""
+    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_009 + places.start) % (1 << 63))
 
 
 def parted(samples: Sequence[Sample], seed: int) -> tuple[list[int], list[int]]:

@@ -16,13 +16,14 @@ Shapes: B questions of a batch, n held-out questions, J rungs, G limits that are
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import ranks
 from ...data.pictures import pictures_of
 from ...families import is_listed
 from ...modeling.routed_cost import LEVELS, DecoderCost, in_order
@@ -31,7 +32,7 @@ from ...modeling.routed_router import best_layers, best_tokens
 from ...models.divergence import Divergence, simplest
 from ...progress import Progress
 from ..cost import cost_facts, is_counted_right
-from .learner import Learner, TrainingBatch
+from .learner import Learner, TrainingBatch, batches_of
 
 logger = logging.getLogger(__name__)
 LADDER = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # shares of visual tokens
@@ -69,6 +70,19 @@ class Judged:
     levels: dict[str, list[Tensor]]  # by score and question: [J] of the last token of each rung
     whole: dict[str, list[Tensor]]  # by score and question: [V] of all its visual tokens
 
+    @classmethod
+    def of_nothing(cls, keys: Iterable[tuple[float, int]]) -> Judged:
+        return cls({key: MixOutcome() for key in keys}, {name: [] for name in LEVELS}, {name: [] for name in LEVELS})
+
+    def add(self, more: Judged) -> None:
+        """Add what was tried on further questions."""
+        for key, outcome in more.mixes.items():
+            for name, values in vars(outcome).items():
+                getattr(self.mixes[key], name).extend(values)
+        for name in LEVELS:
+            self.levels[name] += more.levels[name]
+            self.whole[name] += more.whole[name]
+
 
 @torch.no_grad()
 def fitted_budgets(learner: Learner, held_out: Sequence[int], batch_size: int, progress: Progress) -> dict[str, Any]:
@@ -103,13 +117,19 @@ def judge(learner: Learner, cost: DecoderCost, held_out: Sequence[int], batch_si
     """Put the held-out answers through the decoder under every rung, and the first of them under the mixes."""
     skips = skips_of(len(cost.candidates))
     keys = [(share, 0) for share in LADDER] + [(share, skipped) for share in MIXED for skipped in skips]
-    judged = Judged({key: MixOutcome() for key in keys}, {name: [] for name in LEVELS}, {name: [] for name in LEVELS})
-    starts = range(0, len(held_out), batch_size)
-    for start in progress(starts, "judge budgets", len(starts)):
-        batch = learner.training_batch(held_out[start : start + batch_size])
-        for key in keys if start < MOST_MIXED else keys[: len(LADDER)]:
-            try_mix(batch, cost, *key, judged.mixes[key])
-        note_levels(batch, judged)
+    judged = Judged.of_nothing(keys)
+
+    def of_batch(places: Sequence[int]) -> Judged:
+        batch = learner.training_batch([held_out[place] for place in places])
+        some = Judged.of_nothing(keys)
+        for key in keys if places[0] < MOST_MIXED else keys[: len(LADDER)]:
+            try_mix(batch, cost, *key, some.mixes[key])
+        note_levels(batch, some)
+        return some
+
+    mine = ranks.share(batches_of(range(len(held_out)), batch_size))
+    for some in ranks.in_order(map(of_batch, progress(mine, "judge budgets", len(mine)))):
+        judged.add(some)
     return judged
 
 
