@@ -82,7 +82,7 @@ def reference_router(work: Path) -> Path:
     folder = work / "trained" / "digits"
     if not folder.exists():  # made once
         data = DIGITS / "data" / "calibration.jsonl"
-        flags = ("--serve", "--question-aware", "--steps", "100", "--quiet")
+        flags = ("--serve", "--question-aware", "--samples", "512", "--steps", "100", "--quiet")
         call(
             sys.executable, "-m", "exporter", "route", DIGITS / "model", "--calibration", data, *flags, "--out", folder
         )

@@ -1,7 +1,7 @@
 """A trained folder and a task through vLLM: answers as transformers', and what they are worth beside `evaluate`.
 
 A folder with a serving router answers all questions under budgets of all kinds in turn, and again from vLLM's caches;
-then all of them under each of its presets, without the question's ids and, where it was trained for them, with.
+then all of them under each of its presets. The router is told the question where a budget in turn says so.
 """
 
 from __future__ import annotations
@@ -20,17 +20,12 @@ LONGEST = 4096  # tokens of a prompt and its answer, where the model itself take
 
 @dataclass
 class Preset:
-    """One budget under which all questions are put: how vLLM and `evaluate` are asked for it."""
+    """One budget under which all questions are put."""
 
     name: str
-    told: bool = False  # the router is told the question
-    budget: dict[str, Any] = field(default_factory=dict)  # of a request, but for the question's ids
+    budget: dict[str, Any] = field(default_factory=dict)  # of a request
     right: float = 0.0  # exact match, or what else the task is rated by, by vLLM's answers
     evaluated: float = 0.0  # by `evaluate`
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, told the question" if self.told else self.name
 
 
 @dataclass
@@ -57,10 +52,8 @@ class PresetsRow(Row):
             texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in mine]
             values = [metric.value(sample, text) for sample, text in zip(self.task.samples, texts, strict=True)]
             preset.right = sum(values) / number
-        for told in {preset.told for preset in self.presets}:
-            these = [preset for preset in self.presets if preset.told == told]
-            for preset, value in zip(these, evaluated(self.folder, self.file, these, number), strict=True):
-                preset.evaluated = value
+        for preset, value in zip(self.presets, evaluated(self.folder, self.file, self.presets, number), strict=True):
+            preset.evaluated = value
 
     def lines(self) -> list[str]:
         if "start" in self.vllm:
@@ -72,7 +65,7 @@ class PresetsRow(Row):
             both = zip(self.vllm["rounds"][0], self.torch, strict=True)
             same = [a.get("tokens") == b["tokens"] for a, b in both][i * number : (i + 1) * number]
             rated = f"{preset.right:.1%} | {preset.evaluated:.1%}"
-            lines.append(f"| {self.name}, {preset.label} | {sum(same)} of {number} | – | {rated} |")
+            lines.append(f"| {self.name}, {preset.name} | {sum(same)} of {number} | – | {rated} |")
         return lines
 
 
@@ -92,8 +85,7 @@ def evaluated(folder: Path, task: Path, presets: list[Preset], samples: int) -> 
     from exporter import BudgetGrid, evaluate
 
     names = tuple(preset.name for preset in presets if preset.budget)
-    grid = BudgetGrid(presets=names, tell_question=presets[0].told)
-    models = evaluate(folder, task, budgets=grid, samples=samples, update_cards=False).models
+    models = evaluate(folder, task, budgets=BudgetGrid(presets=names), samples=samples, update_cards=False).models
     return [model.accuracy for model in models]
 
 
@@ -129,12 +121,8 @@ def trained_rows(name: str, folder: Path, file: Path, samples: int, work: Path, 
         aware = settings.question_aware
         in_turn = [put.under(i, budgets[i % len(budgets)], aware) for i in range(len(task.samples))]
         yield MixedRow(**shared, questions=in_turn, times=2)
-        presets += [
-            Preset(preset, told, {"preset": preset, **({"question_ids": []} if told else {})})
-            for told in ((False, True) if aware else (False,))
-            for preset in settings.presets
-        ]
-    asked = [put.under(i, preset.budget, preset.told) for preset in presets for i in range(len(task.samples))]
+        presets += [Preset(preset, {"preset": preset}) for preset in settings.presets]
+    asked = [put.under(i, preset.budget, tell=False) for preset in presets for i in range(len(task.samples))]
     yield PresetsRow(**shared, questions=asked, task=task, file=file, presets=presets)
 
 
