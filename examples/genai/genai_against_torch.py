@@ -284,7 +284,8 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     """Return what is compared: everything, some types, or one trained model."""
     if options.model is not None:
         name = json.loads((options.model / "config.json").read_text())["model_type"]
-        return [Row(name, questions=options.count, dtypes=ALL, trained=options.model, asked=options.questions)]
+        dtypes = tuple(name for name in ALL if name in options.dtypes.split(","))
+        return [Row(name, questions=options.count, dtypes=dtypes, trained=options.model, asked=options.questions)]
     return [row for row in ROWS if options.types is None or row.name in options.types.split(",")]
 
 
@@ -292,12 +293,17 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="document to write the table into")
     parser.add_argument("--types", metavar="TYPES", help="only these, with commas between them")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="only this trained checkpoint, in all precisions")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="only this trained checkpoint")
+    parser.add_argument("--dtypes", default=",".join(ALL), help=f"its precisions, fp32 among them ({','.join(ALL)})")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="its questions, with one picture each")
     parser.add_argument("--count", type=int, default=100, metavar="N", help="how many of them (100)")
     options = parser.parse_args()
     if (options.model is None) != (options.questions is None):
         parser.error("--model and --questions belong together: a checkpoint and the file of its questions.")
+    if unknown := [name for name in options.dtypes.split(",") if name not in ALL]:
+        parser.error(f"--dtypes {unknown[0]}: there are {', '.join(ALL)}.")
+    if "fp32" not in options.dtypes.split(","):
+        parser.error("--dtypes: the graphs in fp32 are what the others are made of; name it, too.")
     if options.write and options.model:
         parser.error("--write writes what tiny models showed: leave --model out.")
     return options

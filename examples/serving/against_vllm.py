@@ -44,6 +44,8 @@ BUDGETS: tuple[dict[str, Any], ...] = (
     {"keep_visual_tokens": 10},
     {"preset": "serve-balanced"},
 )
+# Layers of a type, and the one that goes: Gemma 3's sixth has no window, Qwen3-VL's first three take features of a picture.
+LAYERS = {"gemma3": (6, 1), "qwen3_vl": (6, 4)}
 COUNTS = (1, 2, 1, 0)  # of pictures, three questions each in turn
 START = {"hf_overrides": {"serving_router": {"default": "serve-fast"}}}
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -54,8 +56,9 @@ def plain_row(name: str, work: Path, number: int) -> Row:
     folder = work / "plain" / name
     small = folder / "small"
     if not small.exists():  # made once: remove build/serving/work to make all anew
-        source = build_wide(name, fresh(folder) / "source", layers=6 if name == "gemma3" else 4)
-        compressed(source, small, layers=(1,))
+        layers, drop = LAYERS.get(name, (4, 1))
+        source = build_wide(name, fresh(folder) / "source", layers=layers)
+        compressed(source, small, layers=(drop,))
     return Row("plain", name, small, list(asked(name, number, work / "images" / "plain")))
 
 
