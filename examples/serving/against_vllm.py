@@ -44,7 +44,7 @@ BUDGETS: tuple[dict[str, Any], ...] = (
     {"keep_visual_tokens": 10},
     {"preset": "serve-balanced"},
 )
-# Layers of a type, and the one that goes: Gemma 3's sixth has no window, Qwen3-VL's first three take features of a picture.
+# Layers of a type, and the one that goes: Gemma 3's sixth has no window, Qwen3-VL's first three take more of a picture.
 LAYERS = {"gemma3": (6, 1), "qwen3_vl": (6, 4)}
 COUNTS = (1, 2, 1, 0)  # of pictures, three questions each in turn
 START = {"hf_overrides": {"serving_router": {"default": "serve-fast"}}}
