@@ -196,7 +196,7 @@ def fresh(folder: Path) -> Path:
 
 
 def keep_tables(rows: Sequence[Row], refused: Sequence[Refusal], parts: Path) -> None:
-    """Keep a table of each kind, and print it."""
+    """Keep a table of each kind, with the lines of earlier runs that this one has not made anew, and print it."""
     head = {
         "plain": "| checkpoint | prompts equal | answers equal |\n|---|---:|---:|",
         "served": "| checkpoint with a router | equal | again, from caches | cached tokens |\n|---|---:|---:|---:|",
@@ -208,19 +208,28 @@ def keep_tables(rows: Sequence[Row], refused: Sequence[Refusal], parts: Path) ->
     lines["refused"] = [f"| {one.engine['name']} | {shown(one.said)} |" for one in refused]
     for kind, found in lines.items():
         if found:
-            (parts / f"{kind}.md").write_text("\n".join([head[kind], *found]))
-            print((parts / f"{kind}.md").read_text())
+            file = parts / f"{kind}.md"
+            new = {name_of(line): line for line in found}
+            before = file.read_text().splitlines()[2:] if file.exists() and kind in ("plain", "served") else []
+            kept = {name_of(line): line for line in before}
+            file.write_text("\n".join([head[kind], *(kept | new).values()]))
+            print("\n".join([head[kind], *found]))
+
+
+def name_of(line: str) -> str:
+    """Return the first cell of a table's line."""
+    return line.split("|")[1].strip()
 
 
 def asked_rows(options: argparse.Namespace, work: Path) -> list[Row]:
     """Return the rows that the command line asks for."""
     if options.folder:
         return list(trained_rows(options.folder.name, options.folder, options.task, options.questions, work, BUDGETS))
-    names, kinds = options.only.split(",") if options.only else list(SIZES), options.kinds.split(",")
+    names, kinds = options.only.split(",") if options.only else [*SIZES, "reference"], options.kinds.split(",")
     rows: list[Row] = []
     if "plain" in kinds:
-        rows += [plain_row(name, work, 12) for name in names]
-        rows += [] if options.only else reference_rows(work, 25)
+        rows += [plain_row(name, work, 12) for name in names if name in SIZES]
+        rows += reference_rows(work, 25) if "reference" in names else []
     if "served" in kinds:
         rows += [row for name in names if name in SERVED for row in served_rows(name, work, options.questions)]
     if "trained" in kinds and not options.only:
@@ -231,9 +240,9 @@ def asked_rows(options: argparse.Namespace, work: Path) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", metavar="TYPES", help="llava,qwen3_vl: these types, and no refusals")
+    parser.add_argument("--only", metavar="TYPES", help="llava,qwen3_vl,reference: these types, and no refusals")
     parser.add_argument(
-        "--kinds", default=",".join(KINDS), help=f"of rows ({','.join(KINDS)}); the last table of each is kept"
+        "--kinds", default=",".join(KINDS), help=f"of rows ({','.join(KINDS)}); the last line of each row is kept"
     )
     parser.add_argument(
         "--questions", type=int, default=100, metavar="N", help="for each served or trained model (100)"
