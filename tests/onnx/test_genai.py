@@ -35,7 +35,7 @@ NEW_TOKENS = 6
 FAMILIES = (
     "qwen2_5_vl",
     "gemma3",
-    *(pytest.param(name, marks=pytest.mark.long_tail) for name in ("mistral3", "qwen3_vl", "qwen2_vl")),
+    *(pytest.param(name, marks=pytest.mark.long_tail) for name in ("mistral3", "qwen3_vl")),
 )
 # Pictures that the library's own processor makes the same pixels of: resized ones, where it resizes by the same rule.
 SIZES = {
@@ -43,7 +43,6 @@ SIZES = {
     "gemma3": [(90, 61), (64, 64)],
     "mistral3": [(60, 40), (50, 60)],
     "qwen3_vl": [(61, 90), (50, 60)],
-    "qwen2_vl": [(61, 90), (50, 60)],
 }
 
 
