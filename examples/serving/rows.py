@@ -11,7 +11,7 @@ from environment import BUILD
 from in_transformers import ask_transformers, prompts
 from tiny_folders import Asked
 
-CAUSAL = ("paligemma",)  # both ways in transformers, causal on vLLM's CPU: answers differ
+CAUSAL = ("paligemma", "gemma3")  # pictures both ways in transformers, causal on vLLM's CPU: answers differ
 
 
 @dataclass
