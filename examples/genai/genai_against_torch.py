@@ -2,10 +2,12 @@
 
     pip install onnxruntime-genai
     python examples/genai/genai_against_torch.py --write docs/genai.md         # tiny random models
+    python examples/genai/genai_against_torch.py --types gemma3                # some of them
     python examples/genai/genai_against_torch.py --model DIR --questions FILE  # a trained model of yours
 
 Each checkpoint is exported, and the library answers twice: with what transformers' processor made of a question, and
-with the question's text and picture alone, which its own tokenizer and image processor prepare.
+with the question's text and picture alone, which its own tokenizer and image processor prepare. Lines of the document's
+table are kept type by type in build/genai, and --write writes the last of each.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 HERE, BUILD = ROOT / "examples" / "genai", ROOT / "build" / "genai"
+LINES = BUILD / "lines"
 sys.path.insert(0, str(ROOT / "tests"))  # tiny models
 
 NEW_TOKENS = 12
@@ -252,7 +255,8 @@ def line(result: Result) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def document(results: list[Result]) -> str:
+def document() -> str:
+    """Return the document with the last lines of each type."""
     import onnxruntime
     import onnxruntime_genai as og
     import transformers
@@ -263,8 +267,11 @@ def document(results: list[Result]) -> str:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    missing = "| {} | not run yet |" + " |" * (len(COLUMNS) - 2)
+    files = {row.name: LINES / f"{row.name}.md" for row in ROWS}
+    lines = [file.read_text() if file.exists() else missing.format(name) for name, file in files.items()]
     parts = {
-        "TABLE": "\n".join([head(), *map(line, results)]),
+        "TABLE": "\n".join([head(), *lines]),
         "VERSIONS": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     template = (HERE / "document.template").read_text()
@@ -277,7 +284,8 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     """Return what is compared: everything, some types, or one trained model."""
     if options.model is not None:
         name = json.loads((options.model / "config.json").read_text())["model_type"]
-        return [Row(name, questions=options.count, dtypes=ALL, trained=options.model, asked=options.questions)]
+        dtypes = tuple(name for name in ALL if name in options.dtypes.split(","))
+        return [Row(name, questions=options.count, dtypes=dtypes, trained=options.model, asked=options.questions)]
     return [row for row in ROWS if options.types is None or row.name in options.types.split(",")]
 
 
@@ -285,14 +293,19 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="document to write the table into")
     parser.add_argument("--types", metavar="TYPES", help="only these, with commas between them")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="only this trained checkpoint, in all precisions")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="only this trained checkpoint")
+    parser.add_argument("--dtypes", default=",".join(ALL), help=f"its precisions, fp32 among them ({','.join(ALL)})")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="its questions, with one picture each")
     parser.add_argument("--count", type=int, default=100, metavar="N", help="how many of them (100)")
     options = parser.parse_args()
     if (options.model is None) != (options.questions is None):
         parser.error("--model and --questions belong together: a checkpoint and the file of its questions.")
-    if options.write and (options.model or options.types):
-        parser.error("--write takes the whole of it: leave --model and --types out.")
+    if unknown := [name for name in options.dtypes.split(",") if name not in ALL]:
+        parser.error(f"--dtypes {unknown[0]}: there are {', '.join(ALL)}.")
+    if "fp32" not in options.dtypes.split(","):
+        parser.error("--dtypes: the graphs in fp32 are what the others are made of; name it, too.")
+    if options.write and options.model:
+        parser.error("--write writes what tiny models showed: leave --model out.")
     return options
 
 
@@ -305,9 +318,13 @@ def main() -> int:
         folder = BUILD / f"row-{number}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        results += compare(row, folder)
-    if options.write:
-        options.write.write_text(document(results))
+        these = compare(row, folder)
+        results += these
+        if row.trained is None:
+            LINES.mkdir(parents=True, exist_ok=True)
+            (LINES / f"{row.name}.md").write_text("\n".join(map(line, these)))
+        if options.write:
+            options.write.write_text(document())
     return 0 if all(result.holds for result in results) else 1
 
 

@@ -2,13 +2,15 @@
 
     python examples/serving/against_vllm.py --write docs/serving-vllm.md          (make serve-test)
     python examples/serving/against_vllm.py --only llava,qwen3_vl                 some types alone
+    python examples/serving/against_vllm.py --folder DIR --task FILE.jsonl        a trained model of yours
 
 It makes an environment with the real vLLM for the CPU in build/serving (`environment.py`), compresses a tiny random
 checkpoint of each type and the trained reference model, and asks both sides greedily in float32: transformers here,
 vLLM there, with files between them. Folders with a serving router are asked under budgets of all kinds, several
 pictures and none, mixed in one batch, and all of it again, which vLLM then has in its caches; and what has to be
-refused is asked for. Exit code 1: an answer differs (those of CAUSAL have to differ), or something was answered that
-had to be refused.
+refused is asked for. A serving router is trained on the reference model, and what vLLM answers under its presets is
+rated beside `evaluate`. Exit code 1: an answer differs (those of `rows.CAUSAL` have to differ), or something was
+answered that had to be refused.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import BUILD, ROOT, make_environment, run_in
-from in_transformers import ask_transformers, prompts
-from tiny_folders import SIZES, Asked, add_router, asked, build_wide, change_config
+from environment import BUILD, ROOT, call, make_environment, run_in
+from in_transformers import prompts
+from rows import Row, shown
+from tiny_folders import SIZES, add_router, asked, build_wide, change_config
+from trained import Questions, trained_rows
 
 DIGITS = ROOT / "examples" / "digits"
-KINDS = ("plain", "served", "refused")
+KINDS = ("plain", "served", "trained", "refused")
 SERVED = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl")
 BUDGETS: tuple[dict[str, Any], ...] = (
     {"preset": "serve-fast"},
@@ -40,78 +44,10 @@ BUDGETS: tuple[dict[str, Any], ...] = (
     {"keep_visual_tokens": 10},
     {"preset": "serve-balanced"},
 )
+# Layers of a type, and the one that goes: Gemma 3's sixth has no window, Qwen3-VL's first three take more of a picture.
+LAYERS = {"gemma3": (6, 1), "qwen3_vl": (6, 4)}
 COUNTS = (1, 2, 1, 0)  # of pictures, three questions each in turn
-CAUSAL = ("paligemma",)  # both ways in transformers, causal on vLLM's CPU: answers differ
 START = {"hf_overrides": {"serving_router": {"default": "serve-fast"}}}
-
-
-@dataclass
-class Row:
-    """One engine and what both sides answered."""
-
-    kind: str  # plain, served
-    name: str
-    folder: Path
-    questions: list[Asked]
-    options: dict[str, Any] = field(default_factory=dict)
-    default: dict[str, Any] = field(default_factory=dict)  # the budget that the engine was started with
-    refused: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # part of the sentence, request
-    texts: list[str] = field(default_factory=list)
-    torch: list[dict[str, Any]] = field(default_factory=list)
-    vllm: dict[str, Any] = field(default_factory=dict)
-
-    def engine(self) -> dict[str, Any]:
-        """Return what vLLM is to do: all questions at once, all again, and what has to be refused, one by one."""
-        self.texts = prompts(self.folder, self.questions)
-        requests = [
-            {"prompt": text, "images": question.files, "kwargs": question.budget}
-            for text, question in zip(self.texts, self.questions, strict=True)
-        ]
-        limit = {"limit_mm_per_prompt": {"image": max((len(q.files) for q in self.questions), default=1) or 1}}
-        rounds = [requests] * (2 if self.kind == "served" else 1)
-        return {
-            "name": self.name,
-            "folder": str(self.folder),
-            "options": {**limit, **self.options},
-            "rounds": rounds + [[request] for _, request in self.refused],
-        }
-
-    def ask_transformers(self) -> None:
-        served = self.kind == "served"
-        questions = [
-            Asked(q.chat, q.images, q.files, q.budget or self.default) if served else q for q in self.questions
-        ]
-        self.torch = ask_transformers(self.folder, questions, served)
-
-    def equal(self, round_number: int, part: str) -> int:
-        """Count the prompts or the answers that are the same on both sides."""
-        if "start" in self.vllm:
-            return 0
-        theirs = self.vllm["rounds"][round_number]
-        return sum(a.get(part) == b.get(part) for a, b in zip(theirs, self.torch, strict=False))
-
-    def answered(self) -> list[str]:
-        """Return what had to be refused and was not, or by another sentence."""
-        if not self.refused or "start" in self.vllm:
-            return []
-        rounds = self.vllm["rounds"][-len(self.refused) :]
-        wrong = []
-        for (sentence, _), (answer, *_) in zip(self.refused, rounds, strict=True):
-            if sentence not in answer.get("error", ""):
-                wrong.append(f"{self.name}: {sentence!r} was wanted, and it said {answer}")
-        return wrong
-
-    @property
-    def holds(self) -> bool:
-        number = len(self.questions)
-        if "start" in self.vllm or self.answered():
-            return False
-        if self.name in CAUSAL:  # once it holds, the document need not say so
-            return self.equal(0, "prompt") == number > self.equal(0, "tokens")
-        rounds = 2 if self.kind == "served" else 1
-        return all(self.equal(i, "tokens") == number for i in range(rounds))
-
-
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
@@ -120,23 +56,21 @@ def plain_row(name: str, work: Path, number: int) -> Row:
     folder = work / "plain" / name
     small = folder / "small"
     if not small.exists():  # made once: remove build/serving/work to make all anew
-        source = build_wide(name, fresh(folder) / "source", layers=6 if name == "gemma3" else 4)
-        compressed(source, small, layers=(1,))
+        layers, drop = LAYERS.get(name, (4, 1))
+        source = build_wide(name, fresh(folder) / "source", layers=layers)
+        compressed(source, small, layers=(drop,))
     return Row("plain", name, small, list(asked(name, number, work / "images" / "plain")))
 
 
 def reference_rows(work: Path, number: int) -> list[Row]:
     """Return the trained reference model, whole and without three of its layers, with questions of its test set."""
-    from exporter.data.calibration import load_calibration
+    from exporter.clean_room import load_processor
+    from exporter.evaluation.metrics.task import measured_task
+    from exporter.recipe import TaskData
 
-    samples = load_calibration(DIGITS / "data" / "test.jsonl", samples=number).samples
-    questions: list[Asked] = []
-    for sample in samples:
-        images = sample.open_images()
-        files = [str(work / "images" / f"digits-{len(questions)}-{i}.png") for i in range(len(images))]
-        for image, file in zip(images, files, strict=True):
-            image.save(file)
-        questions.append(Asked(sample.chat(), images, files))
+    task = measured_task(TaskData(str(DIGITS / "data" / "test.jsonl")), number, seed=0)
+    put = Questions(task, load_processor(DIGITS / "model"), work / "images" / "digits")
+    questions = [put.under(i, {}, tell=False) for i in range(number)]
     small = work / "plain" / "digits" / "small"
     if not small.exists():
         compressed(DIGITS / "model", fresh(small.parent) / "small", layers=(3, 5, 7))
@@ -144,6 +78,18 @@ def reference_rows(work: Path, number: int) -> list[Row]:
         Row("plain", "reference model", DIGITS / "model", questions),
         Row("plain", "reference model, 3 layers fewer", small, questions),
     ]
+
+
+def reference_router(work: Path) -> Path:
+    """Return the reference model with a serving router, trained by the command that a user gives."""
+    folder = work / "trained" / "digits"
+    if not folder.exists():  # made once
+        data = DIGITS / "data" / "calibration.jsonl"
+        flags = ("--serve", "--question-aware", "--samples", "512", "--steps", "100", "--quiet")
+        call(
+            sys.executable, "-m", "exporter", "route", DIGITS / "model", "--calibration", data, *flags, "--out", folder
+        )
+    return folder
 
 
 def compressed(source: Path, out: Path, layers: tuple[int, ...]) -> Path:
@@ -177,9 +123,11 @@ def served_rows(name: str, work: Path, number: int) -> list[Row]:
         video = {"prompt": text.replace("image_pad", "video_pad"), "videos": [str(frames)]}
         refused.append(("this request has 1 video(s)", {**video, "kwargs": {"preset": "serve-fast"}}))
     at_start = list(asked(name, 18, work / "images" / "start", mixed, (1, 2)))
+    twice: dict[str, Any] = {"served": True, "times": 2}
+    started = f"{name}, started with serve-fast"
     return [
-        Row("served", name, folder, questions, options={"block_size": 32}, refused=refused),
-        Row("served", f"{name}, started with serve-fast", folder, at_start, START, {"preset": "serve-fast"}),
+        Row("served", name, folder, questions, options={"block_size": 32}, refused=refused, **twice),
+        Row("served", started, folder, at_start, options=START, default={"preset": "serve-fast"}, **twice),
     ]
 
 
@@ -248,60 +196,69 @@ def fresh(folder: Path) -> Path:
 
 
 def keep_tables(rows: Sequence[Row], refused: Sequence[Refusal], parts: Path) -> None:
-    """Keep a table of each kind, and print it."""
+    """Keep a table of each kind, with the lines of earlier runs that this one has not made anew, and print it."""
     head = {
         "plain": "| checkpoint | prompts equal | answers equal |\n|---|---:|---:|",
         "served": "| checkpoint with a router | equal | again, from caches | cached tokens |\n|---|---:|---:|---:|",
+        "trained": "| trained model | equal | again, from caches | right by vLLM | right by `evaluate` |"
+        "\n|---|---:|---:|---:|---:|",
         "refused": "| what vLLM is asked | what it says |\n|---|---|",
     }
-    lines: dict[str, list[str]] = {
-        "plain": [line_of(row) for row in rows if row.kind == "plain"],
-        "served": [line_of(row) for row in rows if row.kind == "served"],
-        "refused": [f"| {one.engine['name']} | {shown(one.said)} |" for one in refused],
-    }
+    lines = {kind: [line for row in rows if row.kind == kind for line in row.lines()] for kind in KINDS}
+    lines["refused"] = [f"| {one.engine['name']} | {shown(one.said)} |" for one in refused]
     for kind, found in lines.items():
         if found:
-            (parts / f"{kind}.md").write_text("\n".join([head[kind], *found]))
-            print((parts / f"{kind}.md").read_text())
+            file = parts / f"{kind}.md"
+            new = {name_of(line): line for line in found}
+            before = file.read_text().splitlines()[2:] if file.exists() and kind in ("plain", "served") else []
+            kept = {name_of(line): line for line in before}
+            file.write_text("\n".join([head[kind], *(kept | new).values()]))
+            print("\n".join([head[kind], *found]))
 
 
-def line_of(row: Row) -> str:
-    number = len(row.questions)
-    if "start" in row.vllm:
-        return f"| {row.name} | does not start: {shown(row.vllm['start'])} | – |"
-    if row.kind == "plain":
-        counts = [f"{row.equal(0, part)} of {number}" for part in ("prompt", "tokens")]
-    else:
-        counts = [f"{row.equal(i, 'tokens')} of {number}" for i in (0, 1)]
-        counts.append(str(sum(answer.get("cached", 0) for answer in row.vllm["rounds"][1])))
-    return f"| {row.name} | {' | '.join(counts)} |"
+def name_of(line: str) -> str:
+    """Return the first cell of a table's line."""
+    return line.split("|")[1].strip()
 
 
-def shown(sentence: str) -> str:
-    """Return a sentence without the paths of this run."""
-    words = sentence.partition(": ")[2] or sentence
-    return " ".join("DIR" if word.startswith(str(BUILD)) else word for word in words.split())
+def asked_rows(options: argparse.Namespace, work: Path) -> list[Row]:
+    """Return the rows that the command line asks for."""
+    if options.folder:
+        return list(trained_rows(options.folder.name, options.folder, options.task, options.questions, work, BUDGETS))
+    names, kinds = options.only.split(",") if options.only else [*SIZES, "reference"], options.kinds.split(",")
+    rows: list[Row] = []
+    if "plain" in kinds:
+        rows += [plain_row(name, work, 12) for name in names if name in SIZES]
+        rows += reference_rows(work, 25) if "reference" in names else []
+    if "served" in kinds:
+        rows += [row for name in names if name in SERVED for row in served_rows(name, work, options.questions)]
+    if "trained" in kinds and not options.only:
+        task = DIGITS / "data" / "validation.jsonl"
+        rows += trained_rows("reference model", reference_router(work), task, options.questions, work, BUDGETS)
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", metavar="TYPES", help="llava,qwen3_vl: these types, and no refusals")
+    parser.add_argument("--only", metavar="TYPES", help="llava,qwen3_vl,reference: these types, and no refusals")
     parser.add_argument(
-        "--kinds", default=",".join(KINDS), help=f"of rows ({','.join(KINDS)}); the last table of each is kept"
+        "--kinds", default=",".join(KINDS), help=f"of rows ({','.join(KINDS)}); the last line of each row is kept"
     )
-    parser.add_argument("--questions", type=int, default=100, metavar="N", help="for each served type (100)")
+    parser.add_argument(
+        "--questions", type=int, default=100, metavar="N", help="for each served or trained model (100)"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="document to write, of the last tables of all kinds")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="only this trained checkpoint, with a router or not")
+    parser.add_argument("--task", type=Path, metavar="FILE", help="its questions with answers")
     options = parser.parse_args()
-    names, kinds = options.only.split(",") if options.only else list(SIZES), options.kinds.split(",")
-    python, work = make_environment(), BUILD / "work"
+    if (options.folder is None) != (options.task is None):
+        parser.error("--folder and --task belong together: a checkpoint and the file of its questions.")
+    if options.folder and (options.only or options.write):
+        parser.error("--folder asks one checkpoint and writes no document: leave --only and --write out.")
+    python, work = make_environment(), BUILD / ("own" if options.folder else "work")
     (work / "images").mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    if "plain" in kinds:
-        rows += [plain_row(name, work, 12) for name in names]
-        rows += [] if options.only else reference_rows(work, 25)
-    if "served" in kinds:
-        rows += [row for name in names if name in SERVED for row in served_rows(name, work, options.questions)]
-    refused = refusals(work) if "refused" in kinds and not options.only else []
+    rows = asked_rows(options, work)
+    refused = refusals(work) if "refused" in options.kinds.split(",") and not (options.only or options.folder) else []
     engines = [*(row.engine() for row in rows), *(one.engine for one in refused)]
     answers = run_in(python, "ask_vllm.py", engines, work)
     everything: list[Row | Refusal] = [*rows, *refused]

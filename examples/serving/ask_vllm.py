@@ -2,10 +2,10 @@
 
     python ask_vllm.py JOB.json ANSWERS.json
 
-A job is a list of engines: {"folder", "options" of vllm.LLM, "rounds"}. A round is a list of requests that are put at
-once: {"prompt", "images": [files], "videos": [files of frames], "kwargs": mm_processor_kwargs}. Written are, for each
-engine, the rounds' answers, {"prompt": ids, "tokens": ids} or {"error": sentence}; or {"start": sentence} where the
-engine does not start.
+A job is a list of engines: {"folder", "options" of vllm.LLM, "new_tokens", "rounds"}. A round is a list of
+requests that are put at once: {"prompt", "images": [files], "videos": [files of frames], "kwargs":
+mm_processor_kwargs}. Written are, for each engine, the rounds' answers, {"prompt": ids, "tokens": ids} or {"error":
+sentence}; or {"start": sentence} where the engine does not start.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ def ask(engine: dict[str, Any]) -> dict[str, Any]:
         model = LLM(engine["folder"], disable_log_stats=True, **options)
     except Exception as error:
         return {"start": sentence_of(error)}
-    return {"rounds": [put(model, requests) for requests in engine["rounds"]]}
+    new_tokens = engine.get("new_tokens", NEW_TOKENS)
+    return {"rounds": [put(model, requests, new_tokens) for requests in engine["rounds"]]}
 
 
-def put(model: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def put(model: Any, requests: list[dict[str, Any]], new_tokens: int) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
     try:
-        greedily = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+        greedily = SamplingParams(temperature=0, max_tokens=new_tokens)
         outputs = model.generate([prompt_of(request) for request in requests], greedily, use_tqdm=False)
     except Exception as error:
         return [{"error": sentence_of(error)}]
@@ -72,10 +73,17 @@ def prompt_of(request: dict[str, Any]) -> dict[str, Any]:
     if request.get("videos"):
         import numpy as np
 
-        prompt["multi_modal_data"]["video"] = [np.load(file) for file in request["videos"]]
+        prompt["multi_modal_data"]["video"] = [with_times(np.load(file)) for file in request["videos"]]
     if request.get("kwargs"):
         prompt["mm_processor_kwargs"] = request["kwargs"]
     return prompt
+
+
+def with_times(frames: Any) -> tuple[Any, dict[str, Any]]:
+    """Return frames [F, H, W, 3] with what vLLM asks of a video beside them: two frames a second, none left out."""
+    number = len(frames)
+    times = {"fps": 2.0, "duration": number / 2, "total_num_frames": number, "frames_indices": list(range(number))}
+    return frames, {**times, "video_backend": "opencv", "do_sample_frames": False}
 
 
 def sentence_of(error: BaseException) -> str:

@@ -11,7 +11,9 @@ from ask_vllm import NEW_TOKENS
 from tiny_folders import Asked
 
 
-def ask_transformers(folder: Path, questions: Sequence[Asked], served: bool = False) -> list[dict[str, Any]]:
+def ask_transformers(
+    folder: Path, questions: Sequence[Asked], served: bool = False, new_tokens: int = NEW_TOKENS
+) -> list[dict[str, Any]]:
     """Return prompts and greedy answers as token ids, one question after the other.
 
     Args:
@@ -27,7 +29,7 @@ def ask_transformers(folder: Path, questions: Sequence[Asked], served: bool = Fa
             budget = dict(question.budget) if served else {}
             if "question_ids" in budget:
                 budget["question_ids"] = [budget["question_ids"]]
-            tokens = greedy_answers(model, inputs, NEW_TOKENS, **budget)
+            tokens = greedy_answers(model, inputs, new_tokens, **budget)
             answers.append({"prompt": inputs["input_ids"][0].tolist(), "tokens": tokens[0].tolist()})
     return answers
 
@@ -44,11 +46,15 @@ def loaded(folder: Path, served: bool) -> Any:
 
 
 def prompts(folder: Path, questions: Sequence[Asked]) -> list[str]:
-    """Return the prompts as texts, as vLLM is given them: it writes the begin token itself, and PaliGemma's picture."""
+    """Return the prompts as texts, as vLLM is given them.
+
+    It writes the begin token itself where the tokenizer does, and PaliGemma's picture.
+    """
     from exporter.clean_room import load_processor, render
 
     processor = load_processor(folder)
-    bos = processor.tokenizer.bos_token or ""
+    tokenizer = processor.tokenizer
+    bos = tokenizer.bos_token if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
     texts = [render(processor, question.chat).removeprefix(bos) for question in questions]
     if "PaliGemma" in type(processor).__name__:
         texts = [text.replace(processor.image_token, "") for text in texts]

@@ -2,12 +2,14 @@
 
     python examples/serving/speed.py                       (in make serve-test: --quick)
     python examples/serving/speed.py --folder DIR --question "What is this?" --images DIR2
+    python examples/serving/speed.py --parts --layers 4,12        what a first token is made of
 
 vLLM's server runs on this machine's loopback; the OpenAI client asks it about pictures, 1, 16 and 32 at a time, under
 the preset "off", which is the plain model, and under the budgets, in turn: plain, budget, budget, plain. Each request
 has a picture of its own, so that no cache answers. Printed are tokens a second and the median time to the first token.
 Without --folder the model is a LLaVA of random weights with hidden states of 1,024, whose prompts are image tokens.
-Some answers are compared with those of transformers in float32. Exit code 1: one differs.
+Some answers are compared with those of transformers in float32. Exit code 1: one differs. With --parts vLLM answers in
+one process on one thread, and what is printed is processor time (`first_token.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import BUILD, ENGINE, make_environment, run_in
-from in_transformers import ask_transformers
+from in_transformers import ask_transformers, prompts
 from tiny_folders import Asked, build_large, large_pictures
 
 QUESTION = "What color is the digit?"
@@ -115,12 +117,50 @@ def table(names: list[tuple[str, int]], measured: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def parts_of_first_token(python: Path, folder: Path, files: list[str], presets: list[str], turns: int) -> list[str]:
+    """Return lines of a table: the first token under each preset, and what it is made of."""
+    job = {"folder": str(folder), "prompt": prompt_of(folder), "images": files, "presets": presets, "turns": turns}
+    found = run_in(python, "first_token.py", job, BUILD / "speed" / "parts", OMP_NUM_THREADS="1")
+    lines = []
+    for preset, parts in found.items():
+        total, router = parts["total"], parts.get("router", 0.0)
+        shown = (parts["decoder"], parts["pictures"] - router, router, parts["processor"])
+        cells = [f"{value:.0f}" for value in (*shown, total - sum(shown))]
+        share = total / found["off"]["total"]
+        lines.append(f"| {preset} | {parts['tokens']:.0f} | {total:.0f} | {share:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def prompt_of(folder: Path) -> str:
+    return prompts(folder, [Asked(chat_of(QUESTION), [], [])])[0]
+
+
+def chat_of(question: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+PARTS_HEAD = (
+    "| layers | preset | prompt, tokens | first token, ms | ÷ plain | decoder | vision tower | router | processor "
+    "| rest |\n|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
+
+
+def print_parts(options: argparse.Namespace, python: Path, files: list[str], presets: list[str]) -> None:
+    """Print what a first token is made of, for a folder or for models of random weights with so many layers each."""
+    print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, one thread\n{PARTS_HEAD}")
+    for layers in [""] if options.folder else options.layers.split(","):
+        folder = options.folder or build_large(BUILD / "speed" / f"hidden-1024-{layers}", int(layers))
+        for line in parts_of_first_token(python, folder, files, presets, turns=6):
+            print(f"| {layers} {line}", flush=True)
+
+
 def same_as_transformers(folder: Path, presets: list[str], files: list[str], answers: list[list[int]]) -> int:
     """Count the answers of the server that are those of transformers; `answers` are in the order of presets, files."""
     from PIL import Image
 
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    asked = [Asked(chat, [Image.open(file)], [file], {"preset": preset}) for preset in presets for file in files]
+    asked = [
+        Asked(chat_of(QUESTION), [Image.open(file)], [file], {"preset": preset}) for preset in presets for file in files
+    ]
     theirs = ask_transformers(folder, asked, served=True)
     return sum(a["tokens"] == b[: len(a["tokens"])] for a, b in zip(theirs, answers, strict=True))
 
@@ -133,14 +173,18 @@ def main() -> int:
     parser.add_argument("--presets", default="serve-balanced", help="beside off (serve-balanced)")
     parser.add_argument("--in-flight", default="1,16,32")
     parser.add_argument("--turns", type=int, default=2, help="of each preset at each load (2)")
-    parser.add_argument("--layers", type=int, default=4, help="of the model of random weights (4)")
+    parser.add_argument("--layers", default="4", help="of the model of random weights (4); with --parts several: 4,12")
+    parser.add_argument("--parts", action="store_true", help="what a first token is made of, and no server")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="answers and refusals, no figures")
     options = parser.parse_args()
     python, work = make_environment(), BUILD / "speed"
-    folder = options.folder or build_large(work / f"hidden-1024-{options.layers}", options.layers)
     files = sorted(map(str, options.images.glob("*.png"))) if options.images else large_pictures(work / "images", 300)
     presets = ["off", *options.presets.split(",")]
+    if options.parts:
+        print_parts(options, python, files, presets)
+        return 0
+    folder = options.folder or build_large(work / f"hidden-1024-{options.layers}", int(options.layers))
     checked = files[:4]
     check = [{"question": options.question, "image": f, "kwargs": {"preset": p}} for p in presets for f in checked]
     refused = [{"question": options.question, "image": files[0], "kwargs": {"preset": "fastest"}}]

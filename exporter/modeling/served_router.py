@@ -263,16 +263,17 @@ class ServingRouter(nn.Module):
         known: Tensor = x[:number]
         return known
 
-    def carried(self, x: Tensor, features: Tensor, kept: Tensor | None) -> Tensor:
-        """Return the rows with the correction for a choice, [N, D], in the features' dtype.
+    def carried(self, x: Tensor, features: Tensor, kept: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Return the rows with the correction for a choice, [N, D], in the features' dtype; or [n, D], some of them.
 
         It is in units of the features' size, so that it learns as fast whatever that is.
         """
         stays = x.new_ones(len(x)) if kept is None else self._here(kept)
         x = x + stays[:, None] * self.fate.weight[1] + (1 - stays)[:, None] * self.fate.weight[0]
-        correction = self.up(self.carry_norm(self.carry(x)))
-        size = self._here(features).pow(2).mean().sqrt().detach()
-        changed: Tensor = self._here(features) + size * correction
+        correction = self.up(self.carry_norm(self.carry(x, rows)))
+        here = self._here(features)
+        size = here.pow(2).mean().sqrt().detach()
+        changed: Tensor = (here if rows is None else here[rows]) + size * correction
         return changed.to(features.device, features.dtype)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -292,7 +293,7 @@ class ServingRouter(nn.Module):
 
 
 class Block(nn.Module):
-    """One bidirectional transformer block, [S, R] -> [S, R]."""
+    """One bidirectional transformer block, [S, R] -> [S, R]; or [n, R], of some rows, which see all."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -303,8 +304,10 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(1, 2, 0, 3)
+        if rows is not None:
+            x, q = x[rows], q[:, rows]
         attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]  # [H, S, R / H]
         x = x + self.out(attended.transpose(0, 1).flatten(1))
         mixed: Tensor = x + self.mlp(self.mlp_norm(x))
@@ -354,8 +357,7 @@ def select(
     x = router.read(features, coordinates, question)
     rows = best_rows(router.head(x)[:, 0].float(), stays)
     kept = torch.zeros(number, device=x.device, dtype=x.dtype).scatter(0, rows, 1.0)
-    rows = rows.to(features.device)
-    return router.carried(x, features, kept)[rows], rows
+    return router.carried(x, features, kept, rows), rows.to(features.device)  # what leaves is not computed to the end
 
 
 def compact(
