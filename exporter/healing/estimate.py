@@ -9,8 +9,8 @@ from ..checkpoints.source import Source
 from ..clean_room import load_processor
 from ..data.batches import by_size, make_batch
 from ..data.samples import Sample
+from ..models.gradients import KEPT_BYTES, activation_bytes
 from .schedule import Schedule
-from .student import KEPT_BYTES, activation_bytes
 
 UPDATE_BYTES = 16  # of a learnt parameter: itself, its gradient, and the optimizer's two moments, in float32
 LOOKED_AT = 4  # of the largest questions, to learn how long they are
