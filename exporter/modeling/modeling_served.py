@@ -46,7 +46,7 @@ from .routed_types import register_hub_names
 from .served_cells import blocks  # noqa: F401  (a sibling: older loaders copy what is named here)
 from .served_file import name_class, router_file, save_router
 from .served_layout import Layout, in_callers_ids, layout_in, question_rows
-from .served_pictures import check_copies, split_rows, stacked
+from .served_pictures import check_copies, fewer_rows
 from .served_places import picture_coordinates, served_positions
 from .served_router import (
     OFF,
@@ -136,7 +136,9 @@ class ServedModel:
             choose: gives the rows that stay, [n, D], and their numbers, [n], from a picture's rows, where they lie
                 and the number of its sequence.
         """
-        keep, outputs = self._fewer_rows(pictured, outputs, named, choose)
+        keep, outputs = fewer_rows(
+            pictured, outputs, lambda number, rows, at: choose(rows, self.coordinates_of(number, rows, named), at)
+        )
         ids, mask = named["input_ids"], named.get("attention_mask")
         visible = torch.ones_like(pictured) if mask is None else mask.to(pictured.device).bool()
         layout = Layout.of(keep, visible)
@@ -178,36 +180,6 @@ class ServedModel:
         known = inspect.signature(self.model.get_image_features).parameters
         arguments = {n: named[n] for n in PICTURE_ARGUMENTS if n in known and named.get(n) is not None}
         return self.model.get_image_features(**arguments, return_dict=True)
-
-    def _fewer_rows(
-        self, pictured: Tensor, outputs: Any, named: dict[str, Any], choose: Callable[[Tensor, Tensor, int], Any]
-    ) -> tuple[Tensor, Any]:
-        """Return which tokens stay, [B, S], and the pictures' outputs with the rows that stay."""
-        places = pictured.nonzero()  # [M, 2], in the order in which rows are scattered
-        pictures = split_rows(outputs.pooler_output, pictured)
-        if sum(map(len, pictures)) != len(places):
-            raise ValueError(
-                f"the prompt has {len(places)} placeholders of pictures, and the pictures give "
-                f"{sum(map(len, pictures))} rows: process both together."
-            )
-        keep, chosen, kept_rows, start = ~pictured, [], [], 0
-        for number, rows in enumerate(pictures):
-            here = places[start : start + len(rows)]
-            start += len(rows)
-            stays, index = choose(rows, self.coordinates_of(number, rows, named), int(here[0, 0]))
-            sequence, column = here[index.to(here.device)].unbind(1)
-            keep[sequence, column] = True
-            chosen.append(stays)
-            kept_rows.append(index)
-        deepstack = getattr(outputs, "deepstack_features", None)
-        if deepstack is not None:
-            outputs.deepstack_features = [
-                [rows[index.to(rows.device)] for rows, index in zip(level, kept_rows, strict=True)]
-                for level in deepstack
-            ]
-        is_tensor = isinstance(outputs.pooler_output, Tensor)
-        outputs.pooler_output = stacked(chosen, keep & pictured) if is_tensor else chosen
-        return keep, outputs
 
     def coordinates_of(self, number: int, rows: Tensor, named: dict[str, Any]) -> Tensor:
         """Return where the rows of a picture lie, [N, 2]; `number` is the picture's, in the order of the prompts."""

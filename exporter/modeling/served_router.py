@@ -26,8 +26,9 @@ The picture is cut into n cells of neighbouring rows, blocks as square as can be
 shorter prompt still goes over the whole picture: to a decoder that knows places by positions, n rows from anywhere say
 far less. A row of the shorter prompt is the weighted mean of a cell, and the router adds to it a learnt correction that
 has seen all other rows: what stands beside the cell, and where the cell lies, which positions no longer say. Before
-training weights are equal and the correction is zero. Where all rows stay, they stay as they are. The router computes
-in float32 whatever the decoder's dtype, so that one engine gives the rows that another does.
+training the correction is zero, and weights are equal, or nearly all is the first row's. Where all rows stay, they stay
+as they are. The router computes in float32 whatever the decoder's dtype, so that one engine gives the rows that another
+does.
 
 Routers of older folders (`pooled` is not set) let the best row of each run of neighbours stay, with a correction.
 
@@ -232,6 +233,7 @@ class ServingRouter(nn.Module):
         self.up = nn.Linear(width, hidden_size)
         if self.pooled:
             self.turn = nn.Linear(4 * self.OCTAVES, width, bias=False)  # of a row in the shorter prompt
+            self.first = nn.Parameter(torch.zeros(()))  # added to the score of each cell's first row
         for begins_at_nothing in (score, self.up):  # means, or rows at equal distances
             nn.init.zeros_(begins_at_nothing.weight)
             nn.init.zeros_(begins_at_nothing.bias)
@@ -279,6 +281,11 @@ class ServingRouter(nn.Module):
         size = self._here(features).pow(2).mean().sqrt().detach()
         changed: Tensor = self._here(features) + size * correction
         return changed.to(features.device, features.dtype)
+
+    def weights(self, logits: Tensor, cells: Tensor) -> Tensor:
+        """Return what each row counts in the mean of its cell, [N], from the rows' scores [N]."""
+        firsts = best_rows(torch.zeros_like(logits), cells)
+        return softmax_of_cells(logits + self.first * torch.zeros_like(logits).index_fill(0, firsts, 1.0), cells)
 
     def pool(self, x: Tensor, features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted means of cells with their correction, [n, D], in the features' dtype.
@@ -378,8 +385,9 @@ def select(
     logits = router.head(x)[:, 0].float()
     if router.pooled:
         cells = (runs(number, stays) if coordinates is None else blocks(coordinates, stays)).to(x.device)
-        kept = router.pool(x, features, cells, softmax_of_cells(logits, cells))
-        return kept, best_rows(logits.detach(), cells).to(features.device)
+        weights = router.weights(logits, cells)
+        kept = router.pool(x, features, cells, weights)
+        return kept, best_rows(weights.detach(), cells).to(features.device)
     rows = best_rows(logits, runs(number, stays, x.device))
     stay = torch.zeros(number, device=x.device, dtype=x.dtype).scatter(0, rows, 1.0)
     rows = rows.to(features.device)

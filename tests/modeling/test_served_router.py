@@ -199,6 +199,11 @@ def test_an_untrained_router_with_pooled_rows_gives_the_means_of_blocks(features
         means = [features[cells == cell].mean(0) for cell in range(7)]
         assert torch.allclose(rows, torch.stack(means), atol=1e-6)
         assert cells[index].tolist() == list(range(7))
+        torch.nn.init.constant_(fresh.first, 50.0)  # nothing of the others is left
+        rows, index = select(fresh, features, 7, coordinates)
+        assert torch.allclose(rows, features[index], atol=1e-6)
+        assert index.tolist() == best_rows(torch.zeros(N), cells).tolist()
+        torch.nn.init.zeros_(fresh.first)
     assert compact(fresh, features, 1.0) is features
 
 

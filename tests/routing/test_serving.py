@@ -28,7 +28,7 @@ from exporter.recipe import CalibrationData, Recipe, RouterRecipe, router_from_d
 from exporter.routing.requests import BudgetGrid
 from exporter.routing.serving.folder import SERVING_FILES, load_served, servable
 from exporter.routing.serving.learner import ServingLearner
-from exporter.routing.serving.loop import TrainedOn, train_serving_router
+from exporter.routing.serving.loop import BEGINNINGS, BestStep, TrainedOn, begin, train_serving_router
 from exporter.routing.serving.settings import serving_settings
 from exporter.routing.training.learner import Teacher
 from exporter.routing.training.loop import Training
@@ -78,15 +78,30 @@ def texts(teacher):
 
 def test_questions_are_put_to_other_pictures_where_there_are_few(questions):
     samples = load_calibration(str(questions), samples=12).samples
-    fit, training = [0, 1, 2, 4, 5, 7], Training(steps=9, batch_size=2)
+    fit, training = [0, 1, 2, 4, 5, 7], Training(steps=12, batch_size=2)
     few = TrainedOn.of(samples, fit, training)
-    assert few.rounds[0] == tuple(fit) and few.samples[:12] == samples and len(few.rounds) == 3
+    assert few.rounds[0] == tuple(fit) and few.samples[:12] == samples and len(few.rounds) == 4
     assert [few.samples[i].messages for i in few.rounds[1]] == [samples[i].messages for i in fit]
     assert all(few.samples[i].images != samples[j].images for i, j in zip(few.rounds[1], fit, strict=True))
-    steps = [few.of_step(step, training) for step in range(9)]  # nine steps of two questions are three rounds
+    steps = [few.of_step(step, training) for step in range(12)]  # of two questions: four rounds
     assert sorted(index for step in steps for index in step) == sorted(i for numbers in few.rounds for i in numbers)
     enough = TrainedOn.of(samples, fit, dataclasses.replace(training, steps=3))
     assert enough.rounds == (tuple(fit),) and enough.samples == samples
+
+
+def test_held_out_questions_say_what_training_begins_from(tiny, questions, monkeypatch):
+    teacher = opened(tiny("llava"), questions)
+    learner = ServingLearner(teacher, teacher.model.serving_router, question_aware=False)
+    for better in BEGINNINGS:
+        liked = {"KL": 1.0}, {"KL": 2.0}
+
+        def said(learner, *_, better=better, liked=liked):
+            return liked[float(learner.router.first) != better]
+
+        monkeypatch.setattr("exporter.routing.serving.loop.judged", said)
+        best = BestStep()
+        begin(learner, [0, 1], 2, best)
+        assert float(learner.router.first) == better and (best.step, best.divergence) == (0, 1.0)
 
 
 def test_training_is_repeatable_and_goes_on_where_it_was(tiny, questions, tmp_path, monkeypatch):

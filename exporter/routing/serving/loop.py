@@ -30,6 +30,7 @@ from ..training.loop import PROBED, SAVE_EVERY, Training, parted
 from .learner import ServingLearner
 
 LEAST, MOST = 0.2, 0.9  # shares of the rows that stay, drawn uniformly: low ones have the largest loss as it is
+BEGINNINGS = (0.0, 4.0)  # of what is added to the score of a cell's first row
 EXCHANGES = 3  # times that questions change places before the first pairs come again
 JUDGED = 5  # times in a training that held-out questions judge
 TOLD = 0.5  # of the steps of a question-aware router are told the questions
@@ -97,9 +98,8 @@ def train_serving_router(
     state = TrainingState(parts, fingerprint)
     first = state.load(state_file)
     learner = ServingLearner(teacher, router, aware)
-    if held_out and not first:  # what training has to be better than
-        figures = judged(learner, held_out[:PROBED], training.batch_size)
-        best.see(router, 0, overall(figures))
+    if held_out and not first:
+        begin(learner, held_out[:PROBED], training.batch_size, best)
     for step in progress(range(first, training.steps), "train serving router", training.steps - first):
         chosen = questions.of_step(step, training)
         loss = loss_of_step(learner, chosen, seed=training.seed * 1_000_003 + step)
@@ -164,6 +164,17 @@ class TrainedOn:
 
     def _at(self, epoch: int, number: int) -> int:
         return self.rounds[epoch % len(self.rounds)][number]
+
+
+def begin(learner: ServingLearner, indices: Sequence[int], batch_size: int, best: BestStep) -> None:
+    """Let held-out questions say what training begins from, and has to be better than: means of cells, or single rows.
+
+    A model that was trained with one number of tokens takes means, one that saw many numbers may take rows.
+    """
+    for value in BEGINNINGS:
+        torch.nn.init.constant_(learner.router.first, value)
+        best.see(learner.router, 0, overall(judged(learner, indices, batch_size)))
+    learner.router.load_state_dict(best.weights)
 
 
 def loss_of_step(learner: ServingLearner, indices: Sequence[int], seed: int) -> Tensor:
