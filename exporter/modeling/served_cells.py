@@ -61,7 +61,7 @@ def _blocks_of_grid(lines: int, columns: int, stays: int) -> Tensor:
     spreads = {
         bands: round(_spread(cells, columns, stays), 6)
         for bands, cells in tried.items()
-        if len(cells.unique()) == stays
+        if len(torch.unique(cells)) == stays
     }
     if not spreads:
         return runs(lines * columns, stays)

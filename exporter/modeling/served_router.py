@@ -295,7 +295,7 @@ class ServingRouter(nn.Module):
         """
         here = self._here(features)
         means = means_of_cells(torch.cat([here, x], 1), cells, weights)
-        rows, known = means.split([here.shape[1], x.shape[1]], 1)
+        rows, known = torch.split(means, [here.shape[1], x.shape[1]], 1)
         turns = (torch.arange(len(rows), device=x.device) + 0.5) / len(rows)
         share = turns.new_full(turns.shape, len(rows) / len(x))
         known = known + self.turn(sinusoidal_features(torch.stack([turns, share], 1), self.OCTAVES))
