@@ -44,7 +44,7 @@ class ServingBatch:
     @property
     def of_answers(self) -> Tensor:
         """Return the mean of `kl` over each answer's tokens, [B]."""
-        return torch.stack([answer.mean() for answer in torch.split(self.kl, self.lengths)])
+        return torch.stack([answer.mean() for answer in torch.split(self.kl, list(self.lengths))])
 
 
 @dataclass(frozen=True)
