@@ -10,8 +10,8 @@ from ..clean_room import load_processor
 from ..data.batches import by_size, make_batch
 from ..data.samples import Sample
 from ..models.gradients import PART
+from ..models.last_state import KEPT_BYTES, activation_bytes
 from .schedule import Schedule
-from .student import KEPT_BYTES, activation_bytes
 
 UPDATE_BYTES = 20  # of a learnt parameter: itself, a step's and a part's gradients, the optimizer's moments, in float32
 LOOKED_AT = 4  # of the largest questions, to learn how long they are

@@ -26,6 +26,7 @@ from ..checkpoints.verification import require
 from ..checkpoints.writer import write_checkpoint
 from ..clean_room import load_processor, reference_answer
 from ..data.calibration import Calibration, questions_of
+from ..data.exchanges import exchanged
 from ..data.pictures import FEWEST, pictures_of
 from ..errors import InputError
 from ..models.divergence import Divergence
@@ -34,7 +35,7 @@ from ..plan import PruningPlan
 from ..progress import Progress
 from ..recipe import CalibrationData, HealRecipe, RunOptions
 from .adapter import merged, save_adapter
-from .pairs import exchanged, parted
+from .pairs import parted
 from .schedule import Schedule
 from .student import Student, prepared, require_peft
 from .teacher import AnswerStore, store_answers

@@ -15,23 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.source import Source
 from ..data.batches import make_batch
 from ..data.samples import Sample
 from ..errors import InputError
 from ..models.answers import AnsweredBatch, with_answers
+from ..models.last_state import last_state
 from ..models.loading import text_decoder
 from ..models.replay import trace
 from ..probe.stack import head_logits
 from .adapter import SCALING
 
-KEPT_BYTES = 2 << 30  # of activations that a step may keep for its gradient; above, layers run twice
 NORMS = (  # how the names of norms end, those of Qwen-VL and mPLUG-Owl2 among them
     "norm.weight", "ln_1.weight", "ln_2.weight", "multiway.0.weight", "multiway.1.weight",
 )  # fmt: skip
-KEPT_STATES = 16  # of [B, S, D] that a layer keeps, roughly, beside three of its MLP's width
 MISSING = "healing learns low-rank updates with PEFT, which is not installed: pip install 'lvlm-exporter[heal]'."
 
 
@@ -65,14 +63,7 @@ class Student:
     def log_q(self, answered: AnsweredBatch) -> Tensor:
         """Return log-probabilities where an answer token is predicted, [A of the batch, V], with their gradients."""
         traced = trace(self.model, answered.batch, torch.no_grad)
-        decoder = text_decoder(self.model)
-        output = state = traced.entry
-        kept = activation_bytes(self.model.config.get_text_config(), state[..., 0].numel())
-        again = torch.is_grad_enabled() and kept > KEPT_BYTES
-        for layer_idx, layer in enumerate(decoder.layers):
-            arguments = (layer, layer_idx, state)
-            output = checkpoint(traced.step, *arguments, use_reentrant=False) if again else traced.step(*arguments)
-            state = traced.after(layer_idx, output)
+        output = last_state(self.model, traced, traced.entry)
         log_q: Tensor = head_logits(self.model, output[answered.predicts]).float().log_softmax(-1)
         return log_q
 
@@ -140,9 +131,3 @@ def _stored(source: Source, name: str, parameter: Tensor) -> bool:
     """Tell whether a parameter lies in the checkpoint under its own name, in its own shape."""
     entry = source.weights.entries.get(source.layer_prefix + name.removeprefix("layers."))
     return entry is not None and entry.shape == tuple(parameter.shape)
-
-
-def activation_bytes(text_config: Any, tokens: int) -> int:
-    """Return roughly what all layers keep for the gradients of so many tokens, padding counted."""
-    wide = 3 * (getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size)
-    return int(tokens * (KEPT_STATES * text_config.hidden_size + wide) * text_config.num_hidden_layers * 4)

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -42,10 +43,11 @@ from torch import Tensor
 
 from .routed_api import STOCK_CLASSES, cache_in, cache_name, cache_of, unsupported, with_cache_as
 from .routed_types import register_hub_names
+from .served_cells import blocks  # noqa: F401  (a sibling: older loaders copy what is named here)
 from .served_file import name_class, router_file, save_router
 from .served_layout import Layout, in_callers_ids, layout_in, question_rows
-from .served_pictures import check_copies, split_rows, stacked
-from .served_places import picture_coordinates, served_positions  # all siblings: older loaders copy what is named here
+from .served_pictures import check_copies, fewer_rows
+from .served_places import picture_coordinates, served_positions
 from .served_router import (
     OFF,
     SERVING_ROUTER_FILE,
@@ -116,8 +118,28 @@ class ServedModel:
             return None
         outputs = self.picture_outputs(named)
         questions = None if question_ids is None else question_rows(question_ids, self.get_input_embeddings(), len(ids))
-        keep, outputs = self._fewer_rows(pictured, outputs, named=named, budget=budget, questions=questions)
-        mask = named.get("attention_mask")
+
+        def choose(rows: Tensor, coordinates: Tensor, sequence: int) -> tuple[Tensor, Tensor]:
+            question = None if questions is None else questions[sequence]
+            return select(self.serving_router, rows, budget, coordinates=coordinates, question=question)
+
+        return self.shorter(named, pictured, outputs, choose)
+
+    def shorter(
+        self, named: dict[str, Any], pictured: Tensor, outputs: Any, choose: Callable[[Tensor, Tensor, int], Any]
+    ) -> tuple[dict[str, Any], Layout]:
+        """Return the inputs of the shorter prompt and its layout.
+
+        Args:
+            pictured: [B, S] True at placeholders.
+            outputs: of `picture_outputs`, changed here.
+            choose: gives the rows that stay, [n, D], and their numbers, [n], from a picture's rows, where they lie
+                and the number of its sequence.
+        """
+        keep, outputs = fewer_rows(
+            pictured, outputs, lambda number, rows, at: choose(rows, self.coordinates_of(number, rows, named), at)
+        )
+        ids, mask = named["input_ids"], named.get("attention_mask")
         visible = torch.ones_like(pictured) if mask is None else mask.to(pictured.device).bool()
         layout = Layout.of(keep, visible)
         left_out = (*PICTURE_ARGUMENTS, *LONGER)
@@ -158,38 +180,6 @@ class ServedModel:
         known = inspect.signature(self.model.get_image_features).parameters
         arguments = {n: named[n] for n in PICTURE_ARGUMENTS if n in known and named.get(n) is not None}
         return self.model.get_image_features(**arguments, return_dict=True)
-
-    def _fewer_rows(
-        self, pictured: Tensor, outputs: Any, named: dict[str, Any], budget: int | float, questions: list[Tensor] | None
-    ) -> tuple[Tensor, Any]:
-        """Return which tokens stay, [B, S], and the pictures' outputs with the rows that stay."""
-        places = pictured.nonzero()  # [M, 2], in the order in which rows are scattered
-        pictures = split_rows(outputs.pooler_output, pictured)
-        if sum(map(len, pictures)) != len(places):
-            raise ValueError(
-                f"the prompt has {len(places)} placeholders of pictures, and the pictures give "
-                f"{sum(map(len, pictures))} rows: process both together."
-            )
-        keep, chosen, kept_rows, start = ~pictured, [], [], 0
-        for number, rows in enumerate(pictures):
-            here = places[start : start + len(rows)]
-            start += len(rows)
-            question = None if questions is None else questions[int(here[0, 0])]
-            coordinates = self.coordinates_of(number, rows, named)
-            stays, index = select(self.serving_router, rows, budget, coordinates=coordinates, question=question)
-            sequence, column = here[index.to(here.device)].unbind(1)
-            keep[sequence, column] = True
-            chosen.append(stays)
-            kept_rows.append(index)
-        deepstack = getattr(outputs, "deepstack_features", None)
-        if deepstack is not None:
-            outputs.deepstack_features = [
-                [rows[index.to(rows.device)] for rows, index in zip(level, kept_rows, strict=True)]
-                for level in deepstack
-            ]
-        is_tensor = isinstance(outputs.pooler_output, Tensor)
-        outputs.pooler_output = stacked(chosen, keep & pictured) if is_tensor else chosen
-        return keep, outputs
 
     def coordinates_of(self, number: int, rows: Tensor, named: dict[str, Any]) -> Tensor:
         """Return where the rows of a picture lie, [N, 2]; `number` is the picture's, in the order of the prompts."""

@@ -5,6 +5,7 @@ Shapes: B sequences, S tokens of a prompt, P pictures or tiles, N rows of a pict
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,43 @@ def split_rows(features: Any, pictured: Tensor) -> list[Tensor]:
     runs = starts.long().cumsum(1) + starts.sum(1).cumsum(0)[:, None] - starts.sum(1)[:, None]  # number of the run
     lengths = torch.bincount(runs[pictured] - 1).tolist()
     return list(torch.split(rows, lengths)) if sum(lengths) == len(rows) else [rows]
+
+
+def fewer_rows(
+    pictured: Tensor, outputs: Any, choose: Callable[[int, Tensor, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Any]:
+    """Return which tokens stay, [B, S], and the pictures' outputs with the rows that stay.
+
+    Args:
+        pictured: [B, S] True at placeholders.
+        outputs: of the stock model's `get_image_features`, changed here.
+        choose: gives the rows that stay, [n, D], and their numbers, [n], from the number of a picture, its rows and the
+            number of its sequence.
+    """
+    places = pictured.nonzero()  # [M, 2], in the order in which rows are scattered
+    pictures = split_rows(outputs.pooler_output, pictured)
+    if sum(map(len, pictures)) != len(places):
+        raise ValueError(
+            f"the prompt has {len(places)} placeholders of pictures, and the pictures give "
+            f"{sum(map(len, pictures))} rows: process both together."
+        )
+    keep, chosen, kept_rows, start = ~pictured, [], [], 0
+    for number, rows in enumerate(pictures):
+        here = places[start : start + len(rows)]
+        start += len(rows)
+        stays, index = choose(number, rows, int(here[0, 0]))
+        sequence, column = here[index.to(here.device)].unbind(1)
+        keep[sequence, column] = True
+        chosen.append(stays)
+        kept_rows.append(index)
+    deepstack = getattr(outputs, "deepstack_features", None)
+    if deepstack is not None:
+        outputs.deepstack_features = [
+            [rows[index.to(rows.device)] for rows, index in zip(level, kept_rows, strict=True)] for level in deepstack
+        ]
+    is_tensor = isinstance(outputs.pooler_output, Tensor)
+    outputs.pooler_output = stacked(chosen, keep & pictured) if is_tensor else chosen
+    return keep, outputs
 
 
 def stacked(pictures: list[Tensor], kept: Tensor) -> Tensor:

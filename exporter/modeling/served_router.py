@@ -13,24 +13,27 @@ What both sides call, for one picture at a time:
     budget = settings.budget(preset, keep_visual_tokens)      None: the plain model
     tokens_kept(number, budget)                               how many placeholders the picture has in the prompt
     picture_coordinates(config, number, grid=, size=)         where its rows lie in the picture
-    select(router, features, budget, coordinates, question)   the rows for the placeholders, and their numbers
+    select(router, features, budget, coordinates, question)   the rows for the placeholders, and whose place they take
     served_positions(visible, axes)                           positions of the shorter prompt
 
 A picture's rows are all that the stock model scatters into its placeholders: ends of lines and tiles included. Features
-that layers of the decoder add later (Qwen3-VL's deepstack features) are chosen by the same numbers. Models with
+that layers of the decoder add later (Qwen3-VL's deepstack features) are chosen by those numbers. Models with
 positions in three axes number a shorter prompt as all others do, 0 to n - 1 in each axis: an engine asks for positions
 before it has encoded the picture, and cannot know where the rows lie that will stay. Their places come with the rows
 instead, in what the router adds to them.
 
-Of each of n runs of neighbours the best row stays, so that the shorter prompt still goes over the whole picture line by
-line: to a decoder that knows places by positions, n rows from anywhere say far less. The question and the picture say
-which of the neighbours stays, and what it carries of the others.
+The picture is cut into n cells of neighbouring rows, blocks as square as can be, in the order of lines, so that the
+shorter prompt still goes over the whole picture: to a decoder that knows places by positions, n rows from anywhere say
+far less. A row of the shorter prompt is the weighted mean of a cell, and the router adds to it a learnt correction that
+has seen all other rows: what stands beside the cell, and where the cell lies, which positions no longer say. Before
+training the correction is zero, and weights are equal, or nearly all is the first row's. Where all rows stay, they stay
+as they are. The router computes in float32 whatever the decoder's dtype, so that one engine gives the rows that another
+does.
 
-Where all rows stay, they stay as they are. Otherwise the router adds to each row that stays a learnt correction, zero
-before training, which can carry its place and what the rows beside it knew that leave. It computes in float32 whatever
-the decoder's dtype, so that one engine chooses as another does.
+Routers of older folders (`pooled` is not set) let the best row of each run of neighbours stay, with a correction.
 
-Shapes: N rows of a picture, n of them that stay, Q tokens of a question, D hidden size, R width of the router, H heads.
+Shapes: N rows of a picture, n of the shorter prompt, Q tokens of a question, D hidden size, R width of the router, H
+heads.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .served_cells import blocks, means_of_cells, runs, softmax_of_cells
 from .served_places import entry_of, picture_coordinates, served_positions
 
 __all__ = [
@@ -58,7 +62,6 @@ __all__ = [
     "ServingSettings",
     "base_model",
     "best_rows",
-    "cells_of",
     "check_budget",
     "compact",
     "load_serving_router",
@@ -114,6 +117,7 @@ class ServingSettings:
     num_heads: int
     depth: int = 2  # blocks before the scores; one more reads what leaves
     question_aware: bool = False  # it was trained with questions too; without one it chooses by the picture alone
+    pooled: bool = False  # rows are means of blocks; False, as in older folders: the best rows of runs
     presets: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: dict(p) for name, p in PRESETS.items()})
     default: str = OFF  # the preset of a call that names no budget
     trained_for: dict[str, Any] = field(default_factory=dict)  # what the base model must be
@@ -209,13 +213,13 @@ def base_model(config: Any) -> dict[str, Any]:
 
 
 class ServingRouter(nn.Module):
-    """Scores the rows of one picture, and adds to each that stays what it should carry of those that leave."""
+    """Scores the rows of one picture, and adds to those of the shorter prompt what they should carry of all."""
 
     OCTAVES = 6  # of the sines that tell places apart: down to 1/64 of a picture's side
 
     def __init__(self, hidden_size: int, settings: ServingSettings) -> None:
         super().__init__()
-        width, heads = settings.bottleneck, settings.num_heads
+        width, heads, self.pooled = settings.bottleneck, settings.num_heads, settings.pooled
         self.input_norm = nn.LayerNorm(hidden_size)
         self.down = nn.Linear(hidden_size, width)
         self.kind = nn.Embedding(2, width)  # of the question, of the picture
@@ -223,11 +227,14 @@ class ServingRouter(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(settings.depth))
         score = nn.Linear(width, 1)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), score)
-        self.fate = nn.Embedding(2, width)  # leaves, stays
+        self.fate = nn.Embedding(2, width)  # leaves, stays; of the picture, of the shorter prompt
         self.carry = Block(width, heads)
         self.carry_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden_size)
-        for begins_at_nothing in (score, self.up):  # rows at equal distances, as they are
+        if self.pooled:
+            self.turn = nn.Linear(4 * self.OCTAVES, width, bias=False)  # of a row in the shorter prompt
+            self.first = nn.Parameter(torch.zeros(()))  # added to the score of each cell's first row
+        for begins_at_nothing in (score, self.up):  # means, or rows at equal distances
             nn.init.zeros_(begins_at_nothing.weight)
             nn.init.zeros_(begins_at_nothing.bias)
 
@@ -274,6 +281,29 @@ class ServingRouter(nn.Module):
         here = self._here(features)
         size = here.pow(2).mean().sqrt().detach()
         changed: Tensor = (here if rows is None else here[rows]) + size * correction
+        return changed.to(features.device, features.dtype)
+
+    def weights(self, logits: Tensor, cells: Tensor) -> Tensor:
+        """Return what each row counts in the mean of its cell, [N], from the rows' scores [N]."""
+        firsts = best_rows(torch.zeros_like(logits), cells)
+        return softmax_of_cells(logits + self.first * torch.zeros_like(logits).index_fill(0, firsts, 1.0), cells)
+
+    def pool(self, x: Tensor, features: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted means of cells with their correction, [n, D], in the features' dtype.
+
+        Args:
+            x: [N, R] of `read`; cells: [N]; weights: [N] that add up to 1 in each cell.
+        """
+        here = self._here(features)
+        means = means_of_cells(torch.cat([here, x], 1), cells, weights)
+        rows, known = torch.split(means, [here.shape[1], x.shape[1]], 1)
+        turns = (torch.arange(len(rows), device=x.device) + 0.5) / len(rows)
+        share = turns.new_full(turns.shape, len(rows) / len(x))
+        known = known + self.turn(sinusoidal_features(torch.stack([turns, share], 1), self.OCTAVES))
+        everything = torch.cat([known + self.fate.weight[1], x + self.fate.weight[0]])
+        known = self.carry(everything, torch.arange(len(rows), device=x.device))  # what leaves ends here
+        size = here.pow(2).mean().sqrt().detach()
+        changed: Tensor = rows + size * self.up(self.carry_norm(known))
         return changed.to(features.device, features.dtype)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -328,14 +358,12 @@ def order_features(number: int, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
-def cells_of(number: int, stays: int, device: Any = None) -> Tensor:
-    """Return the cell of each of a picture's rows, [N]: n runs of neighbours, as equal as can be."""
-    return torch.arange(number, device=device) * stays // number
+def best_rows(logits: Tensor, cells: Tensor) -> Tensor:
+    """Return the number of the highest row of each cell, [n]; of equals the earlier one.
 
-
-def best_rows(logits: Tensor, stays: int) -> Tensor:
-    """Return the number of the highest row of each cell, [n], in the picture's order; of equals the earlier stays."""
-    cells = cells_of(len(logits), stays, logits.device)
+    Args:
+        cells: [N] from 0 to n - 1.
+    """
     ranked = logits.argsort(descending=True, stable=True)
     ranked = ranked[cells[ranked].argsort(stable=True)]  # cell by cell, the highest first
     ordered = cells[ranked]
@@ -349,15 +377,24 @@ def select(
     coordinates: Tensor | None = None,
     question: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the rows that stay with what they carry, [n, D], and their numbers among the picture's rows, [n]."""
+    """Return the rows of the shorter prompt, [n, D], and of which of the picture's rows each takes the place, [n].
+
+    The rows are differentiable in the router's weights.
+    """
     number = len(features)
     stays = tokens_kept(number, budget)
     if stays == number:
         return features, torch.arange(number, device=features.device)
     x = router.read(features, coordinates, question)
-    rows = best_rows(router.head(x)[:, 0].float(), stays)
-    kept = torch.zeros(number, device=x.device, dtype=x.dtype).scatter(0, rows, 1.0)
-    return router.carried(x, features, kept, rows), rows.to(features.device)  # what leaves is not computed to the end
+    logits = router.head(x)[:, 0].float()
+    if router.pooled:
+        cells = (runs(number, stays) if coordinates is None else blocks(coordinates, stays)).to(x.device)
+        weights = router.weights(logits, cells)
+        kept = router.pool(x, features, cells, weights)
+        return kept, best_rows(weights.detach(), cells).to(features.device)
+    rows = best_rows(logits, runs(number, stays, x.device))
+    stay = torch.zeros(number, device=x.device, dtype=x.dtype).scatter(0, rows, 1.0)
+    return router.carried(x, features, stay, rows), rows.to(features.device)  # what leaves is not computed to the end
 
 
 def compact(

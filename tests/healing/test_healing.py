@@ -24,11 +24,12 @@ from exporter.clean_room import load_processor
 from exporter.cli.entry import main
 from exporter.data.batches import make_batch
 from exporter.data.calibration import load_calibration
+from exporter.data.exchanges import exchanged
 from exporter.data.samples import Sample
 from exporter.errors import InputError
 from exporter.healing.adapter import merged, save_adapter
 from exporter.healing.losses import divergence, reverse, symmetric
-from exporter.healing.pairs import exchanged, parted
+from exporter.healing.pairs import parted
 from exporter.healing.schedule import Schedule
 from exporter.healing.student import prepared
 from exporter.healing.teacher import AnswerStore, teacher_outputs

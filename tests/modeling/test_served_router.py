@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from exporter.modeling.routed_places import any_resolution_shape
+from exporter.modeling.served_cells import blocks, grids_of, means_of_cells, runs, softmax_of_cells
 from exporter.modeling.served_router import (
     SERVING_ROUTER_FILE,
     ServingRouter,
     ServingSettings,
     best_rows,
-    cells_of,
     compact,
     load_serving_router,
     picture_coordinates,
@@ -30,6 +31,7 @@ from exporter.modeling.served_router import (
 
 D, N, Q = 24, 30, 5
 SETTINGS = ServingSettings(bottleneck=16, num_heads=2, question_aware=True)
+POOLED = replace(SETTINGS, pooled=True)
 ENTRY = {"bottleneck": 16, "num_heads": 2}
 
 
@@ -136,13 +138,37 @@ def test_types_that_were_not_tested_are_named() -> None:
 # --- which ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_highest_of_each_cell_stays_in_the_pictures_order() -> None:
-    assert cells_of(5, 3).tolist() == [0, 0, 1, 1, 2]
-    assert best_rows(torch.tensor([1.0, 3.0, 4.0, 1.0, -5.0]), 3).tolist() == [1, 2, 4]
-    assert best_rows(torch.zeros(4), 2).tolist() == [0, 2]
-    assert best_rows(torch.randn(7), 7).tolist() == list(range(7))
+def test_the_highest_of_each_run_stays_in_the_pictures_order() -> None:
+    assert runs(5, 3).tolist() == [0, 0, 1, 1, 2]
+    assert best_rows(torch.tensor([1.0, 3.0, 4.0, 1.0, -5.0]), runs(5, 3)).tolist() == [1, 2, 4]
+    assert best_rows(torch.zeros(4), runs(4, 2)).tolist() == [0, 2]
+    assert best_rows(torch.randn(7), runs(7, 7)).tolist() == list(range(7))
     for number, stays in ((36, 9), (577, 144), (10, 9)):
-        assert torch.bincount(cells_of(number, stays)).min() >= number // stays
+        assert torch.bincount(runs(number, stays)).min() >= number // stays
+
+
+def grid(lines: int, columns: int) -> torch.Tensor:
+    return picture_coordinates({}, lines * columns, grid=(1, lines, columns))
+
+
+def test_cells_are_blocks_in_the_order_of_lines() -> None:
+    two_by_two = [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    assert blocks(grid(4, 4), 4).tolist() == two_by_two
+    assert blocks(grid(4, 4), 8).tolist() == [i // 2 for i in range(16)]  # pairs within lines, not across them
+    assert blocks(grid(3, 1), 2).tolist() == [0, 0, 1]
+    tiles = torch.cat([grid(4, 4), grid(2, 2), grid(2, 2)])
+    assert blocks(tiles, 6).tolist() == [*two_by_two, *[4] * 4, *[5] * 4]
+    assert blocks(tiles, 2).tolist() == runs(24, 2).tolist()  # fewer than tiles
+    assert grids_of(tiles) == [(4, 4), (2, 2), (2, 2)]
+    assert grids_of(torch.tensor([[0.2, 0.5], [0.2, 1.0], [0.8, 0.5]])) == [(3, 1)]  # lines of two and of one
+
+
+def test_there_are_as_many_cells_as_rows_stay_whatever_the_grid() -> None:
+    for lines in range(1, 7):
+        for columns in range(1, 7):
+            for stays in range(1, lines * columns + 1):
+                cells = blocks(grid(lines, columns), stays)
+                assert cells.unique().tolist() == list(range(stays)), (lines, columns, stays)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -151,7 +177,7 @@ def test_what_stays_is_what_forward_gives(router: ServingRouter, features: torch
     coordinates = torch.rand(N, 2)
     logits, _ = router(features, coordinates, question)
     rows, index = select(router, features, 0.4, coordinates, question)
-    assert torch.equal(index, best_rows(logits, 12)) and len(index) == 12
+    assert torch.equal(index, best_rows(logits, runs(N, 12))) and len(index) == 12
     kept = torch.zeros(N).index_fill(0, index, 1.0)
     assert torch.equal(rows, router(features, coordinates, question, kept)[1][index])
     assert torch.equal(rows, compact(router, features, 0.4, coordinates, question))
@@ -164,6 +190,37 @@ def test_an_untrained_router_adds_nothing_and_a_trained_one_nothing_where_all_st
     torch.nn.init.normal_(fresh.up.weight)
     assert compact(fresh, features, 1.0) is features
     assert not torch.equal(compact(fresh, features, 0.5), rows)
+
+
+def test_an_untrained_router_with_pooled_rows_gives_the_means_of_blocks(features: torch.Tensor) -> None:
+    fresh = ServingRouter(D, POOLED)
+    for coordinates, cells in ((None, runs(N, 7)), (grid(5, 6), blocks(grid(5, 6), 7))):
+        rows, index = select(fresh, features, 7, coordinates)
+        means = [features[cells == cell].mean(0) for cell in range(7)]
+        assert torch.allclose(rows, torch.stack(means), atol=1e-6)
+        assert cells[index].tolist() == list(range(7))
+        torch.nn.init.constant_(fresh.first, 50.0)  # nothing of the others is left
+        rows, index = select(fresh, features, 7, coordinates)
+        assert torch.allclose(rows, features[index], atol=1e-6)
+        assert index.tolist() == best_rows(torch.zeros(N), cells).tolist()
+        torch.nn.init.zeros_(fresh.first)
+    assert compact(fresh, features, 1.0) is features
+
+
+def test_pooled_rows_are_weighted_and_corrected_with_a_gradient_to_every_weight(features: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    router, cells = ServingRouter(D, POOLED), blocks(grid(5, 6), 7)
+    torch.nn.init.normal_(router.head[-1].weight)
+    weights = softmax_of_cells(router(features, grid(5, 6))[0], cells)
+    rows, index = select(router, features, 7, grid(5, 6), torch.randn(Q, D))
+    assert torch.allclose(means_of_cells(torch.ones(N, 1), cells, weights), torch.ones(7, 1)) and len(rows) == 7
+    plain, _ = select(router, features, 7, grid(5, 6))
+    assert torch.allclose(plain, means_of_cells(features, cells, weights), atol=1e-5)
+    assert not torch.allclose(plain, rows, atol=1e-3) and cells[index].tolist() == list(range(7))
+    torch.nn.init.normal_(router.up.weight)
+    rows, _ = select(router, features, 7, grid(5, 6), torch.randn(Q, D))
+    gradients = torch.autograd.grad(rows.square().sum(), list(router.parameters()), allow_unused=True)
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
 def test_what_is_carried_depends_on_what_leaves_and_has_a_gradient(

@@ -20,19 +20,18 @@ from exporter.cli.entry import main
 from exporter.data.calibration import load_calibration
 from exporter.errors import InputError
 from exporter.evaluation.evaluate import evaluate
-from exporter.modeling.served_router import SERVING_ROUTER_FILE, TYPES, best_rows, cells_of
+from exporter.modeling.served_router import SERVING_ROUTER_FILE, TYPES
 from exporter.models.loading import load_model
 from exporter.pipeline import compress, route
 from exporter.plan import LayerBudget
 from exporter.recipe import CalibrationData, Recipe, RouterRecipe, router_from_data
 from exporter.routing.requests import BudgetGrid
 from exporter.routing.serving.folder import SERVING_FILES, load_served, servable
-from exporter.routing.serving.learner import ServingLearner, cell_gates
-from exporter.routing.serving.loop import train_serving_router
+from exporter.routing.serving.learner import ServingLearner
+from exporter.routing.serving.loop import BEGINNINGS, BestStep, TrainedOn, begin, train_serving_router
 from exporter.routing.serving.settings import serving_settings
 from exporter.routing.training.learner import Teacher
 from exporter.routing.training.loop import Training
-from exporter.routing.training.relaxation import gated_attention
 
 
 def silent(items, what, total):
@@ -58,19 +57,18 @@ def opened(folder, questions, number=3):
 def test_a_batch_of_training_is_what_the_served_class_runs(family, tiny, questions):
     teacher = opened(tiny(family), questions)
     model, indices = teacher.model, [0, 1, 2]
-    with gated_attention(model) as attention:
-        learner = ServingLearner(teacher, model.serving_router, attention, question_aware=True)
-        batch = learner.training_batch(
-            indices, shares=[0.5] * 3, noise=0.0, told=True, generator=torch.Generator().manual_seed(0)
-        )
-        divergence, kept = learner.judge(indices, share=0.5, told=True, batch_size=2)
-        _, answered, _ = teacher.question(indices)
-        ids = [teacher.processor.tokenizer(line, add_special_tokens=False)["input_ids"] for line in texts(teacher)]
-        with torch.no_grad():
-            logits = model(**answered.batch.inputs, keep_visual_tokens=0.5, question_ids=ids).logits
+    learner = ServingLearner(teacher, model.serving_router, question_aware=True)
+    batch = learner.training_batch(indices, shares=[0.5] * 3, told=True)
+    judgement = learner.judge(indices, share=0.5, told=True, batch_size=2)
+    _, answered, _ = teacher.question(indices)
+    ids = [teacher.processor.tokenizer(line, add_special_tokens=False)["input_ids"] for line in texts(teacher)]
+    with torch.no_grad():
+        logits = model(**answered.batch.inputs, keep_visual_tokens=0.5, question_ids=ids).logits
     assert torch.allclose(batch.log_q, logits[answered.predicts].log_softmax(-1), atol=1e-4)
-    assert divergence == pytest.approx(float(batch.kl.mean()), abs=1e-4) and 0 <= kept <= 1
-    gradients = torch.autograd.grad(batch.kl.mean(), list(model.serving_router.parameters()), allow_unused=True)
+    assert judgement.of_tokens == pytest.approx(float(batch.kl.mean()), abs=1e-4) and 0 <= judgement.kept <= 1
+    answers = [float(part.mean()) for part in batch.kl.split(batch.lengths)]
+    assert judgement.of_answers == pytest.approx(sum(answers) / 3, abs=1e-4) and len(answers) == 3
+    gradients = torch.autograd.grad(batch.of_answers.mean(), list(model.serving_router.parameters()), allow_unused=True)
     assert all(gradient is not None for gradient in gradients)
 
 
@@ -78,12 +76,32 @@ def texts(teacher):
     return [sample.messages[-1]["content"] for sample in teacher.samples]
 
 
-def test_gates_are_the_choice_with_a_gradient_to_the_cell():
-    logits = torch.randn(11, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    gates = cell_gates(logits, 4)
-    assert gates.nonzero()[:, 0].tolist() == best_rows(logits, 4).tolist() and set(gates.tolist()) == {0.0, 1.0}
-    (gradient,) = torch.autograd.grad(gates[best_rows(logits, 4)[0]], logits)
-    assert (gradient != 0).tolist() == (cells_of(11, 4) == 0).tolist()
+def test_questions_are_put_to_other_pictures_where_there_are_few(questions):
+    samples = load_calibration(str(questions), samples=12).samples
+    fit, training = [0, 1, 2, 4, 5, 7], Training(steps=12, batch_size=2)
+    few = TrainedOn.of(samples, fit, training)
+    assert few.rounds[0] == tuple(fit) and few.samples[:12] == samples and len(few.rounds) == 4
+    assert [few.samples[i].messages for i in few.rounds[1]] == [samples[i].messages for i in fit]
+    assert all(few.samples[i].images != samples[j].images for i, j in zip(few.rounds[1], fit, strict=True))
+    steps = [few.of_step(step, training) for step in range(12)]  # of two questions: four rounds
+    assert sorted(index for step in steps for index in step) == sorted(i for numbers in few.rounds for i in numbers)
+    enough = TrainedOn.of(samples, fit, dataclasses.replace(training, steps=3))
+    assert enough.rounds == (tuple(fit),) and enough.samples == samples
+
+
+def test_held_out_questions_say_what_training_begins_from(tiny, questions, monkeypatch):
+    teacher = opened(tiny("llava"), questions)
+    learner = ServingLearner(teacher, teacher.model.serving_router, question_aware=False)
+    for better in BEGINNINGS:
+        liked = {"KL": 1.0}, {"KL": 2.0}
+
+        def said(learner, *_, better=better, liked=liked):
+            return liked[float(learner.router.first) != better]
+
+        monkeypatch.setattr("exporter.routing.serving.loop.judged", said)
+        best = BestStep()
+        begin(learner, [0, 1], 2, best)
+        assert float(learner.router.first) == better and (best.step, best.divergence) == (0, 1.0)
 
 
 def test_training_is_repeatable_and_goes_on_where_it_was(tiny, questions, tmp_path, monkeypatch):

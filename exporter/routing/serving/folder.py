@@ -32,6 +32,7 @@ SERVING_FILES = (  # what travels with a folder that has a serving router; the f
     "modeling_served.py",
     "routed_api.py",
     "routed_types.py",
+    "served_cells.py",
     "served_file.py",
     "served_layout.py",
     "served_pictures.py",

@@ -1,10 +1,9 @@
 """Trains a serving router on unlabelled questions about images; the LVLM is frozen.
 
 The loss is KL(original || shorter prompt) at the original's own answers, under a share of the rows that is drawn anew
-for every question, so that one router serves all budgets. Its gradient goes through gates to the scores, and through
-the rows that stay to what they carry. Beside it the scores learn to rank rows by what each would add to the answer
-where it stays (`training/importance_loss.py`), which says more of rows that left. Of the steps that held-out questions
-judged, the best one's weights are kept.
+for every question, so that one router serves all budgets. It is the mean over answers of the mean over their tokens: a
+long answer counts as much as a short one. Where the steps draw more questions than there are, questions are put to
+other pictures too (`data/exchanges.py`). Of the steps that held-out questions judged, the best one's weights are kept.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.epochs import questions_of_step, rate
+from ...data.epochs import draws_of_step, rate
+from ...data.exchanges import exchanged
 from ...data.samples import Sample
 from ...modeling.served_router import ServingRouter
 from ...models.gradients import check_alike, set_gradients
 from ...models.training_state import TrainingState
 from ...progress import Progress
-from ..training.importance_loss import ranking_loss
 from ..training.learner import Teacher
-from ..training.loop import PROBED, SAVE_EVERY, Training, generator_of, parted
-from ..training.relaxation import gated_attention
-from .learner import ServingBatch, ServingLearner
+from ..training.loop import PROBED, SAVE_EVERY, Training, parted
+from .learner import ServingLearner
 
 LEAST, MOST = 0.2, 0.9  # shares of the rows that stay, drawn uniformly: low ones have the largest loss as it is
-NOISE = 0.5  # of Gumbel noise on the scores that choose
-POWER = 0.5  # of importances, as in `importance_loss`
+BEGINNINGS = (0.0, 4.0)  # of what is added to the score of a cell's first row
+EXCHANGES = 3  # times that questions change places before the first pairs come again
+JUDGED = 5  # times in a training that held-out questions judge
 TOLD = 0.5  # of the steps of a question-aware router are told the questions
 JUDGED_AT = (0.5, 0.25)  # shares by which steps are compared
 SMALLEST = 1e-6  # divergence that is told from none
@@ -87,9 +86,9 @@ def train_serving_router(
         state_file: where the state is kept, so that a broken-off run goes on; removed by the caller.
         fingerprint: of everything that the result depends on; a state with another fingerprint is not used.
     """
-    teacher = Teacher(model, processor, tuple(samples))
     trained_on, held_out = parted(samples, training.seed)
-    sizes = [sample.pixels for sample in samples]
+    questions = TrainedOn.of(samples, trained_on, training)
+    teacher = Teacher(model, processor, questions.samples)
     teacher.answer_all(progress, training.batch_size, training.answer_tokens)
     router, aware = model.serving_router, model.serving_settings.question_aware
     router.requires_grad_(True)
@@ -99,29 +98,27 @@ def train_serving_router(
     parts = {"router": router, "optimizer": optimizer, "schedule": schedule, "best": best}
     state = TrainingState(parts, fingerprint)
     first = state.load(state_file)
-    with gated_attention(model) as attention:
-        learner = ServingLearner(teacher, router, attention, aware)
-        if held_out and not first:  # what training has to be better than
+    learner = ServingLearner(teacher, router, aware)
+    if held_out and not first:
+        begin(learner, held_out[:PROBED], training.batch_size, best)
+    for step in progress(range(first, training.steps), "train serving router", training.steps - first):
+        chosen = questions.of_step(step, training)
+        loss = one_step(learner, chosen, seed=training.seed * 1_000_003 + step)
+        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        state.note(step, loss, "the serving router's loss")
+        if held_out and (step + 1) % max(1, training.steps // JUDGED) == 0:
+            check_alike(router.state_dict())
             figures = judged(learner, held_out[:PROBED], training.batch_size)
-            best.see(router, 0, overall(figures))
-        for step in progress(range(first, training.steps), "train serving router", training.steps - first):
-            chosen = questions_of_step(trained_on, sizes, step=step, batch_size=training.batch_size, seed=training.seed)
-            loss = one_step(learner, chosen, training.seed, step)
-            torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            state.note(step, loss, "the serving router's loss")
-            if held_out and (step + 1) % max(1, training.steps // 10) == 0:
-                check_alike(router.state_dict())
-                figures = judged(learner, held_out[:PROBED], training.batch_size)
-                state.curve[-1] |= figures
-                best.see(router, step + 1, overall(figures))
-            if (step + 1) % SAVE_EVERY == 0:
-                state.save(state_file, step + 1)
-        if not best.weights:
-            best.see(router, training.steps, 0.0)
-        router.load_state_dict(best.weights)
-        measured = measure_presets(learner, held_out, training.batch_size, progress)
+            state.curve[-1] |= figures
+            best.see(router, step + 1, overall(figures))
+        if (step + 1) % SAVE_EVERY == 0:
+            state.save(state_file, step + 1)
+    if not best.weights:
+        best.see(router, training.steps, 0.0)
+    router.load_state_dict(best.weights)
+    measured = measure_presets(learner, held_out, training.batch_size, progress)
     router.requires_grad_(False)
     return TrainedServing(
         weights=best.weights,
@@ -133,29 +130,64 @@ def train_serving_router(
     )
 
 
-def one_step(learner: ServingLearner, chosen: Sequence[int], seed: int, step: int) -> float:
-    """Set the gradients of a step, and return its loss: divergence under drawn shares, and the ranking of rows."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    shares = torch.empty(len(chosen)).uniform_(LEAST, MOST, generator=generator).tolist()
+@dataclass(frozen=True)
+class TrainedOn:
+    """The questions of a training, round after round: after the first one each is put to another one's pictures."""
+
+    samples: tuple[Sample, ...]  # all that were given, then those of further rounds
+    rounds: tuple[tuple[int, ...], ...]  # numbers of samples
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], fit: Sequence[int], training: Training) -> TrainedOn:
+        """Put as many rounds together as the steps draw, EXCHANGES more than one at most.
+
+        Args:
+            fit: numbers of the samples that are trained on.
+        """
+        drawn = -(-training.steps * training.batch_size // len(fit))
+        number = max(1, min(drawn, EXCHANGES + 1, len(fit) - 1))
+        _, *others = exchanged([samples[index] for index in fit], number, training.seed)
+        starts = range(len(samples), len(samples) + len(others) * len(fit), len(fit))
+        rounds = [tuple(fit), *(tuple(range(start, start + len(fit))) for start in starts)]
+        return cls((*samples, *(sample for other in others for sample in other)), tuple(rounds))
+
+    def of_step(self, step: int, training: Training) -> list[int]:
+        """Return the numbers of a step's questions."""
+        drawn = draws_of_step(
+            len(self.rounds[0]),
+            lambda epoch, number: self.samples[self._at(epoch, number)].pixels,
+            step=step,
+            batch_size=training.batch_size,
+            seed=training.seed,
+        )
+        return [self._at(epoch, number) for epoch, number in drawn]
+
+    def _at(self, epoch: int, number: int) -> int:
+        return self.rounds[epoch % len(self.rounds)][number]
+
+
+def begin(learner: ServingLearner, indices: Sequence[int], batch_size: int, best: BestStep) -> None:
+    """Let held-out questions say what training begins from, and has to be better than: means of cells, or single rows.
+
+    A model that was trained with one number of tokens takes means, one that saw many numbers may take rows.
+    """
+    for value in BEGINNINGS:
+        torch.nn.init.constant_(learner.router.first, value)
+        best.see(learner.router, 0, overall(judged(learner, indices, batch_size)))
+    learner.router.load_state_dict(best.weights)
+
+
+def one_step(learner: ServingLearner, indices: Sequence[int], seed: int) -> float:
+    """Set the gradients of a step, and return its loss: divergence under drawn shares."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.empty(len(indices)).uniform_(LEAST, MOST, generator=generator).tolist()
     told = learner.question_aware and float(torch.rand(1, generator=generator)) < TOLD
-    tokens = learner.teacher.tokens(chosen)
 
     def part_of_loss(places: range) -> Tensor:
-        drawing = generator_of(seed, step, places)
-        some, theirs = ([values[place] for place in places] for values in (chosen, shares))
-        batch = learner.training_batch(some, shares=theirs, noise=NOISE, told=told, generator=drawing)
-        return batch.kl.sum() / tokens + len(some) / len(chosen) * ranking(batch, drawing)
+        some, theirs = ([values[place] for place in places] for values in (indices, shares))
+        return learner.training_batch(some, shares=theirs, told=told).of_answers.sum() / len(indices)
 
-    return set_gradients(list(learner.router.parameters()), len(chosen), part_of_loss)
-
-
-def ranking(batch: ServingBatch, generator: torch.Generator) -> Tensor:
-    """Compute the cross entropy of the scores and the rows' importance to an answer drawn from the original's."""
-    answer = torch.multinomial(batch.log_p.exp().cpu(), 1, generator=generator).to(batch.log_q.device)
-    (gradient,) = torch.autograd.grad(batch.log_q.gather(1, answer).sum(), batch.tokens, retain_graph=True)
-    importance = gradient.clamp(min=0).square()
-    logits = torch.zeros_like(batch.tokens).masked_scatter(batch.pictured, torch.cat(batch.choice.logits))
-    return ranking_loss(logits, importance, batch.pictured, POWER)
+    return set_gradients(list(learner.router.parameters()), len(indices), part_of_loss)
 
 
 def judged(learner: ServingLearner, indices: Sequence[int], batch_size: int) -> dict[str, float]:
@@ -166,7 +198,7 @@ def judged(learner: ServingLearner, indices: Sequence[int], batch_size: int) -> 
     ways = (False, True) if learner.question_aware else (False,)
     return {
         f"KL at {share:.0%} of the tokens{', told the question' if told else ''}": round(
-            learner.judge(indices, share=share, told=told, batch_size=batch_size)[0], 6
+            learner.judge(indices, share=share, told=told, batch_size=batch_size).of_answers, 6
         )
         for share in JUDGED_AT
         for told in ways
@@ -191,7 +223,11 @@ def measure_presets(
     rows = []
     for name, told in progress(tried, "judge presets", len(tried)):
         share = presets[name]["keep_visual_tokens"]
-        divergence, kept = learner.judge(seen, share=share, told=told, batch_size=batch_size)
-        figures = {"kl": round(divergence, 6), "answers_kept": round(kept, 4), "questions": len(seen)}
+        judgement = learner.judge(seen, share=share, told=told, batch_size=batch_size)
+        figures = {
+            "kl": round(judgement.of_tokens, 6),
+            "answers_kept": round(judgement.kept, 4),
+            "questions": len(seen),
+        }
         rows.append({"preset": name, "keep_visual_tokens": share, "told_the_question": told, **figures})
     return rows

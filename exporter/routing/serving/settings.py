@@ -36,6 +36,7 @@ def serving_settings(config: Any, question_aware: bool) -> dict[str, Any]:
         "num_heads": width // head,
         "depth": 2,
         "question_aware": question_aware,
+        "pooled": True,
         "presets": {name: dict(preset) for name, preset in PRESETS.items()},
         "default": OFF,
         "trained_for": base_model(config),
