@@ -13,12 +13,12 @@ folds that `auto` chooses from. `--fold 0` looks only at what the ways choose. M
 
     states all        relative squared error of the states that the head reads, over all tokens
     states KIND       the same over the picture's tokens, the question's, or where an answer token is said
-    states            the geometric mean of the three
+    states            the geometric mean of the three: what `compress` goes by without a fold
     states read       the same of the question's tokens and of those where an answer is said
     kl text           KL(original || variant) at every token of text and answers
     kl answers        KL where an answer token is said
-    states, kl text   the geometric mean of both: what `compress` goes by without a fold
-    read, kl answers  the geometric mean of both: what it goes by with one
+    other answers     the share of answers that become others, with one added
+    A and B           the geometric mean of both; `compress` goes by `read and others` with a fold
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from exporter.models import questions as asked
 from exporter.models.answers import AnsweredBatch
 from exporter.models.divergence import EXACT, KINDS, READ, Divergence, StateErrors
 from exporter.models.replay import logits
-from exporter.models.state_error import head_states, kinds_of, with_text_kl
+from exporter.models.state_error import errors_of, head_states, kinds_of
 from exporter.models.sweep import ORIGINAL, Change, sweep
 from exporter.models.variants import Variant
 from exporter.pipeline import compress
@@ -64,11 +64,11 @@ Choice = Layers | str  # of layers, or of a fold
 Values = dict[str, float]
 STATES = ("states", "states read", "states all", *(f"states {kind}" for kind in KINDS))
 MEANS = {
-    "states, kl text": ("states", "kl text"),
-    "read, kl answers": ("states read", "kl answers"),
-    "read, both kl": ("states read", "kl text", "kl answers"),
+    "states and kl text": ("states", "kl text"),
+    "read and kl": ("states read", "kl answers"),
+    "read and others": ("states read", "other answers"),
 }
-MEASURES = (*STATES, "kl text", "kl answers", *MEANS)
+MEASURES = (*STATES, "kl text", "kl answers", "other answers", *MEANS)
 WIDE = ((6, "judge_sets"), (2, "judge_few_sets"))
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of best_of, and constants in place of its own
     "default": ({}, {}),
@@ -117,20 +117,29 @@ def by(measure: str, values: Values) -> float:
 
 def measured(model: Any, changes: Sequence[Change], batches: Iterable[AnsweredBatch]) -> list[Values]:
     """Return all measures of each change."""
-    states, kls, answer_tokens = [StateErrors()] * len(changes), [0.0] * len(changes), 0
+    states, kls = [StateErrors()] * len(changes), [dict.fromkeys(("text", "answers"), 0.0) for _ in changes]
+    tokens, others, questions = dict.fromkeys(("text", "answers"), 0), [0] * len(changes), 0
     with torch.inference_mode():
         for passed in sweep(model, batches, [ORIGINAL, *changes]):
-            kinds, predicts, outputs = kinds_of(passed.batch.batch), passed.batch.predicts, passed.outputs()
-            original = next(outputs)[1]
+            batch, kinds = passed.batch.batch, kinds_of(passed.batch.batch)
+            masks, outputs = {"text": batch.is_text, "answers": passed.batch.predicts}, passed.outputs()
+            original, lengths = next(outputs)[1], passed.batch.predicts.sum(1).tolist()
             before = head_states(model, original, kinds)
-            log_p = logits(model, original[predicts]).float().log_softmax(-1)
-            answer_tokens += len(log_p)
+            log_p = {name: logits(model, original[mask]).float().log_softmax(-1) for name, mask in masks.items()}
+            tokens = {name: tokens[name] + int(mask.sum()) for name, mask in masks.items()}
+            questions += len(lengths)
             for number, (_, output) in enumerate(outputs):
-                states[number] += with_text_kl(model, before, head_states(model, output, kinds))
-                log_q = logits(model, output[predicts]).float().log_softmax(-1)
-                kls[number] += float((log_p.exp() * (log_p - log_q)).sum())
+                states[number] += errors_of(before, head_states(model, output, kinds))
+                for name, log in log_p.items():
+                    log_q = logits(model, output[masks[name]]).float().log_softmax(-1)
+                    kls[number][name] += float((log.exp() * (log - log_q)).sum())
+                same = log_q.argmax(-1) == passed.batch.targets  # of the answers, which come last
+                others[number] += sum(not part.all() for part in torch.split(same, lengths))
     return [
-        values_of(errors) | {"kl answers": kl / max(1, answer_tokens)} for errors, kl in zip(states, kls, strict=True)
+        values_of(errors)
+        | {f"kl {name}": kl[name] / max(1, tokens[name]) for name in kl}
+        | {"other answers": (other + 1) / (questions + 2)}
+        for errors, kl, other in zip(states, kls, others, strict=True)
     ]
 
 
@@ -141,7 +150,6 @@ def values_of(errors: StateErrors) -> Values:
         "states": errors.over(KINDS),
         "states read": errors.over(READ),
         "states all": sum(errors.sums) / max(1, sum(errors.tokens)),
-        "kl text": errors.text_kl,
     } | by_kind
 
 
@@ -151,9 +159,7 @@ def constants(changed: Mapping[str, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in changed.items():
             if name == "told apart by":  # the error of the states alone, as before 30 November 2026
-                stack.enter_context(mock.patch.object(StateErrors, "departure", StateErrors.over))
-                alone = property(lambda divergence: divergence.states.over(READ))
-                stack.enter_context(mock.patch.object(Divergence, "departure", alone))
+                stack.enter_context(mock.patch.object(Divergence, "departure", Divergence.state_error))
             else:
                 stack.enter_context(mock.patch.object(best_of, name, value))
         yield

@@ -1,8 +1,8 @@
 """Auto: the fold that helps, chosen on held-out questions of the very run; none where none does.
 
-Every candidate is fitted on the same questions and judged on others, about other pictures: by the divergence at the
-original's answers and the error of the last states together, unless the former clearly speaks against it. What makes
-the divergence worse than no fold at all is never taken.
+Every candidate is fitted on the same questions and judged on others, about other pictures: by the error of the last
+states and the share of answers that become others, unless the divergence at the original's answers clearly speaks
+against it. What makes that divergence worse than no fold at all is never taken.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _report(
     return {
         "name": name,
         "options": dict(CANDIDATES[name]),
-        "chosen_by": "error of the last states and divergence, held out",
+        "chosen_by": "error of the last states, other answers and divergence, held out",
         "held_out": judged[name].to_data(),
         "without": {**judged["none"].compared_with(judged[name]), **judged["none"].to_data()},
         "runner_up": runner_up,

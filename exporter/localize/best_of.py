@@ -2,11 +2,11 @@
 questions.
 
 Cosines look at one layer at a time: they misrank layers in ways that differ from model to model, and take two that
-make up for each other. What leaving a set out does to the last states, and to what they say of the text, ranks sets
-better, and says which few are worth folding. A greedy search by it finds layers that no ranking names, on a dozen
-questions. The few are folded and judged on growing numbers of held-out questions (successive halving; K. Jamieson and
-A. Talwalkar, 2016), by the error of the states and the divergence at the answers together: every token adds to the
-error, where the divergence, which counts, hangs on the few answers that go wrong.
+make up for each other. What leaving a set out does to the last states ranks sets better, and says which few are worth
+folding. A greedy search by it finds layers that no ranking names, on a dozen questions. The few are folded and judged
+on growing numbers of held-out questions (successive halving; K. Jamieson and A. Talwalkar, 2016), by the same error and
+the share of answers that become others, unless the divergence clearly speaks against it: every token adds to the error,
+where the divergence hangs on the few answers that go wrong.
 
 Shapes: L layers.
 """

@@ -62,8 +62,11 @@ class Divergence:
 
     @property
     def departure(self) -> float:
-        """Return what variants are told apart by: the geometric mean of the divergence and the error of the states."""
-        return math.sqrt(self.state_error * max(self.mean, EXACT))
+        """Return what variants are told apart by: the error of the states and the share of the answers that would be
+        others, as their geometric mean. To the latter one is added, since none of a few is not never.
+        """
+        others = (self.follows.count(False) + 1) / (len(self.follows) + 2)
+        return math.sqrt(self.state_error * others)
 
     @property
     def error(self) -> float:
@@ -134,10 +137,10 @@ def _with_tuples(state: dict[str, Any]) -> dict[str, Any]:
 def most_faithful(divergences: Sequence[Divergence]) -> int:
     """Return the one that departs least, unless the divergence clearly speaks against it.
 
-    What counts is that divergence, but it hangs on the few answers that go wrong, where every token adds to the error
-    of the states, which may lie where the head does not look. A few dozen questions tell folds and sets of layers apart
-    by both together, where the divergence needs hundreds (examples/results.md). Among equals the first one is taken:
-    give them in order of simplicity.
+    The mean divergence hangs on a few answers that go far wrong, and the share of other answers is coarse, where every
+    token adds to the error of the states, which may lie where the head does not look. A few dozen questions tell folds
+    and sets of layers apart by the latter two together (examples/results.md). Among equals the first one is taken: give
+    them in order of simplicity.
     """
     order = sorted(range(len(divergences)), key=lambda number: divergences[number].departure)
     return order[simplest([divergences[number] for number in order], CLEARLY)]

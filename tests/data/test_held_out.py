@@ -88,15 +88,13 @@ def test_errors_are_over_pictures_and_differences_below_them_go_to_the_simpler()
 
 
 def test_an_error_where_the_head_does_not_look_counts_less_than_one_that_changes_what_is_said():
-    def judged(error: float, kl: float) -> Divergence:
-        return Divergence((kl, 2 * kl), (1, 1), (0, 1), states=StateErrors((10 * error,) * 3, (10,) * 3))
+    def judged(error: float, *follows: bool) -> Divergence:
+        return Divergence((0.1, 0.2), (1, 1), (0, 1), follows, states=StateErrors((10 * error,) * 3, (10,) * 3))
 
-    unseen, seen = judged(0.22, kl=0.1), judged(0.20, kl=0.2)
-    assert unseen.departure == pytest.approx((0.22 * 0.15) ** 0.5)
+    unseen, seen = judged(0.22, True, True), judged(0.20, True, False)
+    assert unseen.departure == pytest.approx((0.22 * 1 / 4) ** 0.5)
+    assert seen.departure == pytest.approx((0.20 * 2 / 4) ** 0.5)
     assert most_faithful([seen, unseen]) == 1
-    errors = StateErrors((1.0, 2.0, 4.0), (10, 10, 10), kl=5.0)
-    assert errors.text_kl == pytest.approx(5.0 / 20)  # of the question's and the answer's tokens, not the picture's
-    assert (errors + errors).departure(("text", "answers")) == pytest.approx(((0.2 * 0.4) ** 0.5 * 0.25) ** 0.5)
 
 
 def test_what_every_token_tells_decides_unless_the_divergence_clearly_speaks_against_it():
