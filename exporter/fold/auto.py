@@ -1,8 +1,8 @@
 """Auto: the fold that helps, chosen on held-out questions of the very run; none where none does.
 
 Every candidate is fitted on the same questions and judged on others, about other pictures: by the error of the last
-states and the share of answers that become others, unless the divergence at the original's answers clearly speaks
-against it. What makes that divergence worse than no fold at all is never taken.
+states, unless more answers become others, or the divergence at the original's answers clearly speaks against it. What
+makes that divergence worse than no fold at all is never taken.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def judge_candidates(
 def _rank(divergence: Divergence, unfolded: Divergence) -> tuple[bool, float]:
     """Return what folds are ordered by: those that clearly hurt come last."""
     more, error = divergence.more_than(unfolded)
-    return more > CLEARLY * error, divergence.departure
+    return more > CLEARLY * error, divergence.state_error
 
 
 def winner(judged: dict[str, Divergence]) -> str:

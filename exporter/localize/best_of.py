@@ -4,9 +4,8 @@ questions.
 Cosines look at one layer at a time: they misrank layers in ways that differ from model to model, and take two that
 make up for each other. What leaving a set out does to the last states ranks sets better, and says which few are worth
 folding. A greedy search by it finds layers that no ranking names, on a dozen questions. The few are folded and judged
-on growing numbers of held-out questions (successive halving; K. Jamieson and A. Talwalkar, 2016), by the same error and
-the share of answers that become others, unless the divergence clearly speaks against it: every token adds to the error,
-where the divergence hangs on the few answers that go wrong.
+on growing numbers of held-out questions (successive halving; K. Jamieson and A. Talwalkar, 2016), by the same error
+unless the answers speak against it: every token adds to the error, where these hang on the few that go wrong.
 
 Shapes: L layers.
 """
@@ -172,7 +171,7 @@ def halved(
     for (number, judged_by), then in zip(ROUNDS, (ROUNDS[1][1], None), strict=True):
         remaining = remaining[:number]
         judged = dict(zip(remaining, folded.of_folded(remaining, judged_by, then), strict=True))
-        remaining.sort(key=lambda layers: judged[layers].departure)
+        remaining.sort(key=lambda layers: judged[layers].state_error)
         chosen = remaining[most_faithful([judged[layers] for layers in remaining])]
         sets = [
             {
@@ -183,7 +182,7 @@ def halved(
             for layers in remaining
         ]
         rounds.append({"chosen": sorted(chosen), "sets": sets})
-        remaining.sort(key=lambda layers: (layers != chosen, judged[layers].departure))
+        remaining.sort(key=lambda layers: (layers != chosen, judged[layers].state_error))
     return remaining[0], rounds
 
 

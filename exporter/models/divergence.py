@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 Z = 1.959964  # of a 95 % interval
@@ -61,14 +61,6 @@ class Divergence:
         return self.states.over(READ)
 
     @property
-    def departure(self) -> float:
-        """Return what variants are told apart by: the error of the states and the share of the answers that would be
-        others, as their geometric mean. To the latter one is added, since none of a few is not never.
-        """
-        others = (self.follows.count(False) + 1) / (len(self.follows) + 2)
-        return math.sqrt(self.state_error * others)
-
-    @property
     def error(self) -> float:
         """Return the standard error of the mean."""
         return self._error(self.kl)
@@ -82,6 +74,12 @@ class Divergence:
         """Return how much larger it is than another one on the same questions, and the standard error of that."""
         differences = [mine - its for mine, its in zip(self.kl, other.kl, strict=True)]
         return self.mean - other.mean, self._error(differences)
+
+    def more_others_than(self, other: Divergence) -> tuple[float, float]:
+        """Return how much more of the answers become others than another one's, and the standard error of that."""
+        differences = [float(its) - float(mine) for mine, its in zip(self.follows, other.follows, strict=True)]
+        alone = replace(self, tokens=(1,) * len(differences), pictures=self.pictures[: len(differences)])
+        return sum(differences) / max(1, len(differences)), alone._error(differences)
 
     def and_on(self, more: Divergence) -> Divergence:
         """Return the divergence on these questions and on more of them."""
@@ -135,15 +133,24 @@ def _with_tuples(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def most_faithful(divergences: Sequence[Divergence]) -> int:
-    """Return the one that departs least, unless the divergence clearly speaks against it.
+    """Return the one of the lowest error of the last states that neither answers nor divergence speak against.
 
-    The mean divergence hangs on a few answers that go far wrong, and the share of other answers is coarse, where every
-    token adds to the error of the states, which may lie where the head does not look. A few dozen questions tell folds
-    and sets of layers apart by the latter two together (examples/results.md). Among equals the first one is taken: give
-    them in order of simplicity.
+    What counts is what is answered, but that hangs on the few answers that go wrong: a dozen questions tell folds and
+    sets of layers apart by the error, to which every token adds, where the divergence needs hundreds. Yet an error may
+    lie where the head does not look. So one is passed over where more of the answers become others than with the best,
+    beyond the noise of that, or where the divergence clearly says the same (examples/results.md). Among equals the
+    first one is taken: give them in order of simplicity.
     """
-    order = sorted(range(len(divergences)), key=lambda number: divergences[number].departure)
-    return order[simplest([divergences[number] for number in order], CLEARLY)]
+    order = sorted(range(len(divergences)), key=lambda number: divergences[number].state_error)
+    fewest = max(divergences, key=lambda divergence: sum(divergence.follows))
+    as_good = [number for number in order if not _exceeds(divergences[number].more_others_than(fewest), 1.0)]
+    return as_good[simplest([divergences[number] for number in as_good], CLEARLY)]
+
+
+def _exceeds(more: tuple[float, float], errors: float) -> bool:
+    """Tell whether a difference is larger than some of its standard errors; of one picture alone nothing is known."""
+    difference, error = more
+    return math.isfinite(error) and difference > errors * error
 
 
 def simplest(divergences: Sequence[Divergence], errors: float = 1.0) -> int:

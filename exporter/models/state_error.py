@@ -4,8 +4,7 @@ Every token tells something of a change, where the divergence hangs on the few a
 are of the picture, and nothing is read off behind them: a mean over all tokens forgives what hurts the answers. So each
 kind of tokens has a mean of its own, and the geometric mean of these counts: no kind outweighs another one, however
 many tokens it has and however large its error is. Without a fold all three kinds count. Where a fold has made up for
-what it could, the picture's tokens say nothing more (examples/results.md has what was compared). And an error may lie
-where the head does not look: with a fold, the share of answers that become others counts as much.
+what it could, the picture's tokens say nothing more (examples/results.md has what was compared).
 
 Shapes: B samples, S tokens, N tokens of one kind, D hidden size.
 """

@@ -87,17 +87,21 @@ def test_errors_are_over_pictures_and_differences_below_them_go_to_the_simpler()
     assert simplest([alone, better]) == 1, "it is better on every picture"
 
 
-def test_an_error_where_the_head_does_not_look_counts_less_than_one_that_changes_what_is_said():
-    def judged(error: float, *follows: bool) -> Divergence:
-        return Divergence((0.1, 0.2), (1, 1), (0, 1), follows, states=StateErrors((10 * error,) * 3, (10,) * 3))
+def test_an_error_where_the_head_does_not_look_is_passed_over_for_answers_that_stay():
+    def judged(error: float, others: int) -> Divergence:
+        follows = tuple(number >= others for number in range(32))
+        states = StateErrors((10 * error,) * 3, (10,) * 3)
+        return Divergence((0.1,) * 32, (1,) * 32, tuple(range(32)), follows, states=states)
 
-    unseen, seen = judged(0.22, True, True), judged(0.20, True, False)
-    assert unseen.departure == pytest.approx((0.22 * 1 / 4) ** 0.5)
-    assert seen.departure == pytest.approx((0.20 * 2 / 4) ** 0.5)
-    assert most_faithful([seen, unseen]) == 1
+    unseen = judged(0.22, others=5)
+    assert judged(0.20, others=11).more_others_than(unseen) == pytest.approx((6 / 32, (6 * 26 / 31) ** 0.5 / 32))
+    assert most_faithful([judged(0.20, others=11), unseen]) == 1
+    assert most_faithful([judged(0.20, others=6), unseen]) == 0, "one answer more is within the noise"
+    assert most_faithful([judged(0.20, others=5), unseen]) == 0
+    assert judged(0.20, others=11).more_others_than(dataclasses.replace(unseen, pictures=(0,) * 32))[0] == 6 / 32
 
 
-def test_what_every_token_tells_decides_unless_the_divergence_clearly_speaks_against_it():
+def test_the_error_of_the_states_decides_unless_the_divergence_clearly_speaks_against_it():
     def judged(kl: tuple[float, ...], error: float) -> Divergence:
         return Divergence(kl, (1,) * len(kl), tuple(range(len(kl))), states=StateErrors((10 * error,) * 3, (10,) * 3))
 
@@ -157,7 +161,8 @@ def test_more_questions_add_to_what_fewer_have_said(tiny, many):
         assert one.states.tokens == two.states.tokens > (0, 0, 0)
         assert two.mean == pytest.approx(one.mean, rel=1e-4)
         assert two.error == pytest.approx(one.error, rel=1e-4)
-        assert two.departure == pytest.approx(one.departure, rel=1e-4) and one.departure > 0
+        assert two.state_error == pytest.approx(one.state_error, rel=1e-4)
+        assert sum(two.follows) == sum(one.follows) and len(two.follows) == len(two.kl)
     more, error = at_once[1].more_than(at_once[0])
     assert at_once[1].compared_with(at_once[0]) == {"more": more, "error": error}
 
