@@ -155,7 +155,7 @@ def tensors_in_order(
         everyone = [torch.empty_like(flat) for _ in range(world())]
         _together(functools.partial(distributed.all_gather, everyone, flat, group=_handle()))
         for theirs in everyone[:there]:
-            yield [part.view(*shape) for part, shape in zip(torch.split(theirs, sizes), shapes, strict=True)]
+            yield [part.view(shape) for part, shape in zip(torch.split(theirs, sizes), shapes, strict=True)]
 
 
 def total(number: int) -> int:
