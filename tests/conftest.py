@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from tiny_models import ONE_OF_EACH_KIND
 
 from exporter.families import FAMILIES
 
@@ -29,8 +30,6 @@ pytest_plugins = [
     "fixtures.tasks",
     "fixtures.videos",
 ]
-# One family of each kind: fixed visual tokens, tiles, windows of attention, three positions with DeepStack.
-ONE_OF_EACH_KIND = ("llava", "llava_next", "gemma3", "qwen3_vl")
 # Kinds of graphs beside these: windows in the vision tower with three positions, images of any size.
 ONE_OF_EACH_GRAPH = (*ONE_OF_EACH_KIND, "qwen2_5_vl", "mistral3")
 # Whoever takes one of these fixtures is as slow as it: it carries the fixture's marker.

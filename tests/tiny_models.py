@@ -117,6 +117,9 @@ class Tiny:
     template_file: str = "chat_template.jinja"  # older repositories have it in a JSON file
 
 
+# One family of each kind: fixed visual tokens, tiles, windows of attention, three positions with DeepStack.
+ONE_OF_EACH_KIND = ("llava", "llava_next", "gemma3", "qwen3_vl")
+
 FAMILIES_HERE: dict[str, Tiny] = {
     "llava": Tiny(
         text={"model_type": "llama", "num_key_value_heads": 4}, vision={**CLIP, "image_size": 40, "patch_size": 8},

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fixtures.checkpoints import recipe
 from fixtures.three_questions import SAMPLES
-from tiny_models import FAMILIES_HERE
+from tiny_models import FAMILIES_HERE, ONE_OF_EACH_KIND
 
 import exporter
 from exporter.checkpoints.source import open_source
@@ -34,6 +34,7 @@ from exporter.recipe import Method, Recipe, RunOptions
 pytestmark = pytest.mark.usefixtures("unverified")
 ANSWER_TOKENS = 6
 METHODS = (("best_of", "auto"), ("tis", "reconstruction"), ("greedy", "scp_both"))
+LONG_TAIL = pytest.mark.long_tail
 
 
 def least(folder: Path, more: float = 1.0) -> str:
@@ -94,8 +95,14 @@ def rounds(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES_HERE)
-@pytest.mark.parametrize(("localizer", "fold"), METHODS)
+@pytest.mark.parametrize(
+    ("localizer", "fold", "family"),
+    [
+        pytest.param(*method, family, marks=() if method == METHODS[0] or family in ONE_OF_EACH_KIND else LONG_TAIL)
+        for method in METHODS
+        for family in FAMILIES_HERE
+    ],
+)
 def test_scores_plans_and_weights_are_those_of_the_model_in_memory(
     family, localizer, fold, tiny, questions, tmp_path, few_at_once, reads
 ):
