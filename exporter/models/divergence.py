@@ -150,7 +150,7 @@ def most_faithful(divergences: Sequence[Divergence]) -> int:
 def _exceeds(more: tuple[float, float], errors: float) -> bool:
     """Tell whether a difference is larger than some of its standard errors; of one picture alone nothing is known."""
     difference, error = more
-    return math.isfinite(error) and difference > errors * error
+    return math.isfinite(error) and difference > errors * error * (1 + EXACT)
 
 
 def simplest(divergences: Sequence[Divergence], errors: float = 1.0) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,21 +63,47 @@ def with_router(
     record["router"] = describe_router(job, settings, trained, time.monotonic() - begin)
     forget_router(record)
 
+    def add(stage: Path) -> None:
+        add_router(stage, settings, trained.weights)
+
+    write_routed(plain, out, job, record, part="router", add=add, reference=routed_reference)
+    state_file.unlink(missing_ok=True)
+    return out
+
+
+def write_routed(
+    plain: Path,
+    out: Path,
+    job: Any,
+    record: dict[str, Any],
+    *,
+    part: str,
+    add: Callable[[Path], None],
+    reference: Callable[[Path, str, Any], dict[str, Any]],
+) -> None:
+    """Write a copy of `plain` with a router, described and verified; of several processes the first one does.
+
+    Args:
+        job: a RouterJob, or a ServingJob.
+        record: to which the files' hashes and the router's answer are added.
+        part: of the record, that is the router's.
+        add: puts the router into a folder.
+        reference: asks the folder, on a device and in a dtype, for the answer that it is verified by.
+    """
+
     def write() -> None:
         with staged(out) as stage:
             write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
             carry_adapter(plain, stage)
-            add_router(stage, settings, trained.weights)
+            add(stage)
             record["measured"]["files"] = hashes(stage)
-            record["router"]["reference"] = routed_reference(stage, job.device, job.dtype)
+            record[part]["reference"] = reference(stage, job.device, job.dtype)
             write_record(stage, record)
             carry_card(plain, stage)
             card(stage, out.name)
             require(stage, job.device)
-        state_file.unlink(missing_ok=True)
 
     ranks.from_first(write)
-    return out
 
 
 def check_run(job: Any, out: Path, options: RunOptions) -> None:

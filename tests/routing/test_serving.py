@@ -205,7 +205,7 @@ def test_presets_are_evaluated_as_they_are_served(made, questions, tmp_path):
 
 
 def test_a_compressed_checkpoint_gets_a_serving_router(tiny, questions, tmp_path, unverified, monkeypatch):
-    monkeypatch.setattr("exporter.routing.serving.job.require", lambda *_: None)
+    monkeypatch.setattr("exporter.routing.with_router.require", lambda *_: None)
     data = CalibrationData(str(questions), samples=12, answer_tokens=3)
     router = router_from_data({"serve": True, "steps": 1, "batch_size": 4})
     recipe = Recipe(str(tiny("llava")), data, LayerBudget(drop_layers=2), router=router)

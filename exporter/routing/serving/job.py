@@ -7,22 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ... import ranks
-from ...cards.card_file import carry_card
-from ...cards.model_card import card
-from ...checkpoints.files import carry_adapter, hashes
-from ...checkpoints.record import read_record, write_record
+from ...checkpoints.record import read_record
 from ...checkpoints.source import Source, file_hashes, open_source
-from ...checkpoints.staging import staged
-from ...checkpoints.verification import require
-from ...checkpoints.writer import write_checkpoint
 from ...clean_room import load_processor, reference_answer
 from ...data.calibration import Calibration
 from ...models.loading import compute_dtype, load_model, pick_device
-from ...plan import PruningPlan
 from ...progress import Progress
 from ...recipe import CalibrationData, RouterRecipe, RunOptions
-from ..with_router import check_run, fingerprint, forget_router, unlabelled
+from ..with_router import check_run, fingerprint, forget_router, unlabelled, write_routed
 from .folder import add_serving_router, has_serving_router, load_served, servable
 from .settings import check_recipe, check_servable, serving_settings
 
@@ -73,20 +65,11 @@ def with_serving_router(
     record["serving"] = describe_serving(job, trained, time.monotonic() - begin)
     forget_router(record)
 
-    def write() -> None:
-        with staged(out) as stage:
-            write_checkpoint(job.source, PruningPlan(job.source.num_layers, ()), {}, stage)
-            carry_adapter(plain, stage)
-            add_serving_router(stage, job.entry, trained.weights)
-            record["measured"]["files"] = hashes(stage)
-            record["serving"]["reference"] = served_reference(stage, job.device, job.dtype)
-            write_record(stage, record)
-            carry_card(plain, stage)
-            card(stage, out.name)
-            require(stage, job.device)
-        state_file.unlink(missing_ok=True)
+    def add(stage: Path) -> None:
+        add_serving_router(stage, job.entry, trained.weights)
 
-    ranks.from_first(write)
+    write_routed(plain, out, job, record, part="serving", add=add, reference=served_reference)
+    state_file.unlink(missing_ok=True)
     return out
 
 
