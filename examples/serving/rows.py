@@ -12,7 +12,7 @@ from in_transformers import ask_transformers, prompts
 from tiny_folders import Asked
 
 # Tokens of a picture see each other both ways in transformers, and only earlier ones on vLLM's CPU: answers differ.
-# Those of transformers with the same causal attention have to be equal.
+# Those of transformers with the same causal attention have to be equal: Gemma 3's are, PaliGemma's not.
 CAUSAL = ("paligemma", "gemma3")
 
 

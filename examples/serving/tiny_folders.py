@@ -47,6 +47,8 @@ def wide_text(family: str) -> dict[str, Any]:
         text["head_dim"] = 32
     if "query_pre_attn_scalar" in text:
         text["query_pre_attn_scalar"] = 32
+    if family == "glm4v":  # transformers' class always has these biases; vLLM's leaves them out unless told so
+        text["attention_bias"] = True
     if family in SECTIONS:
         text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": SECTIONS[family]}
     return text
