@@ -93,8 +93,8 @@ def prepare_serving(
     )
 
 
-def train_serving_job(job: ServingJob, state_file: Path, progress: Progress) -> TrainedServing:
-    """Load the model and train its serving router; what a broken-off run goes on from is in `state_file`."""
+def train_serving_job(job: ServingJob, state_file: Path | None, progress: Progress) -> TrainedServing:
+    """Load the model and train its serving router; what a broken-off run goes on from is in `state_file`, if given."""
     import torch
 
     from ..training.loop import Training
