@@ -1,6 +1,6 @@
 """How a serving router learns best: the weight of the states' error and the number of steps, over several models.
 
-    python examples/serving/learning.py zoo/llava-shapes zoo/qwen-shapes --states 0,20,40 --steps 300 --out work/learning
+    python examples/serving/learning.py zoo/llava-shapes zoo/qwen-shapes --states 0,20 --steps 300 --out work/learning
 
 Each model's questions are `NAME-data/calibration-unseen.jsonl` beside it, as `make zoo` writes them, or, where there is
 none, `data/calibration.jsonl` beside its folder, as the reference model has them. For every weight and number of steps
