@@ -102,7 +102,7 @@ def train_serving_job(job: ServingJob, state_file: Path | None, progress: Progre
 
     router = job.router
     training = Training(
-        steps=router.steps,
+        steps=router.training_steps,
         batch_size=router.batch_size,
         learning_rate=router.learning_rate,
         seed=router.seed,
