@@ -12,9 +12,10 @@ Shapes: B samples, S tokens, N counted tokens, D hidden size, P inputs of the re
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,10 +26,12 @@ from ..data.batches import Batch
 from ..families import Decoder
 from ..models.boundary import Kept, StateStore
 from ..models.capture import on_module
+from ..models.journal import Bookmark
 from ..models.loading import text_decoder
 from ..models.originals import Originals, originals_of
 from ..models.questions import SUFFIX, JobSize
 from ..models.replay import replaced
+from ..models.residency import ranges_of
 from ..models.side_by_side import Task, side_by_side
 from ..models.sweep import Lane, after, stepped
 from ..plan import Folded, PruningPlan
@@ -97,10 +100,55 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
     kinds = affordable(job, refitted[0], kinds, tokens)
     if not kinds:  # told before anything runs
         return {}
-    yield from _carry(job, streams, originals=originals, start=0, stop=reached)
-    for stream in streams:
-        stream["smaller"] = stream["original"]
     folded: Folded = {}
+    bookmark = _bookmark(job, [list(job.plan.drop), asdict(fit), kinds], streams)
+    done = None if bookmark is None else _taken_up(bookmark, streams, folded)
+    if done is None:
+        yield from _carry(job, streams, originals=originals, start=0, stop=reached)
+        for stream in streams:
+            stream["smaller"] = stream["original"]
+    else:
+        reached, refitted = done, [layer_idx for layer_idx in refitted if layer_idx >= done]
+    yield from _refitted(
+        job, fit, kinds, refitted=refitted, reached=reached,
+        streams=streams, originals=originals, folded=folded, bookmark=bookmark,
+    )  # fmt: skip
+    for stream in streams:
+        stream.forget(*list(stream.kept))
+    return folded
+
+
+def _bookmark(job: FoldJob, does: list[Any], streams: Sequence[Stream]) -> Bookmark | None:
+    """Return the bookmark of a reconstruction; None where all layers are in memory, or nothing is kept."""
+    ranges = ranges_of(job.model)
+    if ranges is None or ranges.journal is None:
+        return None
+    return ranges.journal.begin("reconstruction", [does, [stream["original"] for stream in streams]])
+
+
+def _taken_up(bookmark: Bookmark, streams: Sequence[Stream], folded: Folded) -> int | None:
+    """Go on from what a run before has kept: return the layer at whose input both models are; None: it kept nothing."""
+    if (told := bookmark.found()) is None:
+        return None
+    for stream, (original, smaller) in zip(streams, told["streams"], strict=True):
+        stream["original"], stream["smaller"] = original, smaller
+    folded.update({(layer_idx, name): tensor for layer_idx, name, tensor in told["folded"]})
+    return int(told["reached"])
+
+
+def _refitted(
+    job: FoldJob,
+    fit: Fit,
+    kinds: Sequence[str],
+    *,
+    refitted: Sequence[int],
+    reached: int,
+    streams: Sequence[Stream],
+    originals: Originals,
+    folded: Folded,
+    bookmark: Bookmark | None,
+) -> Task[None]:
+    """Refit layers one after the other, from the input of layer `reached` on; put their weights into `folded`."""
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
         yield from _carry(job, streams, originals=originals, start=reached, stop=following, beside=(kept,))
         reached = following
@@ -115,9 +163,18 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
             folded[kept, f"{norm}.weight"] = gain
         if following < job.plan.num_layers:  # something comes behind it
             _advance(job, kept, streams, folded)
-    for stream in streams:
-        stream.forget(*list(stream.kept))
-    return folded
+        if bookmark is not None:
+            last = following == job.plan.num_layers
+            bookmark.keep_if_due(functools.partial(_told, streams, folded, reached=following), last=last)
+
+
+def _told(streams: Sequence[Stream], folded: Folded, reached: int) -> dict[str, Any]:
+    """Return where a reconstruction is, for a run that goes on from here later."""
+    return {
+        "reached": reached,
+        "streams": [[stream["original"], stream["smaller"]] for stream in streams],
+        "folded": [[*key, tensor] for key, tensor in folded.items()],
+    }
 
 
 def _advance(job: FoldJob, kept: int, streams: Sequence[Stream], folded: Folded) -> None:
