@@ -165,7 +165,7 @@ def _in_memory(part: Any) -> InMemory | None:
     if hook is None:
         return None
     ranges: Ranges = hook.weights_map.dataset
-    kept = ranges.room.layers.get(id(part)) or InMemory(ranges.numbers.get(id(part), 0))
+    kept = ranges.room.layers.setdefault(id(part), InMemory(ranges.numbers.get(id(part), 0)))
     kept.users += 1
     try:
         for read in (_ahead.take, _read):  # of what was read ahead, something that stayed may have gone since
@@ -175,7 +175,6 @@ def _in_memory(part: Any) -> InMemory | None:
     except BaseException:
         kept.users -= 1
         raise
-    ranges.room.layers[id(part)] = kept
     return kept
 
 
