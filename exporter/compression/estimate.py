@@ -289,8 +289,8 @@ def _cost(passes: float | Function, size: JobSize, method: Method) -> tuple[floa
 
 def _sweeps(sweeps: int | Function, size: JobSize, method: Method) -> tuple[float, ...]:
     """Return the share of the layers that each pass of a method reads."""
-    found = sweeps if isinstance(sweeps, int) else resolve(sweeps)(size, method.options)
-    return (1.0,) * found if isinstance(found, int) else tuple(found)
+    shares = sweeps if isinstance(sweeps, int) else resolve(sweeps)(size, method.options)
+    return (1.0,) * shares if isinstance(shares, int) else tuple(shares)
 
 
 def _tokens(job: CompressionJob) -> tuple[int, int, int]:

@@ -113,7 +113,7 @@ class GapMemo:
         gap = self.read(key)
         return [gap.differences, gap.mlp.xx, gap.mlp.xy, gap.mlp.yy, gap.mlp.count]
 
-    def given(self, key: Any, told: Sequence[Any]) -> None:
+    def take_up(self, key: Any, told: Sequence[Any]) -> None:
         """Keep what another was told of."""
         differences, *moments = told
         self.keep(key, GapMoments(differences, Moments(*moments)))
@@ -185,11 +185,11 @@ class GapSums:
     def of(cls, told: Sequence[Any]) -> GapSums:
         """Return those that were told."""
         differences, mlp = told
-        made = cls(1, (0.0,) * (len(differences) + 2))
-        for some, of_another in zip(made.differences, differences, strict=True):
-            some.given(of_another)
-        made.mlp.given(mlp)
-        return made
+        sums = cls(1, (0.0,) * (len(differences) + 2))
+        for some, of_another in zip(sums.differences, differences, strict=True):
+            some.take_up(of_another)
+        sums.mlp.take_up(mlp)
+        return sums
 
     def total(self) -> GapMoments:
         return GapMoments([difference.total() for difference in self.differences], self.mlp.total())
@@ -234,12 +234,12 @@ def measuring(job: FoldJob, tokens: str = "all", *, p: float = 0.5, each: bool =
         closed = {kept: job.memo.told(keys[kept]) for kept in unmeasured if keys[kept] in job.memo}
         return [{kept: some.told() for kept, some in sums.items()}, dict(added), closed]
 
-    def given(told: Sequence[Any]) -> None:
+    def take_up(told: Sequence[Any]) -> None:
         of_open, of_batches, closed = told
         sums.update({kept: GapSums.of(some) for kept, some in of_open.items()})
         added.update(of_batches)
         for kept, gap in closed.items():
-            job.memo.given(keys[kept], gap)
+            job.memo.take_up(keys[kept], gap)
 
     def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -249,7 +249,7 @@ def measuring(job: FoldJob, tokens: str = "all", *, p: float = 0.5, each: bool =
     if unmeasured:
         batches = counted(job.batches())  # before attention is changed: the model may have to answer them first
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            taken = Sums(f"gaps {sorted(keys.items())}", told, given)
+            taken = Sums(f"gaps {sorted(keys.items())}", told, take_up)
             yield from _cross(job, unmeasured, batches, reducer, each=each, add=add, taken=taken)
         for kept in sorted(unmeasured.keys() - added.keys()):  # of a process that had no batch
             sums[kept] = GapSums(job.width_of(kept), agreed(()))
@@ -346,15 +346,15 @@ def _cross(
         running.append(batch)
         aim(reducer, batch)
 
-    def given(told: Sequence[Any]) -> None:
+    def take_up(told: Sequence[Any]) -> None:
         of_gaps, crossed = told
         crossing.update({(number, kept): _Crossing.of(states, store) for number, kept, states in crossed})
-        taken.given(of_gaps)
+        taken.take_up(of_gaps)
 
     sums = Sums(
         taken.name,
         lambda: [taken.told(), [[*key, some.told(store)] for key, some in crossing.items()]],
-        given,
+        take_up,
     )
 
     def tap(_: Tensor, put: Tensor) -> None:

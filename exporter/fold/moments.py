@@ -61,7 +61,7 @@ class ExactSum:
         """Return all of the sum so far, for a pass that goes on from here later."""
         return [self.parts, self._largest_exact, self._rounding]
 
-    def given(self, told: Sequence[Any]) -> None:
+    def take_up(self, told: Sequence[Any]) -> None:
         """Go on from what another was told of."""
         self.parts, self._largest_exact, self._rounding = told
 
@@ -111,11 +111,11 @@ class MomentSums:
         """Return all of the sums so far, for a pass that goes on from here later."""
         return [*(some.told() for some in (self.xx, self.xy, self.yy)), self.count]
 
-    def given(self, told: Sequence[Any]) -> None:
+    def take_up(self, told: Sequence[Any]) -> None:
         """Go on from what another was told of."""
         *sums, self.count = told
         for some, of_another in zip((self.xx, self.xy, self.yy), sums, strict=True):
-            some.given(of_another)
+            some.take_up(of_another)
 
     def total(self) -> Moments:
         """Return the moments over all processes, which the first one alone has."""

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,60 +24,26 @@ from torch import Tensor
 from .. import ranks
 from ..data.batches import Batch
 from ..families import Decoder
-from ..models.boundary import Kept, StateStore
 from ..models.capture import on_module
 from ..models.journal import Bookmark
 from ..models.loading import text_decoder
 from ..models.originals import Originals, originals_of
 from ..models.questions import SUFFIX, JobSize
 from ..models.replay import replaced
-from ..models.residency import ranges_of
 from ..models.side_by_side import Task, side_by_side
-from ..models.sweep import Lane, after, stepped
+from ..models.sweep import Lane
 from ..plan import Folded, PruningPlan
 from .job import FoldJob, FoldRefused, counted_tokens
 from .moments import RIDGE, Moments, MomentSums, agreed, bounds_of, solve
 from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
 from .outputs import Matrix
+from .streams import Stream, bookmark_of, taken_up, told
 
 GAIN_RIDGE = 1.0  # of a norm's gain where the matrices' is chosen by cross-validation
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
 MATRICES = ("o_proj", "down_proj")
 INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
 TOKENS_PER_INPUT = 4.0  # that a regression needs at least: with fewer, answers were worse than without a fold
-
-
-@dataclass
-class Stream:
-    """One batch at the boundary between two layers, in the original and in the smaller model."""
-
-    lane: Lane
-    store: StateStore
-    weights: Tensor  # [B, S] of the tokens in the regressions; 0 for those that don't count
-    half: Tensor  # [B] bool: the half of the pictures that each question belongs to
-    num_batches: int  # batches that there are, in all processes
-    kept: dict[str, Kept] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return a state: 'original' and 'smaller' [B, S, D]; of the layer that is refitted, with its old down_proj,
-        the 'output' [B, S, D], and 'inner' [B, S, I], the input of that down_proj.
-        """
-        return self.store.read(self.kept[name])
-
-    def __setitem__(self, name: str, state: Tensor) -> None:
-        self.forget(name)
-        self.kept[name] = self.store.keep(state)
-
-    def forget(self, *names: str) -> None:
-        for name in names:
-            if name in self.kept:
-                self.store.drop(self.kept.pop(name))
-
-    def step(self, layer: Any, layer_idx: int, state: Tensor) -> Tensor:
-        return stepped(layer, layer_idx, trace=self.lane.trace, state=state, store=self.store)
-
-    def after(self, layer_idx: int, output: Tensor) -> Tensor:
-        return after(layer_idx, self.lane.trace, output, self.store)
 
 
 @dataclass(frozen=True)
@@ -101,8 +67,8 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
     if not kinds:  # told before anything runs
         return {}
     folded: Folded = {}
-    bookmark = _bookmark(job, [list(job.plan.drop), asdict(fit), kinds], streams)
-    done = None if bookmark is None else _taken_up(bookmark, streams, folded)
+    bookmark = bookmark_of(job.model, [list(job.plan.drop), asdict(fit), kinds], streams)
+    done = None if bookmark is None else taken_up(bookmark, streams, folded)
     if done is None:
         yield from _carry(job, streams, originals=originals, start=0, stop=reached)
         for stream in streams:
@@ -116,24 +82,6 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
     for stream in streams:
         stream.forget(*list(stream.kept))
     return folded
-
-
-def _bookmark(job: FoldJob, does: list[Any], streams: Sequence[Stream]) -> Bookmark | None:
-    """Return the bookmark of a reconstruction; None where all layers are in memory, or nothing is kept."""
-    ranges = ranges_of(job.model)
-    if ranges is None or ranges.journal is None:
-        return None
-    return ranges.journal.begin("reconstruction", [does, [stream["original"] for stream in streams]])
-
-
-def _taken_up(bookmark: Bookmark, streams: Sequence[Stream], folded: Folded) -> int | None:
-    """Go on from what a run before has kept: return the layer at whose input both models are; None: it kept nothing."""
-    if (told := bookmark.found()) is None:
-        return None
-    for stream, (original, smaller) in zip(streams, told["streams"], strict=True):
-        stream["original"], stream["smaller"] = original, smaller
-    folded.update({(layer_idx, name): tensor for layer_idx, name, tensor in told["folded"]})
-    return int(told["reached"])
 
 
 def _refitted(
@@ -165,16 +113,7 @@ def _refitted(
             _advance(job, kept, streams, folded)
         if bookmark is not None:
             last = following == job.plan.num_layers
-            bookmark.keep_if_due(functools.partial(_told, streams, folded, reached=following), last=last)
-
-
-def _told(streams: Sequence[Stream], folded: Folded, reached: int) -> dict[str, Any]:
-    """Return where a reconstruction is, for a run that goes on from here later."""
-    return {
-        "reached": reached,
-        "streams": [[stream["original"], stream["smaller"]] for stream in streams],
-        "folded": [[*key, tensor] for key, tensor in folded.items()],
-    }
+            bookmark.keep_if_due(functools.partial(told, streams, folded, reached=following), last=last)
 
 
 def _advance(job: FoldJob, kept: int, streams: Sequence[Stream], folded: Folded) -> None:

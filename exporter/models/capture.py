@@ -255,10 +255,10 @@ class _Statistics:
     @classmethod
     def of(cls, told: Sequence[Any]) -> _Statistics:
         """Return those that were told."""
-        made = cls()
-        made.last_states, made.cosines, made.visual, made.rows, made.columns, means = told
-        made.means = None if means is None else AttentionMeans(*means)
-        return made
+        statistics = cls()
+        statistics.last_states, statistics.cosines, statistics.visual, statistics.rows, statistics.columns, means = told
+        statistics.means = None if means is None else AttentionMeans(*means)
+        return statistics
 
     def result(self, batch: Batch) -> BatchStatistics:
         text_scores = None

@@ -38,7 +38,7 @@ class Sums:
 
     name: str
     told: Callable[[], Any]  # a nest of dicts, lists, numbers, texts and tensors
-    given: Callable[[Any], object]
+    take_up: Callable[[Any], object]
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Bookmark:
         self._wait, self._begin, self._number = EVERY_S, time.monotonic(), 0
         self._last = self._begin
 
-    def found(self) -> Any:
+    def read(self) -> Any:
         """Return what a run before has kept of this pass; None where there is nothing, or it is damaged."""
         from safetensors import safe_open
 
@@ -114,6 +114,7 @@ class Bookmark:
         if not path.is_file() or sha256(path) != told:
             logger.warning("%s is not what was written there: this pass over the layers begins anew", path)
             return None
+        logger.warning("%s: goes on within a pass over the layers that a run before has begun", self.journal.folder)
         self._number = 1 + int(name.removesuffix(SUFFIX).rpartition("-")[2])
         with safe_open(path, framework="pt") as file:
             return nested(json.loads(file.metadata()[DATA]), file.get_tensor)
@@ -165,9 +166,9 @@ def nested(data: Any, tensor_of: Callable[[str], Tensor]) -> Any:
 def digest(value: Any) -> str:
     """Return the SHA-256 of a nest."""
     tensors: dict[str, Tensor] = {}
-    found = hashlib.sha256(json.dumps(flat(value, tensors), default=str).encode())
+    hashed = hashlib.sha256(json.dumps(flat(value, tensors), default=str).encode())
     for tensor in tensors.values():
-        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
-            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

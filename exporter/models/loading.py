@@ -63,7 +63,7 @@ def load_model(
     if report["unexpected_keys"]:
         logger.warning("%s holds tensors that transformers ignores: %s", source.name, sorted(report["unexpected_keys"]))
     check_finite(model, source.name)
-    read_by_ranges(model, text_decoder(model).layers, source.weights, source.name, room)
+    read_by_ranges(model, text_decoder(model).layers, weights=source.weights, name=source.name, room=room)
     return model.eval().requires_grad_(False), sorted(map(str, report["unexpected_keys"]))
 
 

@@ -49,7 +49,7 @@ class Originals:
         """Return all states that are kept, each with its batch and layer."""
         return [[*key, self.store.read(kept)] for key, kept in self.states.items()]
 
-    def given(self, told: Sequence[Any]) -> None:
+    def take_up(self, told: Sequence[Any]) -> None:
         """Keep what another was told of."""
         for number, layer_idx, state in told:
             self.keep((number, layer_idx), state)
@@ -104,11 +104,11 @@ def sweep_on(
     beside = None if along is None else along.step
     kept = [some for some in (originals, along) if some is not None]
 
-    def given(told: Sequence[Any]) -> None:
+    def take_up(told: Sequence[Any]) -> None:
         for some, states in zip(kept, told, strict=False):
-            some.given(states)
+            some.take_up(states)
 
-    sums = Sums("originals", lambda: [some.told() for some in kept] if first or along is not None else [], given)
+    sums = Sums("originals", lambda: [some.told() for some in kept] if first or along is not None else [], take_up)
     yield from taken_through(
         model,
         range(start, num_layers),

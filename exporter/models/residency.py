@@ -77,7 +77,7 @@ def read_by_ranges(model: Any, layers: Any, weights: Weights, name: str, room: R
     ranges: Ranges | None = None
     for _, hook in _offloaded(model):
         if ranges is None:
-            ranges = Ranges(hook.weights_map.dataset, weights, name, room, numbers)
+            ranges = Ranges(hook.weights_map.dataset, weights, name, room=room, numbers=numbers)
             ranges.bytes_read = weights.num_bytes - sum(entry.num_bytes for entry in map(ranges.entry, ranges) if entry)
         hook.weights_map.dataset = ranges
     return ranges

@@ -151,7 +151,7 @@ def sweeping(
         return
     with store_for(model) as store:
         lanes = entered(model, enumerate(batches), store=store, before=before)
-        left, behind = _bookmarked(model, range(stop), lanes, (ORIGINAL,), store, sums=sums)
+        left, behind = _bookmarked(model, range(stop), lanes, changes=(ORIGINAL,), store=store, sums=sums)
         for layer_idx in left:
             yield (layer_idx,)
             _through(
@@ -179,7 +179,7 @@ def taken_through(
         beside: called with each layer that runs while it is in memory, behind all batches.
         sums: what `seen` and `beside` have taken, so that a pass that was broken off can go on.
     """
-    left, behind = _bookmarked(model, layers, lanes, changes, store, sums=sums)
+    left, behind = _bookmarked(model, layers, lanes, changes=changes, store=store, sums=sums)
     for layer_idx in left:
         _through(
             model, layer_idx, lanes=lanes, changes=changes, store=store,
@@ -206,11 +206,11 @@ def _bookmarked(
     identity = [layers.start, layers.stop, does, _states(lanes, store)]
     bookmark = ranges.journal.begin("variants" if sums is None else sums.name, identity)
     start = layers.start
-    if (kept := bookmark.found()) is not None:
+    if (kept := bookmark.read()) is not None:
         start = kept["next"]
         _take_states(kept["states"], lanes, store)
         if sums is not None:
-            sums.given(kept["sums"])
+            sums.take_up(kept["sums"])
 
     def behind(layer_idx: int) -> None:
         def told() -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_a_pass_is_kept_seldom(tmp_path, monkeypatch):
         if now[0] > before:
             kept_at.append(second)
     assert kept_at == [30, 110, 190] and len(list(tmp_path.glob("pass-*"))) == 1
-    assert Journal(tmp_path, "run").begin("sweep", ["all"]).found() == {"next": 197.0}
-    assert Journal(tmp_path, "run").begin("sweep", ["others"]).found() is None
+    assert Journal(tmp_path, "run").begin("sweep", ["all"]).read() == {"next": 197.0}
+    assert Journal(tmp_path, "run").begin("sweep", ["others"]).read() is None
     Journal(tmp_path, "another")
     assert not list(tmp_path.glob("pass-*"))
