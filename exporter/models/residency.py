@@ -155,11 +155,12 @@ def held(*parts: Any, following: Any = None) -> Iterator[None]:
         forget_ahead()
         raise
     finally:
-        for kept in using:
+        for room, kept in using:
             kept.users -= 1
+            room.make(0)  # more may have been in use than there is room for
 
 
-def _in_memory(part: Any) -> InMemory | None:
+def _in_memory(part: Any) -> tuple[Room, InMemory] | None:
     """Read what of a part is on disk, and return it with a user more; None where it was never left on disk."""
     hook = next((hook for _, hook in _offloaded(part, held_too=True)), None)
     if hook is None:
@@ -175,7 +176,7 @@ def _in_memory(part: Any) -> InMemory | None:
     except BaseException:
         kept.users -= 1
         raise
-    return kept
+    return ranges.room, kept
 
 
 def let_go(*parts: Any) -> None:

@@ -21,6 +21,7 @@ import exporter
 from exporter.checkpoints.source import open_source
 from exporter.checkpoints.weight_files import open_weights
 from exporter.clean_room import REFERENCE_TOKENS, load_processor
+from exporter.compression import estimate as estimating
 from exporter.compression.estimate import estimate
 from exporter.compression.job import prepare
 from exporter.data.batches import make_batch
@@ -52,7 +53,8 @@ def short(folder: Path, questions: Path, samples: int = 6, **changes: object) ->
 @pytest.fixture
 def few_at_once(monkeypatch) -> None:
     """A tiny model has so few layers that three of them, beside the rest, are most of it."""
-    monkeypatch.setattr(loading, "AT_ONCE", 1)
+    for module in (loading, estimating):
+        monkeypatch.setattr(module, "AT_ONCE", 1)
 
 
 @pytest.fixture
