@@ -146,7 +146,7 @@ def held(*parts: Any, following: Any = None) -> Iterator[None]:
     Args:
         following: the part that is wanted next: it is read meanwhile.
     """
-    using = [kept for part in parts if (kept := _in_memory(part)) is not None]
+    using = [used for part in parts if (used := _in_memory(part)) is not None]
     if following is not None:
         _ahead.begin(following)
     try:
