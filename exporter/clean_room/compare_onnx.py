@@ -164,10 +164,10 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         return {"problems": [f"ONNX Runtime can't open it: {_first_line(error)}"]}
     findings = Findings()
-    given = given_questions(job["inputs"])
+    own_batches = given_questions(job["inputs"])
     if isinstance(model, ServedReference):  # they come from the checkpoint's own processor
-        given = [(what, model.shorter(inputs)) for what, inputs in given]
-    for what, inputs in [*questions(processor), *given]:
+        own_batches = [(what, model.shorter(inputs)) for what, inputs in own_batches]
+    for what, inputs in [*questions(processor), *own_batches]:
         batch = (what, with_tiles(inputs, runner.manifest["vision"]))
         compare_batch(model, runner, batch=batch, job=job, findings=findings)
     problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems

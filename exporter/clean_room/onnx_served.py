@@ -43,15 +43,15 @@ class ServedReference:
         import torch
 
         served = importlib.import_module("modeling.served_router")
-        given = {"pixel_values": pixel_values, "image_sizes": image_sizes}
-        pictures = self.model.picture_outputs(given).pooler_output
+        picture_inputs = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        pictures = self.model.picture_outputs(picture_inputs).pooler_output
         rows = [picture.reshape(-1, picture.shape[-1]) for picture in pictures]
         kept = [
             served.select(
                 self.model.serving_router,
                 picture,
                 self.model.budget,
-                coordinates=self.model.coordinates_of(number, picture, given),
+                coordinates=self.model.coordinates_of(number, picture, picture_inputs),
             )[0]
             for number, picture in enumerate(rows)
         ]
@@ -62,11 +62,11 @@ class ServedReference:
         import torch
 
         sizes = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-        given = {name: inputs.pop(name) for name in sizes if name in inputs}
-        whole = self.whole(given)
+        prompt = {name: inputs.pop(name) for name in sizes if name in inputs}
+        whole = self.whole(prompt)
         output = self.model.generate(**whole, **inputs)
         new = output.sequences[:, whole["input_ids"].shape[1] :]
-        output.sequences = torch.cat([given["input_ids"], new], 1)
+        output.sequences = torch.cat([prompt["input_ids"], new], 1)
         return output
 
 

@@ -37,17 +37,17 @@ def serving_of(source: Source, layout: str | None, preset: str | None, keep: int
         preset: asked for by name; `keep`: by a count or a share. Neither: the folder's default.
     Raises: InputError where a budget is asked for that the checkpoint or the layout has not.
     """
-    asked = f"--preset {preset}" if preset is not None else f"--keep-visual-tokens {keep}"
+    flag = f"--preset {preset}" if preset is not None else f"--keep-visual-tokens {keep}"
     if ENTRY not in source.raw_config:
         if preset is None and keep is None:
             return None
         if "router" in source.raw_config:
             raise InputError(
-                f"{source.name} has a router inside the decoder, which is given its budget when it runs: leave {asked} "
+                f"{source.name} has a router inside the decoder, which is given its budget when it runs: leave {flag} "
                 "out."
             )
         raise InputError(
-            f"{source.name} has no serving router, and {asked} is a budget of one: train it with `lvlm-exporter route "
+            f"{source.name} has no serving router, and {flag} is a budget of one: train it with `lvlm-exporter route "
             f"{source.name} --serve`, or leave the budget out."
         )
     settings = read_serving_settings(source.config, source.name)
