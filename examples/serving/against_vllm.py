@@ -164,7 +164,7 @@ def refusals(work: Path) -> list[Refusal]:
     budget[0]["images"] = picture
     from_another = copy(lambda folder: add_router(folder, trained_for={"num_hidden_layers": 24}), served)
     other_shape = copy(lambda folder: add_router(folder, bottleneck=16), served)
-    change_config(other_shape, {"serving_router": {"bottleneck": 32, "num_heads": 4}})
+    change_config(other_shape, {"serving_router": {"bottleneck": 32, "num_heads": 4, "pooled": True}})
 
     def without(folder: Path) -> None:
         shutil.rmtree(folder / "serving_router")

@@ -12,12 +12,17 @@ from tiny_folders import Asked
 
 
 def ask_transformers(
-    folder: Path, questions: Sequence[Asked], served: bool = False, new_tokens: int = NEW_TOKENS
+    folder: Path,
+    questions: Sequence[Asked],
+    served: bool = False,
+    new_tokens: int = NEW_TOKENS,
+    causal: bool = False,
 ) -> list[dict[str, Any]]:
     """Return prompts and greedy answers as token ids, one question after the other.
 
     Args:
         served: with the folder's serving router, under each question's budget.
+        causal: without the ids that tell which tokens are of a picture: no token then sees a later one.
     """
     from exporter.clean_room import encode, greedy_answers, load_processor
 
@@ -26,6 +31,8 @@ def ask_transformers(
     with torch.no_grad():
         for question in questions:
             inputs = encode(processor, [question.chat], [question.images])
+            if causal:
+                del inputs["token_type_ids"]
             budget = dict(question.budget) if served else {}
             if "question_ids" in budget:
                 budget["question_ids"] = [budget["question_ids"]]

@@ -94,7 +94,11 @@ def large_pictures(folder: Path, number: int) -> list[str]:
 
 
 def add_router(folder: Path, seed: int = 1, **settings: Any) -> Path:
-    """Give a folder a serving router of random weights: every one of them counts in what it chooses and adds."""
+    """Give a folder a serving router of random weights: every one of them counts in what it chooses and adds.
+
+    Args:
+        settings: in place of those that `route --serve` writes: `pooled=False` is the form of older folders.
+    """
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
@@ -103,12 +107,12 @@ def add_router(folder: Path, seed: int = 1, **settings: Any) -> Path:
         SERVING_ROUTER_FILE,
         ServingRouter,
         ServingSettings,
-        base_model,
     )
+    from exporter.routing.serving.settings import serving_settings
 
     config = AutoConfig.from_pretrained(folder)
-    known = {"bottleneck": 32, "num_heads": 4, "question_aware": True, "trained_for": base_model(config)}
-    entry = ServingSettings(**{**known, **settings})
+    written = serving_settings(config, question_aware=True)
+    entry = ServingSettings(**{**written, "bottleneck": 32, "num_heads": 4, **settings})
     router = ServingRouter(config.get_text_config().hidden_size, entry)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -76,6 +76,29 @@ def test_one_other_answer_is_seen(rows):
     assert not presets.holds and f"serve-accurate | {QUESTIONS - 1} of {QUESTIONS}" in presets.lines()[1]
 
 
+def test_gemma_has_to_answer_as_with_causal_attention_and_not_as_without(serving, tiny, tmp_path):
+    row = serving.Row("plain", "gemma3", tiny("gemma3"), list(serving.asked("gemma3", 4, tmp_path)))
+    row.ask_transformers()
+    assert [one["prompt"] for one in row.torch] == [one["prompt"] for one in row.causal]
+    row.vllm = {"rounds": [[dict(answer) for answer in row.causal]]}
+    assert row.holds and row.lines()[0].endswith("of 4; 4 of 4 with causal attention |")
+    row.vllm = {"rounds": [[dict(answer) for answer in row.torch]]}
+    assert not row.holds and "| 4 of 4 | 4 of 4; " in row.lines()[0]
+    row.vllm = {"rounds": [[{**answer, "tokens": []} for answer in row.causal]]}
+    assert not row.holds
+
+
+def test_routers_of_tiny_folders_are_of_the_form_that_is_trained(serving, tiny, tmp_path):
+    from transformers import AutoConfig
+
+    from exporter.routing.serving.settings import serving_settings
+
+    folder = serving.add_router(Path(shutil.copytree(tiny("llava"), tmp_path / "model")))
+    config = AutoConfig.from_pretrained(folder)
+    trained = {**serving_settings(config, question_aware=True), "bottleneck": 32, "num_heads": 4}
+    assert config.serving_router == trained
+
+
 def test_a_folder_and_its_questions_belong_together(serving, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["against_vllm.py", "--folder", "model"])
     with pytest.raises(SystemExit):
