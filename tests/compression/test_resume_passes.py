@@ -191,7 +191,7 @@ def test_a_pass_is_kept_seldom(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(journal, "EVERY_S", 30.0)
     monkeypatch.setattr(journal, "SHARE", 10)
-    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("exporter.models.journal.time.monotonic", lambda: now[0])
 
     def told():
         now[0] += 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,8 @@ def test_more_memory_reads_less_and_is_never_exceeded(tiny, questions, tmp_path,
     monkeypatch.setattr(estimate, "AT_ONCE", 2)
     for name in ("KNOWN_REFERENCE", "UNKNOWN_REFERENCE"):  # nothing is guessed of what a random model says
         monkeypatch.setattr(estimate, name, REFERENCE_TOKENS)
-    folder, loaded, most = tiny("llava"), [], [0]
+    folder, most = tiny("llava"), [0]
+    loaded: list[Any] = []
     asked = recipe(folder, questions, localizer=Method("tis"), fold=Method("scp"))
     asked = dataclasses.replace(asked, calibration=dataclasses.replace(asked.calibration, samples=4, answer_tokens=3))
     load, take = CompressionJob.load_model, residency._in_memory

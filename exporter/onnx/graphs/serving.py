@@ -9,7 +9,7 @@ the router.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,9 @@ class FewerRows(nn.Module):
         router, dim = self.router, features.shape[-1]
         known = router.down(router.input_norm(features)) + router.kind.weight[1] + self.place
         for block in router.blocks:
-            known = run_block(block, known)  # [T, N, R]
+            known = run_block(cast(Block, block), known)  # [T, N, R]
         weights = self.weights(router.head(known)[..., 0])
-        rows = torch.cat([features, known], -1)[:, self.table.flatten()].unflatten(1, self.table.shape)
+        rows = torch.cat([features, known], -1)[:, self.table]  # [T, n, W, D + R]
         means = (weights[..., None] * rows).sum(2)  # [T, n, D + R]
         kept, mixed = means[..., :dim], means[..., dim:] + self.turn
         everything = torch.cat([mixed + router.fate.weight[1], known + router.fate.weight[0]], 1)
@@ -64,7 +64,7 @@ class FewerRows(nn.Module):
 
     def weights(self, scores: Tensor) -> Tensor:
         """Return what each row counts in the mean of its cell: [T, N] -> [T, n, W]."""
-        of_cells = scores[:, self.table.flatten()].unflatten(1, self.table.shape)
+        of_cells: Tensor = scores[:, self.table]
         of_cells = of_cells + F.pad(self.router.first[None], (0, self.table.shape[1] - 1))
         if self.uneven:
             of_cells = of_cells.masked_fill(~self.filled, -torch.inf)

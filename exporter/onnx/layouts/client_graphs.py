@@ -250,7 +250,7 @@ def client_vision(model: Any, support: Support) -> Any:
 
 def served_vision(vision: Any, support: Support, serving: Serving | None) -> tuple[Any, dict[str, Any]]:
     """Return the vision module with a serving router behind it, where a budget asks for one, and the record's entry."""
-    if serving is None or serving.router is None:
+    if serving is None or serving.router is None or serving.budget is None:
         return vision, {} if serving is None else {"serving": serving.facts()}
     side = vision.tile_shape()[-1]
     size = (side, side) if support.kind == SQUARE else None
