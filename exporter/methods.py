@@ -35,7 +35,7 @@ class Localizer:
     link: str = ""  # where it was published
     value_name: str = "redundancy"  # of its scores, as a plot's axis names them
     passes: float | Function = 1.0  # forward passes over all questions; or a function of (JobSize, options), see there
-    sweeps: float | Function = 1  # times that the weights are read with --memory; or a function as of `passes`
+    sweeps: int | Function = 1  # times that layers are read with --memory; a function as of `passes` may give shares
     from_statistics: bool = False  # its function takes the statistics of one pass instead of the job: several share it
     attention: bool = False  # these include the attention's
     nested: bool = False  # what it drops of fewer layers is the beginning of what it drops of more
@@ -51,7 +51,7 @@ class Fold:
     title: str
     link: str = ""
     passes: float | Function = 1.0  # as a localizer's
-    sweeps: float | Function = 1  # as a localizer's
+    sweeps: int | Function = 1  # as a localizer's
     holds_states: bool = False  # keeps the states of all questions that it is fitted on in memory
 
 

@@ -116,12 +116,16 @@ class TaskData:
         return rest if self != TaskData(self.data) else self.data
 
 
+ROUTER_STEPS = 300  # of training a router inside the decoder
+SERVING_STEPS = 1200  # of a serving router, which has to say in rows what positions no longer say
+
+
 @dataclass(frozen=True)
 class RouterRecipe:
     """A router that is trained for a checkpoint."""
 
     calibration: CalibrationData | None = None  # unlabelled questions; None: the compression's own, all of them
-    steps: int = 300
+    steps: int | None = None  # None: ROUTER_STEPS, of a serving router SERVING_STEPS
     batch_size: int = 16
     learning_rate: float = 2e-3
     loss: Method = Method("importance")
@@ -133,13 +137,18 @@ class RouterRecipe:
     question_aware: bool = False  # a serving router that may be told the question
 
     def __post_init__(self) -> None:
-        layers = {name: 0 for name in ("candidates", "drop_at", "read_at") if getattr(self, name) is not None}
-        for name, least in {"steps": 1, "batch_size": 1, "seed": 0, **layers}.items():
+        given = {"steps": 1, "candidates": 0, "drop_at": 0, "read_at": 0}
+        wholes = {name: least for name, least in given.items() if getattr(self, name) is not None}
+        for name, least in {"batch_size": 1, "seed": 0, **wholes}.items():
             if not is_whole(value := getattr(self, name)) or value < least:
                 raise InputError(f"router: {name}={value!r}: a whole number from {least} up is needed.")
         if not isinstance(self.learning_rate, float | int) or not 0 < self.learning_rate < 1:
             raise InputError(f"router: learning_rate={self.learning_rate!r}: a number between 0 and 1 is needed.")
         refuse_answers(self.calibration, "router: it learns from the distributions behind the model's answers")
+
+    @property
+    def training_steps(self) -> int:
+        return self.steps or (SERVING_STEPS if self.serve else ROUTER_STEPS)
 
     def to_data(self) -> dict[str, Any]:
         """Return plain data; what is left to defaults stays out."""

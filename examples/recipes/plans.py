@@ -29,7 +29,8 @@ from exporter.models.flops import active_parameters
 from exporter.recipe import Recipe, RunOptions, load_recipe
 
 HERE = Path(__file__).resolve().parent
-SHARE = "72GB"  # that --memory allows on a GPU with 80 GB
+GPU_BYTES = 80e9
+SHARE = "72GB"  # that --memory allows on such a GPU
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Row:
     name: str
     published: str  # parameters, to three digits
     memory: str | None = None  # what --memory allows; None: all layers fit
+    batch_size: int | None = None  # questions at a time; None: the default
 
 
 # Parameters are those of the safetensors files, as the hub shows them on each model's page.
@@ -53,7 +55,7 @@ ROWS = {
         Row("gemma-3-27b", "27.4B"),
         Row("qwen3-vl-32b", "33.4B"),
         Row("qwen2.5-vl-72b", "73.4B", SHARE),
-        Row("internvl3-78b", "78.4B", SHARE),
+        Row("internvl3-78b", "78.4B", "70GB", batch_size=4),
         Row("qwen3-vl-235b-a22b", "236B", SHARE),
     )
 }
@@ -95,7 +97,10 @@ def hollow_job(row: Row, work: Path, picture: tuple[int, int]) -> CompressionJob
     recipe = dataclasses.replace(
         recipe, model=str(folder), calibration=dataclasses.replace(recipe.calibration, data=str(data))
     )
-    return prepare(recipe, RunOptions(device="cpu", dtype="bfloat16", memory=row.memory))
+    options = RunOptions(device="cpu", dtype="bfloat16", memory=row.memory)
+    if row.batch_size is not None:
+        options = dataclasses.replace(options, batch_size=row.batch_size)
+    return dataclasses.replace(prepare(recipe, options), device="cuda")  # where it is to run; here nothing does
 
 
 def questions_like(recipe: Recipe, work: Path, picture: tuple[int, int]) -> Path:

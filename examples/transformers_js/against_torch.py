@@ -2,6 +2,7 @@
 
     python examples/transformers_js/against_torch.py --write docs/transformers-js.md          (make js-test)
     python examples/transformers_js/against_torch.py --model FOLDER --questions FILE          a trained model of yours
+    python examples/transformers_js/against_torch.py --types llava --preset serve-fast        rows with a budget only
 
 It installs the pinned client into build/transformers-js, makes a tiny random checkpoint of each type, exports it and
 the trained reference model, and asks both sides the same questions on the same pictures, greedily: the client in Node,
@@ -50,12 +51,20 @@ class Row:
     external: bool = False  # weights in files of their own, however few they are
     trained: Path | None = None  # a checkpoint of its own, and the file with its questions
     asked: Path | None = None
+    preset: str | None = None  # budget of a serving router: that of the checkpoint, or a random one for a tiny model
+
+    @property
+    def title(self) -> str:
+        external = ", weights in files of their own" if self.external else ""
+        return self.name + external + (f", {self.preset}" if self.preset else "")
 
 
 ROWS = (
     Row("llava", (40, 40), questions=100, dtypes=ALL),
     Row("llava", (40, 40), external=True),
     Row("llava", (90, 61)),
+    Row("llava", (40, 40), preset="serve-fast"),
+    Row("llava", (40, 40), preset="serve-balanced"),
     Row("llava_onevision", (24, 24)),
     Row("llava_onevision", (50, 30)),
     Row("idefics3", (48, 24)),
@@ -136,11 +145,17 @@ def exported(row: Row, folder: Path) -> tuple[Path, Path]:
     from exporter.onnx.layouts import precisions
 
     source = row.trained or build(row.name, folder / "checkpoint", layers=row.layers)
+    if row.preset and not row.trained:
+        sys.path.insert(0, str(ROOT / "examples" / "serving"))
+        from tiny_folders import add_router
+
+        add_router(source, pooled=True)
     before = precisions.EXTERNAL_FROM
     try:
         precisions.EXTERNAL_FROM = 1 if row.external else before
         quantize = ",".join(row.dtypes[1:]) or None
-        return source, export(source, folder / "client", ExportOptions(layout="transformers.js", quantize=quantize))
+        options = ExportOptions(layout="transformers.js", quantize=quantize, preset=row.preset)
+        return source, export(source, folder / "client", options)
     finally:
         precisions.EXTERNAL_FROM = before
 
@@ -180,12 +195,19 @@ def ask_client(folder: Path, dtype: str, asked: list[Question]) -> list[dict[str
 class Torch:
     """The checkpoint in torch. What it has answered once it does not compute again: precisions share their pixels."""
 
-    def __init__(self, source: Path, client: Path) -> None:
+    def __init__(self, source: Path, client: Path, preset: str | None) -> None:
         from transformers import AutoModelForImageTextToText
 
+        from exporter.checkpoints.source import open_source
         from exporter.clean_room import load_processor
+        from exporter.routing.serving.folder import load_served
 
-        self.model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+        if preset:
+            self.model = load_served(open_source(str(source)), "cpu", torch.float32)
+            self.model.set_budget(preset)
+        else:
+            self.model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+        self.served = bool(preset)
         self.processor = load_processor(source)
         vision = json.loads((client / "onnx.json").read_text())["vision"]
         self.side = vision["tile"] if vision["kind"] == "square" else None  # of the square that the client shows
@@ -198,6 +220,14 @@ class Torch:
         if as_the_client and self.side:
             image = image.resize((self.side, self.side))
         return encode(self.processor, [question.chat], [[image]])
+
+    def seen(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the ids that the decoder is given: in the served form, without the placeholders of rows that left."""
+        if not self.served:
+            return inputs["input_ids"]
+        shorter = self.model._compacted(inputs, self.model.budget, None)
+        assert shorter is not None
+        return shorter[0]["input_ids"]
 
     def answer(self, inputs: dict[str, torch.Tensor]) -> list[int]:
         key = tuple(inputs[name].numpy().tobytes() for name in ("input_ids", "pixel_values"))
@@ -213,7 +243,7 @@ def compare(row: Row, folder: Path) -> list[Result]:
     import exporter
 
     source, client = exported(row, folder)
-    asked, reference = questions(row, folder), Torch(source, client)
+    asked, reference = questions(row, folder), Torch(source, client, row.preset)
     results = []
     for dtype in row.dtypes:
         result = Result(row, dtype)
@@ -231,7 +261,8 @@ def add(result: Result, reference: Torch, runner: Any, question: Question, answe
     """Compare one answer, torch and our runner given the client's pixels."""
     inputs = reference.prepared(question)
     result.questions += 1
-    result.prompts += inputs["input_ids"][0].tolist() == answer["input_ids"]
+    seen = reference.seen(inputs)
+    result.prompts += seen[0].tolist() == answer["input_ids"]
     pixels = torch.from_numpy(np.frombuffer(base64.b64decode(answer["pixels"]), np.float32).copy())
     pixels = pixels.reshape(answer["dims"])
     if reference.side:  # the overview, and the same as its one tile
@@ -239,8 +270,9 @@ def add(result: Result, reference: Torch, runner: Any, question: Question, answe
     result.pixels = max(result.pixels, float((pixels - inputs["pixel_values"]).abs().max()))
     inputs["pixel_values"] = pixels
     result.equal += reference.answer(inputs) == answer["tokens"]
+    inputs |= {"input_ids": seen, "attention_mask": torch.ones_like(seen)}
     arrays = {name: value.numpy() for name, value in inputs.items()}
-    length = inputs["input_ids"].shape[1]
+    length = seen.shape[1]
     ran = runner.generate(**arrays, max_new_tokens=NEW_TOKENS, do_sample=False)[0, length:].tolist()
     result.runner += ran == answer["tokens"]
 
@@ -269,7 +301,7 @@ def head(row: Row) -> str:
 
 def line(result: Result) -> str:
     row, of = result.row, f"of {result.questions}"
-    name = f"{row.name}{', weights in files of their own' if row.external else ''}"
+    name = row.title
     pixels = "0" if result.pixels == 0 else f"{result.pixels:.1g}"
     cells = [name] if row.trained else [name, f"{row.size[0]} x {row.size[1]}"]
     cells += [result.dtype, f"{result.prompts} {of}", f"{result.equal} {of}", f"{result.runner} {of}", pixels]
@@ -315,9 +347,10 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     """Return what is compared: everything, some types, or one trained model."""
     if options.model is not None:
         name = json.loads((options.model / "config.json").read_text())["model_type"]
-        return [Row(name, questions=options.count, dtypes=ALL, trained=options.model, asked=options.questions)]
-    rows = [*ROWS, REFERENCE]
-    return [row for row in rows if options.types is None or row.name in options.types.split(",")]
+        model = {"trained": options.model, "asked": options.questions, "preset": options.preset}
+        return [Row(name, questions=options.count, dtypes=ALL, **model)]
+    rows = [row for row in (*ROWS, REFERENCE) if options.types is None or row.name in options.types.split(",")]
+    return [row for row in rows if options.preset is None or row.preset == options.preset]
 
 
 def parsed() -> argparse.Namespace:
@@ -326,12 +359,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--types", metavar="TYPES", help="only these, with commas between them")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="only this trained checkpoint, in all precisions")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="its questions, with one picture each")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="with the budget of its serving router; only rows that have it"
+    )
     parser.add_argument("--count", type=int, default=100, metavar="N", help="how many of them (100)")
     options = parser.parse_args()
     if (options.model is None) != (options.questions is None):
         parser.error("--model and --questions belong together: a checkpoint and the file of its questions.")
-    if options.write and (options.model or options.types):
-        parser.error("--write takes the whole of it: leave --model and --types out.")
+    if options.write and (options.model or options.types or options.preset):
+        parser.error("--write takes the whole of it: leave --model, --types and --preset out.")
     return options
 
 

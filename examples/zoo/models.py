@@ -146,6 +146,7 @@ class Row:
     seed: int
     text: Settings  # settings of its decoder that the family leaves open
     tied: bool = False
+    vision_steps: int = 600  # of training tower and projector alone: drawn shapes need few, written digits many
     steps: int = 2600  # of training the whole model
 
 
@@ -164,7 +165,7 @@ ROWS: dict[str, Row] = {
               "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
     ),
     "gemma-digits": Row(
-        "gemma3", "digits", NEARLY, layers=12, seed=12, tied=True,
+        "gemma3", "digits", NEARLY, layers=12, seed=12, tied=True, vision_steps=3000, steps=3200,
         text={"num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 40,
               "layer_types": windows(12)},
     ),
@@ -174,10 +175,13 @@ ROWS: dict[str, Row] = {
         text={"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1},
     ),
     "mistral-digits": Row(
-        "mistral3", "digits", FREE, layers=12, seed=15,
+        "mistral3", "digits", FREE, layers=12, seed=15, vision_steps=3000, steps=3200,
         text={"num_key_value_heads": 2, "head_dim": 32, "sliding_window": None},
     ),
-    "smolvlm-digits": Row("smolvlm", "digits", SQUARE, layers=10, seed=16, text={"num_key_value_heads": 2}),
+    "smolvlm-digits": Row(
+        "smolvlm", "digits", SQUARE, layers=10, seed=16, vision_steps=3000, steps=3200,
+        text={"num_key_value_heads": 2},
+    ),
 }  # fmt: skip
 
 

@@ -39,17 +39,21 @@ CHECKPOINT_SECONDS = 180
 @dataclass(frozen=True)
 class Options:
     scenes: int
-    vision_steps: int
     batch: int
     bf16: bool
     compiled: bool
-    steps: int | None = None  # in place of the row's
+    vision_steps: int | None = None  # both in place of the row's
+    steps: int | None = None
 
 
 def image_features(model: Any, pixels: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the visual tokens of all pictures of a batch, one after the other. [V, D]"""
-    features = model.model.get_image_features(**pixels, return_dict=True).pooler_output
-    return torch.cat(list(features)) if isinstance(features, (tuple, list)) else features.flatten(0, -2)
+    parts = [pixels]
+    if "image_sizes" in pixels:  # Pixtral makes one sequence of all pictures, whose attention costs its square
+        parts = [{name: each[i : i + 1] for name, each in pixels.items()} for i in range(len(pixels["image_sizes"]))]
+    outputs = [model.model.get_image_features(**part, return_dict=True).pooler_output for part in parts]
+    features = [each for output in outputs for each in (output if isinstance(output, (tuple, list)) else [output])]
+    return torch.cat([each.flatten(0, -2) for each in features])
 
 
 def read_layers(layers: int) -> tuple[int, int]:
@@ -177,7 +181,9 @@ def run_phase(phase: str, step_loss: Step, steps: int, model: Any, heads: Heads,
             last_saved = time.monotonic()
 
 
-def train_vision(model: Any, heads: Heads, samples: list, options: Options, work: Path, report: Report) -> None:
+def train_vision(
+    model: Any, heads: Heads, samples: list, steps: int, options: Options, work: Path, report: Report
+) -> None:
     """Train tower and projector: heads name the colour, the name and the place of what each visual token shows."""
 
     def step_loss(rng: np.random.Generator) -> tuple[torch.Tensor, str]:
@@ -191,7 +197,7 @@ def train_vision(model: Any, heads: Heads, samples: list, options: Options, work
             right = (heads.named["name"](features[shown].float()).argmax(-1) == labels[shown, 1]).float().mean()
         return loss, f"loss {loss:.3f}, tokens named {right:.3f}"
 
-    run_phase("vision", step_loss, options.vision_steps, model, heads, work, report)
+    run_phase("vision", step_loss, steps, model, heads, work, report)
 
 
 def train_jointly(
@@ -270,7 +276,7 @@ def train_model(name: str, out: Path, options: Options, report: Report) -> None:
     report(f"{len(samples)} pictures, {time.monotonic() - begin:.0f} s")
     if options.compiled:
         compile_layers(model)
-    train_vision(model, vision_heads, samples, options, work, report)
+    train_vision(model, vision_heads, samples, options.vision_steps or row.vision_steps, options, work, report)
     steps = options.steps or row.steps
     train_jointly(model, heads, samples, held_out, kind.weights, steps, options, work, report)
     report(f"held out, at the end: {exact_match(model.eval(), heads, held_out, options)}")
@@ -287,8 +293,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("zoo"))
     parser.add_argument("--models", nargs="+", choices=models.ROWS, default=list(models.ROWS), metavar="NAME")
     parser.add_argument("--scenes", type=int, default=12_000, help="training pictures of each model")
-    parser.add_argument("--vision-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, help="of training the whole model, in place of the table's number")
+    parser.add_argument(
+        "--vision-steps", type=int, help="of training tower and projector; both in place of the table's"
+    )
+    parser.add_argument("--steps", type=int, help="of training the whole model")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
@@ -298,7 +306,7 @@ def main() -> None:
         help="bfloat16 matrix products (default: where the CPU has them)",
     )
     given = parser.parse_args()
-    options = Options(given.scenes, given.vision_steps, given.batch, given.bf16, given.compile, given.steps)
+    options = Options(given.scenes, given.batch, given.bf16, given.compile, given.vision_steps, given.steps)
     given.out.mkdir(parents=True, exist_ok=True)
     log = (given.out / "train.log").open("a")
 

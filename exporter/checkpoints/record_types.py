@@ -359,3 +359,13 @@ class OnnxRouterPart:
 
     presets: dict[Text, Any]
     default: Text
+
+
+@dataclass(frozen=True)
+class OnnxServingPart:
+    """The budget of a serving router that an ONNX folder's vision graph has: "off" where it is the plain model."""
+
+    preset: Annotated[Text | None, OR_MISSING] = None  # None: the budget was given as a count or a share
+    keep_visual_tokens: Annotated[Number | None, OR_MISSING] = None
+    rows: Annotated[Count | None, OR_MISSING] = None  # of a picture in the whole model
+    stays: Annotated[Count | None, OR_MISSING] = None  # that the graph gives out

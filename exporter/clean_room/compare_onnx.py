@@ -23,6 +23,7 @@ from .onnx_components import (
     compare_parts,
     compare_routes,
 )
+from .onnx_served import ServedReference
 from .process import load_package
 from .processing import encode, load_processor
 from .reference import generate, reference_inputs
@@ -123,13 +124,19 @@ def load_torch(job: dict[str, Any]) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     auto: Any = AutoModelForImageTextToText
-    if "router" in json.loads((Path(job["folder"]) / "onnx.json").read_text()):
+    manifest = json.loads((Path(job["folder"]) / "onnx.json").read_text())
+    served = "keep_visual_tokens" in job
+    if "router" in manifest or served:
         load_package("modeling", PACKAGE / "modeling")  # this package's files, not the source's copy
-        modeling: Any = importlib.import_module("modeling.modeling_routed")
+        modeling: Any = importlib.import_module(f"modeling.modeling_{'served' if served else 'routed'}")
         model_type = json.loads((Path(job["source"]) / "config.json").read_text())["model_type"]
-        auto = getattr(modeling, modeling.class_name(model_type))
+        auto = getattr(modeling, (modeling.served_name if served else modeling.class_name)(model_type))
     model = auto.from_pretrained(job["source"], dtype=getattr(torch, job["dtype"]), trust_remote_code=False)
-    return model.float().eval().requires_grad_(False), load_processor(job["folder"])
+    model = model.float().eval().requires_grad_(False)
+    if served:
+        model.set_budget(keep_visual_tokens=job["keep_visual_tokens"])
+        model = ServedReference(model, manifest["serving"]["rows"], manifest["serving"]["stays"])
+    return model, load_processor(job["folder"])
 
 
 @dataclass
@@ -157,7 +164,10 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         return {"problems": [f"ONNX Runtime can't open it: {_first_line(error)}"]}
     findings = Findings()
-    for what, inputs in [*questions(processor), *given_questions(job["inputs"])]:
+    own_batches = given_questions(job["inputs"])
+    if isinstance(model, ServedReference):  # they come from the checkpoint's own processor
+        own_batches = [(what, model.shorter(inputs)) for what, inputs in own_batches]
+    for what, inputs in [*questions(processor), *own_batches]:
         batch = (what, with_tiles(inputs, runner.manifest["vision"]))
         compare_batch(model, runner, batch=batch, job=job, findings=findings)
     problems = out_of_tolerance(findings.outputs, job["dtype"], job["quantize"]) + findings.problems

@@ -298,6 +298,14 @@ def token_counts(text: str) -> tuple[int | float | None, ...]:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of counts or shares like 144 or 0.5,0.25") from error
 
 
+def token_count(text: str) -> int | float:
+    """Read '0.5' or '144': a share has a point."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no count or share like 144 or 0.25") from error
+
+
 def shares(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in names(text))

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import ranks
 from ..methods import LOSSES
-from ..recipe import ROUTER_SAMPLES, RouterRecipe
+from ..recipe import ROUTER_SAMPLES, ROUTER_STEPS, SERVING_STEPS, RouterRecipe
 from .arguments import DATA, MODEL, calibration_arguments, number_in_range, positive_count, run_arguments, whole_number
 from .from_flags import progress_bar, router_from_flags, run_options_from_flags, write_json
 
@@ -28,7 +28,12 @@ def add_arguments(subcommand: argparse.ArgumentParser) -> None:
     subcommand.add_argument(
         "--question-aware", action="store_true", help="let a serving router read the question where it is told it"
     )
-    subcommand.add_argument("--steps", type=positive_count, metavar="N", help=f"training steps ({RouterRecipe.steps})")
+    subcommand.add_argument(
+        "--steps",
+        type=positive_count,
+        metavar="N",
+        help=f"training steps ({ROUTER_STEPS}; with --serve {SERVING_STEPS})",
+    )
     subcommand.add_argument(
         "--candidates",
         type=whole_number,

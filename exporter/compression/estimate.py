@@ -15,7 +15,7 @@ from ..fold.reconstruction import refits
 from ..methods import FOLDS, LOCALIZERS, Function, resolve
 from ..models.drafting import may_draft
 from ..models.flops import active_parameters, image_patches, kv_bytes_per_token, tower_parameters
-from ..models.loading import PartSizes
+from ..models.loading import AT_ONCE, PartSizes
 from ..models.questions import JobSize, portion
 from ..plan import make_plan
 from ..recipe import Method
@@ -164,24 +164,41 @@ def _reading(job: CompressionJob) -> Reading:
     Raises: InputError where --memory allows less than streaming needs.
     """
     sizes = PartSizes.of(job.source, job.dtype.itemsize)
-    num_held, _ = sizes.share_out(parse_size(job.options.memory or ""), job.source.name)
-    if num_held == len(sizes.layers):
+    allowed = parse_size(job.options.memory or "")
+    if sizes.share_out(allowed, job.source.name)[0] == len(sizes.layers):
         return Reading()
     size = replace(_likely(job), streamed=True)
-    localizing = folding = 0.0
+    localizing: tuple[float, ...] = ()
+    folding: tuple[float, ...] = ()
     if job.reads_questions:
         localizing = _sweeps(LOCALIZERS[job.recipe.localizer.name].sweeps, size, job.recipe.localizer)
     if job.count:
         folding = _sweeps(FOLDS[job.fold.name].sweeps, size, job.fold)
     answers, reference = _answer_passes(job)
-    answers = answers if localizing + folding else 0
-    on_disk = sum(sizes.layers[num_held:]) / sum(sizes.layers) * layer_bytes(job)
-    left = 1 - job.count / len(sizes.layers)
-    times = {"answers": answers, "localize": localizing, "fold": folding, "reference": left * reference}
-    stages = {name: number * on_disk for name, number in times.items()}
+    answers = answers if localizing or folding else 0
+    remain = 1 - job.count / len(sizes.layers)
+    shares = {"answers": (1.0,) * answers, "localize": localizing, "fold": folding, "reference": (remain,) * reference}
+    on_disk = layer_bytes(job)
+    stages = {name: on_disk * read for name, read in _read(shares, sizes, allowed - sizes.least, job.device).items()}
     stages["load"] = job.source.weights.num_bytes - on_disk
-    sweeps = round(localizing + folding) + answers + reference
+    sweeps = round(sum(localizing) + sum(folding)) + answers + reference
     return Reading(sweeps, answers + reference, round(sum(stages.values())), stages)
+
+
+def _read(shares: dict[str, tuple[float, ...]], sizes: PartSizes, left: int, device: str) -> dict[str, float]:
+    """Return how many times all layers each stage reads, from the shares of them that its passes go through.
+
+    The last ones stay, and are read by the first pass alone; a fold, which goes back to a layer, leaves one fewer.
+    """
+    stay = sizes.layers_that_stay(left, device) + AT_ONCE - 2
+    read = dict.fromkeys(shares, 0.0)
+    first = True
+    for name, passes in shares.items():
+        kept = min(max(stay - (name == "fold"), 0) / len(sizes.layers), 1.0)
+        for share in passes:
+            read[name] += share if first else max(share - kept, 0.0)
+            first = False
+    return read
 
 
 def _answer_passes(job: CompressionJob) -> tuple[int, int]:
@@ -270,8 +287,10 @@ def _cost(passes: float | Function, size: JobSize, method: Method) -> tuple[floa
     return passes, 1.0 if passes else 0.0
 
 
-def _sweeps(sweeps: float | Function, size: JobSize, method: Method) -> float:
-    return sweeps if isinstance(sweeps, float | int) else float(resolve(sweeps)(size, method.options))
+def _sweeps(sweeps: int | Function, size: JobSize, method: Method) -> tuple[float, ...]:
+    """Return the share of the layers that each pass of a method reads."""
+    shares = sweeps if isinstance(sweeps, int) else resolve(sweeps)(size, method.options)
+    return (1.0,) * shares if isinstance(shares, int) else tuple(shares)
 
 
 def _tokens(job: CompressionJob) -> tuple[int, int, int]:

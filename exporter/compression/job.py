@@ -93,7 +93,7 @@ class CompressionJob:
 
     def load_model(self) -> tuple[Any, list[str]]:
         """Return the model, and names of tensors that transformers ignores."""
-        return load_model(self.source, self.device, self.dtype, self.options.memory)
+        return load_model(self.source, self.device, self.dtype, self.options.memory, by_layer=True)
 
 
 def prepare(

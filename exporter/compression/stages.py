@@ -30,6 +30,8 @@ from ..checkpoints.temporary import LOCK, held
 from ..errors import CheckFailed, InputError
 from ..localize.judged import JudgedSets
 from ..localize.scores import LayerScores
+from ..models import journal
+from ..models.capture import RANKINGS
 from ..models.loading import alike_options
 from ..models.questions import Questions
 from ..plan import Folded
@@ -92,6 +94,7 @@ class Stages:
     before: Spent = Spent()  # by runs that were broken off, on what they have finished
     begin: float = field(default_factory=time.monotonic)
     read_here: Callable[[], int] = lambda: 0  # bytes of weights, where layers lie on disk
+    journal: journal.Journal | None = None  # of passes over layers on disk, in a single process
 
     @property
     def spent(self) -> Spent:
@@ -148,6 +151,8 @@ class Stages:
         try:
             replace_tensors(path, tensors, {DATA: json.dumps(data)})
             self.finished[name] = sha256(path)
+            if self.journal is not None:  # what passes were made for
+                self.journal.clear(but=RANKINGS if name in FOLLOWED else "")
             index = {"fingerprint": self.fingerprint, "stages": self.finished, "spent": asdict(self.spent)}
             replace_text(self.folder / INDEX, json.dumps(index))
         except OSError as error:
@@ -181,22 +186,25 @@ def stages_in(folder: Path, fingerprint: str) -> Iterator[Stages]:
     with held(folder, "another run is compressing"):
         try:
             stages.finished, stages.before = _finished(folder, fingerprint)
+            stages.journal = journal.Journal(folder, fingerprint) if ranks.world() == 1 else None
             yield stages
         except BaseException as error:
             failed = isinstance(error, CheckFailed) or isinstance(error.__context__, CheckFailed)
             refused = isinstance(error, InputError) and not (
                 LAST in stages.finished or isinstance(error.__cause__, OSError)
             )
-            if failed or refused or not stages.finished:
+            passes = stages.journal is not None and stages.journal.kept
+            if failed or refused or not (stages.finished or passes):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 def _foreign(folder: Path) -> list[str]:
     """Return the names of what lies in a folder and is not from a run."""
-    ours = {LOCK, INDEX, *(f"{name}{STEP}" for name in (*FOLLOWED, *CODECS))}
+    ours = {LOCK, INDEX, journal.INDEX, *(f"{name}{STEP}" for name in (*FOLLOWED, *CODECS))}
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    return [name for name in names if name not in ours and not name.endswith(".partial")]
+    passes = {name for name in names if name.startswith(journal.PREFIX) and name.endswith(journal.SUFFIX)}
+    return [name for name in names if name not in ours | passes and not name.endswith(".partial")]
 
 
 def _finished(folder: Path, fingerprint: str) -> tuple[dict[str, str], Spent]:
@@ -219,8 +227,8 @@ def _finished(folder: Path, fingerprint: str) -> tuple[dict[str, str], Spent]:
     logger.warning(
         "%s is of another recipe, model or version, or damaged: it is not used, and all is done anew", folder
     )
-    for path in folder.glob(f"*{STEP}"):
-        path.unlink()
+    for path in (*folder.glob(f"*{STEP}"), folder / journal.INDEX):
+        path.unlink(missing_ok=True)
     (folder / INDEX).unlink()
     return {}, Spent()
 

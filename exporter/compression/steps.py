@@ -50,6 +50,8 @@ def changes_of(job: CompressionJob, stages: Stages | None = None) -> Changes:
     questions = job.questions(model)
     ranges = ranges_of(model)
     stages.read_here = lambda: 0 if ranges is None else ranges.bytes_read
+    if ranges is not None:
+        ranges.journal = stages.journal
     stages.follow_answers(questions)
     judged = JudgedSets()
     stages.follow_judged(judged, questions)
@@ -60,6 +62,8 @@ def changes_of(job: CompressionJob, stages: Stages | None = None) -> Changes:
     reference = stages.run("reference", questions, functools.partial(_reference, model, questions, smaller))
     read = ranks.total(stages.read_here())
     stages.read_here = lambda: read  # lets the layers go
+    if ranges is not None:
+        ranges.room.forget(*ranges.room.layers.values())
     del model, questions.model  # verification loads the checkpoint again: there is memory for one
     record = describe(job, questions, scores=scores, plan=plan, fold=fold, reference=reference)
     record["source"]["unexpected_keys"] = ignored

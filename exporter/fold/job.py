@@ -22,6 +22,7 @@ from ..families import Decoder
 from ..localize.tis import important
 from ..models.boundary import Kept, StateStore
 from ..models.capture import AttentionMeans, AttentionReducer, aim, attention_means, on_module
+from ..models.journal import Sums
 from ..models.loading import text_decoder
 from ..models.residency import ranges_of
 from ..models.side_by_side import Task, side_by_side
@@ -107,6 +108,16 @@ class GapMemo:
         tensors = self._store.park((gap.differences, gap.mlp.xx, gap.mlp.xy, gap.mlp.yy))
         self._kept[key] = tensors, gap.mlp.count, gap.directions
 
+    def told(self, key: Any) -> list[Any]:
+        """Return what was measured of a gap, for a pass that goes on from here later."""
+        gap = self.read(key)
+        return [gap.differences, gap.mlp.xx, gap.mlp.xy, gap.mlp.yy, gap.mlp.count]
+
+    def take_up(self, key: Any, told: Sequence[Any]) -> None:
+        """Keep what another was told of."""
+        differences, *moments = told
+        self.keep(key, GapMoments(differences, Moments(*moments)))
+
     def read(self, key: Any) -> GapMoments:
         """Return what was measured of a gap."""
         tensors, count, directions = self._kept[key]
@@ -166,6 +177,20 @@ class GapSums:
             total.add(difference.T @ difference)
         self.mlp.add(mlp, target)
 
+    def told(self) -> list[Any]:
+        """Return all of the sums so far, for a pass that goes on from here later."""
+        return [[difference.told() for difference in self.differences], self.mlp.told()]
+
+    @classmethod
+    def of(cls, told: Sequence[Any]) -> GapSums:
+        """Return those that were told."""
+        differences, mlp = told
+        sums = cls(1, (0.0,) * (len(differences) + 2))
+        for some, of_another in zip(sums.differences, differences, strict=True):
+            some.take_up(of_another)
+        sums.mlp.take_up(mlp)
+        return sums
+
     def total(self) -> GapMoments:
         return GapMoments([difference.total() for difference in self.differences], self.mlp.total())
 
@@ -205,6 +230,17 @@ def measuring(job: FoldJob, tokens: str = "all", *, p: float = 0.5, each: bool =
         if at_once and added[kept] == len(entered):
             job.memo.keep(keys[kept], sums.pop(kept).total())
 
+    def told() -> list[Any]:
+        closed = {kept: job.memo.told(keys[kept]) for kept in unmeasured if keys[kept] in job.memo}
+        return [{kept: some.told() for kept, some in sums.items()}, dict(added), closed]
+
+    def take_up(told: Sequence[Any]) -> None:
+        of_open, of_batches, closed = told
+        sums.update({kept: GapSums.of(some) for kept, some in of_open.items()})
+        added.update(of_batches)
+        for kept, gap in closed.items():
+            job.memo.take_up(keys[kept], gap)
+
     def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
             entered.append(dataclasses.replace(batch, inputs={}))
@@ -213,7 +249,8 @@ def measuring(job: FoldJob, tokens: str = "all", *, p: float = 0.5, each: bool =
     if unmeasured:
         batches = counted(job.batches())  # before attention is changed: the model may have to answer them first
         with attention_means(job.model) if tokens == "important" else contextlib.nullcontext() as reducer:
-            yield from _cross(job, unmeasured, batches, reducer, each=each, add=add)
+            taken = Sums(f"gaps {sorted(keys.items())}", told, take_up)
+            yield from _cross(job, unmeasured, batches, reducer, each=each, add=add, taken=taken)
         for kept in sorted(unmeasured.keys() - added.keys()):  # of a process that had no batch
             sums[kept] = GapSums(job.width_of(kept), agreed(()))
     for kept in unmeasured:
@@ -246,6 +283,17 @@ class _Crossing:
     entered: Kept | None = None  # [B, S, D]
     added: list[Kept] = field(default_factory=list)
 
+    def told(self, store: StateStore) -> list[Any]:
+        """Return all of it, for a pass that goes on from here later."""
+        return [None if kept is None else store.read(kept) for kept in (self.mlp, self.entered, *self.added)]
+
+    @classmethod
+    def of(cls, told: Sequence[Any], store: StateStore) -> _Crossing:
+        """Keep what another was told of."""
+        mlp, entered, *added = [None if state is None else store.keep(state) for state in told]
+        assert mlp is not None
+        return cls(mlp, entered, [state for state in added if state is not None])
+
     def take(self, store: StateStore, means: AttentionMeans | None) -> Gap:
         """Return the gap, and keep nothing of it."""
         gap = Gap(store.read(self.mlp), tuple(map(store.read, self.added)), means)
@@ -263,8 +311,13 @@ def _cross(
     *,
     each: bool,
     add: Callable[[Batch, int, Gap], None],
+    taken: Sums,
 ) -> Task[None]:
-    """Run the batches up to the last dropped layer; hand on what each gap's moments are made of, as it closes."""
+    """Run the batches up to the last dropped layer; hand on what each gap's moments are made of, as it closes.
+
+    Args:
+        taken: what `add` has made of that.
+    """
     layers = text_decoder(job.model).layers
     before_gap = {layer: kept for kept, dropped in gaps.items() for layer in dropped}
     tapped: list[Tensor] = []
@@ -293,6 +346,17 @@ def _cross(
         running.append(batch)
         aim(reducer, batch)
 
+    def take_up(told: Sequence[Any]) -> None:
+        of_gaps, crossed = told
+        crossing.update({(number, kept): _Crossing.of(states, store) for number, kept, states in crossed})
+        taken.take_up(of_gaps)
+
+    sums = Sums(
+        taken.name,
+        lambda: [taken.told(), [[*key, some.told(store)] for key, some in crossing.items()]],
+        take_up,
+    )
+
     def tap(_: Tensor, put: Tensor) -> None:
         if running:
             tapped.append(put)
@@ -302,4 +366,4 @@ def _cross(
             module = layers[kept].get_submodule(job.decoder.down_proj_of(kept) or "")
             taps.enter_context(on_module(module, tap))
         last = max(dropped[-1] for dropped in gaps.values())
-        yield from sweeping(job.model, batches, before=before, seen=seen, stop=last + 1)
+        yield from sweeping(job.model, batches, before=before, seen=seen, stop=last + 1, sums=sums)

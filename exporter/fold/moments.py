@@ -57,6 +57,14 @@ class ExactSum:
                 part[begin : begin + step] += rounded
                 rest -= rounded
 
+    def told(self) -> list[Any]:
+        """Return all of the sum so far, for a pass that goes on from here later."""
+        return [self.parts, self._largest_exact, self._rounding]
+
+    def take_up(self, told: Sequence[Any]) -> None:
+        """Go on from what another was told of."""
+        self.parts, self._largest_exact, self._rounding = told
+
     def total(self) -> Tensor:
         """Return the sum over all processes, which the first one alone has; nothing is to be added any more."""
         coarse, fine = map(ranks.summed, self.parts)
@@ -98,6 +106,16 @@ class MomentSums:
         self.xy.add(x.T @ y)
         self.yy.add(y.square().sum(0))
         self.count += len(x)
+
+    def told(self) -> list[Any]:
+        """Return all of the sums so far, for a pass that goes on from here later."""
+        return [*(some.told() for some in (self.xx, self.xy, self.yy)), self.count]
+
+    def take_up(self, told: Sequence[Any]) -> None:
+        """Go on from what another was told of."""
+        *sums, self.count = told
+        for some, of_another in zip((self.xx, self.xy, self.yy), sums, strict=True):
+            some.take_up(of_another)
 
     def total(self) -> Moments:
         """Return the moments over all processes, which the first one alone has."""

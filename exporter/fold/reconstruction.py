@@ -12,9 +12,10 @@ Shapes: B samples, S tokens, N counted tokens, D hidden size, P inputs of the re
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,58 +24,26 @@ from torch import Tensor
 from .. import ranks
 from ..data.batches import Batch
 from ..families import Decoder
-from ..models.boundary import Kept, StateStore
 from ..models.capture import on_module
+from ..models.journal import Bookmark
 from ..models.loading import text_decoder
 from ..models.originals import Originals, originals_of
 from ..models.questions import SUFFIX, JobSize
 from ..models.replay import replaced
 from ..models.side_by_side import Task, side_by_side
-from ..models.sweep import Lane, after, stepped
+from ..models.sweep import Lane
 from ..plan import Folded, PruningPlan
 from .job import FoldJob, FoldRefused, counted_tokens
 from .moments import RIDGE, Moments, MomentSums, agreed, bounds_of, solve
 from .norms import GainMoments, below_the_norm, effective, gain_of, root_mean_square
 from .outputs import Matrix
+from .streams import Stream, bookmark_of, taken_up, told
 
 GAIN_RIDGE = 1.0  # of a norm's gain where the matrices' is chosen by cross-validation
 LAYER_COST = 4.5  # of refitting a layer, in forward passes through it: two regressions with their sums, the state after
 MATRICES = ("o_proj", "down_proj")
 INNER_BYTES = 2 << 30  # of a layer's inputs of down_proj, that may be kept
 TOKENS_PER_INPUT = 4.0  # that a regression needs at least: with fewer, answers were worse than without a fold
-
-
-@dataclass
-class Stream:
-    """One batch at the boundary between two layers, in the original and in the smaller model."""
-
-    lane: Lane
-    store: StateStore
-    weights: Tensor  # [B, S] of the tokens in the regressions; 0 for those that don't count
-    half: Tensor  # [B] bool: the half of the pictures that each question belongs to
-    num_batches: int  # batches that there are, in all processes
-    kept: dict[str, Kept] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return a state: 'original' and 'smaller' [B, S, D]; of the layer that is refitted, with its old down_proj,
-        the 'output' [B, S, D], and 'inner' [B, S, I], the input of that down_proj.
-        """
-        return self.store.read(self.kept[name])
-
-    def __setitem__(self, name: str, state: Tensor) -> None:
-        self.forget(name)
-        self.kept[name] = self.store.keep(state)
-
-    def forget(self, *names: str) -> None:
-        for name in names:
-            if name in self.kept:
-                self.store.drop(self.kept.pop(name))
-
-    def step(self, layer: Any, layer_idx: int, state: Tensor) -> Tensor:
-        return stepped(layer, layer_idx, trace=self.lane.trace, state=state, store=self.store)
-
-    def after(self, layer_idx: int, output: Tensor) -> Tensor:
-        return after(layer_idx, self.lane.trace, output, self.store)
 
 
 @dataclass(frozen=True)
@@ -97,10 +66,37 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
     kinds = affordable(job, refitted[0], kinds, tokens)
     if not kinds:  # told before anything runs
         return {}
-    yield from _carry(job, streams, originals=originals, start=0, stop=reached)
-    for stream in streams:
-        stream["smaller"] = stream["original"]
     folded: Folded = {}
+    bookmark = bookmark_of(job.model, [list(job.plan.drop), asdict(fit), kinds], streams)
+    done = None if bookmark is None else taken_up(bookmark, streams, folded)
+    if done is None:
+        yield from _carry(job, streams, originals=originals, start=0, stop=reached)
+        for stream in streams:
+            stream["smaller"] = stream["original"]
+    else:
+        reached, refitted = done, [layer_idx for layer_idx in refitted if layer_idx >= done]
+    yield from _refitted(
+        job, fit, kinds, refitted=refitted, reached=reached,
+        streams=streams, originals=originals, folded=folded, bookmark=bookmark,
+    )  # fmt: skip
+    for stream in streams:
+        stream.forget(*list(stream.kept))
+    return folded
+
+
+def _refitted(
+    job: FoldJob,
+    fit: Fit,
+    kinds: Sequence[str],
+    *,
+    refitted: Sequence[int],
+    reached: int,
+    streams: Sequence[Stream],
+    originals: Originals,
+    folded: Folded,
+    bookmark: Bookmark | None,
+) -> Task[None]:
+    """Refit layers one after the other, from the input of layer `reached` on; put their weights into `folded`."""
     for kept, following in itertools.pairwise([*refitted, job.plan.num_layers]):
         yield from _carry(job, streams, originals=originals, start=reached, stop=following, beside=(kept,))
         reached = following
@@ -115,9 +111,9 @@ def steps(job: FoldJob, fit: Fit, originals: Originals, kinds: Sequence[str]) ->
             folded[kept, f"{norm}.weight"] = gain
         if following < job.plan.num_layers:  # something comes behind it
             _advance(job, kept, streams, folded)
-    for stream in streams:
-        stream.forget(*list(stream.kept))
-    return folded
+        if bookmark is not None:
+            last = following == job.plan.num_layers
+            bookmark.keep_if_due(functools.partial(told, streams, folded, reached=following), last=last)
 
 
 def _advance(job: FoldJob, kept: int, streams: Sequence[Stream], folded: Folded) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from .. import ranks
 from ..cards.card_file import carry_card
 from ..cards.model_card import card
-from ..checkpoints.files import ADAPTER_FILE, hashes, sha256
+from ..checkpoints.files import ADAPTER_FILE, file_hash, hashes, sha256
 from ..checkpoints.record import RECORD, read_record, reference_part, write_record
 from ..checkpoints.source import Source, file_hashes, open_source
 from ..checkpoints.staging import check_space, check_target, staged
@@ -127,6 +127,7 @@ def prepare_healing(
             "train a router for the result (lvlm-exporter route)."
         )
     _check_same_words(source, original)
+    _check_other_weights(source, original)
     calibration, fit, held_out = check_healing(heal, data)
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
@@ -158,6 +159,16 @@ def _check_same_words(source: Source, teacher: Source) -> None:
         raise InputError(
             f"{teacher.name} and {source.name} have different vocabularies: a model is healed by the one that it was "
             "made from."
+        )
+
+
+def _check_other_weights(source: Source, teacher: Source) -> None:
+    """Raise InputError where the two are one and the same model."""
+    mine, theirs = ({file_hash(shard.path) for shard in model.stored.shards} for model in (source, teacher))
+    if mine == theirs:
+        raise InputError(
+            f"{source.name} and {teacher.name} hold the same weights: a model has nothing to learn from itself. "
+            "Name the model that it was made from as --teacher."
         )
 
 

@@ -334,14 +334,14 @@ def passes(size: JobSize, options: Mapping[str, Any]) -> tuple[float, float]:
     return cost, used
 
 
-def sweeps(size: JobSize, options: Mapping[str, Any]) -> float:
-    """Return how often the weights are read: by rankings, by each judgement, by the folds of sets.
+def sweeps(size: JobSize, options: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return which shares of the layers are read: by rankings, by each judgement, by the folds of sets.
 
     Behind the first judgement, which the original takes part in, they are read from the first layer that a set leaves
     out; the folds of sets are judged in one pass, whatever the rounds.
     """
-    folded = SUFFIX + 1 if options.get("folded", True) and size.judges else 0
-    return 2 + (_effort(size, options).walks - 1) * SUFFIX + folded
+    folded = (SUFFIX, 1.0) if options.get("folded", True) and size.judges else ()
+    return 1.0, 1.0, *[SUFFIX] * (_effort(size, options).walks - 1), *folded
 
 
 def _effort(size: JobSize, options: Mapping[str, Any]) -> Effort:

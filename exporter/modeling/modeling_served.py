@@ -35,6 +35,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ from .routed_types import register_hub_names
 from .served_cells import blocks  # noqa: F401  (a sibling: older loaders copy what is named here)
 from .served_file import name_class, router_file, save_router
 from .served_layout import Layout, in_callers_ids, layout_in, question_rows
-from .served_pictures import check_copies, fewer_rows
-from .served_places import picture_coordinates, served_positions
+from .served_pictures import Shortened, check_copies, fewer_rows
+from .served_places import picture_coordinates, picture_places, positions_in_axes, served_positions
 from .served_router import (
     OFF,
     SERVING_ROUTER_FILE,
@@ -67,7 +68,7 @@ PICTURE_ARGUMENTS = (  # of the stock model's get_image_features
     "vision_feature_select_strategy",
 )
 LONGER = ("mm_token_type_ids", "position_ids")  # inputs of the caller's length that the shorter prompt does without
-GENERATING: ContextVar[Any] = ContextVar("lvlm_exporter_served", default=None)  # whose generate has compacted already
+GENERATING: ContextVar[Any] = ContextVar("lvlm_exporter_served", default=(None, None))  # model and layout of a generate
 
 
 class ServedModel:
@@ -136,12 +137,14 @@ class ServedModel:
             choose: gives the rows that stay, [n, D], and their numbers, [n], from a picture's rows, where they lie
                 and the number of its sequence.
         """
-        keep, outputs = fewer_rows(
+        keep, outputs, pictures = fewer_rows(
             pictured, outputs, lambda number, rows, at: choose(rows, self.coordinates_of(number, rows, named), at)
         )
         ids, mask = named["input_ids"], named.get("attention_mask")
         visible = torch.ones_like(pictured) if mask is None else mask.to(pictured.device).bool()
         layout = Layout.of(keep, visible)
+        if self.serving_settings.keeps_places:
+            layout = replace(layout, positions=self._in_places(layout, keep & visible, pictures, named))
         left_out = (*PICTURE_ARGUMENTS, *LONGER)
         inputs = {name: value for name, value in named.items() if name not in left_out}
         inputs["input_ids"] = layout.narrowed(ids, self._padding_id())
@@ -150,6 +153,25 @@ class ServedModel:
         if named.get("labels") is not None:
             inputs["labels"] = layout.narrowed(named["labels"], -100)
         return inputs, layout
+
+    def _in_places(self, layout: Layout, stays: Tensor, pictures: list[Shortened], named: dict[str, Any]) -> Tensor:
+        """Return positions of the shorter prompt that are those of the whole one, [3, B, W]; 0 at padding.
+
+        Args:
+            stays: [B, S] False at placeholders whose rows leave, and at padding.
+        """
+        if named.get("image_grid_thw") is None:
+            raise ValueError("under a budget, image_grid_thw has to say where the pictures' rows lie: pass it.")
+        visible, grids = layout.visible, named["image_grid_thw"].tolist()
+        positions = torch.zeros(3, *visible.shape, dtype=torch.long, device=visible.device)
+        for sequence, seen in enumerate(visible):
+            placed = [
+                (int(stays[sequence, : each.column].sum()), picture_places(self.config, grids[number], each.stays))
+                for number, each in enumerate(pictures)
+                if each.sequence == sequence
+            ]
+            positions[:, sequence, seen] = positions_in_axes(int(seen.sum()), placed).to(positions.device)
+        return positions
 
     def _checked_ids(self, named: dict[str, Any]) -> Tensor:
         """Return the prompt's ids [B, S]. Raises ValueError for what cannot be made shorter."""
@@ -198,7 +220,7 @@ class ServedModel:
 
     def _served_forward(self, named: dict[str, Any], preset: Any, keep_visual_tokens: Any, question_ids: Any) -> Any:
         """Run the stock forward on the shorter prompt, or as it is where nothing leaves."""
-        if GENERATING.get() is self:
+        if GENERATING.get()[0] is self:
             return self._stock.forward(self, **named)
         cache = cache_in(named)
         if (layout := layout_in(cache)) is not None:
@@ -211,8 +233,8 @@ class ServedModel:
         if compacted is None:
             return self._stock.forward(self, **named)
         inputs, layout = compacted
-        inputs["position_ids"] = served_positions(inputs["attention_mask"], self.axes())
-        self._forget_deltas(len(layout.columns))
+        inputs["position_ids"] = layout.numbered(inputs["attention_mask"], self.axes())
+        self._note_deltas(layout)
         last, as_output = inputs.get("logits_to_keep", 0), inputs.pop("return_dict", True)
         alike = isinstance(last, int) and last > 0 and layout.ends_alike(last)
         output = self._stock.forward(self, **{**inputs, "logits_to_keep": last if alike else 0, "return_dict": True})
@@ -247,7 +269,7 @@ class ServedModel:
                     "the whole prompt's among them; or leave it out."
                 )
             visible = layout.narrowed(mask, 0).to(visible.device).bool()
-        positions = served_positions(visible, self.axes())[..., -tokens.shape[1] :]
+        positions = layout.numbered(visible, self.axes())[..., -tokens.shape[1] :]
         return {
             **named,
             "attention_mask": visible.to(tokens.device, torch.long),
@@ -257,10 +279,26 @@ class ServedModel:
     def axes(self) -> int | None:
         return 3 if hasattr(self.model, "get_rope_index") else None
 
-    def _forget_deltas(self, number: int) -> None:
-        """Set what M-RoPE models add to later positions to 0, since positions are compacted."""
+    def _note_deltas(self, layout: Layout) -> None:
+        """Set what M-RoPE models add to the positions of later tokens: 0 where the shorter prompt has no gaps."""
         if hasattr(self.model, "rope_deltas"):
-            self.model.rope_deltas = torch.zeros(number, 1, dtype=torch.long, device=self.device)
+            self.model.rope_deltas = layout.deltas().to(self.device)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """Return the positions that `generate` begins with; in models that keep places, by the layout."""
+        layout = self._generating()
+        if layout is None or layout.positions is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        visible = model_kwargs["attention_mask"]
+        layout = layout.repeated(len(visible) // len(layout.columns))
+        self._note_deltas(layout)
+        text = served_positions(visible)  # the stock model makes its mask by these
+        return torch.cat([text[None], layout.numbered(visible, self.axes()).to(text.device)])
+
+    def _generating(self) -> Layout | None:
+        """Return the layout of the shorter prompt that this model's `generate` is at work on."""
+        model, layout = GENERATING.get()
+        return layout if model is self else None
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -281,7 +319,7 @@ class ServedModel:
                 named["attention_mask"] = self._visible(ids, args, kwargs)
             shorter = self._compacted(named, budget, serving["question_ids"])
         if shorter is None:
-            return self._generate(inputs, *args, **kwargs)
+            return self._generate(None, inputs, *args, **kwargs)
         kwargs, layout = shorter
         settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
         for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -291,10 +329,10 @@ class ServedModel:
                 kwargs[name] = max(limit - layout.length + layout.width, 0)
         check_copies(kwargs, settings)
         args = in_callers_ids(args, kwargs, ids, layout)
-        return self._as_asked(self._generate(None, *args, **kwargs), ids, layout, cache)
+        return self._as_asked(self._generate(layout, None, *args, **kwargs), ids, layout, cache)
 
-    def _generate(self, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        before = GENERATING.set(self)
+    def _generate(self, layout: Layout | None, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        before = GENERATING.set((self, layout))
         try:
             return super().generate(inputs, *args, **kwargs)
         finally:

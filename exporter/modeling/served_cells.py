@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def runs(number: int, stays: int, device: Any = None) -> Tensor:
@@ -85,6 +86,33 @@ def _spread(cells: Tensor, columns: int, stays: int) -> float:
     middles = torch.zeros(stays, 2, dtype=torch.float64).index_add(0, cells, places)
     middles /= torch.bincount(cells, minlength=stays)[:, None]
     return float((places - middles[cells]).square().sum())
+
+
+def best_rows(logits: Tensor, cells: Tensor) -> Tensor:
+    """Return the number of the highest row of each cell, [n]; of equals the earlier one.
+
+    Args:
+        cells: [N] from 0 to n - 1.
+    """
+    ranked = logits.argsort(descending=True, stable=True)
+    ranked = ranked[cells[ranked].argsort(stable=True)]  # cell by cell, the highest first
+    ordered = cells[ranked]
+    return ranked[F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)]
+
+
+def middle_rows(cells: Tensor, columns: int) -> Tensor:
+    """Return the number of the row nearest to the middle of each cell, [n]; of equals the earlier one.
+
+    Args:
+        cells: [N] of a grid, line by line.
+        columns: of the grid; where several of them follow each other, a cell lies in one.
+    """
+    number, counts = len(cells), torch.bincount(cells)
+    at = torch.arange(number, device=cells.device)
+    places = torch.stack([at // columns, at % columns], 1)  # whole numbers: engines have to find the same rows
+    sums = torch.zeros(len(counts), 2, dtype=torch.long, device=cells.device).index_add(0, cells, places)
+    apart = (counts[cells, None] * places - sums[cells]).square().sum(1)
+    return best_rows(-apart, cells)
 
 
 def means_of_cells(rows: Tensor, cells: Tensor, weights: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .served_places import served_positions
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -19,6 +21,7 @@ class Layout:
 
     columns: Tensor  # [B, W] column of the caller's prompt; -1 at padding
     length: int  # S
+    positions: Tensor | None = None  # [3, B, W] in models that keep places; None: they run without gaps
 
     @classmethod
     def of(cls, keep: Tensor, visible: Tensor) -> Layout:
@@ -67,7 +70,30 @@ class Layout:
 
     def repeated(self, times: int) -> Layout:
         """Return the layout of a batch in which each sequence stands several times in a row."""
-        return self if times == 1 else Layout(self.columns.repeat_interleave(times, 0), self.length)
+        if times == 1:
+            return self
+        positions = None if self.positions is None else self.positions.repeat_interleave(times, 1)
+        return Layout(self.columns.repeat_interleave(times, 0), self.length, positions)
+
+    def deltas(self) -> Tensor:
+        """Return how much further the positions of later tokens are than their number in the prompt, [B, 1]."""
+        counts = self.visible.sum(1, keepdim=True)
+        if self.positions is None:
+            return torch.zeros_like(counts)
+        last: Tensor = self.positions.masked_fill(~self.visible, 0).amax((0, 2))
+        return last[:, None] + 1 - counts
+
+    def numbered(self, visible: Tensor, axes: int | None) -> Tensor:
+        """Return the positions of the shorter prompt and all that came after it, [B, T], or [axes, B, T].
+
+        Args:
+            visible: [B, T] nonzero at tokens, zero at padding.
+        """
+        positions = served_positions(visible, axes)
+        if self.positions is None:
+            return positions
+        later = positions[..., self.width :] + self.deltas().to(positions.device)
+        return torch.cat([self.positions.to(positions.device), later], -1)
 
 
 def layout_in(cache: Any) -> Layout | None:

@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens of a prompt, P pictures or tiles, N rows of a pict
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +31,19 @@ def split_rows(features: Any, pictured: Tensor) -> list[Tensor]:
     return list(torch.split(rows, lengths)) if sum(lengths) == len(rows) else [rows]
 
 
+@dataclass(frozen=True)
+class Shortened:
+    """Where a picture stands in the caller's prompts, and how many of its rows stay."""
+
+    sequence: int
+    column: int  # of its first placeholder
+    stays: int
+
+
 def fewer_rows(
     pictured: Tensor, outputs: Any, choose: Callable[[int, Tensor, int], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Any]:
-    """Return which tokens stay, [B, S], and the pictures' outputs with the rows that stay.
+) -> tuple[Tensor, Any, list[Shortened]]:
+    """Return which tokens stay, [B, S], the pictures' outputs with the rows that stay, and where the pictures stand.
 
     Args:
         pictured: [B, S] True at placeholders.
@@ -48,13 +58,14 @@ def fewer_rows(
             f"the prompt has {len(places)} placeholders of pictures, and the pictures give "
             f"{sum(map(len, pictures))} rows: process both together."
         )
-    keep, chosen, kept_rows, start = ~pictured, [], [], 0
+    keep, chosen, kept_rows, shortened, start = ~pictured, [], [], [], 0
     for number, rows in enumerate(pictures):
         here = places[start : start + len(rows)]
         start += len(rows)
         stays, index = choose(number, rows, int(here[0, 0]))
         sequence, column = here[index.to(here.device)].unbind(1)
         keep[sequence, column] = True
+        shortened.append(Shortened(*here[0].tolist(), stays=len(index)))
         chosen.append(stays)
         kept_rows.append(index)
     deepstack = getattr(outputs, "deepstack_features", None)
@@ -64,7 +75,7 @@ def fewer_rows(
         ]
     is_tensor = isinstance(outputs.pooler_output, Tensor)
     outputs.pooler_output = stacked(chosen, keep & pictured) if is_tensor else chosen
-    return keep, outputs
+    return keep, outputs, shortened
 
 
 def stacked(pictures: list[Tensor], kept: Tensor) -> Tensor:

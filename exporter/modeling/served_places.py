@@ -1,6 +1,7 @@
 """Where a picture's tokens lie in it, by its size alone, and the positions of a prompt from which some have left.
 
-Beside torch and the standard library this file needs nothing: `served_router` imports it, and says what it is for.
+Beside torch and the standard library this file needs `served_cells` alone: `served_router` imports it, and says what it
+is for.
 
 Shapes: N rows of a picture, S tokens of a prompt.
 """
@@ -8,12 +9,14 @@ Shapes: N rows of a picture, S tokens of a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .served_cells import blocks, middle_rows
 
 
 def picture_coordinates(config: Any, number: int, grid: Any = None, size: Any = None) -> Tensor:
@@ -118,6 +121,48 @@ def served_positions(visible: Tensor, axes: int | None = None) -> Tensor:
     """
     positions = (visible.long().cumsum(-1) - 1).clamp(min=0)
     return positions if axes is None else positions.expand(axes, *positions.shape)
+
+
+def picture_places(config: Any, grid: Any, stays: int) -> tuple[Tensor, int]:
+    """Return line and column of the rows that stay of a picture, [n, 2], and how many positions the picture takes.
+
+    A row stands in the middle of its cell; the whole picture takes as many positions as its longer side has rows,
+    whatever stays of it, so that text behind it stands where it did. Of a model with positions in three axes.
+
+    Args:
+        config: of the model.
+        grid: the picture's entry of `image_grid_thw`: frames, rows and columns of patches.
+        stays: n.
+    """
+    merge = int(entry_of(entry_of(config, "vision_config") or config, "spatial_merge_size") or 1)
+    frames, lines, columns = (int(n) // m for n, m in zip(grid, (1, merge, merge), strict=True))
+    number = frames * lines * columns
+    coordinates = picture_coordinates(config, number, grid=grid)
+    rows = torch.arange(number) if stays == number else middle_rows(blocks(coordinates, stays), columns)
+    return torch.stack([rows // columns % lines, rows % columns], 1), max(lines, columns)
+
+
+def positions_in_axes(length: int, pictures: Iterable[tuple[int, tuple[Tensor, int]]]) -> Tensor:
+    """Return the positions of one prompt with pictures in it, in three axes, [3, S]: as the stock models number them.
+
+    Text counts on in all three; a picture's rows have the position at which it begins, plus their line and column in
+    the second and third; text behind it goes on behind its longer side (M-RoPE: Qwen2-VL, arXiv 2409.12191, section
+    2.1).
+
+    Args:
+        length: S, without padding.
+        pictures: at which token each begins, in their order, and what `picture_places` says of it.
+    """
+    positions, at, position = torch.empty(3, length, dtype=torch.long), 0, 0
+    for start, (places, side) in pictures:
+        positions[:, at:start] = torch.arange(position, position + start - at)
+        position += start - at
+        at = start + len(places)
+        positions[0, start:at] = position
+        positions[1:, start:at] = position + places.T.to(positions.device)
+        position += side
+    positions[:, at:] = torch.arange(position, position + length - at)
+    return positions
 
 
 def entry_of(config: Any, name: str) -> Any:

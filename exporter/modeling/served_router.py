@@ -14,13 +14,16 @@ What both sides call, for one picture at a time:
     tokens_kept(number, budget)                               how many placeholders the picture has in the prompt
     picture_coordinates(config, number, grid=, size=)         where its rows lie in the picture
     select(router, features, budget, coordinates, question)   the rows for the placeholders, and whose place they take
-    served_positions(visible, axes)                           positions of the shorter prompt
+    served_positions(visible, axes)                           positions of the shorter prompt, or, where
+    positions_in_axes(length, pictures)                       `keeps_places` is set, of one that keeps places
 
 A picture's rows are all that the stock model scatters into its placeholders: ends of lines and tiles included. Features
-that layers of the decoder add later (Qwen3-VL's deepstack features) are chosen by those numbers. Models with
-positions in three axes number a shorter prompt as all others do, 0 to n - 1 in each axis: an engine asks for positions
-before it has encoded the picture, and cannot know where the rows lie that will stay. Their places come with the rows
-instead, in what the router adds to them.
+that layers of the decoder add later (Qwen3-VL's deepstack features) are chosen by those numbers.
+
+Positions follow from sizes alone, too: an engine asks for them before it has encoded the picture. Most models number a
+prompt without gaps, and so the shorter one; where its rows lie comes with them, in what the router adds to them. Models
+with positions in three axes (`keeps_places`) give each row the line and the column of the middle of its cell, and text
+the positions that it has behind the whole picture. In folders of before that setting they number as all others do.
 
 The picture is cut into n cells of neighbouring rows, blocks as square as can be, in the order of lines, so that the
 shorter prompt still goes over the whole picture: to a decoder that knows places by positions, n rows from anywhere say
@@ -48,11 +51,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .served_cells import blocks, means_of_cells, runs, softmax_of_cells
-from .served_places import entry_of, picture_coordinates, served_positions
+from .served_cells import best_rows, blocks, means_of_cells, runs, softmax_of_cells
+from .served_places import entry_of, picture_coordinates, picture_places, positions_in_axes, served_positions
 
 __all__ = [
     "ENTRY",
+    "IN_AXES",
     "OFF",
     "PRESETS",
     "SERVING_FORMAT",
@@ -67,6 +71,8 @@ __all__ = [
     "load_serving_router",
     "load_serving_weights",
     "picture_coordinates",
+    "picture_places",
+    "positions_in_axes",
     "select",
     "served_positions",
     "tokens_kept",
@@ -76,6 +82,7 @@ ENTRY = "serving_router"  # of config.json
 SERVING_FORMAT = 1  # of how the router computes: weights of another would run, and choose badly
 SERVING_ROUTER_FILE = "serving_router/model.safetensors"
 OFF = "off"  # the preset that is the plain model
+IN_AXES = ("qwen2_5_vl", "qwen3_vl")  # model types whose positions have three axes
 TYPES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl")  # model types that are tested
 PRESETS = {
     "serve-accurate": {"keep_visual_tokens": 0.75},
@@ -117,6 +124,7 @@ class ServingSettings:
     num_heads: int
     depth: int = 2  # blocks before the scores; one more reads what leaves
     question_aware: bool = False  # it was trained with questions too; without one it chooses by the picture alone
+    keeps_places: bool = False  # positions in three axes are those of the whole prompt; else they run without gaps
     pooled: bool = False  # rows are means of blocks; False, as in older folders: the best rows of runs
     presets: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: dict(p) for name, p in PRESETS.items()})
     default: str = OFF  # the preset of a call that names no budget
@@ -165,6 +173,11 @@ class ServingSettings:
             )
         for preset in self.presets:
             check_budget(self._of_preset(preset))
+        if self.keeps_places and entry_of(config, "model_type") not in IN_AXES:
+            raise ValueError(
+                f"{ENTRY}: keeps_places is for models with positions in three axes ({', '.join(IN_AXES)}), and this is "
+                f"a {entry_of(config, 'model_type')} model."
+            )
         if self.default not in {OFF, *self.presets}:
             raise ValueError(f"{ENTRY}: the default preset {self.default!r} is not among {self.preset_names()}.")
 
@@ -356,18 +369,6 @@ def order_features(number: int, width: int) -> Tensor:
     frequencies = 1_000.0 ** (-torch.arange(width // 2) / (width // 2))
     angle = torch.arange(number)[:, None] * frequencies
     return torch.cat([angle.sin(), angle.cos()], -1)
-
-
-def best_rows(logits: Tensor, cells: Tensor) -> Tensor:
-    """Return the number of the highest row of each cell, [n]; of equals the earlier one.
-
-    Args:
-        cells: [N] from 0 to n - 1.
-    """
-    ranked = logits.argsort(descending=True, stable=True)
-    ranked = ranked[cells[ranked].argsort(stable=True)]  # cell by cell, the highest first
-    ordered = cells[ranked]
-    return ranked[F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)]
 
 
 def select(

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checkpoints.safetensors_ranges import fill
 from ..checkpoints.temporary import temporary_folder
 from ..errors import InputError
+from .room import Room
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,13 @@ class StateStore(contextlib.ExitStack):
 
     Args:
         limit: bytes that may be kept in memory; None: any number.
+        room: of which these are taken, where other stores and layers share it.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, room: Room | None = None) -> None:
         super().__init__()
-        self.limit = limit
+        self.limit, self.room = limit, room
+        self.callback(self._leave)
         self.in_memory = self.in_file = 0
         self._file: int | None = None
         self._folder = Path()
@@ -74,7 +77,7 @@ class StateStore(contextlib.ExitStack):
     def keep(self, tensor: Tensor) -> Kept:
         """Keep a tensor. Raises: InputError where the disk is full."""
         size = tensor.numel() * tensor.element_size()
-        if self.limit is None or self.in_memory + size <= self.limit:
+        if self._fits(size):
             self.in_memory += size
             return tensor
         block = _block_bytes(size)
@@ -86,6 +89,17 @@ class StateStore(contextlib.ExitStack):
         self._write(memoryview((ctypes.c_char * size).from_address(there.data_ptr())).cast("B"), begin)
         self.in_file += size
         return slot
+
+    def _fits(self, size: int) -> bool:
+        """Tell whether so many bytes may stay in memory, and take them of the room."""
+        if self.limit is not None and self.in_memory + size > self.limit:
+            return False
+        return self.room is None or self.room.take(size)
+
+    def _leave(self) -> None:
+        if self.room is not None:
+            self.room.give_back(self.in_memory)
+        self.in_memory = 0
 
     def read(self, kept: Kept) -> Tensor:
         """Return a tensor that is kept."""
@@ -99,7 +113,10 @@ class StateStore(contextlib.ExitStack):
     def drop(self, kept: Kept) -> None:
         """Give the place of a tensor up."""
         if isinstance(kept, Tensor):
-            self.in_memory -= kept.numel() * kept.element_size()
+            size = kept.numel() * kept.element_size()
+            self.in_memory -= size
+            if self.room is not None:
+                self.room.give_back(size)
             return
         self.in_file -= kept.num_bytes
         self._free.setdefault(_block_bytes(kept.num_bytes), []).append(kept.begin)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,14 @@ from ..data.batches import Batch
 from ..errors import InputError
 from ..families import is_listed
 from .attention import AttentionCall, attention_replaced
+from .journal import Sums
 from .loading import text_decoder
 from .replay import last_output, trace, walk
 from .sweep import sweep
 
 BLOCK_BYTES = 32 << 20  # of attention probabilities that may exist at a time
 IMPLEMENTATION = "lvlm_exporter_blockwise"
+RANKINGS = "rankings"  # what their pass is called where it is kept
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}  # of outputs, relative to the largest
 
 logger = logging.getLogger(__name__)
@@ -174,6 +176,11 @@ def _statistics(model: Any, batches: Iterable[Batch], attention: bool) -> Iterat
             seen=lambda lane, layer_idx, state, output: taken.setdefault(lane.number, _Statistics()).add(
                 lane.plain, layer_idx, before=state, after=output, reducer=reducer
             ),
+            sums=Sums(
+                RANKINGS if attention else f"{RANKINGS} without attention",
+                lambda: {number: taken[number].told() for number in sorted(taken)},
+                lambda told: taken.update({number: _Statistics.of(lists) for number, lists in told.items()}),
+            ),
         ):
             yield taken.pop(passed.number).result(passed.batch)
 
@@ -239,6 +246,19 @@ class _Statistics:
             self.visual.append((means.visual_from_visual + means.visual_from_text) * visual / 2)
             self.rows.append((means.text_to_visual + means.text_to_text) * text / 2)
             self.columns.append((means.text_to_visual + means.text_from_text) * text / 2)
+
+    def told(self) -> list[Any]:
+        """Return all numbers, for a pass that goes on from here later."""
+        means = None if self.means is None else list(vars(self.means).values())
+        return [self.last_states, self.cosines, self.visual, self.rows, self.columns, means]
+
+    @classmethod
+    def of(cls, told: Sequence[Any]) -> _Statistics:
+        """Return those that were told."""
+        statistics = cls()
+        statistics.last_states, statistics.cosines, statistics.visual, statistics.rows, statistics.columns, means = told
+        statistics.means = None if means is None else AttentionMeans(*means)
+        return statistics
 
     def result(self, batch: Batch) -> BatchStatistics:
         text_scores = None

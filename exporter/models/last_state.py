@@ -5,6 +5,7 @@ Shapes: B samples, S tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,19 @@ KEPT_BYTES = 2 << 30  # of activations that a pass may keep for its gradient; ab
 KEPT_STATES = 16  # of [B, S, D] that a layer keeps, roughly, beside three of its MLP's width
 
 
-def last_state(model: Any, traced: Trace, state: Tensor) -> Tensor:
-    """Return the last layer's output [B, S, D] from the input of the first, differentiable in it."""
+def last_state(model: Any, traced: Trace, state: Tensor, see: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Return the last layer's output [B, S, D] from the input of the first, differentiable in it.
+
+    Args:
+        see: is given each layer's number and output, one after the other.
+    """
     kept = activation_bytes(model.config.get_text_config(), state[..., 0].numel())
     output, again = state, torch.is_grad_enabled() and kept > KEPT_BYTES
     for layer_idx, layer in enumerate(text_decoder(model).layers):
         arguments = (layer, layer_idx, state)
         output = checkpoint(traced.step, *arguments, use_reentrant=False) if again else traced.step(*arguments)
+        if see is not None:
+            see(layer_idx, output)
         state = traced.after(layer_idx, output)
     return output
 

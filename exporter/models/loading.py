@@ -14,6 +14,7 @@ from ..checkpoints.temporary import folder_of_process
 from ..errors import InputError
 from ..probe.stack import find_decoder, stack_path
 from .residency import beside_layers, read_by_ranges
+from .room import Room
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    source: Source, device: str, dtype: torch.dtype, memory: str | None = None, cls: Any = None
+    source: Source,
+    device: str,
+    dtype: torch.dtype,
+    memory: str | None = None,
+    cls: Any = None,
+    by_layer: bool = False,
 ) -> tuple[Any, list[str]]:
     """Load the stock model, frozen, checked for missing weights and NaN; name the tensors that it has no use for.
 
@@ -31,14 +37,19 @@ def load_model(
         device: 'cpu', 'cuda', 'cuda:1', or 'auto' to spread over what there is (accelerate).
         memory: most that the model and its states may take on the device, '12GB'; layers beyond are read from disk.
         cls: a class to load it with in place of the stock one.
+        by_layer: layers will be held one by one: none is kept from the beginning, so that those are that serve best.
     """
     from transformers import AutoModelForImageTextToText
 
     placement: dict[str, Any] = {"device_map": device}
-    states_bytes = 0
+    room = Room(0, 0)
     if memory:
         sizes = PartSizes.of(source, dtype.itemsize)
-        num_held, states_bytes = sizes.share_out(parse_size(memory), source.name)
+        num_held, left = sizes.share_out(parse_size(memory), source.name)
+        if by_layer and num_held < len(sizes.layers):  # those stay that serve best, once they have run
+            num_held, left = 0, left + num_held * max(sizes.layers)
+        stay = sizes.layers_that_stay(left, device) if by_layer else 0
+        room = Room(left + (AT_ONCE - 1) * max(sizes.layers), for_states=left - stay * max(sizes.layers))
         placement = {
             "device_map": _placed(source, device, num_held, cls),
             "offload_folder": str(folder_of_process("offload", "the folder for what --memory leaves on disk")),
@@ -52,7 +63,7 @@ def load_model(
     if report["unexpected_keys"]:
         logger.warning("%s holds tensors that transformers ignores: %s", source.name, sorted(report["unexpected_keys"]))
     check_finite(model, source.name)
-    read_by_ranges(model, source.weights, source.name, states_bytes)
+    read_by_ranges(model, text_decoder(model).layers, weights=source.weights, name=source.name, room=room)
     return model.eval().requires_grad_(False), sorted(map(str, report["unexpected_keys"]))
 
 
@@ -72,6 +83,14 @@ class PartSizes:
     def least(self) -> int:
         """Return what streaming takes: all that is no layer, a layer, the one that is read meanwhile, and a fold's."""
         return self.beside + AT_ONCE * max(self.layers)
+
+    def layers_that_stay(self, left: int, device: str) -> int:
+        """Return how many layers the bytes beyond the least are for; what is left of them is for states.
+
+        On a CPU a state in a file costs little beside what layers compute of it, and layers come first. On a GPU it
+        costs more, and as much is for states as for layers.
+        """
+        return int(left / (1 if device == "cpu" else 2) / max(self.layers))
 
     def share_out(self, allowed: int, name: str) -> tuple[int, int]:
         """Return how many layers stay in memory, and the bytes that are left for states between layers.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from .boundary import Kept, StateStore
+from .journal import Sums
 from .loading import text_decoder
 from .residency import held
 from .sweep import Branch, Change, Lane, Passed, after, entered, stepped, store_for, taken_through
@@ -43,6 +44,15 @@ class Originals:
         for lane in self.lanes:
             output = stepped(layer, layer_idx, trace=lane.trace, state=self.at(lane, layer_idx), store=self.store)
             self.keep((lane.number, layer_idx + 1), after(layer_idx, lane.trace, output, self.store))
+
+    def told(self) -> list[Any]:
+        """Return all states that are kept, each with its batch and layer."""
+        return [[*key, self.store.read(kept)] for key, kept in self.states.items()]
+
+    def take_up(self, told: Sequence[Any]) -> None:
+        """Keep what another was told of."""
+        for number, layer_idx, state in told:
+            self.keep((number, layer_idx), state)
 
     def complete(self, num_layers: int) -> bool:
         """Tell whether the states behind all layers are kept."""
@@ -92,8 +102,22 @@ def sweep_on(
             originals.keep((lane.number, layer_idx), state)
 
     beside = None if along is None else along.step
+    kept = [some for some in (originals, along) if some is not None]
+
+    def take_up(told: Sequence[Any]) -> None:
+        for some, states in zip(kept, told, strict=False):
+            some.take_up(states)
+
+    sums = Sums("originals", lambda: [some.told() for some in kept] if first or along is not None else [], take_up)
     yield from taken_through(
-        model, range(start, num_layers), lanes=lanes, changes=changes, store=store, seen=seen, beside=beside
+        model,
+        range(start, num_layers),
+        lanes=lanes,
+        changes=changes,
+        store=store,
+        seen=seen,
+        beside=beside,
+        sums=sums,
     )
 
 

@@ -25,6 +25,7 @@ from ..data.batches import Batch
 from ..plan import Folded
 from ..probe.stack import head_logits
 from .loading import text_decoder
+from .residency import let_go
 
 LENGTHS: dict[type, int] = {}  # of the tuple that layers of a class return; 0: they return the hidden state alone
 
@@ -181,6 +182,7 @@ def replaced(model: Any, folded: Folded) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced_in(module: Any, name: str, tensor: Tensor) -> Iterator[None]:
+    let_go(module)  # what is kept for later is of the model as it came
     parameter = module.get_parameter(name)
     tensor = tensor.to(dtype=parameter.dtype)
     hook = getattr(module, "_hf_hook", None)

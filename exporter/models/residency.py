@@ -2,7 +2,7 @@
 
 accelerate reads a module's weights from disk each time that it runs. That stays so for whoever runs the model as a
 whole; who runs a layer for many batches holds it meanwhile. Weights come from their byte ranges in the checkpoint's own
-files, straight into memory, the next layer's while this one runs.
+files, straight into memory, the next layer's while this one runs. As many as there is room for stay (room.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.safetensors_ranges import TensorEntry, Weights, read_tensor
 from ..errors import InputError
+from .journal import Journal
+from .room import InMemory, Room
 
 Loaded = list[tuple[Any, Any, dict[str, Tensor]]]  # module, its hook, its weights by name
 
@@ -30,8 +32,10 @@ class Ranges(Mapping[str, Tensor]):
     index: Any  # accelerate's: the file and the name there
     weights: Weights
     name: str  # of the checkpoint, for messages
-    states_bytes: int = 0  # of states between layers, that may be kept in memory
+    room: Room  # that layers and states between them have in memory
+    numbers: dict[int, int]  # of the layers, in the order in which they run, by identity
     bytes_read: int = 0  # of weights, in all
+    journal: Journal | None = None  # of passes, that a run which is broken off goes on from
     _checked: set[str] = field(default_factory=set)
     _counting: threading.Lock = field(default_factory=threading.Lock)
 
@@ -67,12 +71,13 @@ class Ranges(Mapping[str, Tensor]):
         return len(self.index)
 
 
-def read_by_ranges(model: Any, weights: Weights, name: str, states_bytes: int) -> Ranges | None:
+def read_by_ranges(model: Any, layers: Any, weights: Weights, name: str, room: Room) -> Ranges | None:
     """Let all that was left on disk be read from the checkpoint's byte ranges; None where nothing was."""
+    numbers = {id(layer): number for number, layer in enumerate(layers)}
     ranges: Ranges | None = None
     for _, hook in _offloaded(model):
         if ranges is None:
-            ranges = Ranges(hook.weights_map.dataset, weights, name, states_bytes)
+            ranges = Ranges(hook.weights_map.dataset, weights, name, room=room, numbers=numbers)
             ranges.bytes_read = weights.num_bytes - sum(entry.num_bytes for entry in map(ranges.entry, ranges) if entry)
         hook.weights_map.dataset = ranges
     return ranges
@@ -141,13 +146,7 @@ def held(*parts: Any, following: Any = None) -> Iterator[None]:
     Args:
         following: the part that is wanted next: it is read meanwhile.
     """
-    before: list[tuple[Any, Any, dict[str, Any]]] = []
-    for part in parts:
-        for module, hook, tensors in _ahead.take(part):
-            before.append((module, hook, {name: module._parameters[name] for name in tensors}))
-            for name, tensor in tensors.items():
-                module._parameters[name] = nn.Parameter(tensor.to(hook.execution_device), requires_grad=False)
-            hook.offload, hook.held = False, True
+    using = [used for part in parts if (used := _in_memory(part)) is not None]
     if following is not None:
         _ahead.begin(following)
     try:
@@ -156,9 +155,39 @@ def held(*parts: Any, following: Any = None) -> Iterator[None]:
         forget_ahead()
         raise
     finally:
-        for module, hook, parameters in before:
-            module._parameters.update(parameters)
-            hook.offload, hook.held = True, False
+        for room, kept in using:
+            kept.users -= 1
+            room.make(0)  # more may have been in use than there is room for
+
+
+def _in_memory(part: Any) -> tuple[Room, InMemory] | None:
+    """Read what of a part is on disk, and return it with a user more; None where it was never left on disk."""
+    hook = next((hook for _, hook in _offloaded(part, held_too=True)), None)
+    if hook is None:
+        return None
+    ranges: Ranges = hook.weights_map.dataset
+    kept = ranges.room.layers.setdefault(id(part), InMemory(ranges.numbers.get(id(part), 0)))
+    kept.users += 1
+    try:
+        for read in (_ahead.take, _read):  # of what was read ahead, something that stayed may have gone since
+            for module, its_hook, tensors in read(part):
+                ranges.room.make(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+                kept.add(module, its_hook, tensors)
+    except BaseException:
+        kept.users -= 1
+        raise
+    return ranges.room, kept
+
+
+def let_go(*parts: Any) -> None:
+    """Leave on disk what is kept of some parts of a model for later, or read ahead of it; what is held stays."""
+    for part in parts:
+        for _, hook in list(_offloaded(part, held_too=True)):
+            kept: InMemory | None = getattr(hook, "kept", None)
+            if kept is None:
+                forget_ahead()
+            elif not kept.users:
+                kept.let_go(hook)
 
 
 def forget_ahead() -> None:

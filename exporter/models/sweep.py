@@ -25,6 +25,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..plan import Folded
 from .boundary import Kept, StateStore
+from .journal import Sums
 from .loading import text_decoder
 from .replay import Trace, replaced, trace
 from .residency import held, ranges_of
@@ -109,6 +110,7 @@ def sweep(
     before: Callable[[Batch], object] = lambda batch: None,
     seen: Seen = lambda lane, layer_idx, state, output: None,
     stop: int | None = None,
+    sums: Sums | None = None,
 ) -> Iterator[Passed]:
     """Take batches through the layers of several variants; yield each batch with the last outputs.
 
@@ -117,6 +119,7 @@ def sweep(
         before: called with a batch before each of its steps, and before it enters.
         seen: called with each step of the variants that are as the model is so far, the first of `changes` among them.
         stop: the first layer that does not run any more; None: all run.
+        sums: what `seen` has taken, so that a pass that was broken off can go on.
     """
     last = len(text_decoder(model).layers) if stop is None else stop
     ranges = ranges_of(model)
@@ -125,7 +128,7 @@ def sweep(
         with store_for(model) as store:
             lanes = entered(model, chunk, store=store, variants=len(changes), before=before)
             yield from taken_through(
-                model, range(last), lanes=lanes, changes=changes, store=store, before=before, seen=seen
+                model, range(last), lanes=lanes, changes=changes, store=store, before=before, seen=seen, sums=sums
             )
 
 
@@ -136,6 +139,7 @@ def sweeping(
     before: Callable[[Batch], object],
     seen: Seen,
     stop: int,
+    sums: Sums,
 ) -> Iterator[tuple[int, ...]]:
     """Take batches through the layers of the original as `sweep` does, asking for each layer before it runs.
 
@@ -147,12 +151,14 @@ def sweeping(
         return
     with store_for(model) as store:
         lanes = entered(model, enumerate(batches), store=store, before=before)
-        for layer_idx in range(stop):
+        left, behind = _bookmarked(model, range(stop), lanes, changes=(ORIGINAL,), store=store, sums=sums)
+        for layer_idx in left:
             yield (layer_idx,)
             _through(
                 model, layer_idx, lanes=lanes, changes=(ORIGINAL,), store=store,
                 before=before, seen=seen, beside=None, last=stop,
             )  # fmt: skip
+            behind(layer_idx)
 
 
 def taken_through(
@@ -165,27 +171,84 @@ def taken_through(
     before: Callable[[Batch], object] = lambda batch: None,
     seen: Seen = lambda lane, layer_idx, state, output: None,
     beside: Beside | None = None,
+    sums: Sums | None = None,
 ) -> Iterator[Passed]:
     """Take batches that have entered through some layers; yield each with the last outputs, of which none stays.
 
     Args:
         beside: called with each layer that runs while it is in memory, behind all batches.
+        sums: what `seen` and `beside` have taken, so that a pass that was broken off can go on.
     """
-    for layer_idx in layers:
+    left, behind = _bookmarked(model, layers, lanes, changes=changes, store=store, sums=sums)
+    for layer_idx in left:
         _through(
             model, layer_idx, lanes=lanes, changes=changes, store=store,
             before=before, seen=seen, beside=beside, last=layers.stop,
         )  # fmt: skip
+        behind(layer_idx)
     for lane in lanes:
         yield Passed(lane.number, lane.batch, functools.partial(_outputs, lane, store))
         for branch in lane.branches:
             branch.drop_from(store)
 
 
+def _bookmarked(
+    model: Any, layers: range, lanes: Sequence[Lane], changes: Sequence[Change], store: StateStore, sums: Sums | None
+) -> tuple[range, Callable[[int], None]]:
+    """Return the layers that are left of a pass, and what is to be called behind each; batches are brought before them.
+
+    All of them, where no run before has kept anything of this pass.
+    """
+    ranges = ranges_of(model)
+    if ranges is None or ranges.journal is None:
+        return layers, lambda layer_idx: None
+    does = [[sorted(change.leave_out), [[*key, tensor] for key, tensor in change.folded.items()]] for change in changes]
+    identity = [layers.start, layers.stop, does, _states(lanes, store)]
+    bookmark = ranges.journal.begin("variants" if sums is None else sums.name, identity)
+    start = layers.start
+    if (kept := bookmark.read()) is not None:
+        start = kept["next"]
+        _take_states(kept["states"], lanes, store)
+        if sums is not None:
+            sums.take_up(kept["sums"])
+
+    def behind(layer_idx: int) -> None:
+        def told() -> dict[str, Any]:
+            taken = None if sums is None else sums.told()
+            return {"next": layer_idx + 1, "states": _states(lanes, store), "sums": taken}
+
+        bookmark.keep_if_due(told, last=layer_idx + 1 == layers.stop)
+
+    return range(start, layers.stop), behind
+
+
+def _states(lanes: Sequence[Lane], store: StateStore) -> list[Any]:
+    """Return the branches of all batches with their states."""
+    return [
+        [
+            [branch.numbers, store.read(branch.state), *([] if same else [store.read(branch.output)])]
+            for branch in lane.branches
+            for same in [branch.output is branch.state]
+        ]
+        for lane in lanes
+    ]
+
+
+def _take_states(kept: Sequence[Any], lanes: Sequence[Lane], store: StateStore) -> None:
+    """Put all batches where they were."""
+    for lane, branches in zip(lanes, kept, strict=True):
+        for branch in lane.branches:
+            branch.drop_from(store)
+        lane.branches = []
+        for numbers, *states in branches:
+            stored = [store.keep(state) for state in states]
+            lane.branches.append(Branch(numbers, stored[0], stored[-1]))
+
+
 def store_for(model: Any) -> StateStore:
     """Return a store with the limit that a model's states have: none where all of the model is in memory."""
     ranges = ranges_of(model)
-    return StateStore(None if ranges is None else ranges.states_bytes)
+    return StateStore() if ranges is None else StateStore(ranges.room.for_states, ranges.room)
 
 
 def entered(

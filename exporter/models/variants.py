@@ -25,6 +25,7 @@ from .answers import AnsweredBatch
 from .divergence import StateErrors
 from .loading import text_decoder
 from .replay import logits, replaced
+from .residency import let_go
 from .state_error import errors_of, head_states, kinds_of
 from .sweep import ORIGINAL, Change, sweep
 
@@ -80,6 +81,7 @@ def assembled(model: Any, variant: Variant) -> Iterator[None]:
     entries = [(holder, name, getattr(holder, name)) for holder in holders for name in changes if hasattr(holder, name)]
     indices = [module.layer_idx for module in indexed]
     keep = variant.plan.keep
+    let_go(*(before[layer] for layer in variant.plan.drop))
     try:
         with replaced(model, variant.folded), _of_kept_layers(decoder, variant.plan):
             decoder.layers = nn.ModuleList(decoder.layers[layer] for layer in keep)

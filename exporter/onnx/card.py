@@ -9,7 +9,7 @@ from ..cards.licence import licence_sentence
 from ..cards.model_card import budget_name, hub_metadata, ratio_cell, shown_name, template
 from .layouts.client_files import takes_picture_first
 from .manifest import OnnxRecord, read_manifest
-from .report import differences_table
+from .report import differences_table, serving_sentence
 from .runtime.client import LAYOUT as TRANSFORMERS_JS
 from .runtime.genai import LAYOUT as GENAI
 
@@ -41,6 +41,7 @@ def card(folder: Path, name: str | None = None) -> Path:
         routed=manifest.router is not None,
         picture_first=manifest.layout == TRANSFORMERS_JS and takes_picture_first(manifest.model_type),
         dtypes=dtypes(manifest),
+        serving_sentence=serving_sentence(manifest.serving) if manifest.serving else None,
     )
     tags = ["lvlm-exporter", "onnxruntime", *([manifest.quantize] if manifest.quantize else [])]
     library, further = LIBRARIES[manifest.layout]

@@ -19,6 +19,7 @@ from ..checkpoints.record_types import (
     InnerPath,
     OnnxClientPart,
     OnnxRouterPart,
+    OnnxServingPart,
     OnnxSourcePart,
     OnnxVersions,
     Sha256,
@@ -83,6 +84,7 @@ class OnnxRecord:
     precisions: Annotated[dict[Annotated[str, one_of(*SUFFIXES)], ComparisonPart] | None, OR_MISSING] = None
     client: Annotated[OnnxClientPart | None, OR_MISSING] = None
     router: Annotated[OnnxRouterPart | None, OR_MISSING] = None
+    serving: Annotated[OnnxServingPart | None, OR_MISSING] = None
     benchmarks: tuple[OnnxBenchmark, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata=named(None))
 

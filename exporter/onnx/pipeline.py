@@ -30,6 +30,7 @@ from .layouts import genai, transformers_js
 from .manifest import describe, write_manifest
 from .rows import GROWING, SQUARE, Support, cache_of
 from .runtime.folder import check_provider
+from .serving import Serving, serving_of
 from .tracing import write_plain_graphs, write_vision
 from .trial import check_exported
 from .validation import validate
@@ -49,6 +50,8 @@ class ExportOptions:
     quantize: str | None = None  # int8, int4; fp16 and others in a client's layout, in transformers.js several
     opset: int | None = None
     layout: str | None = None  # transformers.js, genai; None: that of our own runner
+    preset: str | None = None  # of a serving router, whose budget the graphs then have; None: the folder's default
+    keep_visual_tokens: int | float | None = None  # the same as a count (144) or a share (0.25) of each picture
     calibration: str | None = None  # questions to validate on, beside those that every export is validated on
     samples: int = 8
     trust_remote_code: bool = False  # run Python of the checkpoint to verify it, where it is none that we shipped
@@ -87,7 +90,7 @@ def traced_manifest(job: ExportJob, stage: Path) -> dict[str, Any]:
         manifest["router"] = describe_router(job.source.config, job.route)
     if job.layout is not None:
         manifest["layout"] = job.layout.NAME
-        job.layout.write_graphs(torch_model, job.support, stage, job.opset)
+        manifest |= job.layout.write_graphs(torch_model, job.support, stage, job.opset, serving=job.serving)
     else:
         write_graphs(torch_model, job, stage)
     return manifest
@@ -115,6 +118,7 @@ class ExportJob:
     cache: str  # a kind of `support.cache_kind`
     route: RouterSettings | None  # of a routed checkpoint
     layout: Any = None  # a module of LAYOUTS; None: that of our own runner
+    serving: Serving | None = None  # the budget of a serving router
 
     @property
     def opset(self) -> int:
@@ -132,7 +136,9 @@ class ExportJob:
         }
 
     def for_validation(self, quantize: str | None) -> dict[str, Any]:
-        return {**self.settings(), "source": str(self.source.folder.absolute()), "quantize": quantize}
+        budget = self.serving.budget if self.serving else None
+        served = {"keep_visual_tokens": budget} if budget is not None else {}
+        return {**self.settings(), "source": str(self.source.folder.absolute()), "quantize": quantize, **served}
 
 
 def prepare(model: str, options: ExportOptions) -> ExportJob:
@@ -147,11 +153,9 @@ def prepare(model: str, options: ExportOptions) -> ExportJob:
             f"{source.name} has a router, and routed graphs are written for the types of a table only: export the "
             "checkpoint that the router was trained on."
         )
-    if "serving_router" in source.raw_config:
-        raise InputError(
-            f"{source.name} has a serving router, of which no graphs are written yet: export the checkpoint that it "
-            "was trained for."
-        )
+    serving = serving_of(source, options.layout, options.preset, options.keep_visual_tokens)
+    if serving is not None and serving.budget is not None:
+        layout.check_served(source)
     cache = GROWING if layout is not None else cache_of(support, dtype, options.device)
     route = read_settings(source.config, source.name, cache) if "router" in source.raw_config else None
     return ExportJob(
@@ -162,6 +166,7 @@ def prepare(model: str, options: ExportOptions) -> ExportJob:
         cache=cache,
         route=route,
         layout=layout,
+        serving=serving,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from ..checkpoints.record_types import ComparisonPart, OutputDifference
+from ..checkpoints.record_types import ComparisonPart, OnnxServingPart, OutputDifference
 from .manifest import OnnxRecord
 
 
@@ -21,6 +21,17 @@ def differences_table(manifest: OnnxRecord) -> str:
         sizes[name.rpartition("/")[2].partition(".")[0]] += size
     lines.append("bytes: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items()))
     return "\n".join(lines)
+
+
+def serving_sentence(serving: OnnxServingPart) -> str:
+    """Return what a folder does with the serving router of its checkpoint, as a sentence."""
+    if serving.stays is None:
+        return "The graphs are the plain model, with all visual tokens: the checkpoint's serving router stays behind."
+    budget = serving.preset or f"keep_visual_tokens={serving.keep_visual_tokens}"
+    return (
+        f"The vision graph holds the serving router under {budget}: {serving.stays} of {serving.rows} tokens of each "
+        "picture enter the decoder. The router is not told the question."
+    )
 
 
 def _rows(report: ComparisonPart) -> list[str]:

@@ -188,7 +188,7 @@ def step_costs(job: SearchJob) -> StepCosts:
         guesses["heal"] = passes * one_pass * (len(fit) + len(held_out)) / questions + 5.0
     if "router" in job.available:
         router = RouterRecipe()
-        guesses["route"] = ROUTER_PASSES * router.steps * router.batch_size / questions * one_pass + 5.0
+        guesses["route"] = ROUTER_PASSES * router.training_steps * router.batch_size / questions * one_pass + 5.0
     if "int8" in job.available:
         guesses["export"] = EXPORT_S + EXPORT_S_A_GB * compression.source.weights.num_bytes / 1e9
     return StepCosts(guesses)

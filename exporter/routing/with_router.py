@@ -174,7 +174,7 @@ def train_job(job: RouterJob, state_file: Path, progress: Progress) -> Trained:
 
     router = job.router
     training = Training(
-        steps=router.steps,
+        steps=router.training_steps,
         batch_size=router.batch_size,
         learning_rate=router.learning_rate,
         loss=router.loss.name,

@@ -318,6 +318,8 @@ def test_what_can_be_wrong_is_said(small, tiny, asked, questions, tmp_path, monk
 
     with pytest.raises(InputError, match=r"is a llava model, .* a gemma3 model: a model is healed by the one that it"):
         check_heal(small, healing(teacher=str(tiny("llava"))), tmp_path / "x")
+    with pytest.raises(InputError, match="hold the same weights: a model has nothing to learn from itself"):
+        check_heal(small, healing(teacher=str(small)), tmp_path / "x")
     few = tmp_path / "few.jsonl"
     few.write_text(
         "".join(json.dumps({"image": str(questions.parent / f"{n}.png"), "question": "?"}) + "\n" for n in range(4))

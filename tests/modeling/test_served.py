@@ -25,6 +25,7 @@ from transformers import (
 
 from exporter.clean_room import encode, load_processor
 from exporter.modeling.modeling_served import served, served_name
+from exporter.modeling.served_cells import blocks
 from exporter.modeling.served_layout import padded_questions
 from exporter.modeling.served_router import TYPES, ServingRouter, ServingSettings, select, tokens_kept
 from exporter.routing.serving.folder import add_serving_router
@@ -80,6 +81,23 @@ def llava(tiny, tmp_path_factory) -> Case:
     return make("llava", tiny("llava"), tmp_path_factory.mktemp("served") / "model")
 
 
+def positions_by_hand(case: Case, prompt: dict[str, Any], number: int, stays: int) -> torch.Tensor:
+    """Positions of one shorter prompt, [1, W]; in models with three axes the whole prompt's, [3, 1, W]."""
+    pictured = prompt["input_ids"][0] == case.stock.config.image_token_id
+    if case.model.axes() is None:
+        return torch.arange(len(pictured) - number + stays)[None]
+    named = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    whole, _ = case.stock.model.get_rope_index(**{name: prompt[name] for name in named})
+    _, lines, columns = (prompt["image_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
+    cells = blocks(case.model.coordinates_of(0, torch.empty(number), prompt), stays)
+    at = torch.cartesian_prod(torch.arange(lines), torch.arange(columns)).double()
+    middles = [at[cells == cell].mean(0) for cell in range(stays)]
+    apart = [torch.where(cells == cell, (at - middle).norm(dim=1), torch.inf) for cell, middle in enumerate(middles)]
+    keep = ~pictured
+    keep[pictured.nonzero()[:, 0][torch.stack(apart).argmin(1)]] = True
+    return whole[..., keep]
+
+
 @torch.no_grad()
 def by_hand(case: Case, prompt: dict[str, Any], budget: float, question: torch.Tensor | None = None) -> list[int]:
     """Greedy answer of the stock model to one sequence of one picture, whose rows were left out by hand."""
@@ -95,21 +113,22 @@ def by_hand(case: Case, prompt: dict[str, Any], budget: float, question: torch.T
     keep = ~pictured
     keep[pictured.nonzero()[:, 0][index]] = True
     embeds = case.embedding(ids[:, keep]).masked_scatter(pictured[keep][None, :, None], stays)
-    axes = () if case.model.axes() is None else (3, 1)
+    first = positions_by_hand(case, prompt, len(rows), len(stays))
     deepstack = getattr(outputs, "deepstack_features", None)
     chosen = None if deepstack is None else [torch.cat(list(level))[index] for level in deepstack]
     answer: list[int] = []
     for _ in range(GREEDY["max_new_tokens"]):
         said = case.embedding(torch.tensor([answer], dtype=torch.long)) if answer else embeds[:, :0]
         whole = torch.cat([embeds, said], 1)
-        positions = torch.arange(whole.shape[1])[None]
+        later = first.max() + 1 + torch.arange(len(answer))
+        positions = torch.cat([first, later.expand(*first.shape[:-1], -1)], -1)
         more: dict[str, Any] = {}
         if chosen is not None:
             mask = torch.cat([pictured[keep], torch.zeros(len(answer), dtype=torch.bool)])[None]
             more = {"visual_pos_masks": mask, "deepstack_visual_embeds": chosen}
         states = model.get_decoder()(
             inputs_embeds=whole,
-            position_ids=positions.expand(*axes, -1) if axes else positions,
+            position_ids=positions,
             use_cache=False,
             **more,
         )

@@ -23,6 +23,8 @@ from exporter.modeling.served_router import (
     compact,
     load_serving_router,
     picture_coordinates,
+    picture_places,
+    positions_in_axes,
     select,
     served_positions,
     tokens_kept,
@@ -272,6 +274,37 @@ def test_places_of_any_resolution_are_those_of_the_routed_model() -> None:
         shape = any_resolution_shape(routed, list(size))
         places = picture_coordinates(config, shape.length, size=torch.tensor(size))
         assert torch.allclose(places, shape.coordinates(shape.length)), size
+
+
+def test_places_are_kept_by_the_middles_of_cells() -> None:
+    qwen = {"vision_config": {"spatial_merge_size": 2}}
+    places, side = picture_places(qwen, [1, 8, 12], 24)
+    assert places.tolist() == [[row, column] for row in range(4) for column in range(6)]
+    assert side == 6
+    for stays in range(1, 24):
+        places, side = picture_places(qwen, [1, 8, 12], stays)
+        cells = blocks(picture_coordinates(qwen, 24, grid=[1, 8, 12]), stays)
+        assert side == 6
+        assert cells[places[:, 0] * 6 + places[:, 1]].tolist() == list(range(stays))
+    assert picture_places(qwen, [1, 8, 12], 6)[0].tolist() == [[r, c] for r in (0, 2) for c in (0, 2, 4)]
+
+
+def test_text_behind_a_shorter_picture_stands_where_it_did() -> None:
+    picture = (torch.tensor([[0, 1], [2, 3]]), 4)
+    positions = positions_in_axes(9, [(2, picture), (5, picture)])
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 6, 7, 7, 11, 12],
+        [0, 1, 2, 4, 6, 7, 9, 11, 12],
+        [0, 1, 3, 5, 6, 8, 10, 11, 12],
+    ]
+    assert positions_in_axes(3, []).tolist() == [[0, 1, 2]] * 3
+
+
+def test_places_are_kept_in_models_with_three_axes_only() -> None:
+    entry = {**ENTRY, "keeps_places": True}
+    assert ServingSettings.of({"serving_router": entry, "model_type": "qwen3_vl"}).keeps_places
+    with pytest.raises(ValueError, match="keeps_places is for models with positions in three axes"):
+        ServingSettings.of({"serving_router": entry, "model_type": "llava"})
 
 
 def test_positions_are_compacted() -> None:

@@ -97,7 +97,7 @@ def test_layers_on_disk_are_read_once_for_answers_that_are_guessed(family, limit
     source, read = open_source(str(tiny(family))), vars(residency)["read_tensor"]
     sizes = PartSizes.of(source, 4)
     streamed, _ = load_model(source, "cpu", torch.float32, f"{sizes.least / 1000 + 1:.0f}KB")
-    monkeypatch.setattr(residency.ranges_of(streamed), "states_bytes", limit)
+    monkeypatch.setattr(residency.ranges_of(streamed).room, "for_states", limit)
     bytes_read: list[int] = []
     monkeypatch.setattr(residency, "read_tensor", lambda entry: (bytes_read.append(entry.num_bytes), read(entry))[1])
 

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from fixtures.client_graphs import answered_as_the_client_does
 from fixtures.hub import NAME, pushed
 from fixtures.onnx_folders import here as compared_here
 from tiny_models import build, inputs, random_image
@@ -61,47 +62,12 @@ def torch_model(folder):
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def answered_as_the_client_does(folder, batch):
-    """Answer greedily with ONNX Runtime alone, by what transformers.js 4.3.2 does with names, shapes and positions."""
-    vision, embed, decoder = (
-        onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx")
-        for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
-    )
-    config = json.loads((folder / "config.json").read_text())
-    ids, mask = batch["input_ids"].numpy(), batch["attention_mask"].numpy()
-    fed = {value.name: batch[value.name].numpy() for value in vision.get_inputs()}
-    features = vision.run(["image_features"], fed)[0]
-    embeds = embed.run(["inputs_embeds"], {"input_ids": ids})[0]
-    embeds[ids == config.get("image_token_index", config.get("image_token_id"))] = features
-    # A cache begins with the sizes that the graph has numbers for, the batch by its name, and 0 for every other name.
-    known = {"batch_size": len(ids)}
-    cache = {
-        value.name: np.zeros(
-            [known.get(size, 0) if isinstance(size, str) else size for size in value.shape], np.float32
-        )
-        for value in decoder.get_inputs()
-        if value.name.startswith("past_key_values.")
-    }
-    assert len(cache) == 2 * config["text_config"]["num_hidden_layers"]
-    names = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
-    tokens = []
-    for _ in range(NEW_TOKENS):
-        positions = np.where(mask == 0, 1, mask.cumsum(1) - 1)[:, -embeds.shape[1] :]
-        feed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **cache}
-        logits, *present = decoder.run(names, feed)
-        tokens.append(logits[:, -1].argmax(-1))
-        cache = dict(zip(cache, present, strict=True))
-        embeds = embed.run(["inputs_embeds"], {"input_ids": tokens[-1][:, None]})[0]
-        mask = np.concatenate([mask, np.ones((len(mask), 1), mask.dtype)], 1)
-    return np.stack(tokens, 1)
-
-
 @pytest.mark.parametrize("family", ["llava", "gemma3"])  # one whose features are marked
 def test_graphs_fed_as_the_client_feeds_them_say_what_torch_says(family, client):
     source, folder = client(family)
     batch = inputs(load_processor(source), batch=2, seed=3)
     expected = generate(torch_model(source), batch, new_tokens=NEW_TOKENS).sequences[:, -NEW_TOKENS:]
-    assert np.array_equal(answered_as_the_client_does(folder, batch), expected)
+    assert np.array_equal(answered_as_the_client_does(folder, batch, NEW_TOKENS), expected)
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_vl", "mistral3"])  # a kind of images each
@@ -138,7 +104,7 @@ def test_a_square_picture_is_its_overview_and_its_one_tile(client):
     assert own["pixel_values"].shape[1] == 2 and mine["pixel_values"].shape == (2, 3, SIDE, SIDE)
     assert all(torch.equal(own["pixel_values"][:, tile], mine["pixel_values"]) for tile in (0, 1))
     expected = generate(torch_model(source), own, new_tokens=NEW_TOKENS).sequences
-    assert np.array_equal(answered_as_the_client_does(folder, mine), expected[:, -NEW_TOKENS:])
+    assert np.array_equal(answered_as_the_client_does(folder, mine, NEW_TOKENS), expected[:, -NEW_TOKENS:])
     runner = exporter.onnx.load(folder)
     for batch in (own, mine):
         assert np.array_equal(runner.generate(**batch, max_new_tokens=NEW_TOKENS, eos_token_id=()), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -78,6 +79,21 @@ def test_of_experts_those_count_that_run(tmp_path):
 def test_each_recipe_has_a_row_and_says_the_memory_that_it_needs():
     for name, row in plans.ROWS.items():
         path = RECIPES / f"{name}.yaml"
-        recipe, asks = load_recipe(path), re.search(r"--memory (\w+) --out", path.read_text())
+        recipe, asks = load_recipe(path), re.search(r"--memory (\w+)(?: --batch-size (\d+))? --out", path.read_text())
         assert recipe.calibration.samples == 128 and (asks and asks[1]) == row.memory, name
+        assert (asks and asks[2]) == (row.batch_size and str(row.batch_size)), name
         assert (table()[name][8] != "-") == (row.memory is not None)
+        assert float(table()[name][7]) < plans.GPU_BYTES / 1e9, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["internvl3-78b"])
+def test_what_is_larger_than_a_gpu_fits_it_with_its_options(name, tmp_path):
+    """By the real configuration; questions at a time count where a picture is thousands of tokens."""
+    job = plans.hollow_job(plans.ROWS[name], tmp_path, (1024, 768))
+    guess = estimate(job, RATES)
+    assert guess.memory_bytes < plans.GPU_BYTES and plans.line(name, job, guess) in (
+        (RECIPES / "README.md").read_text().splitlines()
+    )
+    by_eight = dataclasses.replace(job, options=dataclasses.replace(job.options, memory=plans.SHARE, batch_size=8))
+    assert estimate(by_eight, RATES).memory_bytes > plans.GPU_BYTES

@@ -298,7 +298,7 @@ def test_a_default_is_set(made, tmp_path):
 
 def test_no_graphs_are_written_of_one(made, tmp_path, capsys):
     assert main(["onnx", str(made), "--out", str(tmp_path / "graphs")]) == 2
-    assert "has a serving router, of which no graphs are written yet" in capsys.readouterr().err
+    assert "has a serving router, and our own runner's layout has no graphs of one" in capsys.readouterr().err
 
 
 def test_a_damaged_entry_is_one_sentence(made, tmp_path):

@@ -14,6 +14,7 @@ from ...checkpoints.source import Source
 from ...checkpoints.writer import carry_companions
 from ...clean_room import load_processor
 from ...errors import InputError
+from ...modeling.served_router import ENTRY
 from ..manifest import CHECKPOINT_TYPE
 from ..runtime.client import LAYOUT
 from ..support import SQUARE, support_of
@@ -40,6 +41,8 @@ PROCESSORS = {
     "mistral3": "PixtralProcessor",
 }
 
+COUNTED_BY = "LlavaProcessor"  # the client's processor whose count of image tokens is in its settings, whole
+
 # Types that the client knows by another name only, whose graphs it feeds the same, with its class.
 CALLED = {"llava_next": ("llava", "LlavaForConditionalGeneration")}
 # Settings of an image processor that are the same where no tiles are cut.
@@ -48,18 +51,25 @@ PLAIN_SETTINGS = (
 )  # fmt: skip
 
 
-def carry_for_client(source: Source, folder: Path) -> None:
-    """Write everything beside the graphs; files that the client does not read are the checkpoint's own."""
+def carry_for_client(source: Source, folder: Path, tokens: int | None = None) -> None:
+    """Write everything beside the graphs; files that the client does not read are the checkpoint's own.
+
+    Args:
+        tokens: of a picture, where a serving router has left some out; None: what the model makes of it.
+    """
     carry_companions(source, folder)
     processor, kind = load_processor(source.folder), processor_class(source.config)
     write_generation(source, folder)
     write_tokenizer(processor, kind, folder)
     if support_of(source.config, LAYOUT).kind == SQUARE:
         write(folder / "preprocessor_config.json", square_image_settings(processor, source.config))
-        write(folder / "processor_config.json", square_processor_settings(processor, source.config))
+        settings = square_processor_settings(processor, source.config)
     else:
         write(folder / "preprocessor_config.json", image_settings(processor, kind))
-        write(folder / "processor_config.json", processor_settings(processor, kind))
+        settings = processor_settings(processor, kind)
+    if tokens is not None:
+        settings |= fixed_count(source.config.vision_config.image_size, tokens)
+    write(folder / "processor_config.json", settings)
 
 
 def processor_class(config: Any) -> str:
@@ -84,7 +94,8 @@ def write_config(source: Source, folder: Path, precisions: list[str]) -> None:
     """Write every setting, defaults too: the client has none of its own. It comes last, when the files are counted."""
     config = source.config
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    data.pop("auto_map", None)
+    for name in ("auto_map", ENTRY):  # a serving router is in the vision graph, or left behind
+        data.pop(name, None)
     text = config.get_text_config()
     counted = {name: value for name in COUNTED if (value := getattr(text, name, None)) is not None}
     data["text_config"] = {**data["text_config"], **counted}
@@ -206,6 +217,15 @@ def square_processor_settings(processor: Any, config: Any) -> dict[str, Any]:
         "image_token": processor.image_token,
         "patch_size": vision.patch_size,
         "num_additional_image_tokens": lines * (lines + 1),
+        "vision_feature_select_strategy": "full",
+    }
+
+
+def fixed_count(side: int, tokens: int) -> dict[str, Any]:
+    """Return settings by which a picture of `side` x `side` pixels has so many image tokens: one patch, and others."""
+    return {
+        "patch_size": side,
+        "num_additional_image_tokens": tokens - 1,
         "vision_feature_select_strategy": "full",
     }
 

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from ..graphs.decoder import Embeddings, GrowingDecoder, GrowingStep, Samples
 from ..graphs.encoded import OwnGrids
+from ..graphs.serving import ServedVision
 from ..graphs.vision import Dynamic, Patches, RealTiles, Sized, Tiles, check_line_ends, named
+from ..serving import Serving
 from ..support import SQUARE, Support
 
 BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"  # the client makes caches by these
@@ -244,3 +246,13 @@ def client_vision(model: Any, support: Support) -> Any:
     if support.kind == "tiles" and support.blocks == MARKED:
         return Marked(model).eval()
     return {"tiles": Tiles, "real_tiles": SplitTiles, "sized": Sized, SQUARE: Square}[support.kind](model).eval()
+
+
+def served_vision(vision: Any, support: Support, serving: Serving | None) -> tuple[Any, dict[str, Any]]:
+    """Return the vision module with a serving router behind it, where a budget asks for one, and the record's entry."""
+    if serving is None or serving.router is None or serving.budget is None:
+        return vision, {} if serving is None else {"serving": serving.facts()}
+    side = vision.tile_shape()[-1]
+    size = (side, side) if support.kind == SQUARE else None
+    served = ServedVision(vision, serving.router, serving.budget, size).eval()
+    return served, {"serving": serving.facts(served.rows, served.stays)}

@@ -19,6 +19,7 @@ from ..graphs.graph import name_sizes, traced
 from ..graphs.quantize import weight_files
 from ..manifest import write_manifest
 from ..runtime.genai import LAYOUT
+from ..serving import Serving
 from ..support import Support, support_of
 from ..validation import validate
 from .client_graphs import MARKED, MergedDecoder, client_vision
@@ -55,6 +56,15 @@ def check(source: Source, options: Any) -> None:
     padding_id(load_processor(source.folder))  # or the reason why no question can be put
 
 
+def check_served(source: Source) -> None:
+    """Raise InputError: the types that have serving routers are those whose tokens the library counts by itself."""
+    raise InputError(
+        f"{family_of(source.config).title} can't be exported for {NAME} with a serving router's budget: {LIBRARY} "
+        f"{CLIENT} counts a picture's tokens from its rows and columns of patches, so that most budgets can't be told "
+        "to it, and for the others no graphs are written. --preset off exports the plain model."
+    )
+
+
 def chosen_precision(quantize: str | None) -> str:
     """Return the one precision that a folder has."""
     name = SYNONYMS.get(quantize or "fp32", quantize or "fp32")
@@ -72,8 +82,10 @@ def bytes_per_parameter(quantize: str | None) -> float:
     return 4 + (BYTES[name] if name != "fp32" else 0)
 
 
-def write_graphs(model: Any, support: Support, folder: Path, opset: int) -> None:
-    """Write the three graphs in float32."""
+def write_graphs(
+    model: Any, support: Support, folder: Path, opset: int, serving: Serving | None = None
+) -> dict[str, Any]:
+    """Write the three graphs in float32. Returns: what the record says of a serving router."""
     modules: dict[str, Any] = {
         VISION: client_vision(model, support),
         EMBEDDINGS: Embeddings(model, len(support.adds_after), marks=int(support.blocks == MARKED)).eval(),
@@ -83,6 +95,7 @@ def write_graphs(model: Any, support: Support, folder: Path, opset: int) -> None
         program = traced(module, name, "cpu", opset)
         name_sizes(program, module.dynamic())
         save(program, folder / FILES[name])
+    return {} if serving is None else {"serving": serving.facts()}
 
 
 def save(program: Any, path: Path) -> None:

@@ -15,6 +15,7 @@ from ...checkpoints.source import Source
 from ...checkpoints.writer import carry_companions
 from ...clean_room import PromptError, encode, load_processor
 from ...errors import InputError
+from ...modeling.served_router import ENTRY
 from .client_files import GENERATION, merge_of, plain, side_of, write, write_generation
 from .client_graphs import MARKED
 
@@ -42,7 +43,8 @@ SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 def carry_for_genai(source: Source, folder: Path) -> None:
     """Write configuration, processor and tokenizer, the chat template where the library looks for it."""
-    write(folder / "config.json", without_auto_map(source.raw_config))
+    config = without_auto_map(source.raw_config)
+    write(folder / "config.json", {name: value for name, value in config.items() if name != ENTRY})
     carry_companions(source, folder)
     write_generation(source, folder)
     processor = load_processor(source.folder)

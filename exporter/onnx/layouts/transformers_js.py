@@ -16,10 +16,11 @@ from ...families import family_of
 from ..graphs.graph import name_sizes, traced
 from ..manifest import write_manifest
 from ..runtime.client import LAYOUT
+from ..serving import Serving
 from ..support import SQUARE, Support, support_of
 from ..validation import validate
-from .client_files import PROCESSORS, carry_for_client, readable_vocabulary, write_config
-from .client_graphs import EmbedTokens, MergedDecoder, client_vision, rename_inputs
+from .client_files import COUNTED_BY, PROCESSORS, carry_for_client, processor_class, readable_vocabulary, write_config
+from .client_graphs import EmbedTokens, MergedDecoder, client_vision, rename_inputs, served_vision
 from .precisions import (
     DECODER,
     EMBEDDINGS,
@@ -74,6 +75,17 @@ def check(source: Source, options: Any) -> None:
         readable_vocabulary(json.loads(path.read_text())["model"])
 
 
+def check_served(source: Source) -> None:
+    """Raise InputError unless the client can be told how many tokens a serving router leaves of a picture."""
+    kind = processor_class(source.config)
+    if kind != COUNTED_BY:
+        raise InputError(
+            f"{family_of(source.config).title} can't be exported for {NAME} with a serving router's budget: version "
+            f"{CLIENT} counts a picture's tokens from its rows and columns of patches ({kind}), so that most budgets "
+            "can't be told to it, and for the others no graphs are written. --preset off exports the plain model."
+        )
+
+
 def check_one_tile(config: Any, title: str) -> None:
     """Raise InputError unless the model may be shown a picture as one tile, as the client can."""
     side = config.vision_config.image_size
@@ -91,11 +103,14 @@ def bytes_per_parameter(quantize: str | None) -> float:
     return 4 + sum(BYTES[name] for name in chosen_precisions(quantize))
 
 
-def write_graphs(model: Any, support: Support, folder: Path, opset: int) -> None:
-    """Write the three graphs in float32."""
+def write_graphs(
+    model: Any, support: Support, folder: Path, opset: int, serving: Serving | None = None
+) -> dict[str, Any]:
+    """Write the three graphs in float32. Returns: what the record says of a serving router."""
     (folder / FOLDER).mkdir()
+    vision, facts = served_vision(client_vision(model, support), support, serving)
     modules: dict[str, Any] = {
-        VISION: client_vision(model, support),
+        VISION: vision,
         EMBEDDINGS: EmbedTokens(model, support).eval(),
         DECODER: MergedDecoder(model, support).eval(),
     }
@@ -104,12 +119,13 @@ def write_graphs(model: Any, support: Support, folder: Path, opset: int) -> None
         name_sizes(program, module.dynamic())
         rename_inputs(program, model.config.model_type)
         save(program, graph_path(folder, name, "fp32"))
+    return facts
 
 
 def finish(job: Any, stage: Path, manifest: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
     """Write what belongs beside the graphs, and compare each precision with torch as it is made."""
     names = chosen_precisions(job.options.quantize)
-    carry_for_client(job.source, stage)
+    carry_for_client(job.source, stage, tokens=manifest.get("serving", {}).get("stays"))
     write_config(job.source, stage, names)
     write_manifest(stage, manifest)
     manifest["validation"] = validate(stage, job_of(job, "fp32"), inputs)

@@ -16,6 +16,8 @@ from exporter.modeling.served_router import (
     ServingRouter,
     ServingSettings,
     picture_coordinates,
+    picture_places,
+    positions_in_axes,
     select,
     served_positions,
 )
@@ -90,13 +92,25 @@ class ServedPictures:
 
 
 class ServedAxes(ServedPictures):
-    """Of models with positions in three axes: a prompt with a budget is numbered 0 to n - 1 in each."""
+    """Of models with positions in three axes: of a prompt with a budget, by the router's settings."""
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        if any(feature.data is not None and ROWS in feature.data for feature in mm_features):
+        if all(feature.data is None or ROWS not in feature.data for feature in mm_features):
+            plain: tuple[Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
+            return plain
+        if self.serving is None or not self.serving.keeps_places:
             return served_positions(torch.ones(len(input_tokens)), axes=3), 0
-        positions: tuple[Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
-        return positions
+        pictures = [
+            (feature.mm_position.offset, self.places_of(feature))
+            for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+        ]
+        positions = positions_in_axes(len(input_tokens), pictures)
+        return positions, int(positions.max()) + 1 - len(input_tokens)
+
+    def places_of(self, feature: Any) -> tuple[Tensor, int]:
+        """Return what `picture_places` says of a request's picture."""
+        grid, (_, stays) = (feature.data[name].data.tolist() for name in ("image_grid_thw", ROWS))
+        return picture_places(self.config, grid, stays)
 
     def get_encoder_cudagraph_config(self) -> Any:
         """Keep a served folder's pictures out of graphs of the encoder, which go past `embed_multimodal`."""

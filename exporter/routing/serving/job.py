@@ -93,8 +93,8 @@ def prepare_serving(
     )
 
 
-def train_serving_job(job: ServingJob, state_file: Path, progress: Progress) -> TrainedServing:
-    """Load the model and train its serving router; what a broken-off run goes on from is in `state_file`."""
+def train_serving_job(job: ServingJob, state_file: Path | None, progress: Progress) -> TrainedServing:
+    """Load the model and train its serving router; what a broken-off run goes on from is in `state_file`, if given."""
     import torch
 
     from ..training.loop import Training
@@ -102,7 +102,7 @@ def train_serving_job(job: ServingJob, state_file: Path, progress: Progress) -> 
 
     router = job.router
     training = Training(
-        steps=router.steps,
+        steps=router.training_steps,
         batch_size=router.batch_size,
         learning_rate=router.learning_rate,
         seed=router.seed,

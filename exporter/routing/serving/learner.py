@@ -2,7 +2,8 @@
 
 The original answers every question once. What the router makes of the pictures is judged by KL(original || shorter
 prompt) at the tokens of those answers. Training runs the shorter prompt as it will be served: rows of it are weighted
-means with a correction, which have gradients.
+means with a correction, which have gradients. Beside it the original runs on the whole prompt, layer by layer: how far
+the states of text behind the pictures are from its own tells far more of each question than its few answer tokens do.
 
 Shapes: B samples, S tokens, A answer tokens of the batch, N rows of a picture, n of them that stay, D hidden size, V
 vocabulary.
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ... import ranks
+from ...data.batches import Batch
 from ...modeling.served_layout import Layout, question_rows
-from ...modeling.served_places import served_positions
 from ...modeling.served_router import ServingRouter, select, tokens_kept
 from ...models.answers import AnsweredBatch
 from ...models.last_state import last_state
+from ...models.loading import text_decoder
 from ...models.replay import trace
 from ...probe.stack import head_logits
 from ..training.learner import Teacher, batches_of
@@ -49,12 +51,56 @@ class ServingBatch:
 
 
 @dataclass(frozen=True)
+class TrainingBatch(ServingBatch):
+    """What training makes small."""
+
+    of_states: Tensor  # [B] mean squared error of the states of text, relative to the original's
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What a budget does to the original's answers."""
 
     of_tokens: float  # mean KL over all answers' tokens
     of_answers: float  # mean KL over answers, of each the mean over its tokens: what training makes small
     kept: float  # share of the answers of which each token is still the likeliest one
+
+
+def text_behind_pictures(inputs: dict[str, Any], pictured: Tensor) -> Tensor:
+    """Return which tokens are text that comes after a picture's first token, [B, S]: what came before has not seen one.
+
+    Args:
+        pictured: [B, S] True at placeholders of pictures.
+    """
+    visible: Tensor = inputs["attention_mask"].to(pictured.device).bool()
+    return (pictured.long().cumsum(1) > 0) & ~pictured & visible
+
+
+class OriginalBeside:
+    """Runs the original on the whole prompt beside a shorter one, layer by layer, and tells how far they are apart.
+
+    Of either, one layer's states are held at a time.
+    """
+
+    def __init__(self, model: Any, batch: Batch, text: Tensor) -> None:
+        """Prepare it. `text`: [B, S] the tokens that are compared, the same ones in both prompts."""
+        self.text, self.layers = text, text_decoder(model).layers
+        self.traced = trace(model, batch, torch.no_grad)
+        self.state, self.by_token = self.traced.entry, torch.zeros(int(text.sum()), device=text.device)
+
+    def see(self, layer_idx: int, states: Tensor) -> None:
+        """Add the error of a layer of the shorter prompt, whose text tokens' states are [tokens, D]."""
+        with torch.no_grad():
+            output = self.traced.step(self.layers[layer_idx], layer_idx, self.state)
+            self.state = self.traced.after(layer_idx, output)
+            wanted = output[self.text].float()
+        size = wanted.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        self.by_token = self.by_token + (states.float() - wanted).square().sum(-1) / size
+
+    def errors(self) -> Tensor:
+        """Return the mean over layers and text tokens of the squared error relative to the original's state, [B]."""
+        by_sequence = torch.split(self.by_token / len(self.layers), self.text.sum(1).tolist())
+        return torch.stack([some.mean() if len(some) else some.sum() for some in by_sequence])
 
 
 @dataclass
@@ -69,7 +115,7 @@ class ServingLearner:
     def model(self) -> Any:
         return self.teacher.model
 
-    def training_batch(self, indices: Sequence[int], shares: Sequence[float], told: bool) -> ServingBatch:
+    def training_batch(self, indices: Sequence[int], shares: Sequence[float], told: bool) -> TrainingBatch:
         """Put the answers behind shorter prompts through the decoder, each sequence under its own share.
 
         Args:
@@ -91,24 +137,33 @@ class ServingLearner:
         pictured = inputs["input_ids"] == self.model.config.image_token_id
         with torch.no_grad():
             outputs = self.model.picture_outputs(inputs)
+            beside = OriginalBeside(self.model, answered.batch, text_behind_pictures(inputs, pictured))
         shorter, layout = self.model.shorter(inputs, pictured, outputs, choose)
-        log_q = self._log_q(answered, shorter, layout, torch.cat(stay))
-        return ServingBatch(log_p=log_p, log_q=log_q, lengths=tuple(answered.predicts.sum(1).tolist()))
+        log_q = self._log_q(answered, shorter, layout, torch.cat(stay), beside)
+        lengths = tuple(answered.predicts.sum(1).tolist())
+        return TrainingBatch(log_p=log_p, log_q=log_q, lengths=lengths, of_states=beside.errors())
 
     def embedded_questions(self, indices: Sequence[int]) -> list[Tensor]:
         """Return the embedded questions, [Q, D] each."""
         ids = question_ids([self.teacher.samples[i] for i in indices], self.teacher.processor)
         return question_rows(ids, self.model.get_input_embeddings(), len(ids))
 
-    def _log_q(self, answered: AnsweredBatch, shorter: dict[str, Any], layout: Layout, rows: Tensor) -> Tensor:
-        """Return log-probabilities at each answer token of the shorter prompt, [A, V], differentiable in its rows."""
-        positions = served_positions(shorter["attention_mask"], self.model.axes())
+    def _log_q(
+        self, answered: AnsweredBatch, shorter: dict[str, Any], layout: Layout, rows: Tensor, beside: OriginalBeside
+    ) -> Tensor:
+        """Return log-probabilities at each answer token of the shorter prompt, [A, V], differentiable in its rows.
+
+        Args:
+            rows: of all pictures, in the order of the prompts.
+            beside: is shown the states of the shorter prompt.
+        """
+        positions = layout.numbered(shorter["attention_mask"], self.model.axes())
         batch = replace(answered.batch, inputs={**shorter, "position_ids": positions})
         traced = trace(self.model, batch, torch.no_grad)
         pictured = shorter["input_ids"] == self.model.config.image_token_id
         state = traced.entry.masked_scatter(pictured[..., None], rows.to(traced.entry.dtype))
-        predicts = layout.narrowed(answered.predicts.long(), 0).bool()
-        output = last_state(self.model, traced, state)
+        predicts, text = (layout.narrowed(at.long(), 0).bool() for at in (answered.predicts, beside.text))
+        output = last_state(self.model, traced, state, lambda layer_idx, states: beside.see(layer_idx, states[text]))
         log_q: Tensor = head_logits(self.model, output[predicts]).float().log_softmax(-1)
         return log_q
 

@@ -33,6 +33,7 @@ from .learner import ServingLearner
 LEAST, MOST = 0.2, 0.9  # shares of the rows that stay, drawn uniformly: low ones have the largest loss as it is
 BEGINNINGS = (0.0, 4.0)  # of what is added to the score of a cell's first row
 EXCHANGES = 3  # times that questions change places before the first pairs come again
+STATES = 20.0  # what the error of states counts beside the divergence
 JUDGED = 5  # times in a training that held-out questions judge
 TOLD = 0.5  # of the steps of a question-aware router are told the questions
 JUDGED_AT = (0.5, 0.25)  # shares by which steps are compared
@@ -185,7 +186,8 @@ def one_step(learner: ServingLearner, indices: Sequence[int], seed: int) -> floa
 
     def part_of_loss(places: range) -> Tensor:
         some, theirs = ([values[place] for place in places] for values in (indices, shares))
-        return learner.training_batch(some, shares=theirs, told=told).of_answers.sum() / len(indices)
+        batch = learner.training_batch(some, shares=theirs, told=told)
+        return (batch.of_answers + STATES * batch.of_states).sum() / len(indices)
 
     return set_gradients(list(learner.router.parameters()), len(indices), part_of_loss)
 

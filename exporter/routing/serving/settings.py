@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import InputError
-from ...modeling.served_router import OFF, PRESETS, SERVING_FORMAT, TYPES, base_model, why_untested
+from ...modeling.served_router import IN_AXES, OFF, PRESETS, SERVING_FORMAT, TYPES, base_model, why_untested
 from ...recipe import RouterRecipe
 
 NARROWEST = 64  # R of small models
@@ -31,12 +31,14 @@ def serving_settings(config: Any, question_aware: bool) -> dict[str, Any]:
     hidden = config.get_text_config().hidden_size
     head = HEAD if hidden >= 1024 else HEAD // 4
     width = max(NARROWEST, hidden // 4 // head * head)
+    in_axes = config.model_type in IN_AXES
     return {
         "bottleneck": width,
         "num_heads": width // head,
         "depth": 2,
         "question_aware": question_aware,
         "pooled": True,
+        **({"keeps_places": True} if in_axes else {}),
         "presets": {name: dict(preset) for name, preset in PRESETS.items()},
         "default": OFF,
         "trained_for": base_model(config),
