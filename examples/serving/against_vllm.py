@@ -9,8 +9,8 @@ checkpoint of each type and the trained reference model, and asks both sides gre
 vLLM there, with files between them. Folders with a serving router are asked under budgets of all kinds, several
 pictures and none, mixed in one batch, and all of it again, which vLLM then has in its caches; and what has to be
 refused is asked for. A serving router is trained on the reference model, and what vLLM answers under its presets is
-rated beside `evaluate`. Exit code 1: an answer differs (`rows.CAUSAL` says from whose), or something was
-answered that had to be refused.
+rated beside `evaluate`. Exit code 1: an answer differs (those of `rows.CAUSAL` have to be the ones of
+causal attention), or something was answered that had to be refused.
 """
 
 from __future__ import annotations

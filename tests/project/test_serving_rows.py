@@ -91,12 +91,13 @@ def test_gemma_has_to_answer_as_with_causal_attention_and_not_as_without(serving
 def test_routers_of_tiny_folders_are_of_the_form_that_is_trained(serving, tiny, tmp_path):
     from transformers import AutoConfig
 
+    from exporter.modeling.served_router import ServingSettings
     from exporter.routing.serving.settings import serving_settings
 
     folder = serving.add_router(Path(shutil.copytree(tiny("llava"), tmp_path / "model")))
     config = AutoConfig.from_pretrained(folder)
     trained = {**serving_settings(config, question_aware=True), "bottleneck": 32, "num_heads": 4}
-    assert config.serving_router == trained
+    assert ServingSettings.of(config) == ServingSettings(**trained)
 
 
 def test_a_folder_and_its_questions_belong_together(serving, monkeypatch, capsys):
