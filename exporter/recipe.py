@@ -137,8 +137,8 @@ class RouterRecipe:
     question_aware: bool = False  # a serving router that may be told the question
 
     def __post_init__(self) -> None:
-        given = {"steps": 1, "candidates": 0, "drop_at": 0, "read_at": 0}
-        wholes = {name: least for name, least in given.items() if getattr(self, name) is not None}
+        least_of = {"steps": 1, "candidates": 0, "drop_at": 0, "read_at": 0}
+        wholes = {name: least for name, least in least_of.items() if getattr(self, name) is not None}
         for name, least in {"batch_size": 1, "seed": 0, **wholes}.items():
             if not is_whole(value := getattr(self, name)) or value < least:
                 raise InputError(f"router: {name}={value!r}: a whole number from {least} up is needed.")

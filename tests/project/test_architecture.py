@@ -36,7 +36,7 @@ FLOORS = (
     ("cli",),
     ("plugins", "__init__", "__main__"),
 )
-LARGEST_FILE = 450  # lines
+LARGEST_FILE = 480  # lines
 LARGE_FUNCTION = 40  # lines
 LARGE_SHARE = 0.01  # of all functions
 

@@ -51,7 +51,7 @@ class ServingBatch:
 
 
 @dataclass(frozen=True)
-class TrainingBatch(ServingBatch):
+class ServedTraining(ServingBatch):
     """What training makes small."""
 
     of_states: Tensor  # [B] mean squared error of the states of text, relative to the original's
@@ -93,9 +93,9 @@ class OriginalBeside:
         with torch.no_grad():
             output = self.traced.step(self.layers[layer_idx], layer_idx, self.state)
             self.state = self.traced.after(layer_idx, output)
-            wanted = output[self.text].float()
-        size = wanted.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        self.by_token = self.by_token + (states.float() - wanted).square().sum(-1) / size
+            whole = output[self.text].float()
+        size = whole.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        self.by_token = self.by_token + (states.float() - whole).square().sum(-1) / size
 
     def errors(self) -> Tensor:
         """Return the mean over layers and text tokens of the squared error relative to the original's state, [B]."""
@@ -115,7 +115,7 @@ class ServingLearner:
     def model(self) -> Any:
         return self.teacher.model
 
-    def training_batch(self, indices: Sequence[int], shares: Sequence[float], told: bool) -> TrainingBatch:
+    def training_batch(self, indices: Sequence[int], shares: Sequence[float], told: bool) -> ServedTraining:
         """Put the answers behind shorter prompts through the decoder, each sequence under its own share.
 
         Args:
@@ -139,9 +139,9 @@ class ServingLearner:
             outputs = self.model.picture_outputs(inputs)
             beside = OriginalBeside(self.model, answered.batch, text_behind_pictures(inputs, pictured))
         shorter, layout = self.model.shorter(inputs, pictured, outputs, choose)
-        log_q = self._log_q(answered, shorter, layout, torch.cat(stay), beside)
+        log_q = self._log_q(answered, shorter, layout=layout, rows=torch.cat(stay), beside=beside)
         lengths = tuple(answered.predicts.sum(1).tolist())
-        return TrainingBatch(log_p=log_p, log_q=log_q, lengths=lengths, of_states=beside.errors())
+        return ServedTraining(log_p=log_p, log_q=log_q, lengths=lengths, of_states=beside.errors())
 
     def embedded_questions(self, indices: Sequence[int]) -> list[Tensor]:
         """Return the embedded questions, [Q, D] each."""
