@@ -175,10 +175,9 @@ def exported(source: Path, place: Path, dtype: str) -> Path:
     from exporter.onnx import ExportOptions, export
     from exporter.onnx.layouts import genai
 
-    def copied(model: Any, support: Any, folder: Path, opset: int, serving: Any = None) -> dict[str, Any]:
+    def copied(model: Any, support: Any, folder: Path, opset: int) -> None:
         for path in (*(place / "fp32").glob("*.onnx"), *(place / "fp32").glob("*.data")):
             shutil.copy(path, folder)
-        return {} if serving is None else {"serving": serving.facts()}
 
     if dtype == "fp32":
         return export(source, place / dtype, ExportOptions(layout="genai"))

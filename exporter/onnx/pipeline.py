@@ -90,7 +90,10 @@ def traced_manifest(job: ExportJob, stage: Path) -> dict[str, Any]:
         manifest["router"] = describe_router(job.source.config, job.route)
     if job.layout is not None:
         manifest["layout"] = job.layout.NAME
-        manifest |= job.layout.write_graphs(torch_model, job.support, stage, job.opset, serving=job.serving)
+        with_router = {"serving": job.serving} if job.serving is not None and job.serving.router is not None else {}
+        counts = job.layout.write_graphs(torch_model, job.support, stage, job.opset, **with_router)
+        if job.serving is not None:
+            manifest["serving"] = job.serving.facts(**(counts or {}))
     else:
         write_graphs(torch_model, job, stage)
     return manifest

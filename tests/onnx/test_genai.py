@@ -72,10 +72,9 @@ def torch_model(folder):
 def with_graphs_of(folder, patch):
     """Exports take the float32 graphs of `folder`, made from the same checkpoint before."""
 
-    def copied(model, support, stage, opset, serving=None):
+    def copied(model, support, stage, opset):
         for path in (*folder.glob("*.onnx"), *folder.glob("*.data")):
             shutil.copy(path, stage)
-        return {}
 
     patch.setattr(genai, "write_graphs", copied)
     patch.setattr(genai, "validate", compared_here)
@@ -250,7 +249,7 @@ def test_what_the_librarys_processor_can_not_do_is_said(folders, tmp_path, monke
     source = build("gemma3", tmp_path / "model", layers=3)
     monkeypatch.setattr(genai, "validate", lambda *_: read_manifest(plain).to_data()["validation"])
     monkeypatch.setattr(genai, "installed_version", lambda: "9.9.0")
-    monkeypatch.setattr(genai, "write_graphs", lambda *_, **__: {})
+    monkeypatch.setattr(genai, "write_graphs", lambda *_: None)
     folder = export(source, tmp_path / "folder", LAYOUT)
     words, tokens = read_manifest(folder).client.limits
     assert words == "its tokenizer is of the type WordLevel, and the library reads BPE and Unigram"

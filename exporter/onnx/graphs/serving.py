@@ -9,7 +9,7 @@ the router.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ...modeling.served_cells import blocks
 from ...modeling.served_places import picture_coordinates
-from ...modeling.served_router import Block, ServingRouter, sinusoidal_features, tokens_kept
+from ...modeling.served_router import ServingRouter, sinusoidal_features, tokens_kept
 from .vision import Dynamic, Samples, named
 
 
@@ -51,9 +51,9 @@ class FewerRows(nn.Module):
         router, dim = self.router, features.shape[-1]
         known = router.down(router.input_norm(features)) + router.kind.weight[1] + self.place
         for block in router.blocks:
-            known = run_block(cast(Block, block), known)  # [T, N, R]
+            known = run_block(block, known)  # [T, N, R]
         weights = self.weights(router.head(known)[..., 0])
-        rows = torch.cat([features, known], -1)[:, self.table]  # [T, n, W, D + R]
+        rows = torch.unflatten(torch.cat([features, known], -1)[:, self.table.flatten()], 1, tuple(self.table.shape))
         means = (weights[..., None] * rows).sum(2)  # [T, n, D + R]
         kept, mixed = means[..., :dim], means[..., dim:] + self.turn
         everything = torch.cat([mixed + router.fate.weight[1], known + router.fate.weight[0]], 1)
@@ -64,15 +64,16 @@ class FewerRows(nn.Module):
 
     def weights(self, scores: Tensor) -> Tensor:
         """Return what each row counts in the mean of its cell: [T, N] -> [T, n, W]."""
-        of_cells: Tensor = scores[:, self.table]
+        of_cells = torch.unflatten(scores[:, self.table.flatten()], 1, tuple(self.table.shape))
         of_cells = of_cells + F.pad(self.router.first[None], (0, self.table.shape[1] - 1))
         if self.uneven:
             of_cells = of_cells.masked_fill(~self.filled, -torch.inf)
-        return of_cells.softmax(-1)
+        shares: Tensor = of_cells.softmax(-1)
+        return shares
 
 
-def run_block(block: Block, x: Tensor, first: int | None = None) -> Tensor:
-    """Run one block of the router on pictures at once, [T, S, R]; of the first rows only, which see all."""
+def run_block(block: Any, x: Tensor, first: int | None = None) -> Tensor:
+    """Run one `Block` of the router on pictures at once, [T, S, R]; of the first rows only, which see all."""
     qkv = block.qkv(block.attention_norm(x)).unflatten(-1, (3, block.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [T, heads, S, R / heads]
     if first is not None:

@@ -248,11 +248,9 @@ def client_vision(model: Any, support: Support) -> Any:
     return {"tiles": Tiles, "real_tiles": SplitTiles, "sized": Sized, SQUARE: Square}[support.kind](model).eval()
 
 
-def served_vision(vision: Any, support: Support, serving: Serving | None) -> tuple[Any, dict[str, Any]]:
-    """Return the vision module with a serving router behind it, where a budget asks for one, and the record's entry."""
-    if serving is None or serving.router is None or serving.budget is None:
-        return vision, {} if serving is None else {"serving": serving.facts()}
+def served_vision(vision: Any, support: Support, serving: Serving) -> Any:
+    """Return the vision module with a serving router under its budget behind it."""
+    assert serving.router is not None and serving.budget is not None
     side = vision.tile_shape()[-1]
     size = (side, side) if support.kind == SQUARE else None
-    served = ServedVision(vision, serving.router, serving.budget, size).eval()
-    return served, {"serving": serving.facts(served.rows, served.stays)}
+    return ServedVision(vision, serving.router, serving.budget, size).eval()

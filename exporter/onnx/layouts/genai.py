@@ -19,7 +19,6 @@ from ..graphs.graph import name_sizes, traced
 from ..graphs.quantize import weight_files
 from ..manifest import write_manifest
 from ..runtime.genai import LAYOUT
-from ..serving import Serving
 from ..support import Support, support_of
 from ..validation import validate
 from .client_graphs import MARKED, MergedDecoder, client_vision
@@ -82,10 +81,8 @@ def bytes_per_parameter(quantize: str | None) -> float:
     return 4 + (BYTES[name] if name != "fp32" else 0)
 
 
-def write_graphs(
-    model: Any, support: Support, folder: Path, opset: int, serving: Serving | None = None
-) -> dict[str, Any]:
-    """Write the three graphs in float32. Returns: what the record says of a serving router."""
+def write_graphs(model: Any, support: Support, folder: Path, opset: int) -> None:
+    """Write the three graphs in float32."""
     modules: dict[str, Any] = {
         VISION: client_vision(model, support),
         EMBEDDINGS: Embeddings(model, len(support.adds_after), marks=int(support.blocks == MARKED)).eval(),
@@ -95,7 +92,6 @@ def write_graphs(
         program = traced(module, name, "cpu", opset)
         name_sizes(program, module.dynamic())
         save(program, folder / FILES[name])
-    return {} if serving is None else {"serving": serving.facts()}
 
 
 def save(program: Any, path: Path) -> None:
