@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import InputError, nearest
 from .methods import FOLDS, LOCALIZERS, LOSSES, Fold, Localizer, RouterLoss, fits, in_words, resolve
+from .plain_data import check_keys, check_types, integers, is_whole, paths_as_text
 from .plan import LayerBudget
 
 T = TypeVar("T")
@@ -21,15 +22,10 @@ Rows = Mapping[str, Localizer] | Mapping[str, Fold] | Mapping[str, RouterLoss]  
 DEFAULT_LOCALIZER, DEFAULT_FOLD = "best_of", "auto"
 DEFAULT_SAMPLES = 512
 ROUTER_SAMPLES = 5000  # as many as PAR's authors drew
+ROUTER_STEPS = 300  # of training a router inside the decoder
+SERVING_STEPS = 1200  # of a serving router, which has to say in rows what positions no longer say
 HEAL_LOSS_NAMES = ("forward", "reverse", "symmetric")
 HEAL_SAMPLES = 2048
-
-
-def paths_as_text(data: Any, *names: str) -> None:
-    """Turn fields of a frozen dataclass that were given as paths into text, which is what is kept of them."""
-    for name in names:
-        if isinstance(value := getattr(data, name), Path):
-            object.__setattr__(data, name, str(value))
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class CalibrationData:
 
     def __post_init__(self) -> None:
         paths_as_text(self, "data", "answers")
-        if isinstance(self.answer_tokens, bool) or not isinstance(self.answer_tokens, int) or self.answer_tokens < 1:
+        if not is_whole(self.answer_tokens) or self.answer_tokens < 1:
             raise InputError(f"calibration: answer_tokens={self.answer_tokens!r}: a whole number from 1 up is needed.")
 
     @property
@@ -114,10 +110,6 @@ class TaskData:
         """Return 'data' alone where everything else is left to its default."""
         rest = {name: v for name, v in vars(self).items() if name not in (*ASKED_ONCE_READ, "frames") or v is not None}
         return rest if self != TaskData(self.data) else self.data
-
-
-ROUTER_STEPS = 300  # of training a router inside the decoder
-SERVING_STEPS = 1200  # of a serving router, which has to say in rows what positions no longer say
 
 
 @dataclass(frozen=True)
@@ -183,7 +175,7 @@ class HealRecipe:
             value = getattr(self, name)
             if name in ("steps", "seed") and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value) or value < least:
                 raise InputError(f"heal: {name}={value!r}: a whole number from {least} up is needed.")
         if not isinstance(self.learning_rate, float | int) or not 0 < self.learning_rate < 1:
             raise InputError(f"heal: learning_rate={self.learning_rate!r}: a number between 0 and 1 is needed.")
@@ -428,32 +420,3 @@ def check_method(method: Method, table: Rows, kind: str) -> None:
             )
         if not fits(value, hints[name]):
             raise InputError(f"{kind} '{method.name}': {name} must be {in_words(hints[name])}, not {value!r}.")
-
-
-def check_types(cls: type, data: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise InputError where an entry that was read is not of the type that the data class has it in."""
-    from typing import get_type_hints
-
-    hints = get_type_hints(cls)
-    for name in names:
-        if name in data and not fits(data[name], hints[name]):
-            raise InputError(f"{name} must be {in_words(hints[name])}, not {data[name]!r:.80}.")
-
-
-def integers(value: Any, name: str) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(map(is_whole, value)):
-        raise InputError(f"{name} must be a list of layer numbers, not {value!r}.")
-    return tuple(value)
-
-
-def is_whole(value: Any) -> bool:
-    """Tell whether a value of YAML is a whole number; yes and no are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_keys(data: Any, known: Any, what: str) -> None:
-    if not isinstance(data, Mapping):
-        raise InputError(f"{what} must be a mapping of keys to values, not {type(data).__name__}.")
-    for key in data:
-        if key not in known:
-            raise InputError(f"{what} has no key '{key}': {nearest(str(key), known)}")

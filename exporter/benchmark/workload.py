@@ -15,7 +15,7 @@ from ..data.batches import Batch, make_batch
 from ..data.calibration import read_samples
 from ..data.samples import Sample
 from ..errors import InputError
-from ..recipe import paths_as_text
+from ..plain_data import paths_as_text
 
 DEFAULT_SIDE = 336  # pixels, of the image that is shown where no number of visual tokens is asked for
 LARGEST_SIDE = 4096

@@ -14,6 +14,7 @@ from ..data.uses import USE
 from ..errors import InputError
 from ..evaluation.scoring import Rate, holm, mcnemar, rights
 from ..methods import FOLDS, LOCALIZERS
+from ..plain_data import check_keys, check_types, integers, paths_as_text
 from ..plan import LayerBudget
 from ..recipe import (
     CalibrationData,
@@ -21,12 +22,8 @@ from ..recipe import (
     Recipe,
     TaskData,
     calibration_from_data,
-    check_keys,
     check_method,
-    check_types,
     from_yaml,
-    integers,
-    paths_as_text,
     read_method,
     task_from_data,
 )

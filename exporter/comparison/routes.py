@@ -13,7 +13,8 @@ from ..checkpoints.shapes import COUNT, SIZE, TEXT, ListOf, Maybe, check
 from ..errors import InputError
 from ..evaluation.scoring import Rate, holm, mcnemar, rights
 from ..modeling.routed_route import Budget
-from ..recipe import TaskData, check_keys, check_types, paths_as_text, task_from_data
+from ..plain_data import check_keys, check_types, paths_as_text
+from ..recipe import TaskData, task_from_data
 from ..routing.rules import Rule
 from .cells_file import RESULT
 from .oracle import Search

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from ..recipe import integers
+from ..plain_data import integers
 
 
 def seeds_from_data(data: Any) -> tuple[int, ...]:

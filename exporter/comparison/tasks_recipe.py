@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
-from ..recipe import RouterRecipe, calibration_from_data, check_keys, check_types, router_from_data
+from ..plain_data import check_keys, check_types
+from ..recipe import RouterRecipe, calibration_from_data, router_from_data
 from .grid import Grid, grid_from_data
 from .routes import RouteTables, tables_from_data
 from .seed_list import seeds_from_data

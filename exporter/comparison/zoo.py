@@ -17,8 +17,9 @@ from typing import Any
 
 from ..cards import tables as report
 from ..errors import InputError
+from ..plain_data import check_keys
 from ..progress import Progress, silent
-from ..recipe import RunOptions, check_keys
+from ..recipe import RunOptions
 from .grid import Cell, Comparison, Grid, grid_from_data
 from .layers import compare
 from .saved import write_all

@@ -47,8 +47,8 @@ from .routed_types import register_hub_names
 from .served_cells import blocks  # noqa: F401  (a sibling: older loaders copy what is named here)
 from .served_file import name_class, router_file, save_router
 from .served_layout import Layout, in_callers_ids, layout_in, question_rows
-from .served_pictures import Shortened, check_copies, fewer_rows
-from .served_places import picture_coordinates, picture_places, positions_in_axes, served_positions
+from .served_pictures import Shortened, check_copies, fewer_rows, positions_in_places, refuse_late_pictures
+from .served_places import picture_coordinates, picture_places, served_positions
 from .served_router import (
     OFF,
     SERVING_ROUTER_FILE,
@@ -144,7 +144,8 @@ class ServedModel:
         visible = torch.ones_like(pictured) if mask is None else mask.to(pictured.device).bool()
         layout = Layout.of(keep, visible)
         if self.serving_settings.keeps_places:
-            layout = replace(layout, positions=self._in_places(layout, keep & visible, pictures, named))
+            places = self._places_of(pictures, named)
+            layout = replace(layout, positions=positions_in_places(layout, keep & visible, pictures, places))
         left_out = (*PICTURE_ARGUMENTS, *LONGER)
         inputs = {name: value for name, value in named.items() if name not in left_out}
         inputs["input_ids"] = layout.narrowed(ids, self._padding_id())
@@ -154,24 +155,12 @@ class ServedModel:
             inputs["labels"] = layout.narrowed(named["labels"], -100)
         return inputs, layout
 
-    def _in_places(self, layout: Layout, stays: Tensor, pictures: list[Shortened], named: dict[str, Any]) -> Tensor:
-        """Return positions of the shorter prompt that are those of the whole one, [3, B, W]; 0 at padding.
-
-        Args:
-            stays: [B, S] False at placeholders whose rows leave, and at padding.
-        """
+    def _places_of(self, pictures: list[Shortened], named: dict[str, Any]) -> list[tuple[Tensor, int]]:
+        """Return what `picture_places` says of each picture."""
         if named.get("image_grid_thw") is None:
             raise ValueError("under a budget, image_grid_thw has to say where the pictures' rows lie: pass it.")
-        visible, grids = layout.visible, named["image_grid_thw"].tolist()
-        positions = torch.zeros(3, *visible.shape, dtype=torch.long, device=visible.device)
-        for sequence, seen in enumerate(visible):
-            placed = [
-                (int(stays[sequence, : each.column].sum()), picture_places(self.config, grids[number], each.stays))
-                for number, each in enumerate(pictures)
-                if each.sequence == sequence
-            ]
-            positions[:, sequence, seen] = positions_in_axes(int(seen.sum()), placed).to(positions.device)
-        return positions
+        grids = named["image_grid_thw"].tolist()
+        return [picture_places(self.config, grids[number], each.stays) for number, each in enumerate(pictures)]
 
     def _checked_ids(self, named: dict[str, Any]) -> Tensor:
         """Return the prompt's ids [B, S]. Raises ValueError for what cannot be made shorter."""
@@ -286,19 +275,14 @@ class ServedModel:
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Return the positions that `generate` begins with; in models that keep places, by the layout."""
-        layout = self._generating()
-        if layout is None or layout.positions is None:
+        model, layout = GENERATING.get()
+        if model is not self or layout is None or layout.positions is None:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         visible = model_kwargs["attention_mask"]
         layout = layout.repeated(len(visible) // len(layout.columns))
         self._note_deltas(layout)
         text = served_positions(visible)  # the stock model makes its mask by these
         return torch.cat([text[None], layout.numbered(visible, self.axes()).to(text.device)])
-
-    def _generating(self) -> Layout | None:
-        """Return the layout of the shorter prompt that this model's `generate` is at work on."""
-        model, layout = GENERATING.get()
-        return layout if model is self else None
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -407,9 +391,7 @@ class ServedModel:
         if is_main_process:
             save_router(self.serving_router.state_dict(), save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
-        if (
-            is_main_process
-        ):  # the folder is the plain model's to whoever does not run this file: engines go by this name
+        if is_main_process:  # to whoever does not run this file it is the plain model: engines go by this name
             name_class(self._stock.__name__, save_directory)
 
 
@@ -417,9 +399,6 @@ SERVING_ARGUMENTS = {
     name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     for name in ("preset", "keep_visual_tokens", "question_ids")
 }
-
-
-# --- pieces -----------------------------------------------------------------------------------------------------------
 
 
 def check_type(config: Any, stock: Any) -> None:
@@ -431,14 +410,6 @@ def check_type(config: Any, stock: Any) -> None:
 
 
 # --- a class for each type --------------------------------------------------------------------------------------------
-
-
-def refuse_late_pictures(named: dict[str, Any], budget: int | float | None) -> None:
-    """Refuse pictures behind a cache that was filled without a budget: the plain model would see all of them."""
-    if budget is not None and (named.get("pixel_values") is not None or named.get("mm_encoder_outputs")):
-        raise ValueError(
-            "a picture that comes behind a cache is not made shorter: begin with a new cache, or pass preset='off'."
-        )
 
 
 def served_name(model_type: str) -> str:

@@ -1,17 +1,21 @@
 """The rows of pictures, taken apart and put together as a stock model of transformers has them.
 
-Shapes: B sequences, S tokens of a prompt, P pictures or tiles, N rows of a picture, n of them that stay, D hidden size.
+Shapes: B sequences, S tokens of a prompt, W of the shorter one, P pictures or tiles, N rows of a picture, n of them
+that stay, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .served_layout import Layout
+from .served_places import positions_in_axes
 
 
 def split_rows(features: Any, pictured: Tensor) -> list[Tensor]:
@@ -78,11 +82,40 @@ def fewer_rows(
     return keep, outputs, shortened
 
 
+def positions_in_places(
+    layout: Layout, stays: Tensor, pictures: Sequence[Shortened], places: Sequence[tuple[Tensor, int]]
+) -> Tensor:
+    """Return positions of the shorter prompts that are those of the whole ones, [3, B, W]; 0 at padding.
+
+    Args:
+        stays: [B, S] False at placeholders whose rows leave, and at padding.
+        places: what `picture_places` says of each picture.
+    """
+    visible = layout.visible
+    positions = torch.zeros(3, *visible.shape, dtype=torch.long, device=visible.device)
+    for sequence, seen in enumerate(visible):
+        placed = [
+            (int(stays[sequence, : picture.column].sum()), where)
+            for picture, where in zip(pictures, places, strict=True)
+            if picture.sequence == sequence
+        ]
+        positions[:, sequence, seen] = positions_in_axes(int(seen.sum()), placed).to(positions.device)
+    return positions
+
+
 def stacked(pictures: list[Tensor], kept: Tensor) -> Tensor:
     """Return all rows as one tensor [P, n, D]: one entry a sequence where all have as many, which beams can repeat."""
     rows = torch.cat(pictures)
     counts = set(kept.sum(1).tolist()) - {0}
     return rows.reshape(-1, counts.pop(), rows.shape[1]) if len(counts) == 1 else rows[None]
+
+
+def refuse_late_pictures(named: dict[str, Any], budget: int | float | None) -> None:
+    """Refuse pictures behind a cache that was filled without a budget: the plain model would see all of them."""
+    if budget is not None and (named.get("pixel_values") is not None or named.get("mm_encoder_outputs")):
+        raise ValueError(
+            "a picture that comes behind a cache is not made shorter: begin with a new cache, or pass preset='off'."
+        )
 
 
 def check_copies(kwargs: dict[str, Any], settings: Any) -> None:

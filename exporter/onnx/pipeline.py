@@ -21,7 +21,7 @@ from ..data.uses import check_not_kept_aside
 from ..errors import InputError
 from ..modeling.routed_route import RouterSettings
 from ..models.loading import compute_dtype, load_model
-from ..recipe import paths_as_text
+from ..plain_data import paths_as_text
 from .card import card
 from .graphs.graph import check_exporter, check_opset
 from .graphs.quantize import check_quantize, quantize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from ..checkpoints.config_file import first_lines
 from ..checkpoints.serving_entry import read_serving_settings
@@ -37,19 +37,10 @@ def serving_of(source: Source, layout: str | None, preset: str | None, keep: int
         preset: asked for by name; `keep`: by a count or a share. Neither: the folder's default.
     Raises: InputError where a budget is asked for that the checkpoint or the layout has not.
     """
-    flag = f"--preset {preset}" if preset is not None else f"--keep-visual-tokens {keep}"
     if ENTRY not in source.raw_config:
-        if preset is None and keep is None:
-            return None
-        if "router" in source.raw_config:
-            raise InputError(
-                f"{source.name} has a router inside the decoder, which is given its budget when it runs: leave {flag} "
-                "out."
-            )
-        raise InputError(
-            f"{source.name} has no serving router, and {flag} is a budget of one: train it with `lvlm-exporter route "
-            f"{source.name} --serve`, or leave the budget out."
-        )
+        if preset is not None or keep is not None:
+            refuse_budget(source, f"--preset {preset}" if preset is not None else f"--keep-visual-tokens {keep}")
+        return None
     settings = read_serving_settings(source.config, source.name)
     if layout is None:
         raise InputError(
@@ -77,6 +68,18 @@ def serving_of(source: Source, layout: str | None, preset: str | None, keep: int
             "written of it: train it again with `lvlm-exporter route --serve`."
         )
     return Serving(preset, budget, loaded(source, settings))
+
+
+def refuse_budget(source: Source, flag: str) -> NoReturn:
+    """Raise InputError for a budget that a checkpoint without a serving router is asked for."""
+    if "router" in source.raw_config:
+        raise InputError(
+            f"{source.name} has a router inside the decoder, which is given its budget when it runs: leave {flag} out."
+        )
+    raise InputError(
+        f"{source.name} has no serving router, and {flag} is a budget of one: train it with `lvlm-exporter route "
+        f"{source.name} --serve`, or leave the budget out."
+    )
 
 
 def loaded(source: Source, settings: Any) -> ServingRouter:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, nearest
-from ..recipe import CalibrationData, TaskData, is_whole, paths_as_text
+from ..plain_data import is_whole, paths_as_text
+from ..recipe import CalibrationData, TaskData
 
 EXTRAS = ("heal", "router", "int8")  # what a search combines with the removal of layers
 

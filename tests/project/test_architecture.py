@@ -23,7 +23,7 @@ PACKAGE = ROOT / "exporter"
 FLOORS = (
     ("errors", "version", "progress", "clean_room", "modeling"),
     ("families", "methods", "ranks"),
-    ("plan", "probe"),
+    ("plan", "plain_data", "probe"),
     ("checkpoints", "recipe"),
     ("data",),
     ("models",),
@@ -36,9 +36,9 @@ FLOORS = (
     ("cli",),
     ("plugins", "__init__", "__main__"),
 )
-LARGEST_FILE = 480  # lines
+LARGEST_FILE = 450  # lines
 LARGE_FUNCTION = 40  # lines
-LARGE_SHARE = 0.012
+LARGE_SHARE = 0.01  # of all functions
 
 
 def source_files() -> list[Path]:
