@@ -70,11 +70,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    grid = product(options.models, *([*map(kind, given.split(","))] for kind, given in (
-        (float, options.states), (int, options.steps), (int, options.samples))))  # fmt: skip
+    weights, steps_tried, samples_tried = (
+        given.split(",") for given in (options.states, options.steps, options.samples)
+    )
     print("| model | weight | steps | questions | half: KL | kept | a quarter: KL | kept | CPU s |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for model, states, steps, samples in grid:
+    for model, *numbers in product(options.models, weights, steps_tried, samples_tried):
+        states, steps, samples = float(numbers[0]), int(numbers[1]), int(numbers[2])
         asked = {"model": model.name, "states": states, "steps": steps, "samples": samples}
         row = next((row for row in done if row.items() >= asked.items()), None)
         if row is None:

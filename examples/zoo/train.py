@@ -293,10 +293,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("zoo"))
     parser.add_argument("--models", nargs="+", choices=models.ROWS, default=list(models.ROWS), metavar="NAME")
     parser.add_argument("--scenes", type=int, default=12_000, help="training pictures of each model")
-    parser.add_argument(
-        "--vision-steps", type=int, help="of training tower and projector; both in place of the table's"
-    )
-    parser.add_argument("--steps", type=int, help="of training the whole model")
+    parser.add_argument("--vision-steps", type=int, help="of training tower and projector (the table's number)")
+    parser.add_argument("--steps", type=int, help="of training the whole model (the table's number)")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(

@@ -127,8 +127,8 @@ def prepare_healing(
             "train a router for the result (lvlm-exporter route)."
         )
     _check_same_words(source, original)
-    _check_other_weights(source, original)
     calibration, fit, held_out = check_healing(heal, data)
+    _check_other_weights(source, original)  # last: it reads both, as the run's fingerprint does
     device = pick_device(options.device)
     dtype = compute_dtype(options.dtype, source.config, device)
     if options.memory:
